@@ -1,0 +1,1 @@
+"""What `python -m jaxmet` runs: a small trained network, its data, and the tables."""

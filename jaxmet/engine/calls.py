@@ -1,0 +1,72 @@
+"""One call of a model: what of it is traced, what is static, and how to put it back."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxmet.tree.leaves import flatten, is_compressed
+from jaxmet.tree.names import parameter_names
+
+Apply = Callable[..., Any]
+
+
+def is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arrays of `apply(params, *args, **kwargs)`, apart from what is static."""
+
+    apply: Apply
+    names: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    inputs: tuple[Any, ...]
+    input_paths: tuple[str, ...]
+    rebuild: Callable[[Sequence[Any], Sequence[Any]], tuple[Any, tuple, dict]]
+
+    def run(self, leaves: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        """The model on other arrays."""
+        params, args, kwargs = self.rebuild(leaves, inputs)
+        return self.apply(params, *args, **kwargs)
+
+    def jaxpr(self) -> tuple[Any, Any]:
+        """The closed jaxpr over leaves then inputs, and the shapes of the outputs."""
+        abstract = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf
+            for leaf in self.leaves
+        ]
+        return jax.make_jaxpr(self.run, return_shape=True)(abstract, list(self.inputs))
+
+
+def make_call(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    """Tell the arrays of a call from its static arguments.
+
+    Arrays, tracers and `jax.ShapeDtypeStruct`s are traced; everything else (flags, strings,
+    Python numbers, functions) is static. A `Compressed` leaf counts as one array.
+    """
+    paths, all_leaves, tree = flatten(params)
+    del paths
+    which = [i for i, leaf in enumerate(all_leaves) if is_array(leaf)]
+    names = parameter_names(params)
+    pairs, call_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    dynamic = [i for i, (_, leaf) in enumerate(pairs) if is_array(leaf)]
+
+    def rebuild(leaves, inputs):
+        full, values = list(all_leaves), [leaf for _, leaf in pairs]
+        for i, leaf in zip(which, leaves, strict=True):
+            full[i] = leaf
+        for i, leaf in zip(dynamic, inputs, strict=True):
+            values[i] = leaf
+        return tree.unflatten(full), *call_tree.unflatten(values)
+
+    return Call(
+        apply,
+        tuple(names[i] for i in which),
+        tuple(all_leaves[i] for i in which),
+        tuple(pairs[i][1] for i in dynamic),
+        tuple(jax.tree_util.keystr(pairs[i][0][1:]) for i in dynamic),
+        rebuild,
+    )

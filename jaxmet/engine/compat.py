@@ -1,0 +1,57 @@
+"""What changed between JAX releases, said once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call")
+CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+REMAT = ("remat2", "remat", "checkpoint")
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The equations and the constants of an open, closed or merged jaxpr."""
+    if hasattr(jaxpr, "consts"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def call_body(params: dict[str, Any]) -> Any:
+    """The body of a call-like equation."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in params:
+            return params[key]
+    raise KeyError(f"no body among {sorted(params)}")
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """Number of constants and of carried values of a scan."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(list(constants)), len(list(carry))
+
+
+def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
+    """Every jaxpr among an equation's parameters, found by what it has."""
+    found = []
+    for value in params.values():
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        found += [i for i in items if hasattr(i, "eqns") or hasattr(i, "jaxpr")]
+    return found
+
+
+def bind(primitive: Any, params: dict[str, Any], operands: Sequence[Any]) -> list[Any]:
+    """Run one equation again, custom rules included."""
+    bound = primitive.get_bind_params(params)
+    if isinstance(bound, tuple):  # older releases hand the functions apart
+        functions, bound = bound
+        operands = (*functions, *operands)
+    results = primitive.bind(*operands, **bound)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def is_key(aval: Any) -> bool:
+    """Whether an abstract value is a typed PRNG key."""
+    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)

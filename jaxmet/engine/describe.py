@@ -1,0 +1,281 @@
+"""From clusters of equations to static nodes: layouts, parameter roles, edges."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from jaxmet.engine.analyse import Analysis
+from jaxmet.engine.grouping import (
+    LINEAR,
+    Cluster,
+    Leaf,
+    leaf_of,
+    leaves_under,
+    through_views,
+)
+from jaxmet.engine.node import Convolution, Edge, Node, Norm, Weight
+from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value, carried
+from jaxmet.engine.views import follow, holding, numbered
+
+
+def describe(analysis: Analysis) -> dict[Cluster, Node]:
+    """The static node of every named cluster, in the order in which they run."""
+    regions = _regions(analysis.region)
+    shared = _shared(analysis)
+    origins = Origins(analysis)
+    nodes = {}
+    for cluster in analysis.clusters:
+        where = regions.get(cluster.exit.producer, ())
+        where = where if cluster.equations else ()
+        nodes[cluster] = Node(
+            cluster.name,
+            cluster.kind,
+            cluster.function,
+            tuple(origins.edges(cluster)),
+            tuple(n for v in cluster.operands for n in _parameters(v)),
+            region=where,
+            **_details(cluster, shared),
+        )
+    carriers = _carriers(nodes)
+    return {
+        c: dataclasses.replace(n, carrier=carriers[n.name].name, features=carriers[n.name].features)
+        if n.name in carriers
+        else n
+        for c, n in nodes.items()
+    }  # fmt: skip
+
+
+def _parameters(value: Value) -> list[str]:
+    return [leaf.name for leaf in leaves_under(value) if leaf.name]
+
+
+def _regions(region: Region, path: tuple[str, ...] = ()) -> dict[Any, tuple[str, ...]]:
+    found: dict[Any, tuple[str, ...]] = {}
+    for equation in region.equations:
+        found[equation] = path
+        for body in equation.bodies:
+            found |= _regions(body, (*path, equation.name))
+    return found
+
+
+def _shared(analysis: Analysis) -> set[str]:
+    """Parameters that more than one equation reads."""
+    uses: Counter[str] = Counter()
+    for equation in analysis.region.walk():
+        if equation.kind != DATA:
+            continue
+        for value in equation.operands:
+            for leaf in leaves_under(value) if value.kind == PARAM else ():
+                uses[leaf.name or ""] += not equation.bodies
+    return {name for name, n in uses.items() if n > 1}
+
+
+def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+    if cluster.kind == "product":
+        return _product(cluster, shared)
+    if cluster.kind == "lookup":
+        weight = cluster.details["weight"]
+        leaf = leaf_of(weight)
+        equation = cluster.equations[0]
+        rows = equation.params["dimension_numbers"].collapsed_slice_dims
+        return {
+            "weight": _weight(weight, leaf, rows, (), shared),
+            "features": tuple(equation.params["dimension_numbers"].offset_dims),
+        }
+    if cluster.kind == "norm":
+        return {"norm": _norm(cluster)}
+    if cluster.kind == "activation":
+        factor = cluster.details.get("factor")
+        leaf = leaf_of(factor) if factor is not None else None
+        bounds = cluster.details.get("bounds") if cluster.function == "clip" else None
+        return {
+            "bounds": bounds,
+            "slope": cluster.details.get("slope"),
+            "factor": leaf.value.name if leaf else None,
+        }
+    return {}
+
+
+def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+    equation: Equation = cluster.details["product"]
+    weight, bias = cluster.details["weight"], cluster.details["bias"]
+    first, p = equation.operands[0], equation.params
+    numbers = p["dimension_numbers"]
+    convolution = None
+    if cluster.function == "conv":
+        out_axes, in_axes = (numbers.rhs_spec[0],), (numbers.rhs_spec[1],)
+        in_features = (numbers.lhs_spec[1],)
+        convolution = Convolution(
+            p["feature_group_count"],
+            tuple(p["window_strides"]),
+            tuple(p["lhs_dilation"]),
+            tuple(p["rhs_dilation"]),
+            any(side for pair in p["padding"] for side in pair),
+        )
+    else:
+        (lc, rc), (lb_, rb) = numbers
+        summed, batched = (lc, lb_) if weight is first else (rc, rb)
+        out_axes = tuple(i for i in range(weight.ndim) if i not in (*summed, *batched))
+        in_axes, in_features = tuple(summed), tuple(rc if weight is first else lc)
+    leaf = leaf_of(weight)
+    bias_leaf = leaf_of(bias) if bias is not None else None
+    return {
+        "weight": _weight(weight, leaf, out_axes, in_axes, shared),
+        "bias": bias_leaf.value.name if bias_leaf else None,
+        "derived_bias": bias is not None and bias_leaf is None,
+        "convolution": convolution,
+        "features": cluster.details["features"],
+        "in_features": in_features,
+    }
+
+
+def _weight(
+    value: Value,
+    leaf: Leaf | None,
+    out_axes: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    shared: set[str],
+) -> Weight:
+    names = tuple(_parameters(value))
+    if leaf is None:
+        return Weight(None, names, out_axes=out_axes, in_axes=in_axes)
+    before = numbered(leaf.value)
+    after = follow(before, leaf.views)
+    outs = set(holding(before, [after[i] for i in out_axes]))
+    ins = set(holding(before, [after[i] for i in in_axes]))
+    known = outs | ins | ({0} if leaf.stacked else set())
+    return Weight(
+        leaf.value.name,
+        names,
+        tuple(e.name if e is not None else "slice of a loop" for e in leaf.views),
+        leaf.stacked,
+        leaf.value.name in shared,
+        tuple(sorted(outs)),
+        tuple(sorted(ins)),
+        tuple(i for i in range(leaf.value.ndim) if i not in known),
+    )
+
+
+# Norms
+
+
+def _norm(cluster: Cluster) -> Norm:
+    details = cluster.details
+    roles, plain = {}, True
+    for role, key in (("mean", "mean"), ("scale", "scale"), ("bias", "bias")):
+        value = details[key]
+        leaf = leaf_of(value) if value is not None else None
+        roles[role] = leaf.value.name if leaf is not None else None
+        plain = plain and (value is None or leaf is not None)
+    variance, epsilon = _variance(details["spread"])
+    roles["variance"] = variance
+    if details["affine"]:
+        over = "constant" if details["constant"] else "stored"
+    else:
+        over = "data"
+    plain = plain and (over != "stored" or variance is not None)
+    return Norm(over, **roles, epsilon=epsilon, plain=plain and _only_affine(cluster))
+
+
+def _variance(spread: Value) -> tuple[str | None, float]:
+    """The stored variance under a root, and what is added to it."""
+    epsilon = 0.0
+    while leaf_of(spread) is None and spread.producer is not None:
+        equation = spread.producer
+        numbers = [v.scalar() for v in equation.operands if v.kind < PARAM]
+        if equation.name == "add" and len(numbers) == 1 and numbers[0] is not None:
+            epsilon += numbers[0]
+            spread = next(v for v in equation.operands if v.kind >= PARAM)
+        elif equation.name in LINEAR or equation.name == "broadcast_in_dim":
+            spread = equation.operands[0]
+        else:
+            break
+    leaf = leaf_of(spread)
+    return (leaf.value.name if leaf is not None else None), epsilon
+
+
+def _only_affine(cluster: Cluster) -> bool:
+    """Whether the equations are those of (x − mean)·scale/√(variance+ε) + bias alone."""
+    roots = [e for e in cluster.equations if e.name in ("rsqrt", "sqrt", "pow")]
+    known = ("sub", "add", "mul", "div", "rsqrt", "sqrt", "pow", "reshape", "transpose")
+    more = ("broadcast_in_dim", "squeeze", *LINEAR)
+    names = [e.name for e in cluster.equations]
+    shifts = sum(n == "sub" for n in names) <= 1 and "neg" not in names
+    return len(roots) == 1 and shifts and all(n in (*known, *more) for n in names)
+
+
+# Clips and the products that carry their bounds
+
+
+def _carriers(nodes: dict[Cluster, Node]) -> dict[str, Node]:
+    """For each clip the one product that reaches it through norms alone."""
+    makers = {c.exit: c for c in nodes}
+    found: dict[str, Node] = {}
+    for cluster, node in nodes.items():
+        if node.bounds is None or node.region:
+            continue
+        value = cluster.entry
+        while value is not None:
+            value = through_views(value, LINEAR)
+            before = makers.get(value)
+            if before is None or before.kind == "product":
+                break
+            value = before.entry if before.kind == "norm" else None
+        else:
+            before = None
+        maker = nodes.get(before) if before is not None else None
+        if maker is not None and maker.weight is not None and maker.weight.name:
+            if not (maker.weight.shared or maker.weight.stacked or maker.region):
+                found[node.name] = maker
+    count = Counter(n.name for n in found.values())
+    return {name: n for name, n in found.items() if count[n.name] == 1}
+
+
+# Edges
+
+
+class Origins:
+    """Where values come from, through moves and across regions."""
+
+    def __init__(self, analysis: Analysis):
+        self.makers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
+        self.carry = {}
+        for equation in analysis.region.walk():
+            self.carry |= dict(carried(equation))
+
+    def edges(self, cluster: Cluster) -> list[Edge]:
+        if cluster.kind == "input":
+            return []
+        data = [v for v in cluster.operands if v.kind == DATA]
+        return [
+            Edge(i, node, moves)
+            for i, value in enumerate(data)
+            for node, moves in self.of(value, frozenset())
+        ]
+
+    def of(
+        self, value: Value, seen: frozenset[Value]
+    ) -> list[tuple[str | None, tuple[str, ...]]]:
+        """The named nodes that a value may come from, each with the moves after it."""
+        if value in self.makers:
+            return [(self.makers[value].name, ())]
+        if value in seen:
+            return []
+        seen |= {value}
+        if value.producer is None:
+            if value.source is not None:
+                return self.of(value.source, seen)
+            return self.of(self.carry[value], seen) if value in self.carry else [(None, ())]
+        equation = value.producer
+        data = [v for v in equation.operands if v.kind == DATA]
+        if equation.bodies:
+            i = equation.results.index(value)
+            bodies = equation.bodies[-1:] if equation.name == "while" else equation.bodies
+            found = [f for b in bodies for f in self.of(b.outputs[i], seen)]
+            return list(dict.fromkeys(found))
+        if len(data) != 1:
+            return [(None, (equation.name,))]
+        name = equation.name
+        if name in LINEAR:
+            return self.of(data[0], seen)
+        return [(node, (*moves, name)) for node, moves in self.of(data[0], seen)]

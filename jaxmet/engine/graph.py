@@ -1,0 +1,1 @@
+from jaxmet.engine.node import Node

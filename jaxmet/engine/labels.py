@@ -1,0 +1,222 @@
+"""Which axis is which: labels that follow an axis through a program.
+
+The label of an axis is a tuple of *atoms* in row-major order: a flattened (H, W, C) axis
+carries three. An atom stands for one index set; atoms that must stay aligned (the two sides
+of an addition, a kernel's input axis and what it reads) are joined. An atom may turn out to
+be a product of others (`factors`) or a concatenation (`parts`). `frozen` says why a
+channel's scale may not be changed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+Axis = tuple["Atom", ...]
+
+
+@dataclasses.dataclass(eq=False)
+class Atom:
+    """One index set of a known size, joined with others through `parent`."""
+
+    size: int
+    batch: bool = False
+    frozen: str | None = None
+    parent: "Atom | None" = None
+    factors: "tuple[Atom, ...] | None" = None
+    parts: "tuple[Axis, ...] | None" = None
+
+    def root(self) -> "Atom":
+        atom = self
+        while atom.parent is not None:
+            atom = atom.parent
+        return atom
+
+
+def fresh(size: int, frozen: str | None = None) -> Axis:
+    """A new label; an axis of size one needs none."""
+    return () if size == 1 else (Atom(size, frozen=frozen),)
+
+
+def expand(axis: Axis) -> Axis:
+    """The label in terms of atoms that are no products themselves."""
+    out: list[Atom] = []
+    for atom in axis:
+        atom = atom.root()
+        out += expand(atom.factors) if atom.factors is not None else (atom,)
+    return tuple(out)
+
+
+def size(axis: Axis) -> int:
+    return math.prod(atom.size for atom in axis)
+
+
+def leaves(axis: Axis) -> Iterator[Atom]:
+    """The atoms at the bottom, through products and concatenations."""
+    for atom in expand(axis):
+        if atom.parts is None:
+            yield atom
+        else:
+            for part in atom.parts:
+                yield from leaves(part)
+
+
+def freeze(axis: Axis, why: str) -> None:
+    """Forbid to rescale anything on this axis."""
+    for atom in expand(axis):
+        atom.frozen = atom.frozen or why
+        for part in atom.parts or ():
+            freeze(part, why)
+
+
+def frozen(axis: Axis) -> str | None:
+    """Why this axis may not be rescaled, or None."""
+    for atom in expand(axis):
+        if atom.frozen:
+            return atom.frozen
+        for part in atom.parts or ():
+            if why := frozen(part):
+                return why
+    return None
+
+
+def carries_batch(axis: Axis) -> bool:
+    return any(atom.batch for atom in expand(axis))
+
+
+def unify(one: Axis, two: Axis) -> None:
+    """Say that two axes of equal size are indexed by the same thing."""
+    a, b = list(reversed(expand(one))), list(reversed(expand(two)))
+    while a and b:
+        x, y = a.pop(), b.pop()
+        if x.size == y.size:
+            _merge(x, y)
+        elif x.size == 1 or y.size == 1:  # a batch of one has no counterpart to match
+            (b if x.size == 1 else a).append(y if x.size == 1 else x)
+        elif x.size > y.size and x.size % y.size == 0 and x.parts is None:
+            a += reversed(_split(x, y.size))
+            b.append(y)
+        elif y.size % x.size == 0 and y.parts is None:
+            b += reversed(_split(y, x.size))
+            a.append(x)
+        else:
+            freeze((x, y), "its axes do not line up")
+            return
+
+
+def _split(atom: Atom, major: int) -> Axis:
+    inner = atom.size // major
+    atom.factors = (
+        Atom(major, atom.batch, atom.frozen),
+        Atom(inner, False, atom.frozen),
+    )
+    return atom.factors
+
+
+def _merge(x: Atom, y: Atom) -> None:
+    if x is y:
+        return
+    why = x.frozen or y.frozen
+    if x.parts is not None and y.parts is not None:
+        if [size(p) for p in x.parts] == [size(p) for p in y.parts]:
+            for p, q in zip(x.parts, y.parts, strict=True):
+                unify(p, q)
+        else:
+            why = why or "concatenations with different borders meet"
+            freeze((x, y), why)
+    keep, gone = (x, y) if x.parts is not None else (y, x)
+    gone.parent = keep
+    keep.batch = keep.batch or gone.batch
+    if why:
+        freeze((keep,), why)
+
+
+def concatenate(axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
+    """The label of a concatenation along an axis."""
+    atom = Atom(sum(sizes))
+    atom.parts = tuple(a or fresh_one(n) for a, n in zip(axes, sizes, strict=True))
+    return (atom,)
+
+
+def fresh_one(n: int) -> Axis:
+    return (Atom(n),)
+
+
+def cut(axis: Axis, start: int, stop: int) -> Axis | None:
+    """The label of a slice, or None where the slice crosses what is known of the axis."""
+    atoms = expand(axis)
+    if start == 0 and stop == size(atoms):
+        return atoms
+    if len(atoms) != 1 or atoms[0].batch:
+        return None
+    atom = atoms[0]
+    if atom.parts is None:
+        borders = sorted({0, start, stop, atom.size})
+        atom.parts = tuple(
+            (Atom(hi - lo, frozen=atom.frozen),)
+            for lo, hi in zip(borders, borders[1:], strict=False)
+        )
+    inside, offset = [], 0
+    for part in atom.parts:
+        end = offset + size(part)
+        if offset <= start and stop <= end:
+            return cut(part, start - offset, stop - offset)
+        if start <= offset and end <= stop:
+            inside.append(part)
+        elif not (end <= start or stop <= offset):
+            return None
+        offset = end
+    joined = Atom(stop - start, frozen=atom.frozen)
+    joined.parts = tuple(inside)
+    return (joined,)
+
+
+def regroup(
+    axes: Sequence[Axis], old: Sequence[int], new: Sequence[int]
+) -> list[Axis] | None:
+    """Labels after a reshape, or None where an axis is cut across its atoms."""
+    out: list[Axis] = [() for _ in new]
+    i = j = 0
+    while i < len(old) and j < len(new):
+        left, right, group_i, group_j = old[i], new[j], [i], [j]
+        while left != right:
+            if left < right:
+                i += 1
+                left *= old[i]
+                group_i.append(i)
+            else:
+                j += 1
+                right *= new[j]
+                group_j.append(j)
+        atoms = [atom for k in group_i for atom in expand(axes[k])]
+        if not _deal(atoms, [new[k] for k in group_j], out, group_j):
+            return None
+        i, j = i + 1, j + 1
+    return out
+
+
+def _deal(
+    atoms: list[Atom], sizes: list[int], out: list[Axis], where: list[int]
+) -> bool:
+    """Hand the atoms of one block out to the axes of the other."""
+    rest = list(reversed(atoms))
+    for k, n in zip(where, sizes, strict=True):
+        taken: list[Atom] = []
+        need = n
+        while rest and need > 1:
+            atom = rest.pop()
+            if need % atom.size == 0:
+                taken.append(atom)
+                need //= atom.size
+            elif atom.size % need == 0 and atom.parts is None:
+                major, minor = _split(atom, need)
+                taken.append(major)
+                rest.append(minor)
+                need = 1
+            else:
+                return False
+        while rest and rest[-1].size == 1 and (n == 1 or not taken) and not taken:
+            taken.append(rest.pop())
+        out[k] = tuple(taken)
+        if need > 1:
+            out[k] = (*taken, Atom(need))
+    return True

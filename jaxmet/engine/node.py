@@ -1,0 +1,94 @@
+"""What is static about one node: the part of a graph that hooks are given."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """Where one operand comes from: the node before it and the moves in between.
+
+    `node` is None where no single named node makes the value.
+    """
+
+    operand: int
+    node: str | None
+    moves: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """How a site reads its weight.
+
+    Axes are those of the parameter itself, before the `views`. `name` is None for a
+    weight that is computed from several `parameters`. `stacked`: a loop slices axis 0.
+    """
+
+    name: str | None
+    parameters: tuple[str, ...]
+    views: tuple[str, ...] = ()
+    stacked: bool = False
+    shared: bool = False
+    out_axes: tuple[int, ...] = ()
+    in_axes: tuple[int, ...] = ()
+    window_axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """What a convolution's equation says apart from its sizes."""
+
+    groups: int
+    strides: tuple[int, ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    pads: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A normalization's parameters by role; `over` is 'stored', 'data' or 'constant'.
+
+    Only one whose statistics are stored parameters is an affine map of its input.
+    """
+
+    over: str
+    mean: str | None = None
+    variance: str | None = None
+    scale: str | None = None
+    bias: str | None = None
+    epsilon: float = 0.0
+    plain: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A group of equations with a name, a kind and a single exit.
+
+    `kind` is one of input, product, matmul, lookup, norm, activation, add, multiply,
+    concat, pool, resize, output; `function` says which. `features` are the axes of the
+    result that the weight makes, `in_features` the axes of the first operand that it sums
+    over. `bounds` are those of a clip, `carrier` the product whose leaf may hold other
+    bounds for it, channel by channel. `region` names the loops and branches around it.
+    """
+
+    name: str
+    kind: str
+    function: str
+    inputs: tuple[Edge, ...] = ()
+    parameters: tuple[str, ...] = ()
+    weight: Weight | None = None
+    bias: str | None = None
+    derived_bias: bool = False
+    convolution: Convolution | None = None
+    norm: Norm | None = None
+    features: tuple[int, ...] = ()
+    in_features: tuple[int, ...] = ()
+    bounds: tuple[float, float] | None = None
+    slope: float | None = None
+    factor: str | None = None
+    carrier: str | None = None
+    region: tuple[str, ...] = ()
+
+    @property
+    def is_site(self) -> bool:
+        return self.kind in ("product", "lookup")

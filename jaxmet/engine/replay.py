@@ -1,0 +1,275 @@
+"""Run a model's own equations again, with a hook at every node.
+
+Calls are inlined; rematerialised, looped and branching bodies are wrapped again as they
+were; a group of equations with a name is handed to the hook.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmet.engine import compat
+from jaxmet.engine.analyse import Analysis, analyse
+from jaxmet.engine.calls import Apply, make_call
+from jaxmet.engine.depthwise import convolution
+from jaxmet.engine.describe import describe
+from jaxmet.engine.grouping import Cluster
+from jaxmet.engine.node import Node
+from jaxmet.engine.program import Equation, Region, Value
+
+Run = Callable[..., Any]
+Hook = Callable[[Node, Run, tuple[Any, ...]], tuple[Any, Any]]
+Statistics = dict[str, Any]
+Environment = dict[Value, Any]
+
+
+class Counted(NamedTuple):
+    """Statistics from under a branch: meaningful only where `count` is not zero."""
+
+    value: Any
+    count: Any
+
+
+def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Callable:
+    """A model whose every node runs through a hook.
+
+    Returns `f(params, *inputs, **kwargs) -> (outputs, {node name: statistics})`, with the
+    outputs as `apply` gives them. `hook(node, run, operands)` returns the node's result and
+    its statistics (any pytree, or None for none); `run(*operands)` computes the node as the
+    model would, activations first, then parameters. With a hook that returns
+    `run(*operands), None` the result is that of `apply`, to the bit under `jax.jit`.
+
+    Under `lax.scan` statistics are stacked along a new leading axis. Under `lax.cond` they
+    come as `Counted(value, count)`, zero where the branch was not taken; under
+    `lax.while_loop` asking for any raises. Each call traces `apply` again: wrap the result
+    in `jax.jit`. `cpu_formulations=False` keeps depthwise convolutions as they are on CPU,
+    where a faster equal formulation replaces them otherwise.
+
+    Raises ValueError where a `Compressed` leaf is used by anything but the hook.
+
+    >>> def hook(node, run, operands):
+    ...     y = run(*operands)
+    ...     return y, jnp.max(jnp.abs(y))
+    >>> outputs, largest = jax.jit(evaluate(model.apply, hook))(params, images)
+    """
+
+    def evaluated(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Statistics]:
+        call = make_call(apply, params, inputs, kwargs)
+        return replay(analyse(call), hook, cpu_formulations=cpu_formulations)
+
+    return evaluated
+
+
+def replay(
+    analysis: Analysis, hook: Hook, *, cpu_formulations: bool = True
+) -> tuple[Any, Statistics]:
+    """Run an analysed call on its own arrays."""
+    machine = Machine(describe(analysis), hook, cpu_formulations)
+    environment: Environment = {}
+    arrays = (*analysis.call.leaves, *analysis.call.inputs)
+    environment.update(zip(analysis.region.inputs, arrays, strict=True))
+    for cluster in analysis.clusters:
+        if cluster.kind == "input":
+            machine.visit(cluster, environment)
+    machine.run(analysis.region, environment)
+    for cluster in analysis.clusters:
+        if cluster.kind == "output":
+            machine.visit(cluster, environment)
+    outputs = [machine.read(environment, v) for v in analysis.region.outputs]
+    tree = jax.tree_util.tree_structure(analysis.output_shape)
+    return tree.unflatten(outputs), machine.statistics
+
+
+@dataclasses.dataclass
+class Machine:
+    """Binds equations; collects statistics of the region that it is in."""
+
+    nodes: Mapping[Cluster, Node]
+    hook: Hook
+    cpu_formulations: bool = True
+    statistics: Statistics = dataclasses.field(default_factory=dict)
+
+    def read(self, environment: Environment, value: Value) -> Any:
+        if value in environment:
+            return environment[value]
+        return value.constant
+
+    def run(self, region: Region, environment: Environment) -> None:
+        """Every equation of a region, groups with a name at their last one."""
+        for equation in region.equations:
+            self.step(equation, environment)
+
+    def step(self, equation: Equation, environment: Environment) -> None:
+        cluster = equation.node
+        if cluster in self.nodes:
+            if cluster.exit in equation.results:
+                self.visit(cluster, environment)
+        elif equation.bodies:
+            operands = [self.read(environment, v) for v in equation.operands]
+            results = REGIONS[equation.name](self, equation, operands)
+            environment.update(zip(equation.results, results, strict=True))
+        else:
+            self.bind(equation, environment)
+
+    def bind(self, equation: Equation, environment: Environment) -> None:
+        operands = [self.read(environment, v) for v in equation.operands]
+        if self.cpu_formulations and equation.name == "conv_general_dilated":
+            results = [convolution(equation.primitive, equation.params, *operands)]
+        else:
+            results = compat.bind(equation.primitive, equation.params, operands)
+        environment.update(zip(equation.results, results, strict=True))
+
+    def visit(self, cluster: Cluster, environment: Environment) -> None:
+        """Hand a node to the hook and keep what it returns."""
+        node = self.nodes[cluster]
+
+        def run(*operands: Any) -> Any:
+            inside = dict(environment)
+            inside.update(zip(cluster.operands, operands, strict=True))
+            with jax.named_scope(node.name):
+                for equation in cluster.equations:
+                    self.bind(equation, inside)
+            return self.read(inside, cluster.exit)
+
+        operands = tuple(self.read(environment, v) for v in cluster.operands)
+        result, statistics = self.hook(node, run, operands)
+        environment[cluster.exit] = result
+        if statistics is not None:
+            self.statistics[node.name] = statistics
+
+    def body(self, region: Region, operands: Sequence[Any]) -> tuple[list, Statistics]:
+        """The outputs and statistics of an inner region."""
+        inner = dataclasses.replace(self, statistics={})
+        environment: Environment = dict(zip(region.inputs, operands, strict=True))
+        inner.run(region, environment)
+        return [inner.read(environment, v) for v in region.outputs], inner.statistics
+
+
+def _remat(machine: Machine, equation: Equation, operands: list) -> list:
+    def body(*operands):
+        return machine.body(equation.bodies[0], operands)
+
+    p = equation.params
+    again = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])
+    results, statistics = again(*operands)
+    machine.statistics |= statistics
+    return results
+
+
+def _scan(machine: Machine, equation: Equation, operands: list) -> list:
+    p, region = equation.params, equation.bodies[0]
+    skip, count = compat.scan_arity(p)
+    constants = operands[:skip]
+
+    def body(carry, slices):
+        out, statistics = machine.body(region, (*constants, *carry, *slices))
+        return out[:count], (out[count:], statistics)
+
+    carry, (stacked, statistics) = lax.scan(
+        body,
+        operands[skip : skip + count],
+        operands[skip + count :],
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    machine.statistics |= statistics
+    return [*carry, *stacked]
+
+
+def _cond(machine: Machine, equation: Equation, operands: list) -> list:
+    index, *rest = operands
+    traced = [
+        jax.make_jaxpr(lambda *o, b=body: machine.body(b, o), return_shape=True)(*rest)
+        for body in equation.bodies
+    ]
+    shapes = [statistics for _, (_, statistics) in traced]
+
+    def branch(i: int):
+        jaxpr, shape = traced[i]
+
+        def taken(*operands):
+            flat = jax.extend.core.jaxpr_as_fun(jaxpr)(*operands)
+            results, statistics = jax.tree.unflatten(jax.tree.structure(shape), flat)
+            every = {}
+            for k, other in enumerate(shapes):
+                for name, one in other.items():
+                    value = statistics[name] if k == i else jax.tree.map(_zeros, one)
+                    every[name] = Counted(value, jnp.int32(k == i))
+            return results, every
+
+        return taken
+
+    branches = [branch(i) for i in range(len(equation.bodies))]
+    results, statistics = lax.switch(index, branches, *rest)
+    machine.statistics |= statistics
+    return results
+
+
+def _zeros(shape: Any) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
+def _while(machine: Machine, equation: Equation, operands: list) -> list:
+    first = equation.params["cond_nconsts"]
+    second = first + equation.params["body_nconsts"]
+    condition, body = equation.bodies
+
+    def again(carry):
+        return machine.body(condition, (*operands[:first], *carry))[0][0]
+
+    def step(carry):
+        results, statistics = machine.body(body, (*operands[first:second], *carry))
+        if statistics:
+            raise ValueError(
+                f"jaxmet.evaluate: the hook returned statistics of {sorted(statistics)}, "
+                "which run under lax.while_loop, where their number is not known. Return "
+                "None for nodes whose `region` has 'while', or write the loop as lax.scan."
+            )
+        return results
+
+    return list(lax.while_loop(again, step, operands[second:]))
+
+
+def _custom(machine: Machine, equation: Equation, operands: list) -> list:
+    """A custom derivative rule with a site inside keeps its rule."""
+
+    def inner(*operands):
+        return machine.body(equation.bodies[0], operands)
+
+    wrapped = jax.custom_jvp(inner)
+
+    @wrapped.defjvp
+    def rule(primals, tangents):
+        outputs = inner(*primals)
+        results, given = jax.jvp(
+            lambda *o: compat.bind(equation.primitive, equation.params, o), primals, tangents
+        )
+        del results
+        zeros = jax.tree.map(_zero_tangent, outputs[1])
+        return outputs, (given, zeros)
+
+    results, statistics = wrapped(*operands)
+    machine.statistics |= statistics
+    return results
+
+
+def _zero_tangent(x: Any) -> Any:
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return jnp.zeros(x.shape, jax.dtypes.float0)
+
+
+REGIONS = {
+    "scan": _scan,
+    "cond": _cond,
+    "while": _while,
+    **dict.fromkeys(compat.REMAT, _remat),
+    **dict.fromkeys(compat.CUSTOM, _custom),
+}

@@ -1,0 +1,402 @@
+"""How labels pass through equations, and what ends the freedom to rescale a channel.
+
+A channel may be rescaled where everything it meets is positively homogeneous or has a
+parameter that can follow. What is not known to be so freezes the channel and says why.
+"""
+
+from collections.abc import Callable
+
+from jaxmet.engine import compat
+from jaxmet.engine import labels as lb
+from jaxmet.engine.activations import HOMOGENEOUS
+from jaxmet.engine.grouping import LINEAR, POINTWISE, REDUCTIONS, WINDOWS, Cluster
+from jaxmet.engine.labels import Axis
+from jaxmet.engine.program import (
+    CONST,
+    DATA,
+    NOISE,
+    PARAM,
+    Equation,
+    Region,
+    Value,
+    body_operands,
+    carried,
+)
+from jaxmet.engine.views import VIEW_RULES, view
+
+FOLLOWED = ("norm", "activation")
+
+
+def label_inputs(region: Region) -> None:
+    """Fresh labels for parameters; axis 0 of every model input is its batch."""
+    for value in region.inputs:
+        if value.kind == PARAM:
+            value.axes = tuple(lb.fresh(n) for n in value.shape)
+        elif value.kind == DATA and not compat.is_key(value.aval):
+            axes = [lb.fresh(n, "an input of the model") for n in value.shape]
+            if axes:
+                axes[0] = (lb.Atom(value.shape[0], batch=True, frozen="the batch axis"),)
+            value.axes = tuple(axes)
+
+
+def label(region: Region) -> None:
+    """Labels for every value of a region whose inputs have theirs."""
+    for equation in region.equations:
+        cluster = equation.node
+        if equation.bodies:
+            _regions(equation)
+        elif cluster is not None and cluster.kind in FOLLOWED:
+            if equation.kind == PARAM and equation.name in VIEW_RULES:
+                view(equation)
+            elif equation.results[0] is cluster.exit:
+                _followed(cluster)
+        else:
+            _apply(equation)
+        for value in equation.results:
+            if len(value.axes) != value.ndim:
+                value.axes = tuple(() for _ in range(value.ndim))
+
+
+def _apply(equation: Equation) -> None:
+    if equation.kind in (CONST, NOISE):
+        return
+    if equation.name in VIEW_RULES:
+        view(equation)
+    elif equation.name in RULES:
+        RULES[equation.name](equation)
+    elif equation.name in POINTWISE or equation.name == "add_any":
+        _elementwise(equation)
+    else:
+        _opaque(equation)
+
+
+def _freeze(value: Value, why: str) -> None:
+    for axis in value.axes:
+        lb.freeze(axis, why)
+
+
+def _opaque(equation: Equation, why: str | None = None) -> None:
+    """An unknown operation: nothing may be rescaled; the batch is kept where it fits."""
+    why = why or f"{equation.name}: no rule"
+    for value in equation.operands:
+        _freeze(value, why)
+    for result in equation.results:
+        like = next((v for v in equation.data if v.shape == result.shape), None)
+        if like is not None:
+            result.axes = like.axes
+            continue
+        axes = [lb.fresh(n, why) for n in result.shape]
+        for value in equation.data:
+            for i, axis in enumerate(value.axes[: len(axes)]):
+                if lb.carries_batch(axis) and value.shape[i] == result.shape[i]:
+                    axes[i] = axis
+        result.axes = tuple(axes)
+
+
+# Elementwise
+
+
+def _elementwise(equation: Equation) -> None:
+    out = equation.results[0]
+    _align(equation.operands, out)
+    if why := _inhomogeneous(equation):
+        _freeze(out, why)
+        for value in equation.operands:
+            _freeze(value, why)
+
+
+def _align(operands: list[Value], out: Value) -> None:
+    axes: list[Axis] = [() for _ in out.shape]
+    for value in operands:
+        if value.kind in (CONST, NOISE) or value.ndim != out.ndim:
+            continue
+        for i, axis in enumerate(value.axes):
+            if value.shape[i] == out.shape[i] and axis:
+                if axes[i]:
+                    lb.unify(axes[i], axis)
+                else:
+                    axes[i] = axis
+    out.axes = tuple(axes)
+
+
+def _inhomogeneous(equation: Equation) -> str | None:
+    """Why f(s·x) is not s·f(x), or None."""
+    name, operands = equation.name, equation.operands
+    if equation.kind == PARAM:
+        return None if name in LINEAR else "computed from parameters"
+    if name in LINEAR or name in ("abs", "max", "min") and len(equation.data) == 2:
+        return None
+    if name in ("mul", "div"):
+        if len(equation.data) == 2:
+            return "a product of two activations"
+        return "a division" if name == "div" and operands[1].kind == DATA else None
+    if name in ("add", "sub", "add_any"):
+        constants = [v for v in operands if v.kind in (CONST, NOISE)]
+        if all(v.scalar() == 0 for v in constants):
+            return None
+        return "a constant is added"
+    if name == "select_n" and operands[0].kind in (CONST, NOISE):
+        return None
+    return name
+
+
+def _followed(cluster: Cluster) -> None:
+    """Norms and activations, taken as one operation of their entry."""
+    entry, exit = cluster.entry, cluster.exit
+    assert entry is not None
+    params = [v for e in cluster.equations for v in e.operands if v.kind == PARAM]
+    wide = [v for v in params if v.ndim == exit.ndim]
+    if entry.shape == exit.shape:
+        _align([entry, *wide], exit)
+    elif entry.ndim == exit.ndim:
+        exit.axes = entry.axes
+    if cluster.kind == "norm" and cluster.details["affine"]:
+        return
+    if cluster.kind == "norm":
+        why = "a norm over the data"
+    elif cluster.function in HOMOGENEOUS or cluster.function == "clip":
+        return
+    else:
+        why = f"{cluster.function} is not homogeneous"
+    _freeze(exit, why)
+    for value in (entry, *wide):
+        _freeze(value, why)
+
+
+# Shapes
+
+
+def _reverse(equation: Equation) -> None:
+    source = equation.operands[0]
+    for i in equation.params["dimensions"]:
+        lb.freeze(source.axes[i], "reversed")
+    equation.results[0].axes = source.axes
+
+
+def _slice(equation: Equation) -> None:
+    source, out, p = equation.operands[0], equation.results[0], equation.params
+    strides = p["strides"] or (1,) * source.ndim
+    axes = []
+    for i, axis in enumerate(source.axes):
+        part = None
+        if strides[i] == 1:
+            part = lb.cut(axis, p["start_indices"][i], p["limit_indices"][i])
+        if part is None:
+            lb.freeze(axis, "sliced across")
+            part = axis if lb.carries_batch(axis) else lb.fresh(out.shape[i], "sliced across")
+        axes.append(part)
+    out.axes = tuple(axes)
+
+
+def _split(equation: Equation) -> None:
+    source, axis = equation.operands[0], equation.params["axis"]
+    offset = 0
+    for out, n in zip(equation.results, equation.params["sizes"], strict=True):
+        part = lb.cut(source.axes[axis], offset, offset + n)
+        if part is None:
+            lb.freeze(source.axes[axis], "split across")
+            part = lb.fresh(n, "split across")
+        out.axes = (*source.axes[:axis], part, *source.axes[axis + 1 :])
+        offset += n
+
+
+def _pad(equation: Equation) -> None:
+    source, filler = equation.operands[:2]
+    axes = list(source.axes)
+    if filler.scalar() != 0:
+        _freeze(source, "padded with a constant")
+    for i, (low, high, inner) in enumerate(equation.params["padding_config"]):
+        if (low, high, inner) == (0, 0, 0):
+            continue
+        n = source.shape[i]
+        if inner or low < 0 or high < 0 or lb.carries_batch(axes[i]):
+            lb.freeze(axes[i], "padded")
+            axes[i] = lb.fresh(equation.results[0].shape[i], "padded")
+        else:
+            sizes = [k for k in (low, n, high) if k]
+            parts = [lb.fresh_one(low)] * (low > 0) + [axes[i]]
+            parts += [lb.fresh_one(high)] * (high > 0)
+            axes[i] = lb.concatenate(parts, sizes)
+    equation.results[0].axes = tuple(axes)
+
+
+def _concatenate(equation: Equation) -> None:
+    d, out = equation.params["dimension"], equation.results[0]
+    operands = [v for v in equation.operands if v.kind not in (CONST, NOISE)]
+    axes: list[Axis] = []
+    for i in range(out.ndim):
+        if i == d:
+            every = [
+                v.axes[i] if v.kind not in (CONST, NOISE) and len(v.axes) > i else ()
+                for v in equation.operands
+            ]
+            axes.append(lb.concatenate(every, [v.shape[i] for v in equation.operands]))
+            for v, axis in zip(equation.operands, every, strict=True):
+                if v.kind in (CONST, NOISE) and v.scalar() != 0:
+                    lb.freeze(axes[-1], "concatenated with a constant")
+                if lb.carries_batch(axis):
+                    axes[-1] = axis
+            continue
+        for v in operands[1:]:
+            lb.unify(operands[0].axes[i], v.axes[i])
+        axes.append(operands[0].axes[i])
+    out.axes = tuple(axes)
+
+
+def _reduce(equation: Equation) -> None:
+    source, gone = equation.operands[0], set(equation.params["axes"])
+    for i in gone:
+        lb.freeze(source.axes[i], "summed over")
+    equation.results[0].axes = tuple(
+        a for i, a in enumerate(source.axes) if i not in gone
+    )
+
+
+def _window(equation: Equation) -> None:
+    source, out, p = equation.operands[0], equation.results[0], equation.params
+    axes = []
+    for i, axis in enumerate(source.axes):
+        idle = p["window_dimensions"][i] == 1 and source.shape[i] == out.shape[i]
+        if not idle:
+            lb.freeze(axis, "pooled over")
+        axes.append(axis if idle else lb.fresh(out.shape[i], "pooled over"))
+    out.axes = tuple(axes)
+
+
+def _gather(equation: Equation) -> None:
+    source, indices = equation.operands[:2]
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    out = equation.results[0]
+    batching = getattr(numbers, "operand_batching_dims", ())
+    axes: list[Axis | None] = [None] * out.ndim
+    kept = [
+        i for i in range(source.ndim)
+        if i not in numbers.collapsed_slice_dims and i not in batching
+    ]  # fmt: skip
+    source_axes = source.axes or ((),) * source.ndim
+    for j, i in zip(numbers.offset_dims, kept, strict=True):
+        whole = sizes[i] == source.shape[i]
+        axes[j] = source_axes[i] if whole else lb.fresh(out.shape[j], "gathered")
+        if not whole:
+            lb.freeze(source_axes[i], "gathered")
+    rest = [j for j in range(out.ndim) if j not in numbers.offset_dims]
+    index_axes = list(indices.axes[:-1]) if indices.kind == DATA else []
+    for k, j in enumerate(rest):
+        known = k < len(index_axes) and indices.shape[k] == out.shape[j]
+        axes[j] = index_axes[k] if known else lb.fresh(out.shape[j], "gathered")
+    for i, axis in enumerate(source_axes):
+        if i not in kept:
+            lb.freeze(axis, "indexed")
+    out.axes = tuple(a if a is not None else () for a in axes)
+
+
+# Products
+
+
+def _dot(equation: Equation) -> None:
+    lhs, rhs = equation.operands[:2]
+    (lc, rc), (lb_, rb) = equation.params["dimension_numbers"]
+    weighted = {lhs.kind, rhs.kind} == {DATA, PARAM}
+
+    def axis(value: Value, i: int) -> Axis:
+        return value.axes[i] if value.axes else ()
+
+    for i, j in zip((*lc, *lb_), (*rc, *rb), strict=True):
+        lb.unify(axis(lhs, i), axis(rhs, j))
+    fixed = [axis(lhs, i) for i in lb_]
+    free_l = [axis(lhs, i) for i in range(lhs.ndim) if i not in (*lc, *lb_)]
+    free_r = [axis(rhs, i) for i in range(rhs.ndim) if i not in (*rc, *rb)]
+    out = equation.results[0]
+    both = zip((*fixed, *free_l, *free_r), out.shape, strict=True)
+    out.axes = tuple(a or lb.fresh(n, "a product with constants") for a, n in both)
+    if lb_:
+        for a in fixed:
+            lb.freeze(a, "a batched product")
+    if not weighted:
+        why = "a product of two activations" if equation.kind == DATA else "derived"
+        for value in (lhs, rhs):
+            _freeze(value, why)
+
+
+def _conv(equation: Equation) -> None:
+    lhs, rhs, p = *equation.operands[:2], equation.params
+    numbers, out = p["dimension_numbers"], equation.results[0]
+    groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
+    axes: list[Axis] = [lb.fresh(n, "a window") for n in out.shape]
+    axes[numbers.out_spec[0]] = lhs.axes[numbers.lhs_spec[0]]
+    for i in numbers.lhs_spec[2:]:
+        lb.freeze(lhs.axes[i], "a window")
+    if rhs.kind != PARAM or batch_groups != 1 or lhs.kind != DATA:
+        _freeze(lhs, "a convolution without a parameter")
+        _freeze(rhs, "a convolution without a parameter")
+        out.axes = tuple(axes)
+        return
+    for i in numbers.rhs_spec[2:]:
+        lb.freeze(rhs.axes[i], "a window")
+    axes[numbers.out_spec[1]] = rhs.axes[numbers.rhs_spec[0]]
+    inputs, inside = lhs.axes[numbers.lhs_spec[1]], rhs.axes[numbers.rhs_spec[1]]
+    if groups == 1:
+        lb.unify(inputs, inside)
+    else:
+        lb.freeze(inside, "input channels of a group")
+    out.axes = tuple(axes)
+
+
+# Regions
+
+
+def _regions(equation: Equation) -> None:
+    loop = equation.name in ("scan", "while")
+    skip = compat.scan_arity(equation.params) if equation.name == "scan" else (0, 0)
+    for body, outer in zip(equation.bodies, body_operands(equation), strict=True):
+        for i, (inside, outside) in enumerate(zip(body.inputs, outer, strict=True)):
+            axes = outside.axes or tuple(lb.fresh(n) for n in outside.shape)
+            if equation.name == "scan" and i >= sum(skip):
+                axes = axes[1:]
+            inside.axes = axes
+            if inside.kind == CONST:
+                inside.axes = tuple(lb.fresh(n) for n in inside.shape)
+        label(body)
+    for inside, outside in carried(equation):
+        for a, b in zip(inside.axes, outside.axes, strict=True):
+            lb.unify(a, b)
+    _region_results(equation, sum(skip))
+    if loop or equation.name == "cond":
+        why = "crosses a loop" if loop else "crosses a branch"
+        for body in equation.bodies:
+            for value in (*body.inputs, *body.outputs):
+                _freeze(value, why)
+        for value in (*equation.operands, *equation.results):
+            _freeze(value, why)
+
+
+def _region_results(equation: Equation, skip: int) -> None:
+    body = equation.bodies[-1]
+    carry = len(carried(equation))
+    for i, result in enumerate(equation.results):
+        inside = body.outputs[i]
+        axes = inside.axes or tuple(lb.fresh(n) for n in inside.shape)
+        if equation.name == "scan" and i >= carry:
+            xs = equation.operands[skip:]
+            leading = next((v.axes[0] for v in xs if v.axes and v.axes[0]), None)
+            axes = (leading or lb.fresh(result.shape[0]), *axes)
+        result.axes = axes
+    if equation.name == "cond":
+        for other in equation.bodies[:-1]:
+            for mine, theirs in zip(body.outputs, other.outputs, strict=True):
+                for a, b in zip(mine.axes, theirs.axes, strict=False):
+                    lb.unify(a, b)
+
+
+RULES: dict[str, Callable[[Equation], None]] = {
+    "rev": _reverse,
+    "slice": _slice,
+    "split": _split,
+    "pad": _pad,
+    "concatenate": _concatenate,
+    "gather": _gather,
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(WINDOWS, _window),
+}

@@ -1,0 +1,165 @@
+r"""Rounding to a grid and back, as one primitive.
+
+$$\hat x = s\,(\mathrm{clip}(\mathrm{round}(x/s) + z,\ l,\ h) - z)$$
+
+Ties go to the even integer. Gradients are those of a surrogate that holds the rounding
+residual fixed: straight through inside the grid, none outside; and for the grid itself
+
+$$\partial\hat x/\partial s = \mathrm{round}(x/s) - x/s\ \text{inside},\quad
+\mathrm{clip}(\cdot) - z\ \text{outside};\qquad
+\partial\hat x/\partial z = 0\ \text{inside},\quad -s\ \text{outside}.$$
+
+Esser et al., [Learned Step Size Quantization](https://arxiv.org/abs/1902.08153), ICLR
+2020; Jain et al., [Trained Quantization Thresholds](https://arxiv.org/abs/1903.08066).
+
+A primitive keeps the operation whole: there is one place for its gradients, and who
+exports or prints a program sees `fake_quant`, not its pieces.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float, Num
+
+Numbers: TypeAlias = Num[Array, "..."] | Num[np.ndarray, "..."] | float | int
+
+fake_quant_p = Primitive("fake_quant")
+
+
+def fake_quant(
+    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
+    scale: Numbers,
+    zero_point: Numbers,
+    low: Numbers,
+    high: Numbers,
+    *,
+    axis: tuple[int, ...] | None = None,
+    block: int | None = None,
+) -> Float[Array, "*shape"]:
+    """`x` rounded to the grid of `scale` and `zero_point` between `low` and `high`.
+
+    The other operands are scalars, or have the rank of `x` with size 1 on the axes
+    along which they do not change; with `block`, an axis may have one entry for each
+    `block` neighbours. `axis` only names the axes that have scales of their own. Half
+    precision is computed in float32.
+    """
+    x = jnp.asarray(x)
+    wide = np.dtype(np.float32) if x.dtype.itemsize < 4 else x.dtype
+    grid = [_operand(a, x, wide, block) for a in (scale, zero_point, low, high)]
+    axis = None if axis is None else tuple(sorted(a % max(x.ndim, 1) for a in axis))
+    return fake_quant_p.bind(x, *grid, axis=axis, block=block)
+
+
+def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> jax.Array:
+    a = lax.convert_element_type(a, dtype)
+    if a.ndim == 0:
+        return lax.broadcast(a, (1,) * x.ndim)
+    fits = a.ndim == x.ndim and all(
+        n in (1, m) or (block is not None and n * block == m)
+        for n, m in zip(a.shape, x.shape, strict=True)
+    )
+    if not fits:
+        blocks = "" if block is None else f" in blocks of {block}"
+        raise ValueError(
+            f"jaxmet.fake_quant: a grid of shape {a.shape} does not fit values of "
+            f"shape {x.shape}{blocks}. Give a scalar, or an array of the same rank "
+            "with size 1 on the axes that share a scale."
+        )
+    return a
+
+
+def _along(a: jax.Array, shape: Sequence[int], block: int | None) -> jax.Array:
+    """An operand of the grid repeated to the shape of the values."""
+    if block is not None:
+        for i, (n, m) in enumerate(zip(a.shape, shape, strict=True)):
+            if n not in (1, m):
+                kept = tuple(k + (k > i) for k in range(a.ndim))
+                split = (*a.shape[: i + 1], block, *a.shape[i + 1 :])
+                repeated = lax.broadcast_in_dim(a, split, kept)
+                a = lax.reshape(repeated, (*a.shape[:i], m, *a.shape[i + 1 :]))
+    return lax.broadcast_in_dim(a, shape, range(a.ndim))
+
+
+def _integers(
+    x: jax.Array, grid: Sequence[jax.Array], block: int | None
+) -> tuple[jax.Array, ...]:
+    """Wide x, the grid at the shape of x, x/s, and its integer before clipping."""
+    s, z, low, high = (_along(a, x.shape, block) for a in grid)
+    wide = lax.convert_element_type(x, s.dtype)
+    ratio = lax.div(wide, s)  # a reciprocal would move ties
+    q = lax.add(lax.round(ratio, lax.RoundingMethod.TO_NEAREST_EVEN), z)
+    return s, z, low, high, ratio, q
+
+
+def _compute(
+    x: jax.Array, *grid: jax.Array, axis: tuple[int, ...] | None, block: int | None
+) -> jax.Array:
+    del axis
+    s, z, low, high, _, q = _integers(x, grid, block)
+    rounded = lax.mul(s, lax.sub(lax.clamp(low, q, high), z))
+    return lax.convert_element_type(rounded, x.dtype)
+
+
+def _abstract(x: Any, *grid: Any, **params: Any) -> Any:
+    # What the implementation's own trace says, sharding and varying axes included.
+    traced = jax.make_jaxpr(lambda *args: _compute(*args, **params))(x, *grid)
+    return traced.out_avals[0]
+
+
+def _jvp(
+    primals: Sequence[jax.Array], tangents: Sequence[Any], *, axis: Any, block: Any
+) -> tuple[jax.Array, Any]:
+    x, *grid = primals
+    out = fake_quant_p.bind(x, *grid, axis=axis, block=block)
+    s, z, low, high, ratio, q = _integers(x, grid, block)
+    inside = lax.bitwise_and(lax.ge(q, low), lax.le(q, high))
+    # The residual and the end of the grid are constants of the surrogate, also when it
+    # is differentiated again.
+    residual = lax.stop_gradient(lax.sub(lax.sub(q, z), ratio))
+    level = lax.sub(lax.stop_gradient(lax.clamp(low, q, high)), z)
+    one = lax.convert_element_type(inside, s.dtype)
+    outside = lax.convert_element_type(lax.bitwise_not(inside), s.dtype)
+    factors = (one, lax.select(inside, residual, level), lax.neg(lax.mul(outside, s)))
+    moved = None
+    for t, factor in zip(tangents, factors, strict=False):
+        if type(t) is ad.Zero:
+            continue
+        t = _along(lax.convert_element_type(t, s.dtype), x.shape, block)
+        moved = lax.mul(t, factor) if moved is None else lax.add(moved, lax.mul(t, factor))
+    if moved is None:
+        return out, ad.Zero.from_primal_value(out)
+    return out, lax.convert_element_type(moved, x.dtype)
+
+
+def _batch(
+    args: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    axis: tuple[int, ...] | None,
+    block: int | None,
+) -> tuple[jax.Array, int]:
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    x, *grid = (_to_front(a, d) for a, d in zip(args, dims, strict=True))
+    if dims[0] is None:
+        x = lax.broadcast_in_dim(x, (size, *x.shape[1:]), range(x.ndim))
+    shifted = None if axis is None else tuple(a + 1 for a in axis)
+    return fake_quant_p.bind(x, *grid, axis=shifted, block=block), 0
+
+
+def _to_front(a: jax.Array, dim: int | None) -> jax.Array:
+    if dim is None:
+        return lax.expand_dims(a, (0,))
+    return lax.transpose(a, (dim, *(i for i in range(a.ndim) if i != dim)))
+
+
+fake_quant_p.def_impl(jax.jit(_compute, static_argnames=("axis", "block")))
+fake_quant_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[fake_quant_p] = _jvp
+batching.primitive_batchers[fake_quant_p] = _batch
+mlir.register_lowering(fake_quant_p, mlir.lower_fun(_compute, multiple_results=False))

@@ -1,0 +1,31 @@
+"""Integer grids: how many bits, and where the integers start and end."""
+
+import operator
+from typing import Any
+
+
+def check_bits(bits: Any, *, caller: str = "grid_ends", name: str = "bits") -> int:
+    """The bit-width as an integer, if there is a grid of that width: 2 to 16, or 32."""
+    try:
+        number = operator.index(bits)
+    except TypeError:
+        number = -1
+    if isinstance(bits, bool) or not (2 <= number <= 16 or number == 32):
+        raise ValueError(
+            f"jaxmet.{caller}: {name} is {bits!r}. Give 2 to 16, or 32 for no rounding."
+        )
+    return number
+
+
+def grid_ends(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:
+    r"""The lowest and highest integer of a grid.
+
+    Signed: $-2^{b-1} \dots 2^{b-1}-1$; narrow, the same without the lowest, so that the
+    grid is symmetric about zero. Unsigned: $0 \dots 2^b-1$. With 32 bits nothing is
+    rounded in practice and the ends are only nominal.
+    """
+    bits = check_bits(bits)
+    if not signed:
+        return 0, 2**bits - 1
+    half = 2 ** (bits - 1)
+    return (1 - half if narrow else -half), half - 1

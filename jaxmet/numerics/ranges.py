@@ -1,0 +1,132 @@
+r"""From the range of a tensor to the scale and zero point of its grid.
+
+The convention is $\hat x = \Delta\,(q - z)$ with $q$ an integer of the grid. An
+asymmetric grid is stored unsigned, $q \in [0, 2^b-1]$, and $z$ is the integer that
+stands for zero; a symmetric grid has $z = 0$.
+"""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from jaxmet.numerics.grid import grid_ends
+
+SCALE_FLOOR = 2.0**-60
+"""No scale is smaller: about 1e-18. The product of two is still a normal float32."""
+
+Numbers: TypeAlias = Num[Array, "..."] | Num[np.ndarray, "..."] | float | int
+Extremes: TypeAlias = tuple[Float[Array, "..."], Float[Array, "..."]]
+Ends: TypeAlias = tuple[Numbers, Numbers]
+
+
+def grid_of_range(
+    minimum: Numbers,
+    maximum: Numbers,
+    *,
+    bits: int,
+    symmetric: bool,
+    signed: bool = True,
+    narrow: bool = True,
+) -> Extremes:
+    r"""Scale and zero point of the grid of $b$ bits that covers a range.
+
+    Asymmetric, with the range made to include zero: $\Delta = (\max-\min)/(2^b-1)$ and
+    $z = \mathrm{round}(-\min/\Delta)$ within the grid, stored unsigned whatever
+    `signed` and `narrow` say. Symmetric, signed and narrow:
+    $\Delta = \max(|\min|,|\max|)/(2^{b-1}-1)$ and $z = 0$; not narrow, the extra
+    negative integer is used, $\Delta = \max(\max/(2^{b-1}-1), -\min/2^{b-1})$. Symmetric
+    and unsigned, negative values are given up: $\Delta = \max/(2^b-1)$.
+
+    Jacob et al., [Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), section 2.1.
+    """
+    ends = grid_ends(bits, signed=symmetric and signed, narrow=narrow)
+    return grid_between(minimum, maximum, *ends, symmetric=symmetric)
+
+
+def grid_between(
+    minimum: Numbers, maximum: Numbers, low: Numbers, high: Numbers, *, symmetric: bool
+) -> Extremes:
+    """`grid_of_range` for given grid ends, which may be data."""
+    least = jnp.minimum(_float(minimum), 0.0)
+    most = jnp.maximum(_float(maximum), 0.0)
+    low, high = (jnp.asarray(end, least.dtype) for end in (low, high))
+    if symmetric:
+        below = jnp.where(low < 0, least / jnp.where(low < 0, low, -1.0), 0.0)
+        scale = jnp.maximum(jnp.maximum(most / high, below), SCALE_FLOOR)
+        return scale, jnp.zeros_like(scale)
+    # Divided first, since the width of an extreme range may not be a float.
+    scale = jnp.maximum(most / (high - low) - least / (high - low), SCALE_FLOOR)
+    return scale, jnp.clip(jnp.round(low - least / scale), low, high)
+
+
+def regrid(
+    scale: Float[Array, "..."],
+    zero_point: Float[Array, "..."],
+    old: Ends,
+    new: Ends,
+    *,
+    symmetric: bool,
+) -> Extremes:
+    """The grid with other ends that covers the same real range.
+
+    Equal ends give back exactly the same numbers.
+    """
+    (low, high), (new_low, new_high) = (
+        [jnp.asarray(end, scale.dtype) for end in ends] for ends in (old, new)
+    )
+    if symmetric:
+        return scale * (high / new_high), zero_point
+    finer = (new_high - new_low) / (high - low)
+    moved = round_through(new_low + (zero_point - low) * finer)
+    return scale * ((high - low) / (new_high - new_low)), moved
+
+
+def round_through(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The nearest integer, with the gradient of the identity."""
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def minmax(
+    x: Float[Array, "..."] | Float[np.ndarray, "..."],
+    axis: tuple[int, ...] | None = None,
+    *,
+    block: int | None = None,
+    block_axis: int | None = None,
+) -> Extremes:
+    """The smallest and largest value, apart for each index of the axes in `axis`.
+
+    The results keep the rank of `x`. With `block`, `block_axis` keeps one pair for
+    each `block` neighbours. Half precision is reduced in float32.
+    """
+    x = _float(x)
+    kept = {a % x.ndim for a in axis or ()}
+    if block is None or block_axis is None:
+        others = tuple(a for a in range(x.ndim) if a not in kept)
+        return jnp.min(x, others, keepdims=True), jnp.max(x, others, keepdims=True)
+    at = block_axis % x.ndim
+    blocks = x.reshape(split_shape(x.shape, at, block))
+    others = (*(a + (a > at) for a in range(x.ndim) if a not in kept | {at}), at + 1)
+    return tuple(  # pyright: ignore[reportReturnType]
+        jnp.squeeze(reduce(blocks, others, keepdims=True), at + 1)
+        for reduce in (jnp.min, jnp.max)
+    )
+
+
+def split_shape(shape: tuple[int, ...], axis: int, block: int) -> tuple[int, ...]:
+    """The shape with one axis split into blocks, which must fill it."""
+    if shape[axis] % block:
+        raise ValueError(
+            f"jaxmet.minmax: blocks of {block} do not divide axis {axis} of shape "
+            f"{shape}. Choose a block that divides {shape[axis]}."
+        )
+    return (*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
+
+
+def _float(x: Numbers) -> jax.Array:
+    x = jnp.asarray(x)
+    half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if half or x.dtype.kind in "iub" else x

@@ -1,0 +1,162 @@
+"""The leaf that says what a plain array cannot.
+
+A transform changes leaves, never the shape of the tree. Where the new value needs more
+than an array, for example bounds on the activation that follows, the leaf becomes a
+`Compressed`. It reports the shape and dtype of the dense array that it stands for and
+refuses to be computed with: `jm.lift(apply)` is what knows how to run it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from jaxmet.tree.paths import path_name
+
+
+class NotAnArrayError(TypeError, AttributeError):
+    """A compressed leaf was used as an array.
+
+    It is an `AttributeError` too, so that `hasattr(leaf, 'reshape')` is just false.
+    """
+
+
+def _refusal(use: str) -> NotAnArrayError:
+    return NotAnArrayError(
+        f"jaxmet.Compressed: {use} needs a plain array, but this leaf is compressed. "
+        "Run the model through jm.lift(apply), or turn the tree into plain arrays "
+        "with jm.densify(params) where arrays can say the same."
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Compressed:
+    """One parameter together with what was done to it; fields of `None` say nothing.
+
+    `weight` is the array itself (or an object that stands for one); `lower` and `upper`
+    bound, channel by channel, the activation that follows the site. Nothing is checked
+    on construction, since tree functions put arbitrary objects into leaves.
+    """
+
+    weight: Any = None
+    lower: Any = None
+    upper: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return tuple(np.shape(self.weight))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the dense array."""
+        return self.weight.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the dense array."""
+        return math.prod(self.shape)
+
+    def stated(self) -> dict[str, Any]:
+        """The fields that say something, by name."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in fields if value is not None}
+
+    def replace(self, **fields: Any) -> "Compressed":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **fields)
+
+    def __repr__(self) -> str:
+        said = (f"{name}={_brief(value)}" for name, value in self.stated().items())
+        return f"Compressed({', '.join(said)})"
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(jax.Array, name):
+            raise _refusal(f".{name}")
+        raise AttributeError(f"Compressed has no attribute {name!r}")
+
+    __array_ufunc__ = None  # numpy then hands its operators to the refusing ones here
+    __hash__ = object.__hash__
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Compressed, *operands: Any, **options: Any) -> NoReturn:
+        raise _refusal(name)
+
+    refuse.__name__ = name
+    return refuse
+
+
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and or xor"
+_OTHER = (
+    "jax_array array getitem setitem iter len contains bool float int complex index "
+    "neg pos abs invert round lt le eq ne gt ge"
+)
+for _name in (*_BINARY.split(), *(f"r{n}" for n in _BINARY.split()), *_OTHER.split()):
+    setattr(Compressed, f"__{_name}__", _refusing(f"__{_name}__"))
+
+jax.tree_util.register_dataclass(
+    Compressed, data_fields=["weight", "lower", "upper"], meta_fields=[]
+)
+
+
+def _brief(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def is_compressed(leaf: Any) -> bool:
+    """Whether this is a compressed leaf; `is_leaf=is_compressed` keeps it whole."""
+    return isinstance(leaf, Compressed)
+
+
+def flatten(params: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
+    """Paths, leaves and tree structure, with a compressed leaf counted as one."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+    return [path for path, _ in pairs], [leaf for _, leaf in pairs], treedef
+
+
+def to_state(leaf: Compressed) -> dict[str, Any]:
+    """The stated fields as a dict, for serializers that know only dicts and arrays."""
+    return leaf.stated()
+
+
+def from_state(leaf: Compressed, state: dict[str, Any]) -> Compressed:
+    """The inverse of `to_state`; what the state does not mention is unstated."""
+    known = {field.name for field in dataclasses.fields(leaf)}
+    if unknown := sorted(set(state) - known):
+        raise ValueError(
+            f"jaxmet.load: a compressed leaf has the unknown fields {unknown}. It was "
+            "written by a newer version: update jaxmet."
+        )
+    return Compressed(**state)
+
+
+def densify(params: Any) -> Any:
+    """Plain arrays in place of compressed leaves, where arrays can say the same.
+
+    A leaf that states more than its weight raises: dropping the statement would change
+    what the model computes.
+    """
+
+    def dense(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not is_compressed(leaf):
+            return leaf
+        if more := sorted(set(leaf.stated()) - {"weight"}):
+            raise ValueError(
+                f"jaxmet.densify: {path_name(path, params)!r} states "
+                f"{' and '.join(more)}, which no plain array can hold. Keep the leaf "
+                "and run the model through jm.lift(apply)."
+            )
+        return leaf.weight
+
+    return jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_compressed)

@@ -1,0 +1,96 @@
+"""Names of parameters and nodes, and the globs that select them."""
+
+import difflib
+import fnmatch
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxmet.tree.leaves import flatten
+from jaxmet.tree.paths import has_collections, path_name, path_parts
+
+
+def parameter_names(params: Any) -> list[str]:
+    """The name of every leaf, in the order of the leaves.
+
+    A name is the path without the collection. Should two collections use one name, the
+    trained parameter keeps it and the others say their collection.
+    """
+    paths, _, _ = flatten(params)
+    names = [path_name(path, params) for path in paths]
+    count = Counter(names)
+    if has_collections(params):
+        parts = [path_parts(path) for path in paths]
+        names = [
+            name if count[name] == 1 or part[0] == "params" else "/".join(part)
+            for name, part in zip(names, parts, strict=True)
+        ]
+        count = Counter(names)
+    return [
+        name if count[name] == 1 else jax.tree_util.keystr(path)
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    """The leaves by name, a compressed leaf being one; in the order of the leaves."""
+    return dict(zip(parameter_names(params), flatten(params)[1], strict=True))
+
+
+def replace_leaves(
+    params: Any, leaves: Mapping[str, Any], *, caller: str = "replace_leaves"
+) -> Any:
+    """The same tree with the named leaves exchanged."""
+    old = named_leaves(params)
+    for name in leaves:
+        if name not in old:
+            raise ValueError(
+                f"jaxmet.{caller}: there is no parameter {name!r}. "
+                f"{suggestion(name, old)}"
+            )
+    return flatten(params)[2].unflatten((old | dict(leaves)).values())
+
+
+def match(glob: str, name: str) -> bool:
+    """Whether a glob means this name.
+
+    `*`, `?` and `[...]` work as in a shell, but `*` crosses '/'. Without any of them
+    the glob is a name, and means that name and everything below it: 'stem' means
+    'stem', 'stem/kernel' and 'stem:0'.
+    """
+    if glob == name:
+        return True
+    if any(sign in glob for sign in "*?["):
+        return fnmatch.fnmatchcase(name, glob)
+    return name.startswith((f"{glob}/", f"{glob}:"))
+
+
+def select(
+    globs: str | Sequence[str], names: Iterable[str], *, caller: str = "select"
+) -> list[str]:
+    """The names that any of the globs means, in their own order.
+
+    A glob that means nothing raises and lists the names nearest to it.
+    """
+    globs = [globs] if isinstance(globs, str) else globs
+    names = list(names)
+    for glob in globs:
+        if not any(match(glob, name) for name in names):
+            raise ValueError(
+                f"jaxmet.{caller}: nothing is called {glob!r}. "
+                f"{suggestion(glob, names)}"
+            )
+    return [name for name in names if any(match(glob, name) for glob in globs)]
+
+
+def suggestion(name: str, names: Collection[str]) -> str:
+    """A sentence with the names nearest to one that was not found."""
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    if near:
+        return f"The nearest names are {', '.join(map(repr, near))}."
+    if not names:
+        return "There is nothing to choose from."
+    first = ", ".join(map(repr, list(names)[:5]))
+    return f"Names look like {first}{', …' if len(names) > 5 else ''}."

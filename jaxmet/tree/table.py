@@ -1,0 +1,130 @@
+"""A small table: what every report of the library is."""
+
+import html
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Table:
+    """Named columns of equal length.
+
+    Iterating gives the rows as dicts, `table['site']` a column, `len` the number of
+    rows; it prints as aligned text.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]], title: str = "") -> None:
+        self.columns = {name: list(column) for name, column in columns.items()}
+        self.title = title
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"jaxmet.Table: the columns have different lengths, {lengths}. Give "
+                "every column one entry a row, None where there is none."
+            )
+
+    @classmethod
+    def concat(cls, *tables: "Table", title: str = "") -> "Table":
+        """The rows of several tables under each other; absent entries are None."""
+        names = list(dict.fromkeys(name for table in tables for name in table.columns))
+        rows = [row for table in tables for row in table]
+        return cls({name: [row.get(name) for row in rows] for name in names}, title)
+
+    def where(self, **conditions: Any) -> "Table":
+        """The rows in which every named column has the given value."""
+        for name in conditions:
+            self[name]
+        keep = [
+            all(_is(row[name], value) for name, value in conditions.items())
+            for row in self
+        ]
+        columns = {
+            name: [value for value, kept in zip(column, keep, strict=True) if kept]
+            for name, column in self.columns.items()
+        }
+        return Table(columns, self.title)
+
+    def to_pandas(self) -> Any:
+        """The table as a `pandas.DataFrame`."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "jaxmet.Table.to_pandas: pandas is not installed. Run "
+                "`pip install pandas`."
+            ) from error
+        return pandas.DataFrame(self.columns)
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self.columns:
+            raise KeyError(
+                f"jaxmet.Table: there is no column {name!r}. The columns are "
+                f"{', '.join(map(repr, self.columns))}."
+            )
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return max(map(len, self.columns.values()), default=0)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for values in zip(*self.columns.values(), strict=True):
+            yield dict(zip(self.columns, values, strict=True))
+
+    def __repr__(self) -> str:
+        columns = [_aligned(name, column) for name, column in self.columns.items()]
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+        if not len(self):
+            lines.append("(no rows)")
+        return "\n".join([self.title, *lines] if self.title else lines)
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str, right: Sequence[bool]) -> str:
+            style = ' style="text-align:right"'
+            return "".join(
+                f"<{tag}{style if r else ''}>{html.escape(cell)}</{tag}>"
+                for cell, r in zip(cells, right, strict=True)
+            )
+
+        right = [_is_numeric(column) for column in self.columns.values()]
+        body = "".join(
+            f"<tr>{row([_text(v) for v in values.values()], 'td', right)}</tr>"
+            for values in self
+        )
+        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        head = f"<thead><tr>{row(list(self.columns), 'th', right)}</tr></thead>"
+        return f"<table>{title}{head}<tbody>{body}</tbody></table>"
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    return bool(np.all(value == wanted)) if wanted is not None else value is None
+
+
+def _aligned(name: str, column: Sequence[Any]) -> list[str]:
+    cells = [name, *map(_text, column)]
+    width = max(map(len, cells))
+    align = str.rjust if _is_numeric(column) else str.ljust
+    return [align(cell, width) for cell in cells]
+
+
+def _is_numeric(column: Sequence[Any]) -> bool:
+    known = [value for value in column if value is not None]
+    return bool(known) and all(_is_number(value) for value in known)
+
+
+def _is_number(value: Any) -> bool:
+    if hasattr(value, "dtype"):
+        return np.ndim(value) == 0 and np.asarray(value).dtype.kind not in "bUSO"
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if not _is_number(value):
+        return str(value)
+    whole = isinstance(value, numbers.Integral) or np.asarray(value).dtype.kind in "iu"
+    return str(int(value)) if whole else f"{float(value):.4g}"

@@ -1,0 +1,41 @@
+"""What every test runs under: eight CPU devices and JAX at its strictest.
+
+JAXMET_TYPECHECK=0 switches the run-time check of array shapes and types off.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
+).strip()  # read when JAX first looks for devices, so before anything imports it
+
+import itertools
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+if os.environ.get("JAXMET_TYPECHECK", "1") != "0":
+    jaxtyping.install_import_hook("jaxmet", "beartype.beartype")
+
+hypothesis.settings.register_profile(
+    "jaxmet",
+    deadline=None,  # the first example of a test compiles
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jaxmet")
+
+
+@pytest.fixture
+def keys(request: pytest.FixtureRequest) -> Iterator[jax.Array]:
+    """Fresh PRNG keys from `next(keys)`: the same in each run, others in each test."""
+    root = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+    return (jax.random.fold_in(root, i) for i in itertools.count())
