@@ -9,8 +9,9 @@ from jaxmet.tree.config import QuantConfig, Rule
 
 def test_defaults_are_w8a8():
     config = QuantConfig()
-    weight, activation = config.resolve("a/kernel", "weight"), config.resolve(
-        "a", "activation"
+    weight, activation = (
+        config.resolve("a/kernel", "weight"),
+        config.resolve("a", "activation"),
     )
     assert (weight.bits, weight.symmetric, weight.per_channel) == (8, True, True)
     assert (activation.bits, activation.symmetric) == (8, False)

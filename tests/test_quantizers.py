@@ -70,7 +70,9 @@ def test_a_scale_of_none_follows_the_tensor():
 def test_blocks():
     w = np.asarray(kernel(2, (8, 3)))
     q = Quantizer(bits=4, axis=(1,), block=4, block_axis=0)
-    expected = np.concatenate([Quantizer(bits=4, axis=(1,))(w[i : i + 4]) for i in (0, 4)])
+    expected = np.concatenate(
+        [Quantizer(bits=4, axis=(1,))(w[i : i + 4]) for i in (0, 4)]
+    )
     np.testing.assert_allclose(q(w), expected, atol=1e-6)
     assert q.grid(w)[0].shape == (2, 3)
 

@@ -5,7 +5,7 @@ were; a group of equations with a name is handed to the hook.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxmet.engine.describe import describe
 from jaxmet.engine.grouping import Cluster
 from jaxmet.engine.node import Node
 from jaxmet.engine.program import Equation, Region, Value
+from jaxmet.tree.leaves import is_compressed
 
 Run = Callable[..., Any]
 Hook = Callable[[Node, Run, tuple[Any, ...]], tuple[Any, Any]]
@@ -48,9 +49,10 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     come as `Counted(value, count)`, zero where the branch was not taken; under
     `lax.while_loop` asking for any raises. Each call traces `apply` again: wrap the result
     in `jax.jit`. `cpu_formulations=False` keeps depthwise convolutions as they are on CPU,
-    where a faster equal formulation replaces them otherwise.
+    where a faster equal formulation replaces them otherwise. `Compressed` leaves run as what
+    they stand for, their bounds in place of the following clip's own.
 
-    Raises ValueError where a `Compressed` leaf is used by anything but the hook.
+    Raises ValueError for a leaf with bounds that no clip follows.
 
     >>> def hook(node, run, operands):
     ...     y = run(*operands)
@@ -69,10 +71,11 @@ def replay(
     analysis: Analysis, hook: Hook, *, cpu_formulations: bool = True
 ) -> tuple[Any, Statistics]:
     """Run an analysed call on its own arrays."""
-    machine = Machine(describe(analysis), hook, cpu_formulations)
-    environment: Environment = {}
-    arrays = (*analysis.call.leaves, *analysis.call.inputs)
-    environment.update(zip(analysis.region.inputs, arrays, strict=True))
+    nodes = describe(analysis)
+    leaves = dict(zip(analysis.call.names, analysis.call.leaves, strict=True))
+    machine = Machine(nodes, hook, bounds_of(nodes.values(), leaves), cpu_formulations)
+    arrays = [dense(leaf) for leaf in leaves.values()] + list(analysis.call.inputs)
+    environment: Environment = dict(zip(analysis.region.inputs, arrays, strict=True))
     for cluster in analysis.clusters:
         if cluster.kind == "input":
             machine.visit(cluster, environment)
@@ -85,12 +88,53 @@ def replay(
     return tree.unflatten(outputs), machine.statistics
 
 
+def dense(leaf: Any) -> Any:
+    """The array that a leaf stands for, its bounds aside."""
+    return leaf.weight if is_compressed(leaf) else leaf
+
+
+def bounds_of(
+    nodes: Iterable[Node], leaves: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The bounds that compressed leaves state, by the product that carries them."""
+    nodes = list(nodes)
+    carriers = {n.carrier for n in nodes if n.carrier is not None}
+    found = {}
+    for name, leaf in leaves.items():
+        if not is_compressed(leaf) or (leaf.lower is None and leaf.upper is None):
+            continue
+        makers = [n.name for n in nodes if n.weight is not None and n.weight.name == name]
+        if len(makers) != 1 or makers[0] not in carriers:
+            raise ValueError(
+                f"jaxmet.lift: parameter {name!r} states bounds for the clip behind it, but "
+                "this model has none there. Run the model that the tree was made for."
+            )
+        found[makers[0]] = (leaf.lower, leaf.upper)
+    return found
+
+
+def clip(node: Node, x: Any, lower: Any, upper: Any) -> Any:
+    """A clip with a bound a channel where the leaf states one."""
+    assert node.bounds is not None
+
+    def bound(stated: Any, own: float) -> Any:
+        if stated is None:
+            return jnp.asarray(own, x.dtype)
+        shape = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
+        return jnp.reshape(stated, shape).astype(x.dtype)
+
+    return jnp.minimum(
+        jnp.maximum(x, bound(lower, node.bounds[0])), bound(upper, node.bounds[1])
+    )
+
+
 @dataclasses.dataclass
 class Machine:
     """Binds equations; collects statistics of the region that it is in."""
 
     nodes: Mapping[Cluster, Node]
     hook: Hook
+    bounds: Mapping[str, tuple[Any, Any]]
     cpu_formulations: bool = True
     statistics: Statistics = dataclasses.field(default_factory=dict)
 
@@ -129,6 +173,8 @@ class Machine:
         node = self.nodes[cluster]
 
         def run(*operands: Any) -> Any:
+            if node.carrier in self.bounds:
+                return clip(node, operands[0], *self.bounds[node.carrier])
             inside = dict(environment)
             inside.update(zip(cluster.operands, operands, strict=True))
             with jax.named_scope(node.name):

@@ -74,7 +74,7 @@ def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> jax.Ar
     return a
 
 
-def _along(a: jax.Array, shape: Sequence[int], block: int | None) -> jax.Array:
+def _along(a: jax.Array, shape: Sequence[Any], block: int | None) -> jax.Array:
     """An operand of the grid repeated to the shape of the values."""
     if block is not None:
         for i, (n, m) in enumerate(zip(a.shape, shape, strict=True)):
@@ -131,9 +131,11 @@ def _jvp(
         if type(t) is ad.Zero:
             continue
         t = _along(lax.convert_element_type(t, s.dtype), x.shape, block)
-        moved = lax.mul(t, factor) if moved is None else lax.add(moved, lax.mul(t, factor))
+        moved = (
+            lax.mul(t, factor) if moved is None else lax.add(moved, lax.mul(t, factor))
+        )
     if moved is None:
-        return out, ad.Zero.from_primal_value(out)
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
     return out, lax.convert_element_type(moved, x.dtype)
 
 

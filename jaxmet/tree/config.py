@@ -130,7 +130,9 @@ class QuantConfig:
         return Settings(
             quantize=quantize,
             bits=say[f"{kind}_bits"],
-            symmetric=say["symmetric_weights" if is_weight else "symmetric_activations"],
+            symmetric=say[
+                "symmetric_weights" if is_weight else "symmetric_activations"
+            ],
             per_channel=is_weight and say["per_channel"],
             block=say["block"] if is_weight else None,
             calibrator=say[f"{kind}_range"],
@@ -156,7 +158,9 @@ def _check(fields: dict[str, Any], caller: str) -> None:
         if name in ("weight_bits", "activation_bits"):
             check_bits(value, caller=caller, name=name)
         elif name in _FLAGS and not isinstance(value, bool):
-            raise ValueError(f"jaxmet.{caller}: {name} is {value!r}. Use True or False.")
+            raise ValueError(
+                f"jaxmet.{caller}: {name} is {value!r}. Use True or False."
+            )
         elif name in _CHOICES and value not in _CHOICES[name]:
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {value!r}. It is one of "

@@ -1,0 +1,243 @@
+"""Channels that must be scaled together, and every parameter axis they run along.
+
+A group is a set of atoms that additions, concatenations and shared axes tie; its members
+are the sites that make the channels, those that read them, and the biases and norms in
+between. A group that something forbids to rescale says what.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from jaxmet.engine import labels as lb
+from jaxmet.engine.analyse import Analysis
+from jaxmet.engine.grouping import Cluster, leaf_of
+from jaxmet.engine.node import Node
+from jaxmet.engine.program import DATA, PARAM, Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A factor of an axis: the channels of a group, or `size` other things."""
+
+    group: int | None
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """A factor of an axis that is a concatenation of axes."""
+
+    parts: tuple["Layout", ...]
+
+
+Layout = tuple[Span | Joined, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One axis of one parameter that a group runs along.
+
+    `role` is 'out' or 'in' for a weight, 'shift' for what is added (biases, means),
+    'variance' and 'scale' for a norm. Where `groups` is not 1, `axis` holds the input
+    channels of one group of a grouped convolution and `layout` lays out all of them;
+    `out_axis` is then the axis along which the groups follow each other.
+    """
+
+    parameter: str
+    axis: int
+    role: str
+    layout: Layout
+    node: str
+    groups: int = 1
+    out_axis: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Channels with one scale each; `frozen` says why they may not be rescaled."""
+
+    name: str
+    index: int
+    size: int
+    makers: tuple[str, ...]
+    readers: tuple[str, ...]
+    clips: tuple[str, ...]
+    frozen: str | None
+
+    @property
+    def free(self) -> bool:
+        return self.frozen is None
+
+
+def find_channels(
+    analysis: Analysis, nodes: dict[Cluster, Node]
+) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
+    """The channel groups of a model and the parameter axes that follow them."""
+    return _Finder(analysis, nodes).find()
+
+
+class _Finder:
+    def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node]):
+        self.analysis, self.nodes = analysis, nodes
+        self.indices: dict[lb.Atom, int] = {}
+        self.members: list[tuple[str, int, str, lb.Axis, str, int, int]] = []
+
+    def find(self) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
+        for value in self.analysis.region.outputs:
+            self.freeze(value.axes, "an output of the model")
+        for cluster, node in self.nodes.items():
+            if node.kind == "product":
+                self.product(cluster, node)
+            elif node.kind == "lookup":
+                self.freeze(cluster.exit.axes, "made by a lookup")
+            elif node.kind == "norm" and node.norm is not None:
+                self.norm(cluster, node)
+            elif node.kind == "add":
+                for value in cluster.operands:
+                    if value.kind == PARAM:
+                        self.shift(value, node.name)
+        for _, _, _, axis, *_ in self.members:
+            for atom in lb.leaves(axis):
+                self.indices.setdefault(atom, len(self.indices))
+        members = tuple(
+            Member(p, a, role, self.layout(axis), n, groups, out)
+            for p, a, role, axis, n, groups, out in self.members
+        )
+        return self.groups(members), members
+
+    def freeze(self, axes: Iterable[lb.Axis], why: str) -> None:
+        for axis in axes:
+            lb.freeze(axis, why)
+
+    def add(self, name: str, axis: int, role: str, label: lb.Axis, node: str, *more) -> None:
+        groups, out_axis = more or (1, -1)
+        self.members.append((name, axis, role, label, node, groups, out_axis))
+
+    def product(self, cluster: Cluster, node: Node) -> None:
+        equation, weight = cluster.details["product"], node.weight
+        operand: Value = cluster.details["weight"]
+        data = next(v for v in equation.operands[:2] if v is not operand)
+        inputs = [data.axes[i] for i in node.in_features]
+        why = None
+        assert weight is not None
+        if weight.name is None:
+            why = "its weight is computed from several parameters"
+        elif weight.stacked:
+            why = "its weight is stacked"
+        elif weight.shared:
+            why = "its weight is used more than once"
+        if why is not None:
+            why = f"{node.name}: {why}"
+            self.freeze((*operand.axes, *inputs, *cluster.exit.axes), why)
+            return
+        assert weight.name is not None
+        labels = self.analysis.leaf_atoms[weight.name]
+        for axis in weight.out_axes:
+            self.add(weight.name, axis, "out", labels[axis], node.name)
+        groups = node.convolution.groups if node.convolution else 1
+        if groups == 1:
+            for axis in weight.in_axes:
+                self.add(weight.name, axis, "in", labels[axis], node.name)
+        elif len(weight.in_axes) <= 1 and len(weight.out_axes) == 1:
+            axis = weight.in_axes[0] if weight.in_axes else -1
+            out = weight.out_axes[0]
+            self.add(weight.name, axis, "in", inputs[0], node.name, groups, out)
+        if cluster.details["bias"] is not None:
+            self.shift(cluster.details["bias"], node.name)
+
+    def shift(self, value: Value, node: str, role: str = "shift") -> None:
+        leaf = leaf_of(value)
+        name = leaf.value.name if leaf is not None else None
+        if name is None or leaf is None or leaf.stacked or self.is_shared(name):
+            self.freeze(value.axes, f"{node}: what is added there cannot be rescaled")
+            return
+        for axis, label in enumerate(self.analysis.leaf_atoms[name]):
+            if label:
+                self.add(name, axis, role, label, node)
+
+    def is_shared(self, name: str) -> bool:
+        uses = 0
+        for node in self.nodes.values():
+            uses += node.parameters.count(name)
+        return uses > 1
+
+    def norm(self, cluster: Cluster, node: Node) -> None:
+        norm = node.norm
+        assert norm is not None
+        if norm.over != "stored":
+            why = "a norm over the data" if norm.over == "data" else "constant statistics"
+            self.freeze(cluster.exit.axes, f"{node.name}: {why}")
+            return
+        if not norm.plain or node.region:
+            self.freeze(cluster.exit.axes, f"{node.name}: a norm of an unknown form")
+            return
+        roles = {"mean": "shift", "bias": "shift", "variance": "variance", "scale": "scale"}
+        for field, role in roles.items():
+            name = getattr(norm, field)
+            if name is None:
+                continue
+            for axis, label in enumerate(self.analysis.leaf_atoms[name]):
+                if label:
+                    self.add(name, axis, role, label, node.name)
+
+    def layout(self, axis: lb.Axis) -> Layout:
+        out: list[Span | Joined] = []
+        for atom in lb.expand(axis):
+            if atom.parts is not None:
+                out.append(Joined(tuple(self.layout(p) for p in atom.parts)))
+            else:
+                out.append(Span(self.indices.get(atom), atom.size))
+        return tuple(out)
+
+    def groups(self, members: tuple[Member, ...]) -> tuple[Group, ...]:
+        clips = self.clips()
+        groups = []
+        for atom, index in self.indices.items():
+            mine = [m for m in members if index in indices_of(m.layout)]
+            makers = tuple(dict.fromkeys(m.node for m in mine if m.role == "out"))
+            readers = tuple(dict.fromkeys(m.node for m in mine if m.role == "in"))
+            why = atom.frozen
+            if why is None and not makers:
+                why = "no site makes it"
+            if why is None and not readers:
+                why = "no site reads it"
+            name = makers[0] if makers else readers[0] if readers else mine[0].node
+            groups.append(
+                Group(name, index, atom.size, makers, readers, clips.get(index, ()), why)
+            )
+        return tuple(groups)
+
+    def clips(self) -> dict[int, tuple[str, ...]]:
+        """For each group the clips that its channels run through."""
+        found: dict[int, list[str]] = {}
+        for cluster, node in self.nodes.items():
+            if node.bounds is None:
+                continue
+            for axis in cluster.exit.axes:
+                for atom in lb.leaves(axis):
+                    if atom in self.indices:
+                        found.setdefault(self.indices[atom], []).append(node.name)
+        return {k: tuple(dict.fromkeys(v)) for k, v in found.items()}
+
+
+def indices_of(layout: Layout) -> set[int]:
+    """The groups that appear in a layout."""
+    found: set[int] = set()
+    for item in layout:
+        if isinstance(item, Joined):
+            for part in item.parts:
+                found |= indices_of(part)
+        elif item.group is not None:
+            found.add(item.group)
+    return found
+
+
+def layout_size(layout: Layout) -> int:
+    """The number of things along an axis."""
+    total = 1
+    for item in layout:
+        if isinstance(item, Joined):
+            total *= sum(layout_size(part) for part in item.parts)
+        else:
+            total *= item.size
+    return total

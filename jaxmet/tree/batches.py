@@ -1,0 +1,243 @@
+"""Batches: one form that every method reads, whatever the user has."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CURE = "Give jm.stacked(x, batch_size=32), or a list of batches"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stacked:
+    """Data cut into batches of one size, and what was left over.
+
+    The leaves of `full` have leading axes `[batches, batch]`, those of `rest` a shorter
+    `[batch]`; either is None if there is nothing in it. Iterating yields the batches.
+    """
+
+    full: Any
+    rest: Any = None
+
+    def __len__(self) -> int:
+        return _leading(self.full) + (self.rest is not None)
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(_leading(self.full)):
+            yield jax.tree.map(lambda x, i=i: x[i], self.full)
+        if self.rest is not None:
+            yield self.rest
+
+
+jax.tree_util.register_dataclass(Stacked, ["full", "rest"], [])
+
+
+def stacked(inputs: Any, batch_size: int = 32) -> Stacked:
+    """Data with a leading axis, as batches of `batch_size` and a shorter last one.
+
+    `inputs` is an array or a tree of arrays with equally many rows; a tuple is the
+    inputs of the model. Numpy arrays stay on the host.
+    """
+    if batch_size < 1:
+        raise ValueError(
+            f"jaxmet.stacked: batch_size is {batch_size}. Give a positive number."
+        )
+    pairs = jax.tree_util.tree_leaves_with_path(inputs)
+    if not pairs:
+        raise ValueError("jaxmet.stacked: there is no array. Give the data itself.")
+    sizes = {f"inputs{jax.tree_util.keystr(p)}": _rows(x, p) for p, x in pairs}
+    rows = next(iter(sizes.values()))
+    for name, size in sizes.items():
+        if size != rows:
+            raise ValueError(
+                f"jaxmet.stacked: {name} has {size} rows and {next(iter(sizes))} has "
+                f"{rows}. Give arrays with equally many rows."
+            )
+    if rows == 0:
+        raise ValueError("jaxmet.stacked: the arrays have no rows. Give some data.")
+    batches = rows // batch_size
+    kept = batches * batch_size
+    full = rest = None
+    if batches:
+        full = jax.tree.map(
+            lambda x: x[:kept].reshape(batches, batch_size, *x.shape[1:]), inputs
+        )
+    if kept < rows:
+        rest = jax.tree.map(lambda x: x[kept:], inputs)
+    return Stacked(full, rest)
+
+
+def _rows(x: Any, path: tuple[Any, ...]) -> int:
+    name = f"inputs{jax.tree_util.keystr(path)}"
+    if isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "shape"):
+        raise ValueError(
+            f"jaxmet.stacked: {name} is {_kind(x)}. Give an array with its numbers."
+        )
+    if len(x.shape) == 0:
+        raise ValueError(
+            f"jaxmet.stacked: {name} is a scalar. Its first axis must count the rows."
+        )
+    return x.shape[0]
+
+
+def _leading(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return leaves[0].shape[0] if leaves else 0
+
+
+class Batches:
+    """Batches made uniform: each is the tuple of the model's inputs.
+
+    `first` is the first batch, `length` their number or None where it is not known,
+    `source` what was given. `abstract` says that there are shapes only, and then
+    iterating yields nothing. The first pass goes on where looking at `first` stopped,
+    so nothing of a generator is lost.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        function: str,
+        arguments: Callable[[Any], tuple[Any, ...]],
+        first: Any,
+        rest: Iterator[Any] | None,
+        length: int | None,
+    ) -> None:
+        self.source = source
+        self.arguments = arguments
+        self.first = arguments(first)
+        self.length = length
+        self.abstract = _is_abstract(self.first)
+        self._function = function
+        self._started = None if rest is None else itertools.chain([first], rest)
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the number of batches is not known before they are read")
+        return self.length
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        if self.abstract:
+            return iter(())
+        started, self._started = self._started, None
+        if started is None and iter(self.source) is self.source:
+            raise ValueError(_one_shot(self._function, "was already read"))
+        return map(self.arguments, self.source if started is None else started)
+
+
+def as_batches(
+    batches: Any,
+    function: str,
+    passes: int = 1,
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    abstract: bool = False,
+) -> Batches:
+    """What the user gave as batches, checked before any long work.
+
+    `function` is the name for errors and `passes` how often the data will be read. A
+    tuple is splatted into the model's inputs; `inputs` picks them from a batch that
+    holds more. With `abstract`, `jax.ShapeDtypeStruct` may stand for an absent batch.
+    """
+
+    def arguments(batch: Any) -> tuple[Any, ...]:
+        picked = batch if inputs is None else inputs(batch)
+        picked = picked if isinstance(picked, tuple) else (picked,)
+        return jax.tree.map(lambda x: _array(x, function), picked)
+
+    leaves = jax.tree.leaves(batches) if isinstance(batches, tuple | Mapping) else []
+    if _is_abstract(leaves or [batches]):
+        checked = Batches(batches, function, arguments, batches, None, 0)
+    else:
+        _refuse_what_is_no_iterable(batches, function)
+        iterator = iter(batches)
+        if passes > 1 and iterator is batches:
+            raise ValueError(_one_shot(function, f"is read {passes} times here"))
+        try:
+            first = next(iterator)
+        except StopIteration:
+            raise ValueError(f"jaxmet.{function}: batches is empty. {CURE}.") from None
+        length = len(batches) if hasattr(batches, "__len__") else None
+        checked = Batches(batches, function, arguments, first, iterator, length)
+    if checked.abstract and not abstract:
+        raise ValueError(
+            f"jaxmet.{function}: batches holds shapes and no numbers, but this needs "
+            f"data. {CURE}."
+        )
+    _refuse_bad_values(checked.first, function)
+    return checked
+
+
+def _refuse_what_is_no_iterable(batches: Any, function: str) -> None:
+    if hasattr(batches, "shape"):
+        raise ValueError(
+            f"jaxmet.{function}: batches is {_kind(batches)}, which could be one batch "
+            f"or all the data. {CURE}."
+        )
+    if isinstance(batches, tuple):
+        raise ValueError(
+            f"jaxmet.{function}: batches is a tuple of {len(batches)}, which could be "
+            f"the inputs of one batch or several batches. {CURE}."
+        )
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise ValueError(f"jaxmet.{function}: batches is {_kind(batches)}. {CURE}.")
+
+
+def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(arguments):
+        name = f"input {path[0].idx}{jax.tree_util.keystr(path[1:])}"
+        if isinstance(x, jax.ShapeDtypeStruct):
+            continue
+        if math.prod(x.shape) == 0:
+            raise ValueError(
+                f"jaxmet.{function}: {name} of the first batch is empty, its shape is "
+                f"{tuple(x.shape)}. {CURE}."
+            )
+        if isinstance(x, jax.core.Tracer) or not _is_inexact(x):
+            continue
+        finite = np.isfinite(x) if isinstance(x, np.ndarray) else jnp.isfinite(x)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"jaxmet.{function}: {name} of the first batch has NaN or infinite "
+                "values. Clean the data first."
+            )
+
+
+def _one_shot(function: str, what: str) -> str:
+    return (
+        f"jaxmet.{function}: batches is an iterator that can be read once, and it "
+        f"{what}. Give list(batches), jm.stacked(x, batch_size=32), or an object that "
+        "starts again whenever it is iterated."
+    )
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_abstract(tree: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def _array(x: Any, function: str) -> Any:
+    if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return x
+    if hasattr(x, "__array__") and hasattr(x, "shape"):
+        return np.asarray(x)
+    raise ValueError(
+        f"jaxmet.{function}: a batch holds {_kind(x)} where an array belongs. {CURE}."
+    )
+
+
+def _kind(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{type(x).__name__} of shape {tuple(x.shape)}"
+    return f"of type {type(x).__name__}" if not isinstance(x, str) else "a text"

@@ -1,0 +1,282 @@
+"""One file for a model: npz with a JSON manifest, no pickle, written atomically."""
+
+import dataclasses
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.tree.leaves import Compressed, flatten
+from jaxmet.tree.names import parameter_names
+from jaxmet.tree.paths import path_parts
+from jaxmet.tree.quantizers import Quantizer, Quantizers
+from jaxmet.tree.table import Table
+
+FORMAT = "jaxmet"
+VERSION = 1
+TYPES = {cls.__name__: cls for cls in (Compressed, Quantizer, Quantizers)}
+"""Dataclasses that are stored field by field; a new leaf type is one entry more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved(Mapping[str, Any]):
+    """What a file held: `saved.params` or `saved['params']`; what it did not is None."""
+
+    params: Any = None
+    quantizers: Any = None
+    table: Any = None
+
+    def _held(self) -> dict[str, Any]:
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in fields if value is not None}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._held()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held())
+
+    def __len__(self) -> int:
+        return len(self._held())
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    params: Any = None,
+    quantizers: Quantizers | None = None,
+    table: Table | None = None,
+) -> None:
+    """Write parameters, quantizers and a table, or some of them, to one npz file.
+
+    Dicts, lists and tuples are restored exactly by `load`, other containers with its
+    `like`. The file appears under its name only when it is complete.
+    """
+    if params is None and quantizers is None and table is None:
+        raise ValueError(
+            "jaxmet.save: there is nothing to save. Give params=, quantizers= or table=."
+        )
+    arrays: dict[str, np.ndarray] = {}
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    if params is not None:
+        manifest["params"] = _encode_tree(params, arrays)
+    if quantizers is not None:
+        manifest["quantizers"] = _encode(quantizers, arrays)
+    if table is not None:
+        columns = _encode(table.columns, arrays)
+        manifest["table"] = {"title": table.title, "columns": columns}
+    text = json.dumps(manifest).encode()
+    arrays["manifest"] = np.frombuffer(text, np.uint8)
+    _write(Path(path), arrays)
+
+
+def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
+    """Read what `save` wrote.
+
+    Containers other than dict, list and tuple (an nnx state, an equinox module) come
+    back as nested dicts, unless `like` is a tree with the same parameter names, whose
+    containers are then used; its values do not matter.
+    """
+    path = Path(path)
+    manifest, arrays = _read(path)
+    try:
+        params = manifest.get("params")
+        if params is not None:
+            leaves = [_decode(leaf, arrays) for leaf in params["leaves"]]
+            if like is None:
+                params = _decode(params["tree"], leaves)
+            else:
+                params = _fill(like, dict(zip(params["names"], leaves, strict=True)))
+        quantizers = manifest.get("quantizers")
+        quantizers = None if quantizers is None else _decode(quantizers, arrays)
+        table = manifest.get("table")
+        if table is not None:
+            table = Table(_decode(table["columns"], arrays), table["title"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"jaxmet.load: {path} is damaged: {type(error).__name__} {error} while "
+            "reading its manifest. Save it again."
+        ) from error
+    return Saved(params, quantizers, table)
+
+
+def _fill(like: Any, leaves: Mapping[str, Any]) -> Any:
+    names = parameter_names(like)
+    if set(names) != set(leaves):
+        lost, extra = (sorted(a - b) for a, b in _both_ways(set(names), set(leaves)))
+        raise ValueError(
+            f"jaxmet.load: the file and like= differ: the file lacks {lost or 'none'} "
+            f"and like lacks {extra or 'none'}. Give the tree of the same model."
+        )
+    return flatten(like)[2].unflatten([leaves[name] for name in names])
+
+
+def _both_ways(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
+    yield a, b
+    yield b, a
+
+
+def _encode_tree(params: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Leaves in order, their names, and the tree with numbers where its leaves are."""
+    _, leaves, treedef = flatten(params)
+    numbered = treedef.unflatten(range(len(leaves)))
+    return {
+        "names": parameter_names(params),
+        "leaves": [_encode(leaf, arrays) for leaf in leaves],
+        "tree": _encode_containers(numbered, in_dict=False),
+    }
+
+
+def _encode_containers(tree: Any, *, in_dict: bool) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {
+            "dict": [
+                [_key(key), _encode_containers(value, in_dict=True)]
+                for key, value in tree.items()
+            ]
+        }
+    if type(tree) in (list, tuple):
+        values = [_encode_containers(value, in_dict=False) for value in tree]
+        return {type(tree).__name__: values}
+    if isinstance(tree, int):
+        return {"ref": tree}
+    # Another container: nested dicts by path, with the names that its leaves have.
+    nested: dict[str, Any] = {}
+    before = (jax.tree_util.DictKey(""),) if in_dict else ()
+    for path, number in jax.tree_util.tree_leaves_with_path(tree):
+        parts = path_parts((*before, *path))[len(before) :]
+        if not parts:
+            return {"ref": number}
+        inner = nested
+        for part in parts[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[parts[-1]] = number
+    return _encode_containers(nested, in_dict=False)
+
+
+def _key(key: Any) -> str | int:
+    if isinstance(key, str | int):
+        return key
+    raise ValueError(
+        f"jaxmet.save: the tree has the key {key!r}. Keys must be texts or integers."
+    )
+
+
+def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """A value as JSON; arrays go to `arrays` and leave a reference."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value if not isinstance(value, np.generic) else value.item()
+    if isinstance(value, Mapping):
+        return {"dict": [[_key(k), _encode(v, arrays)] for k, v in value.items()]}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_encode(v, arrays) for v in value]}
+    if type(value).__name__ in TYPES:
+        fields = {
+            f.name: _encode(getattr(value, f.name), arrays)
+            for f in dataclasses.fields(value)
+        }
+        return {"type": type(value).__name__, "fields": fields}
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return _encode_array(value, arrays)
+    raise ValueError(
+        f"jaxmet.save: a leaf is of type {type(value).__name__}, which has no place in "
+        "a file of arrays. Save arrays, numbers and texts."
+    )
+
+
+def _encode_array(value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    node: dict[str, Any] = {"array": str(len(arrays))}
+    node["numpy"] = not isinstance(value, jax.Array)
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError("jaxmet.save: a leaf is traced. Save outside of jax.jit.")
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        node["key"] = str(jax.random.key_impl(value))
+        value = jax.random.key_data(value)
+    data = np.asarray(jax.device_get(value))
+    node["dtype"] = data.dtype.name
+    if data.dtype.kind not in "biufc" or data.dtype.isbuiltin != 1:
+        # Numpy forgets types it does not define: their bytes are stored instead.
+        data = np.ascontiguousarray(data).view(f"u{data.dtype.itemsize}")
+    arrays[node["array"]] = data.reshape(value.shape)
+    return node
+
+
+def _decode(node: Any, arrays: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if "ref" in node:
+        return arrays[node["ref"]]
+    if "dict" in node:
+        return {key: _decode(value, arrays) for key, value in node["dict"]}
+    if "list" in node:
+        return [_decode(value, arrays) for value in node["list"]]
+    if "tuple" in node:
+        return tuple(_decode(value, arrays) for value in node["tuple"])
+    if "type" in node:
+        fields = {k: _decode(v, arrays) for k, v in node["fields"].items()}
+        return TYPES[node["type"]](**fields)
+    data = arrays[node["array"]]
+    dtype = jnp.dtype(node["dtype"])
+    data = data if data.dtype == dtype else data.view(dtype)
+    if "key" in node:
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=node["key"])
+    return data if node["numpy"] else jnp.asarray(data)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "xb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest and all arrays, or an error that says what the file is."""
+
+    def refusal(found: str, cure: str) -> ValueError:
+        return ValueError(f"jaxmet.load: {path} {found}. {cure}.")
+
+    with open(path, "rb") as file:  # a missing file is its own clear error
+        start = file.read(4)
+    if not start:
+        raise refusal("is empty", "Save it again")
+    if start[:2] != b"PK":
+        raise refusal(f"starts with {start!r}: no npz file", "Give a file of jm.save")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
+        raise refusal(f"is cut short or damaged ({error})", "Save it again") from error
+    if "manifest" not in arrays:
+        raise refusal(
+            f"is an npz of {sorted(arrays)[:5]} and has no manifest",
+            "Give a file of jm.save",
+        )
+    try:
+        manifest = json.loads(arrays["manifest"].tobytes())
+        found, version = manifest["format"], manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise refusal(f"has no readable manifest ({error})", "Save it again") from error
+    if found != FORMAT:
+        raise refusal(f"has the format {found!r}", "Give a file of jm.save")
+    if not isinstance(version, int) or version > VERSION:
+        raise refusal(
+            f"has version {version!r} of the format, and this is version {VERSION}",
+            "Update jaxmet",
+        )
+    return manifest, arrays

@@ -1,0 +1,217 @@
+"""What is saved comes back the same, and what is no such file is refused."""
+
+import collections
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import freeze
+
+from jaxmet.tree import files
+from jaxmet.tree.files import load, save
+from jaxmet.tree.leaves import Compressed
+from jaxmet.tree.names import named_leaves
+from jaxmet.tree.quantizers import Quantizer, Quantizers
+from jaxmet.tree.table import Table
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert isinstance(x, jax.Array) == isinstance(y, jax.Array)
+        if isinstance(x, jax.Array | np.ndarray):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                x, y = jax.random.key_data(x), jax.random.key_data(y)
+            np.testing.assert_array_equal(x, y)
+        else:
+            assert type(x) is type(y) and x == y
+
+
+def params():
+    return {
+        "params": {
+            "stem": {
+                "kernel": Compressed(jnp.ones((2, 3)), upper=jnp.full(3, 6.0)),
+                "bias": jnp.full(3, 1.5, jnp.bfloat16),
+            },
+            "blocks": [(jnp.arange(3), None), (), [], {}],
+        },
+        "other": {
+            "int4": jnp.asarray([-8, 3, 7], jnp.int4),
+            "float8": jnp.asarray([0.5, -2], jnp.float8_e4m3fn),
+            "scalar": jnp.asarray(2.5, jnp.bfloat16),
+            "key": jax.random.key(3),
+            "numpy": np.linspace(0, 1, 5),
+            "empty": np.zeros((0, 2), np.int8),
+            "flag": np.asarray([True, False]),
+            "number": 0.1,
+            "step": 3,
+            "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        },
+    }
+
+
+def quantizers():
+    return Quantizers(
+        {
+            "stem/kernel": Quantizer(jnp.ones((1, 3)), bits=4, axis=(1,)),
+            "stem/bias": Quantizer(bits=32, product=("stem/kernel", "input")),
+        },
+        {"input": Quantizer(jnp.float32(0.1), jnp.float32(8), symmetric=False)},
+        shared=(("a", "input"),),
+        left=(("b", "why"),),
+    )
+
+
+def test_everything_comes_back(tmp_path):
+    path = tmp_path / "model.any"
+    table = Table({"site": ["a", "b"], "sqnr": [1.5, None], "n": [1, 2]}, "title")
+    save(path, params=params(), quantizers=quantizers(), table=table)
+    saved = load(path)
+    assert_same(saved.params, params())
+    assert_same(saved.quantizers, quantizers())
+    assert saved.table.columns == table.columns and saved.table.title == "title"
+    assert set(saved) == {"params", "quantizers", "table"}
+    assert saved["table"] is saved.table and len(saved) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["model.any"]
+
+
+def test_parts_and_integer_keys(tmp_path):
+    path = tmp_path / "model.npz"
+    save(str(path), params={0: jnp.ones(2), 1: [jnp.ones(1)]})
+    saved = load(str(path))
+    assert list(saved) == ["params"] and saved.quantizers is None
+    assert_same(saved.params, {0: jnp.ones(2), 1: [jnp.ones(1)]})
+    save(path, quantizers=quantizers())  # over the old file
+    assert list(load(path)) == ["quantizers"]
+    save(path, params=jnp.ones(3))
+    assert_same(load(path).params, jnp.ones(3))
+    with pytest.raises(ValueError, match="nothing to save"):
+        save(path)
+    assert list(load(path)) == ["params"]
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+def containers():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Linear(2, 3, rngs=rngs)
+            self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(11)])
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    mlp = eqx.nn.MLP(2, 2, 3, 2, key=jax.random.key(0))
+    return {
+        "nnx": nnx.split(Model(nnx.Rngs(0)))[1],
+        "equinox": eqx.filter(mlp, eqx.is_array),
+        "frozen": freeze(
+            {"params": {"a": {"w": jnp.ones(2)}}, "s": {"m": jnp.ones(1)}}
+        ),
+        "namedtuple": {"params": {"p": Pair(jnp.ones(1), [jnp.zeros(2)])}},
+    }
+
+
+@pytest.mark.parametrize("name", ["nnx", "equinox", "frozen", "namedtuple"])
+def test_other_containers_become_dicts_by_name_or_like_a_given_tree(name, tmp_path):
+    tree = containers()[name]
+    path = tmp_path / "model.npz"
+    save(path, params=tree)
+    assert_same(load(path, like=tree).params, tree)
+    shapes = jax.eval_shape(lambda: tree)
+    assert_same(load(path, like=shapes).params, tree)
+    plain = load(path).params
+    assert type(plain) is dict
+    old, new = named_leaves(tree), named_leaves(plain)
+    assert set(old) == set(new)
+    assert_same(dict(old), dict(new))
+
+
+def test_a_tree_unlike_the_file_is_refused(tmp_path):
+    path = tmp_path / "model.npz"
+    save(path, params={"a": jnp.ones(1), "b": jnp.ones(1)})
+    with pytest.raises(ValueError, match=r"lacks \['c'\].*like lacks \['b'\]"):
+        load(path, like={"a": 0, "c": 0})
+
+
+def test_unsuitable_leaves_and_keys_are_refused_and_leave_no_file(tmp_path):
+    path = tmp_path / "model.npz"
+    for tree, message in [
+        ({"f": print}, "builtin_function"),
+        ({(1, 2): jnp.ones(1)}, r"the key \(1, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=rf"jaxmet\.save: .*{message}"):
+            save(path, params=tree)
+    with pytest.raises(ValueError, match="traced"):
+        jax.jit(lambda x: save(path, params=x))(jnp.ones(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.npz"
+    save(path, params=jnp.ones(1))
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, params=jnp.zeros(1))
+    monkeypatch.undo()
+    assert_same(load(path).params, jnp.ones(1))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def with_manifest(path, manifest, **arrays):
+    text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+    with open(path, "wb") as file:
+        np.savez(file, manifest=text, **arrays)
+
+
+def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
+    path = tmp_path / "model.npz"
+    save(path, params={"w": jnp.arange(1000.0)})
+    whole = path.read_bytes()
+
+    def refused(message):
+        with pytest.raises(ValueError, match=rf"jaxmet\.load: .*model\.npz {message}"):
+            load(path)
+
+    for size in (10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused("is cut short or damaged")
+    middle = len(whole) // 2
+    path.write_bytes(
+        whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    )
+    refused("is cut short or damaged")
+    path.write_bytes(b"")
+    refused("is empty")
+    path.write_bytes(b"\x80\x04pickle")
+    refused("starts with b'.x80.*no npz")
+    np.save(path.with_suffix(".npy"), np.ones(3))
+    path.write_bytes(path.with_suffix(".npy").read_bytes())
+    refused("starts with")
+    np.savez(path, weights=np.ones(3))
+    refused(r"is an npz of \['weights'\] and has no manifest")
+    np.savez(path, manifest=np.frombuffer(b"{", np.uint8))
+    refused("has no readable manifest")
+    with_manifest(path, {"format": "other", "version": 1})
+    refused("has the format 'other'")
+    with_manifest(path, {"format": "jaxmet", "version": files.VERSION + 1})
+    refused(f"has version {files.VERSION + 1} of the format.*Update jaxmet")
+    leaf = {"array": "0", "dtype": "float32", "numpy": True}
+    params = {"names": ["w"], "leaves": [leaf], "tree": {"ref": 0}}
+    with_manifest(path, {"format": "jaxmet", "version": 1, "params": params})
+    refused("is damaged: KeyError '0'")
+    params["leaves"] = [{"type": "Gadget", "fields": {}}]
+    with_manifest(path, {"format": "jaxmet", "version": 1, "params": params})
+    refused("is damaged: KeyError 'Gadget'")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "absent.npz")

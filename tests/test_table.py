@@ -1,0 +1,97 @@
+"""Tables: rows, columns, filters and how they print."""
+
+import builtins
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmet.tree.table import Table
+
+
+def table():
+    columns = {
+        "site": ["stem", "head"],
+        "sqnr": [12.34567, None],
+        "macs": [1234567, np.int32(8)],
+        "left": [False, True],
+    }
+    return Table(columns, title="Sites")
+
+
+def test_rows_columns_and_length():
+    t = table()
+    assert len(t) == 2
+    assert t["site"] == ["stem", "head"]
+    assert [row["macs"] for row in t] == [1234567, 8]
+    assert list(next(iter(t))) == ["site", "sqnr", "macs", "left"]
+    with pytest.raises(KeyError, match="no column 'sites'.*'site'"):
+        t["sites"]
+
+
+def test_columns_must_be_equally_long():
+    with pytest.raises(ValueError, match=r"jaxmet\.Table.*'a': 1.*'b': 2"):
+        Table({"a": [1], "b": [1, 2]})
+
+
+def test_columns_are_copied():
+    column = [1, 2]
+    t = Table({"a": column})
+    column.append(3)
+    assert t["a"] == [1, 2]
+
+
+def test_where():
+    t = table()
+    assert t.where(site="head")["macs"] == [8]
+    assert t.where(sqnr=None)["site"] == ["head"]
+    assert len(t.where(site="stem", left=True)) == 0
+    with pytest.raises(KeyError, match="'kind'"):
+        t.where(kind=1)
+
+
+def test_concat_keeps_all_columns():
+    t = Table.concat(Table({"a": [1]}), Table({"a": [2], "b": ["x"]}), title="both")
+    assert t.columns == {"a": [1, 2], "b": [None, "x"]} and t.title == "both"
+
+
+def test_it_prints_aligned():
+    assert repr(table()).splitlines() == [
+        "Sites",
+        "site   sqnr     macs  left",
+        "stem  12.35  1234567  no",
+        "head      –        8  yes",
+    ]
+    numbers = Table({"x": [1e-9, float("nan"), jnp.float32(2), 100.0, 123456.0]})
+    assert repr(numbers).split() == ["x", "1e-09", "nan", "2", "100", "1.235e+05"]
+    assert "(no rows)" in repr(Table({"a": []}))
+    assert len(Table({})) == 0 and repr(Table({}))
+
+
+def test_html_escapes():
+    text = Table({"a<b": ["<x>", None]}, title="t & u")._repr_html_()
+    assert "<caption>t &amp; u</caption>" in text
+    assert "<th>a&lt;b</th>" in text and "<td>&lt;x&gt;</td>" in text
+    assert text.count("<tr>") == 3
+    assert 'style="text-align:right">7<' in Table({"n": [7]})._repr_html_()
+
+
+def test_pandas_is_named_where_it_is_missing(monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "pandas":
+            raise ImportError(name)
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        table().to_pandas()
+
+
+def test_pandas():
+    pandas = pytest.importorskip("pandas")
+    frame = table().to_pandas()
+    assert (
+        isinstance(frame, pandas.DataFrame) and list(frame["site"]) == table()["site"]
+    )
