@@ -4,20 +4,26 @@
     python benchmarks/train_demo.py --validate      # for choosing hyper-parameters
 
 The data are the four idx files of Fashion-MNIST (Debian: dataset-fashion-mnist);
-nothing is downloaded. With `--validate` 5,000 training images are held out, scored
-and nothing is written unless `--out` says where; test images are not touched. Else
-all 60,000 are trained on and the packaged test images are scored once, at the end.
+nothing is downloaded. With `--validate` 5,000 training images are held out and scored,
+and nothing is written unless `--out` says where; test images are not touched. Else all
+60,000 are trained on and the packaged test images are scored once, at the end. The
+calibration images are 512 of the 5,000.
 
-Plain SGD with a high learning rate and L2 on the kernels, as for ImageNet networks.
-One CPU core takes under half an hour: XLA's CPU back end is slow at the gradients of
-depthwise convolutions, so `fast_layers` computes them as shifts and products instead.
+AdamW with a high learning rate, and no decay of the norms' gains: channels drift
+apart, as they do in ImageNet's MobileNetV2, and that is what the demo is about. On the
+held-out images one epoch of it (at 0.01) gave 88.9 % and depthwise channels up to 40
+times as wide as the median one of their layer; two epochs of SGD (at 0.1) gave 90.0 %
+and about 5 times. The default rate and length were not tuned any further.
+
+One CPU core suffices: XLA's CPU back end is slow at the gradients of depthwise
+convolutions and norms, so `fast_layers` computes the same in other forms.
 """
 
 import argparse
 import gzip
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,8 @@ BATCH = 32
 TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
+Saved = tuple[jax.Array, jax.Array]
+Tree = dict[str, Any]
 
 
 def read_idx(path: Path) -> Images:
@@ -73,11 +81,15 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return _windows(_padded(x, stride)[0], kernel, stride, -(-x.shape[1] // stride))
 
 
-def _depthwise_fwd(x: jax.Array, kernel: jax.Array, stride: int):
+def _depthwise_fwd(
+    x: jax.Array, kernel: jax.Array, stride: int
+) -> tuple[jax.Array, Saved]:
     return depthwise(x, kernel, stride), (x, kernel)
 
 
-def _depthwise_bwd(stride: int, saved: tuple[jax.Array, jax.Array], g: jax.Array):
+def _depthwise_bwd(
+    stride: int, saved: Saved, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     padded, low = _padded(x, stride)
     batch, size, _, channels = g.shape
@@ -113,7 +125,9 @@ def _norm(layer: nn.BatchNorm, x: jax.Array) -> jax.Array:
     return (flat * gain[None] + shift[None]).reshape(x.shape)
 
 
-def fast_layers(call, args, kwargs, context):
+def fast_layers(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Tree, context: Any
+) -> Any:
     """For `nn.intercept_methods`: the same layers, in forms that the CPU likes."""
     layer = context.module
     if context.method_name != "__call__":
@@ -146,18 +160,22 @@ def augment(key: jax.Array, x: jax.Array) -> jax.Array:
 def optimizer(
     steps: int, learning_rate: float, weight_decay: float
 ) -> optax.GradientTransformation:
+    """AdamW after a short warm-up, with a cosine's decay; only kernels decay."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, steps // 20, steps
     )
     kernels = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=kernels),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
-    )
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
 
 
-def make_step(network: Network, optimize: optax.GradientTransformation):
-    def loss(params, batch_stats, x, labels):
+def make_step(
+    network: Network, optimize: optax.GradientTransformation
+) -> Callable[..., tuple[tuple[Tree, Tree], optax.OptState, jax.Array]]:
+    """One update of `(params, batch_stats)`: they, the optimizer's state, the loss."""
+
+    def loss(
+        params: Tree, batch_stats: Tree, x: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, Tree]:
         with nn.intercept_methods(fast_layers):
             logits, updates = network.apply(
                 {"params": params, "batch_stats": batch_stats},
@@ -170,7 +188,13 @@ def make_step(network: Network, optimize: optax.GradientTransformation):
         return jnp.mean(losses), updates["batch_stats"]
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables, state, key, x, labels):
+    def step(
+        variables: tuple[Tree, Tree],
+        state: optax.OptState,
+        key: jax.Array,
+        x: jax.Array,
+        labels: jax.Array,
+    ) -> tuple[tuple[Tree, Tree], optax.OptState, jax.Array]:
         x = augment(key, x)
         grad = jax.value_and_grad(loss, has_aux=True)
         (value, batch_stats), grads = grad(*variables, x, labels)
@@ -189,7 +213,7 @@ def batches(
         yield as_input(images[chosen]), jnp.asarray(labels[chosen], jnp.int32)
 
 
-def train(images: Images, labels: Images, args: argparse.Namespace) -> dict[str, Any]:
+def train(images: Images, labels: Images, args: argparse.Namespace) -> Tree:
     """The variables after `args.epochs` epochs; one line of progress for each."""
     network, rng = Network(), np.random.default_rng(args.seed)
     key, start = jax.random.split(jax.random.key(args.seed))
@@ -214,7 +238,7 @@ def train(images: Images, labels: Images, args: argparse.Namespace) -> dict[str,
     return {"params": pair[0], "batch_stats": pair[1]}
 
 
-def accuracy(variables: dict[str, Any], images: Images, labels: Images) -> float:
+def accuracy(variables: Tree, images: Images, labels: Images) -> float:
     """Of plain inference, without the training's formulations."""
     predict = jax.jit(lambda v, x: jnp.argmax(Network().apply(v, x), axis=-1))
     right = 0
@@ -224,7 +248,7 @@ def accuracy(variables: dict[str, Any], images: Images, labels: Images) -> float
     return right / len(images)
 
 
-def save_weights(path: Path, variables: dict[str, Any]) -> None:
+def save_weights(path: Path, variables: Tree) -> None:
     flat, _ = jax.tree.flatten_with_path(variables)
     arrays = {"/".join(key.key for key in path): np.asarray(x) for path, x in flat}
     np.savez_compressed(path, **arrays)
@@ -235,9 +259,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of idx.gz")
     parser.add_argument("--out", type=Path, help="where to write; the demo's folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=int, default=11)
+    parser.add_argument("--learning-rate", type=float, default=0.015)
+    parser.add_argument("--weight-decay", type=float, default=0.02)
     parser.add_argument("--validate", action="store_true", help="hold 5,000 out")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Fake quantization against its definition in float64, and under every transformation."""
+"""Fake quantization against its definition, and under every transformation."""
 
 import functools
 
@@ -139,10 +139,11 @@ def test_blocks_are_a_loop_too_and_one_block_is_per_channel(block):
         ]
         return jnp.concatenate(parts, 1)
 
+    blocked, loop = jax.jit(blocked), jax.jit(loop)
     np.testing.assert_array_equal(blocked(x, scale), loop(x, scale))
     for argument in (0, 1):
         gradient, expected = (
-            jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), argument)(x, scale)
+            jax.jit(jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), argument))(x, scale)
             for f in (blocked, loop)
         )
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
@@ -172,7 +173,7 @@ def test_gradients_are_those_of_the_surrogate():
         return (weights * surrogate(*args, at) ** 2).sum()
 
     wide = [np.asarray(a, np.float64) for a in at]
-    for i, gradient in enumerate(jax.grad(loss, (0, 1, 2))(*at)):
+    for i, gradient in enumerate(jax.jit(jax.grad(loss, (0, 1, 2)))(*at)):
         expected = np.zeros(wide[i].shape)
         for index in np.ndindex(*wide[i].shape):
             ends = []
@@ -187,23 +188,23 @@ def test_gradients_are_those_of_the_surrogate():
 
 def test_grid_ends_get_no_gradient():
     x, scale, zero_point = case()
-    f = lambda low, high: fake_quant(x, scale, zero_point, low, high).sum()  # noqa: E731
+    f = lambda low, high: fake_quant(x, scale, zero_point, low, high).sum()
     assert jax.grad(f, (0, 1))(0.0, 15.0) == (0.0, 0.0)
 
 
 def test_second_order_is_that_of_the_surrogate():
     x, s, z = jnp.float32(1.03), jnp.float32(0.1), jnp.float32(2)
-    f = lambda *a: fake_quant(*a, 0, 15) ** 2  # noqa: E731
+    f = lambda *a: fake_quant(*a, 0, 15) ** 2
     residual = round(1.03 / 0.1) - 1.03 / 0.1
     # inside: (x + s r)^2 with r fixed
     expected = 2 * np.array([[1, residual, 0], [residual, residual**2, 0], [0, 0, 0]])
-    np.testing.assert_allclose(jax.hessian(f, (0, 1, 2))(x, s, z), expected, atol=1e-5)
+    hessian = jax.jit(jax.hessian(f, (0, 1, 2)))
+    np.testing.assert_allclose(hessian(x, s, z), expected, atol=1e-5)
     # outside: s^2 (15 - z)^2
     n = 13.0
     cross = -4 * 0.1 * n
     expected = np.array([[0, 0, 0], [0, 2 * n**2, cross], [0, cross, 2 * 0.1**2]])
-    hessian = jax.hessian(f, (0, 1, 2))(jnp.float32(9), s, z)
-    np.testing.assert_allclose(hessian, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(hessian(9.0, s, z), expected, rtol=1e-4, atol=1e-5)
 
 
 def loss(x, scale, zero_point):
@@ -212,10 +213,10 @@ def loss(x, scale, zero_point):
 
 def test_forward_reverse_linearize_and_remat_agree():
     at = case()
-    reverse = jax.grad(loss, (0, 1, 2))(*at)
+    reverse = jax.grad(loss, (0, 1, 2))(*at)  # the one that is not compiled whole
     for other in (
-        jax.jacfwd(loss, (0, 1, 2))(*at),
-        jax.grad(jax.checkpoint(loss), (0, 1, 2))(*at),
+        jax.jit(jax.jacfwd(loss, (0, 1, 2)))(*at),
+        jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*at),
         jax.jit(jax.grad(loss, (0, 1, 2)))(*at),
     ):
         for a, b in zip(reverse, other, strict=True):
@@ -236,15 +237,17 @@ def test_vmap_is_a_loop(dims):
         a if d is None else jnp.stack([a * c for c in factors], d)
         for a, d in zip((x, scale, zero_point), dims, strict=True)
     ]
-    out = jax.vmap(per_channel, dims)(*args)
-    grad = jax.vmap(jax.grad(loss, (0, 1, 2)), dims)(*args)
+    gradient = jax.grad(loss, (0, 1, 2))
+    out = jax.jit(jax.vmap(per_channel, dims))(*args)
+    grad = jax.jit(jax.vmap(gradient, dims))(*args)
+    gradient = jax.jit(gradient)
     for i in range(3):
         one = [
             a if d is None else jnp.take(a, i, d)
             for a, d in zip(args, dims, strict=True)
         ]
         np.testing.assert_array_equal(out[i], per_channel(*one))
-        for a, b in zip(grad, jax.grad(loss, (0, 1, 2))(*one), strict=True):
+        for a, b in zip(grad, gradient(*one), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
 
 
@@ -290,8 +293,11 @@ def test_shard_map_values_gradients_and_wrong_specs():
 
     out = jax.jit(sharded(split))(x, scale, zero_point)
     np.testing.assert_array_equal(out, per_channel(x, scale, zero_point))
-    gradient = jax.grad(lambda s: (sharded(split)(x, s, zero_point) ** 2).sum())(scale)
-    expected = jax.grad(loss, 1)(x, scale, zero_point)
+    gradient = jax.jit(
+        jax.grad(lambda s: (sharded(split)(x, s, zero_point) ** 2).sum())
+    )
+    gradient = gradient(scale)
+    expected = jax.jit(jax.grad(loss, 1))(x, scale, zero_point)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="out_specs"):
         sharded(whole)(x, scale, zero_point)
@@ -301,13 +307,13 @@ def test_explicit_sharding_is_kept():
     x, scale, zero_point = case(3, (8, 6, 4))
     mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Explicit,))
     expected = per_channel(x, scale, zero_point)
-    gradient = jax.grad(loss, 1)(x, scale, zero_point)
+    gradient = jax.jit(jax.grad(loss, 1))(x, scale, zero_point)
     with jax.set_mesh(mesh):
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("i")))
         out = jax.jit(per_channel)(x, scale, zero_point)
         assert jax.typeof(out).sharding.spec[0] == "i"
         np.testing.assert_array_equal(out, expected)
-        sharded = jax.grad(loss, 1)(x, scale, zero_point)
+        sharded = jax.jit(jax.grad(loss, 1))(x, scale, zero_point)
         np.testing.assert_allclose(sharded, gradient, rtol=1e-4, atol=1e-4)
 
 

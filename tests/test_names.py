@@ -20,6 +20,7 @@ from jaxmet.tree.names import (
 )
 
 Pair = collections.namedtuple("Pair", "left right")
+Leaf = collections.namedtuple("Leaf", "value")
 
 
 class Linen(nn.Module):
@@ -57,6 +58,7 @@ def test_nnx_names_equal_linen_names():
 def test_value_is_dropped_by_key_type_not_by_text():
     tree = {"attn": {"value": 1.0, "query": 2.0}}
     assert parameter_names(tree) == ["attn/query", "attn/value"]
+    assert parameter_names([Leaf(1.0)]) == ["0/value"]
 
 
 def test_equinox_haiku_and_plain_names():

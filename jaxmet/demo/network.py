@@ -26,7 +26,9 @@ BLOCKS = (
 )
 
 
-def _conv(features: int, window: int, stride: int, name: str, groups: int = 1):
+def _conv(
+    features: int, window: int, stride: int, name: str, groups: int = 1
+) -> nn.Conv:
     """A convolution without a bias: the norm behind it has one."""
     return nn.Conv(
         features,

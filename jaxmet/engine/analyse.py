@@ -44,7 +44,7 @@ def analyse(call: Call) -> Analysis:
     label(region)
     live = live_values(region)
     starts = [
-        Cluster("input", "input", [], v, operands=[v])
+        Cluster("input", "values" if v.inexact else "integers", [], v, operands=[v])
         for v in inputs
         if v in live and not compat.is_key(v.aval)
     ]

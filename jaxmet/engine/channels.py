@@ -8,6 +8,7 @@ between. A group that something forbids to rescale says what.
 import dataclasses
 from collections.abc import Iterable
 
+from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
 from jaxmet.engine.analyse import Analysis
 from jaxmet.engine.grouping import Cluster, leaf_of
@@ -165,10 +166,10 @@ class _Finder:
         norm = node.norm
         assert norm is not None
         if norm.over != "stored":
-            why = "a norm over the data" if norm.over == "data" else "constant statistics"
+            why = "constant statistics" if norm.over == "constant" else "a norm over the data"
             self.freeze(cluster.exit.axes, f"{node.name}: {why}")
             return
-        if not norm.plain or node.region:
+        if not norm.plain or any(name not in compat.REMAT for name in node.region):
             self.freeze(cluster.exit.axes, f"{node.name}: a norm of an unknown form")
             return
         roles = {"mean": "shift", "bias": "shift", "variance": "variance", "scale": "scale"}

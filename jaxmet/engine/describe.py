@@ -4,18 +4,23 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from jaxmet.engine import labels as lb
 from jaxmet.engine.analyse import Analysis
 from jaxmet.engine.grouping import (
     LINEAR,
+    REDUCTIONS,
+    VIEWS,
     Cluster,
     Leaf,
     leaf_of,
     leaves_under,
     through_views,
+    varying_axes,
 )
+from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Edge, Node, Norm, Weight
 from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value, carried
-from jaxmet.engine.views import follow, holding, numbered
+from jaxmet.engine.views import CASTS, follow, holding, numbered
 
 
 def describe(analysis: Analysis) -> dict[Cluster, Node]:
@@ -23,17 +28,20 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
     regions = _regions(analysis.region)
     shared = _shared(analysis)
     origins = Origins(analysis)
-    nodes = {}
+    nodes, named = {}, set(analysis.clusters)
     for cluster in analysis.clusters:
-        where = regions.get(cluster.exit.producer, ())
-        where = where if cluster.equations else ()
+        place = regions.get(cluster.exit.producer, ()) if cluster.equations else ()
+        parameters = tuple(n for v in cluster.operands for n in _parameters(v))
         nodes[cluster] = Node(
             cluster.name,
             cluster.kind,
             cluster.function,
             tuple(origins.edges(cluster)),
-            tuple(n for v in cluster.operands for n in _parameters(v)),
-            region=where,
+            parameters,
+            only_readers=_only_readers(cluster.exit, named),
+            shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
+            region=tuple(e.name for e in place),
+            layers=_layers(place),
             **_details(cluster, shared),
         )
     carriers = _carriers(nodes)
@@ -49,18 +57,50 @@ def _parameters(value: Value) -> list[str]:
     return [leaf.name for leaf in leaves_under(value) if leaf.name]
 
 
-def _regions(region: Region, path: tuple[str, ...] = ()) -> dict[Any, tuple[str, ...]]:
-    found: dict[Any, tuple[str, ...]] = {}
+Place = tuple[Equation, ...]
+
+
+def _only_readers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
+    """The named nodes that read a value as it is, if nothing else uses it."""
+    found: dict[str, None] = {}
+    for use in value.uses:
+        if use is not None and use.node in named:
+            found[use.node.name] = None
+            continue
+        if use is None or use.name not in CASTS or len(use.operands) != 1:
+            return None
+        deeper = _only_readers(use.results[0], named)
+        if deeper is None or not use.results[0].inexact:
+            return None
+        found |= dict.fromkeys(deeper)
+    return tuple(found)
+
+
+def _regions(region: Region, path: Place = ()) -> dict[Any, Place]:
+    """For each equation the loops and branches around it, outermost first."""
+    found: dict[Any, Place] = {}
     for equation in region.equations:
         found[equation] = path
         for body in equation.bodies:
-            found |= _regions(body, (*path, equation.name))
+            found |= _regions(body, (*path, equation))
     return found
+
+
+def _layers(place: Place) -> int | None:
+    """The length of the one loop around a node, if that loop slices parameters."""
+    loops = [e for e in place if e.name in ("scan", "while")]
+    if len(loops) != 1 or loops[0].name != "scan":
+        return None
+    sliced = [v for v in loops[0].bodies[0].inputs if v.sliced and v.kind == PARAM]
+    return loops[0].params["length"] if sliced else None
 
 
 def _shared(analysis: Analysis) -> set[str]:
     """Parameters that more than one equation reads."""
     uses: Counter[str] = Counter()
+    for value in analysis.region.outputs:
+        if value.kind == PARAM and leaf_of(value) is None:  # a penalty, not the leaf itself
+            uses.update(_parameters(value))
     for equation in analysis.region.walk():
         if equation.kind != DATA:
             continue
@@ -79,11 +119,11 @@ def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
         equation = cluster.equations[0]
         rows = equation.params["dimension_numbers"].collapsed_slice_dims
         return {
-            "weight": _weight(weight, leaf, rows, (), shared),
+            "weight": _weight(cluster, leaf, rows, (), shared),
             "features": tuple(equation.params["dimension_numbers"].offset_dims),
         }
     if cluster.kind == "norm":
-        return {"norm": _norm(cluster)}
+        return {"norm": _norm(cluster), "features": _norm_features(cluster)}
     if cluster.kind == "activation":
         factor = cluster.details.get("factor")
         leaf = leaf_of(factor) if factor is not None else None
@@ -120,7 +160,7 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
     leaf = leaf_of(weight)
     bias_leaf = leaf_of(bias) if bias is not None else None
     return {
-        "weight": _weight(weight, leaf, out_axes, in_axes, shared),
+        "weight": _weight(cluster, leaf, out_axes, in_axes, shared),
         "bias": bias_leaf.value.name if bias_leaf else None,
         "derived_bias": bias is not None and bias_leaf is None,
         "convolution": convolution,
@@ -130,15 +170,16 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
 
 
 def _weight(
-    value: Value,
+    cluster: Cluster,
     leaf: Leaf | None,
     out_axes: tuple[int, ...],
     in_axes: tuple[int, ...],
     shared: set[str],
 ) -> Weight:
-    names = tuple(_parameters(value))
+    value = cluster.details["weight"]
+    names, operand = tuple(_parameters(value)), cluster.operands.index(value)
     if leaf is None:
-        return Weight(None, names, out_axes=out_axes, in_axes=in_axes)
+        return Weight(None, names, out_axes=out_axes, in_axes=in_axes, operand=operand)
     before = numbered(leaf.value)
     after = follow(before, leaf.views)
     outs = set(holding(before, [after[i] for i in out_axes]))
@@ -153,6 +194,7 @@ def _weight(
         tuple(sorted(outs)),
         tuple(sorted(ins)),
         tuple(i for i in range(leaf.value.ndim) if i not in known),
+        operand,
     )
 
 
@@ -172,9 +214,41 @@ def _norm(cluster: Cluster) -> Norm:
     if details["affine"]:
         over = "constant" if details["constant"] else "stored"
     else:
-        over = "data"
-    plain = plain and (over != "stored" or variance is not None)
+        labels = _batch_labels(details["spread"], cluster)
+        mixed = labels is not None and not any(lb.carries_batch(a) for a in labels)
+        over = "batch" if carries(cluster.exit) and mixed else "data"
+    plain = plain and details["direct"] and (over != "stored" or variance is not None)
     return Norm(over, **roles, epsilon=epsilon, plain=plain and _only_affine(cluster))
+
+
+def _batch_labels(value: Value, norm: Cluster) -> list[lb.Axis] | None:
+    """Labels that tell where the batch is in a value inside a norm, None if unknown.
+
+    The rules label a norm from outside only; here fresh atoms go through its statistics.
+    """
+    equation = value.producer
+    if equation is None or equation.node is not norm:
+        pairs = zip(value.shape, value.axes or ((),) * value.ndim, strict=True)
+        return [(lb.Atom(n, batch=lb.carries_batch(a)),) for n, a in pairs]
+    moves = equation.name in VIEWS or equation.name in REDUCTIONS
+    found = [v for v in equation.data if moves or v.shape == value.shape]
+    axes = _batch_labels(found[0], norm) if found else None
+    if axes is None or not moves:
+        return axes
+    if equation.name in VIEWS:
+        return follow(axes, [equation])
+    return [a for i, a in enumerate(axes) if i not in equation.params["axes"]]
+
+
+def _norm_features(cluster: Cluster) -> tuple[int, ...]:
+    """The axes of a norm along which what it subtracts, multiplies and adds differs."""
+    wide = [
+        v
+        for e in cluster.equations
+        for v in e.operands
+        if e.kind == DATA and v.kind == PARAM and v.ndim == cluster.exit.ndim
+    ]
+    return tuple(sorted(set().union(*(varying_axes(v) for v in wide))))
 
 
 def _variance(spread: Value) -> tuple[str | None, float]:

@@ -293,19 +293,20 @@ def _norms(region: Region) -> Iterable[Cluster]:
 
 
 def _norm(root: Equation, inverse: bool, order: dict[Equation, int]) -> Cluster | None:
-    del inverse  # a division by the root and a product with its inverse read alike
-    gain = root.results[0]
-    scale = None
+    gain, scale = root.results[0], None
+    upright, scaled = inverse, True  # whether the gain holds 1/root, and scale itself
     while True:
         use = _only_use(gain)
         if use is None or not _free(use):
             return None
         others = [v for v in use.operands if v is not gain]
+        if use.name == "div" and use.operands[1] is gain:
+            upright, scaled = not upright, not scaled
         if use.name in SCALE and others and others[0].kind == DATA:
             if _derived_from_same(others[0], gain, use):
                 break
         if use.name in SCALE and others and others[0].kind == PARAM:
-            scale = others[0]
+            scale, scaled = others[0], use.name == "mul" or use.operands[1] is gain
         elif use.name in SCALE and others and others[0].kind == DATA and gain.kind == DATA:
             return None
         elif use.name not in VIEWS and not (
@@ -328,6 +329,7 @@ def _norm(root: Equation, inverse: bool, order: dict[Equation, int]) -> Cluster 
         "bias": bias,
         "affine": batch_free and (mean is None or mean.kind < DATA),
         "constant": root.kind == CONST,
+        "direct": upright and scaled and not (body.name == "div" and body.operands[0] is gain),
     }
     return Cluster("norm", "norm", equations, exit, source, details)
 

@@ -31,6 +31,7 @@ class Weight:
     out_axes: tuple[int, ...] = ()
     in_axes: tuple[int, ...] = ()
     window_axes: tuple[int, ...] = ()
+    operand: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,11 @@ class Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A normalization's parameters by role; `over` is 'stored', 'data' or 'constant'.
+    """A normalization's parameters by role, and what its statistics are.
 
-    Only one whose statistics are stored parameters is an affine map of its input.
+    `over` is 'stored' (parameters: only then is it an affine map of its input), 'data'
+    (each example's own), 'batch' (a batch norm in training) or 'constant'. `plain` says
+    that it is (x − mean)·scale/√(variance + epsilon) + bias and nothing else.
     """
 
     over: str
@@ -67,8 +70,12 @@ class Node:
     `kind` is one of input, product, matmul, lookup, norm, activation, add, multiply,
     concat, pool, resize, output; `function` says which. `features` are the axes of the
     result that the weight makes, `in_features` the axes of the first operand that it sums
-    over. `bounds` are those of a clip, `carrier` the product whose leaf may hold other
-    bounds for it, channel by channel. `region` names the loops and branches around it.
+    over; of a norm, `features` are the axes along which its parameters differ.
+    `only_readers` are the nodes that use the result as it is, None where anything else
+    uses it too; `shared` are those of its parameters that something else reads too.
+    `bounds` are those of a clip, `carrier` the product whose leaf may hold other
+    bounds for it, channel by channel. `region` names the loops and branches around it,
+    `layers` is the length of a loop that runs stacked layers.
     """
 
     name: str
@@ -83,11 +90,14 @@ class Node:
     norm: Norm | None = None
     features: tuple[int, ...] = ()
     in_features: tuple[int, ...] = ()
+    only_readers: tuple[str, ...] | None = None
+    shared: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None
     slope: float | None = None
     factor: str | None = None
     carrier: str | None = None
     region: tuple[str, ...] = ()
+    layers: int | None = None
 
     @property
     def is_site(self) -> bool:

@@ -23,10 +23,22 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.program import Equation, Region, Value
 from jaxmet.tree.leaves import is_compressed
 
-Run = Callable[..., Any]
-Hook = Callable[[Node, Run, tuple[Any, ...]], tuple[Any, Any]]
 Statistics = dict[str, Any]
 Environment = dict[Value, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Computes one node: `run(*operands)`. `iteration` counts the loops around it."""
+
+    compute: Callable[..., Any]
+    iteration: tuple[Any, ...] = ()
+
+    def __call__(self, *operands: Any) -> Any:
+        return self.compute(*operands)
+
+
+Hook = Callable[[Node, Run, tuple[Any, ...]], tuple[Any, Any]]
 
 
 class Counted(NamedTuple):
@@ -136,6 +148,7 @@ class Machine:
     hook: Hook
     bounds: Mapping[str, tuple[Any, Any]]
     cpu_formulations: bool = True
+    iteration: tuple[Any, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
 
     def read(self, environment: Environment, value: Value) -> Any:
@@ -172,7 +185,7 @@ class Machine:
         """Hand a node to the hook and keep what it returns."""
         node = self.nodes[cluster]
 
-        def run(*operands: Any) -> Any:
+        def compute(*operands: Any) -> Any:
             if node.carrier in self.bounds:
                 return clip(node, operands[0], *self.bounds[node.carrier])
             inside = dict(environment)
@@ -183,6 +196,7 @@ class Machine:
             return self.read(inside, cluster.exit)
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)
+        run = Run(compute, self.iteration)
         result, statistics = self.hook(node, run, operands)
         environment[cluster.exit] = result
         if statistics is not None:
@@ -213,13 +227,15 @@ def _scan(machine: Machine, equation: Equation, operands: list) -> list:
     constants = operands[:skip]
 
     def body(carry, slices):
-        out, statistics = machine.body(region, (*constants, *carry, *slices))
+        number, *slices = slices
+        inner = dataclasses.replace(machine, iteration=(*machine.iteration, number))
+        out, statistics = inner.body(region, (*constants, *carry, *slices))
         return out[:count], (out[count:], statistics)
 
     carry, (stacked, statistics) = lax.scan(
         body,
         operands[skip : skip + count],
-        operands[skip + count :],
+        [jnp.arange(p["length"]), *operands[skip + count :]],
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],

@@ -37,8 +37,8 @@ def grid_of_range(
     $z = \mathrm{round}(-\min/\Delta)$ within the grid, stored unsigned whatever
     `signed` and `narrow` say. Symmetric, signed and narrow:
     $\Delta = \max(|\min|,|\max|)/(2^{b-1}-1)$ and $z = 0$; not narrow, the extra
-    negative integer is used, $\Delta = \max(\max/(2^{b-1}-1), -\min/2^{b-1})$. Symmetric
-    and unsigned, negative values are given up: $\Delta = \max/(2^b-1)$.
+    negative integer is used, $\Delta = \max(\max/(2^{b-1}-1), -\min/2^{b-1})$.
+    Symmetric and unsigned, negative values are given up: $\Delta = \max/(2^b-1)$.
 
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), section 2.1.

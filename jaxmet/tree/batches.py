@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.tree.checks import is_concrete
+
 CURE = "Give jm.stacked(x, batch_size=32), or a list of batches"
 
 
@@ -105,7 +107,7 @@ class Batches:
         function: str,
         arguments: Callable[[Any], tuple[Any, ...]],
         first: Any,
-        rest: Iterator[Any] | None,
+        started: Iterator[Any] | None,
         length: int | None,
     ) -> None:
         self.source = source
@@ -114,7 +116,7 @@ class Batches:
         self.length = length
         self.abstract = _is_abstract(self.first)
         self._function = function
-        self._started = None if rest is None else itertools.chain([first], rest)
+        self._started = started
 
     def __len__(self) -> int:
         if self.length is None:
@@ -128,7 +130,7 @@ class Batches:
         if self.abstract:
             return iter(())
         started, self._started = self._started, None
-        if started is None and iter(self.source) is self.source:
+        if started is None and _is_one_shot(self.source):
             raise ValueError(_one_shot(self._function, "was already read"))
         return map(self.arguments, self.source if started is None else started)
 
@@ -153,20 +155,21 @@ def as_batches(
         picked = picked if isinstance(picked, tuple) else (picked,)
         return jax.tree.map(lambda x: _array(x, function), picked)
 
-    leaves = jax.tree.leaves(batches) if isinstance(batches, tuple | Mapping) else []
-    if _is_abstract(leaves or [batches]):
+    inputs_alone = isinstance(batches, tuple | Mapping | jax.ShapeDtypeStruct)
+    if inputs_alone and _is_abstract(batches):
         checked = Batches(batches, function, arguments, batches, None, 0)
     else:
-        _refuse_what_is_no_iterable(batches, function)
-        iterator = iter(batches)
-        if passes > 1 and iterator is batches:
+        source = _iterable(batches, function)
+        if passes > 1 and _is_one_shot(batches):
             raise ValueError(_one_shot(function, f"is read {passes} times here"))
+        iterator = iter(source)
         try:
             first = next(iterator)
         except StopIteration:
             raise ValueError(f"jaxmet.{function}: batches is empty. {CURE}.") from None
-        length = len(batches) if hasattr(batches, "__len__") else None
-        checked = Batches(batches, function, arguments, first, iterator, length)
+        started = itertools.chain([first], iterator)
+        length = _length(batches)
+        checked = Batches(batches, function, arguments, first, started, length)
     if checked.abstract and not abstract:
         raise ValueError(
             f"jaxmet.{function}: batches holds shapes and no numbers, but this needs "
@@ -176,7 +179,8 @@ def as_batches(
     return checked
 
 
-def _refuse_what_is_no_iterable(batches: Any, function: str) -> None:
+def _iterable(batches: Any, function: str) -> Iterable[Any]:
+    """The batches, unless they are something else that can be iterated."""
     if hasattr(batches, "shape"):
         raise ValueError(
             f"jaxmet.{function}: batches is {_kind(batches)}, which could be one batch "
@@ -189,6 +193,7 @@ def _refuse_what_is_no_iterable(batches: Any, function: str) -> None:
         )
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise ValueError(f"jaxmet.{function}: batches is {_kind(batches)}. {CURE}.")
+    return batches
 
 
 def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
@@ -201,7 +206,7 @@ def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
                 f"jaxmet.{function}: {name} of the first batch is empty, its shape is "
                 f"{tuple(x.shape)}. {CURE}."
             )
-        if isinstance(x, jax.core.Tracer) or not _is_inexact(x):
+        if not is_concrete(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
             continue
         finite = np.isfinite(x) if isinstance(x, np.ndarray) else jnp.isfinite(x)
         if not bool(finite.all()):
@@ -219,8 +224,15 @@ def _one_shot(function: str, what: str) -> str:
     )
 
 
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+def _is_one_shot(batches: Any) -> bool:
+    return hasattr(batches, "__next__")  # only then is it its own iterator
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # loaders that have a length but do not know it say so like this
+        return None
 
 
 def _is_abstract(tree: Any) -> bool:

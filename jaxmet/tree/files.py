@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import Compressed, flatten
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
-from jaxmet.tree.quantizers import Quantizer, Quantizers
+from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 FORMAT = "jaxmet"
@@ -27,7 +30,7 @@ TYPES = {cls.__name__: cls for cls in (Compressed, Quantizer, Quantizers)}
 
 @dataclasses.dataclass(frozen=True)
 class Saved(Mapping[str, Any]):
-    """What a file held: `saved.params` or `saved['params']`; what it did not is None."""
+    """The contents: `saved.params` or `saved['params']`; what it did not is None."""
 
     params: Any = None
     quantizers: Any = None
@@ -61,7 +64,8 @@ def save(
     """
     if params is None and quantizers is None and table is None:
         raise ValueError(
-            "jaxmet.save: there is nothing to save. Give params=, quantizers= or table=."
+            "jaxmet.save: there is nothing to save. Give params=, quantizers= or "
+            "table=."
         )
     arrays: dict[str, np.ndarray] = {}
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION}
@@ -173,8 +177,8 @@ def _key(key: Any) -> str | int:
 
 def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     """A value as JSON; arrays go to `arrays` and leave a reference."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value if not isinstance(value, np.generic) else value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if isinstance(value, Mapping):
         return {"dict": [[_key(k), _encode(v, arrays)] for k, v in value.items()]}
     if type(value) in (list, tuple):
@@ -196,7 +200,8 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 def _encode_array(value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     node: dict[str, Any] = {"array": str(len(arrays))}
     node["numpy"] = not isinstance(value, jax.Array)
-    if isinstance(value, jax.core.Tracer):
+    node["scalar"] = isinstance(value, np.generic)
+    if not is_concrete(value):
         raise ValueError("jaxmet.save: a leaf is traced. Save outside of jax.jit.")
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         node["key"] = str(jax.random.key_impl(value))
@@ -229,7 +234,9 @@ def _decode(node: Any, arrays: Any) -> Any:
     data = data if data.dtype == dtype else data.view(dtype)
     if "key" in node:
         return jax.random.wrap_key_data(jnp.asarray(data), impl=node["key"])
-    return data if node["numpy"] else jnp.asarray(data)
+    if node["numpy"]:
+        return data[()] if node["scalar"] else data
+    return jnp.asarray(data)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -245,6 +252,9 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise
 
 
+_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest and all arrays, or an error that says what the file is."""
 
@@ -253,15 +263,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     with open(path, "rb") as file:  # a missing file is its own clear error
         start = file.read(4)
-    if not start:
-        raise refusal("is empty", "Save it again")
-    if start[:2] != b"PK":
-        raise refusal(f"starts with {start!r}: no npz file", "Give a file of jm.save")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
-        raise refusal(f"is cut short or damaged ({error})", "Save it again") from error
+        if not start:
+            raise refusal("is empty", "Save it again")
+        if start[:2] != b"PK":
+            found = f"starts with {start!r}: no npz file"
+            raise refusal(found, "Give a file of jm.save")
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as npz:
+                arrays = {name: npz[name] for name in npz.files}
+        except _DAMAGE as error:
+            found = f"is cut short or damaged ({error})"
+            raise refusal(found, "Save it again") from error
     if "manifest" not in arrays:
         raise refusal(
             f"is an npz of {sorted(arrays)[:5]} and has no manifest",

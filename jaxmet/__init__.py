@@ -1,0 +1,41 @@
+"""Make trained JAX networks small, integer and accurate.
+
+jaxmet learns a model's structure from the equations of `apply(params, *inputs)` and offers
+pure functions over the parameter tree. A short tour:
+
+    graph      = jm.trace(model.apply, params, images[:1])
+    params     = jm.fold_batch_norm(params, graph)
+    params     = jm.equalize(params, graph)
+    quantizers = jm.calibrate(params, graph, jm.stacked(images, batch_size=32))
+    device     = jax.jit(jm.simulate(model.apply, quantizers))
+    logits     = device(params, images)
+
+or all of it at once: `params, quantizers, table = jm.ptq(model.apply, params, batches)`.
+"""
+
+from jaxmet import numerics as numerics
+from jaxmet.analysis.ptq import ptq as ptq
+from jaxmet.engine.graph import Graph as Graph
+from jaxmet.engine.graph import trace as trace
+from jaxmet.engine.lift import lift as lift
+from jaxmet.engine.nnx import functional as functional
+from jaxmet.engine.replay import evaluate as evaluate
+from jaxmet.engine.segments import segments as segments
+from jaxmet.numerics.fake_quant import fake_quant as fake_quant
+from jaxmet.transforms.calibrate import calibrate as calibrate
+from jaxmet.transforms.equalize import equalize as equalize
+from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
+from jaxmet.transforms.plan import plan as plan
+from jaxmet.transforms.simulate import round_weights as round_weights
+from jaxmet.transforms.simulate import simulate as simulate
+from jaxmet.tree.batches import stacked as stacked
+from jaxmet.tree.config import QuantConfig as QuantConfig
+from jaxmet.tree.config import Rule as Rule
+from jaxmet.tree.files import load as load
+from jaxmet.tree.files import save as save
+from jaxmet.tree.leaves import Compressed as Compressed
+from jaxmet.tree.leaves import densify as densify
+from jaxmet.tree.quantizers import Quantizer as Quantizer
+from jaxmet.tree.quantizers import Quantizers as Quantizers
+from jaxmet.tree.quantizers import grids as grids
+from jaxmet.tree.table import Table as Table

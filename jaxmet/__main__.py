@@ -1,0 +1,22 @@
+"""`python -m jaxmet`: the main job on a small trained network."""
+
+import argparse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxmet",
+        description="Quantizes a small MobileNetV2-style network, trained on Fashion-MNIST and "
+        "packaged with its data: folds batch norms, equalizes, calibrates and simulates the "
+        "integer device. Prints one table: test accuracy with its 95 %% interval, the paired "
+        "change against float, and the signal-to-noise ratio of the logits. About a minute on "
+        "two cores; writes nothing.",
+    )
+    parser.parse_args()
+    from jaxmet.demo.run import main as run_demo
+
+    run_demo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Statistics of nodes over many batches: one compiled step, merged as it goes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from tqdm.auto import tqdm
+
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.replay import Hook, evaluate
+from jaxmet.tree.batches import Batches, Stacked
+
+Merge = Callable[[Any, Any], Any]
+
+
+def collect(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    hook: Hook,
+    merge: Merge,
+    *,
+    caller: str,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Merge what a hook observes over all batches: `{node name: statistics}`.
+
+    `merge(one, two)` is associative and takes the whole dict. Stacked data runs through
+    `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
+    batch compiles once more. Raises ValueError where a batch runs other nodes than those
+    that the graph was traced with.
+    """
+    seen: dict[str, None] = {}
+
+    def watching(node, run, operands):
+        seen[node.name] = None
+        return hook(node, run, operands)
+
+    def observe(params: Any, *batch: Any) -> Any:
+        return evaluate(graph.apply, watching)(params, *batch, **kwargs)[1]
+
+    def chunk(params: Any, batch: Any) -> Any:
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            return observe(params, *jax.tree.map(lambda x: x[0], batch))
+        every = lax.map(lambda one: observe(params, *one), batch)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        total = jax.tree.map(lambda x: x[0], every)
+        for i in range(1, size):
+            total = merge(total, jax.tree.map(lambda x, i=i: x[i], every))
+        return total
+
+    step, merged = jax.jit(chunk), jax.jit(merge)
+    total = None
+    with tqdm(total=batches.length, desc=caller, disable=not progress) as bar:
+        for part, count in _chunks(batches):
+            try:
+                found = step(params, part)
+            except TypeError as error:
+                raise ValueError(_refused(caller, part, error)) from error
+            if total is None:
+                _check_nodes(graph, seen, caller)
+            total = found if total is None else merged(total, found)
+            bar.update(count)
+    return total
+
+
+def _chunks(batches: Batches) -> Any:
+    """Batches with a leading axis of how many they are."""
+    source = batches.source
+    if isinstance(source, Stacked) and source.full is not None:
+        number = jax.tree.leaves(source.full)[0].shape[0]
+        size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
+        for i in range(0, number, size):
+            part = jax.tree.map(lambda x, i=i: x[i : i + size], source.full)
+            yield tuple(batches.arguments(part)), size
+        rest = [] if source.rest is None else [batches.arguments(source.rest)]
+    else:
+        rest = batches
+    for batch in rest:
+        yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
+
+
+def _refused(caller: str, batch: tuple, error: Exception) -> str:
+    return (
+        f"jaxmet.{caller}: the model did not accept a batch of {len(batch)} inputs: {error}. "
+        "If the loader yields more than the inputs, choose them: "
+        "inputs=lambda batch: batch[0]."
+    )
+
+
+def _check_nodes(graph: Graph, seen: dict[str, None], caller: str) -> None:
+    known = {n.name for n in graph.nodes}
+    other = sorted(known ^ set(seen))
+    if other:
+        raise ValueError(
+            f"jaxmet.{caller}: the batches run another program than the traced one: "
+            f"{other[0]!r} is in only one of them. Trace again with inputs like the "
+            "batches (another batch or image size is fine)."
+        )

@@ -1,0 +1,3 @@
+"""Cross-layer equalization."""
+
+from jaxmet.transforms.equalize.equalize import equalize as equalize

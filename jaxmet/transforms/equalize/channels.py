@@ -1,0 +1,236 @@
+"""From a graph's channel groups to places in one vector of log scales, and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, layout_size
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.numerics.scaling import Layer, log_ranges, log_scales
+from jaxmet.tree.leaves import Compressed, is_compressed
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Where each group that is rescaled stands in the vector; the last entry is fixed."""
+
+    graph: Graph
+    free: tuple[Group, ...]
+
+    @property
+    def slices(self) -> dict[int, tuple[int, int]]:
+        """The first place of each group and the one behind its last."""
+        ends = np.cumsum([0, *(g.size for g in self.free)]).tolist()
+        return {g.index: ends[k : k + 2] for k, g in enumerate(self.free)}  # pyright: ignore
+
+    @property
+    def size(self) -> int:
+        """The number of channels that are rescaled."""
+        return sum(g.size for g in self.free)
+
+    def index(self, layout: Layout) -> np.ndarray:
+        """The places (factors, size) that an axis follows; their log scales are summed."""
+        starts = {g: start for g, (start, _) in self.slices.items()}
+        return _index(layout, starts, self.size)
+
+    def touched(self, member: Member) -> bool:
+        """Whether any channel of this axis is rescaled."""
+        return bool(np.any(self.index(member.layout) < self.size))
+
+
+def _index(layout: Layout, starts: Mapping[int, int], fixed: int) -> np.ndarray:
+    total, before, rows = layout_size(layout), 1, []
+    for item in layout:
+        own = _item(item, starts, fixed)
+        after = total // (before * own.shape[1])
+        if np.any(own < fixed):
+            rows.append(np.tile(np.repeat(own, after, axis=1), before))
+        before *= own.shape[1]
+    return np.concatenate(rows) if rows else np.full((1, total), fixed)
+
+
+def _item(item: Span | Joined, starts: Mapping[int, int], fixed: int) -> np.ndarray:
+    if isinstance(item, Span):
+        if item.group in starts:
+            return starts[item.group] + np.arange(item.size)[None]
+        return np.full((1, item.size), fixed)
+    parts = [_index(part, starts, fixed) for part in item.parts]
+    depth = max(len(part) for part in parts)
+    short = [((0, depth - len(part)), (0, 0)) for part in parts]
+    padded = [np.pad(p, w, constant_values=fixed) for p, w in zip(parts, short, strict=True)]
+    return np.concatenate(padded, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """How a product's weight follows the channels: where its inputs and outputs stand."""
+
+    node: Node
+    ins: tuple[Member, ...]
+    outs: tuple[Member, ...]
+    inputs: np.ndarray  # (factors, groups, ins)
+    outputs: np.ndarray  # (factors, groups, outs)
+
+    @property
+    def parameter(self) -> str:
+        return self.outs[0].parameter
+
+    def matrix(self, leaf: Any) -> jax.Array:
+        """The weight with axes (groups, ins, outs, window)."""
+        weight = jnp.asarray(dense(leaf))
+        groups = self.inputs.shape[1]
+        ins = [m.axis for m in self.ins if m.axis >= 0]
+        outs = [m.axis for m in self.outs]
+        rest = [i for i in range(weight.ndim) if i not in (*ins, *outs)]
+        sizes = (self.inputs.shape[2], groups, self.outputs.shape[2], -1)
+        weight = jnp.transpose(weight, (*ins, *outs, *rest)).reshape(sizes)
+        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        return jnp.moveaxis(weight, 1, 0)
+
+
+def find_weights(channels: Channels) -> tuple[Weight, ...]:
+    """The weights along which any channel is rescaled, in the order of the run."""
+    found = []
+    for node in channels.graph.nodes:
+        mine = [m for m in channels.graph.members if m.node == node.name]
+        ins = tuple(m for m in mine if m.role == "in")
+        outs = tuple(m for m in mine if m.role == "out")
+        if not any(channels.touched(m) for m in (*ins, *outs)):
+            continue
+        groups = ins[0].groups if ins else 1
+        inputs = _outer([channels.index(m.layout) for m in ins], channels.size)
+        outputs = _outer([channels.index(m.layout) for m in outs], channels.size)
+        inputs = inputs.reshape(len(inputs), groups, -1)
+        outputs = outputs.reshape(len(outputs), groups, -1)
+        found.append(Weight(node, ins, outs, inputs, outputs))
+    return tuple(found)
+
+
+def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
+    """The index of several axes taken as one, the last running fastest."""
+    joined = np.full((1, 1), fixed)
+    for index in indices:
+        one = np.repeat(joined, index.shape[1], axis=1)
+        two = np.tile(index, joined.shape[1])
+        both = np.concatenate([one, two])
+        alive = np.any(both < fixed, axis=1)
+        joined = both[alive] if np.any(alive) else both[:1]
+    return joined
+
+
+def layer_of(weight: Weight, leaf: Any, fixed: int) -> Layer:
+    """Log ranges, with inputs that share their scale taken as one, and outputs too."""
+    log_range = log_ranges(weight.matrix(leaf))
+    inputs, outputs = weight.inputs, weight.outputs
+    if inputs.shape[1] == 1:
+        log_range, inputs = _merged(log_range, inputs, 1)
+        log_range, outputs = _merged(log_range, outputs, 2)
+    return Layer(log_range, inputs, outputs)
+
+
+def _merged(x: jax.Array, index: np.ndarray, axis: int) -> tuple[jax.Array, np.ndarray]:
+    """The largest of those places along an axis that follow the same channels."""
+    unique, inverse = np.unique(index[:, 0], axis=1, return_inverse=True)
+    if unique.shape[1] == index.shape[2]:
+        return x, index
+    rows = jnp.moveaxis(x, axis, 0)
+    largest = jax.ops.segment_max(rows, inverse.reshape(-1), unique.shape[1])
+    return jnp.moveaxis(largest, 0, axis), unique[:, None]
+
+
+def dense(leaf: Any) -> Any:
+    """The array of a leaf."""
+    return leaf.weight if is_compressed(leaf) else leaf
+
+
+def rescaled(channels: Channels, leaves: Mapping[str, Any], x: jax.Array) -> dict[str, Any]:
+    """The leaves that change when channel i is divided by exp(x_i)."""
+    found: dict[str, Any] = {}
+    for member in channels.graph.members:
+        if member.role == "scale" or not channels.touched(member):
+            continue
+        leaf = found.get(member.parameter, leaves[member.parameter])
+        if member.role == "variance":
+            norm = channels.graph[member.node].norm
+            if norm is None or norm.scale is None:
+                continue  # its gain has to stay, and is made of the variance alone
+            factor = -2 * _log_factor(channels, member, x, leaf)
+        else:
+            sign = 1 if member.role == "in" else -1
+            factor = sign * _log_factor(channels, member, x, leaf)
+        found[member.parameter] = _times(leaf, jnp.exp(factor))
+    for member in channels.graph.members:
+        if member.role == "scale" and channels.touched(member):
+            found[member.parameter] = _gain_kept(channels, member, leaves, found)
+    return found
+
+
+def _log_factor(channels: Channels, member: Member, x: jax.Array, leaf: Any) -> jax.Array:
+    """The log scale along a member's axis, in the rank of its leaf."""
+    index = channels.index(member.layout)
+    shape = [1] * leaf.ndim
+    if member.groups == 1:
+        shape[member.axis] = index.shape[1]
+        return log_scales(x, index).reshape(shape)
+    outs = leaf.shape[member.out_axis]
+    each = log_scales(x, index).reshape(member.groups, -1)
+    along = jnp.repeat(each, outs // member.groups, axis=0)  # (outs, inputs of a group)
+    shape[member.out_axis] = outs
+    if member.axis < 0:
+        return along.reshape(shape)
+    shape[member.axis] = along.shape[1]
+    along = along if member.out_axis < member.axis else along.T
+    return along.reshape(shape)
+
+
+def _times(leaf: Any, factor: jax.Array) -> Any:
+    array = jnp.asarray(dense(leaf))
+    dtype = jnp.promote_types(array.dtype, factor.dtype)
+    new = (array.astype(dtype) * factor.astype(dtype)).astype(array.dtype)
+    return leaf.replace(weight=new) if is_compressed(leaf) else new
+
+
+def _gain_kept(
+    channels: Channels, member: Member, leaves: Mapping[str, Any], new: Mapping[str, Any]
+) -> jax.Array:
+    """The scale that gives a norm its old gain with the new variance."""
+    norm = channels.graph[member.node].norm
+    assert norm is not None and norm.variance is not None
+    scale, old = jnp.asarray(leaves[member.parameter]), leaves[norm.variance]
+    dtype = jnp.promote_types(scale.dtype, jnp.float32)
+    before, after = (
+        jnp.sqrt(jnp.asarray(v).astype(dtype) + norm.epsilon)
+        for v in (old, new.get(norm.variance, old))
+    )
+    shape = scale.shape
+    gain = scale.astype(dtype) / before.reshape(shape)
+    return (gain * after.reshape(shape)).astype(scale.dtype)
+
+
+def with_bounds(
+    clip: Node, leaf: Any, factor: jax.Array, upper: float | None = None
+) -> Compressed:
+    """The leaf of a clip's carrier with the clip's bounds divided channel by channel.
+
+    `upper` replaces the clip's own. A side that does not bound, or bounds at zero, says
+    nothing.
+    """
+    stated = leaf if is_compressed(leaf) else Compressed(leaf)
+    assert clip.bounds is not None
+
+    def bound(given: Any, own: float) -> Any:
+        if given is None and (own == 0 or np.isinf(own)):
+            return None
+        given = own if given is None else given
+        return jnp.asarray(given, factor.dtype) / factor
+
+    low, high = clip.bounds
+    new = stated.replace(lower=bound(stated.lower, low), upper=bound(stated.upper, high))
+    if upper is not None:
+        new = new.replace(upper=jnp.full_like(factor, upper))
+    return new

@@ -1,0 +1,273 @@
+"""What gets a grid: every weight, and the values that an integer device would store."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Edge, Node
+from jaxmet.tree.config import QuantConfig, Settings
+
+FUSED = ("relu", "clip", "leaky_relu", "prelu")
+KEEPS_GRID = ("max_pool", "min_pool", "max", "min")
+MOVES = (
+    "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
+    "gather", "rev", "pad", "select_n", "concatenate", "split", "neg", "mul", "div", "add",
+    "sub", "sort",
+)  # fmt: skip
+VIEWS = MOVES[:11]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightPlace:
+    """One parameter (or derived weight) and the nodes that read it."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    settings: Settings
+    axis: tuple[int, ...] | None
+    block_axis: int | None
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasPlace:
+    """A bias held as int32, and the two grids whose scales make its own."""
+
+    name: str
+    product: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Everything that is quantized, and what is not and why."""
+
+    weights: tuple[WeightPlace, ...]
+    biases: tuple[BiasPlace, ...]
+    activations: dict[str, Settings]
+    shared: dict[str, str]
+    left: dict[str, str]
+
+
+def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
+    """Decide where the grids go. Raises ValueError for a rule that means nothing."""
+    names = [n.name for n in graph.nodes]
+    parameters = [p for n in graph.nodes for p in n.parameters]
+    for rule in config.unused([*names, *parameters]):
+        raise ValueError(
+            f"jaxmet.{caller}: {rule!r} means no node and no parameter of this model. "
+            "Correct its glob (print(graph) lists the names) or drop the rule."
+        )
+    left: dict[str, str] = {}
+    weights = tuple(_weights(graph, config, left))
+    wanted = (
+        _stored(graph) if config.placement == "operations" else _entering(graph)
+    )
+    activations: dict[str, Settings] = {}
+    for node in graph.nodes:
+        if node.name not in wanted:
+            continue
+        settings = config.resolve(node.name, "activation")
+        if node.name not in graph.selected:
+            left[node.name] = "not selected"
+        elif not settings.quantize:
+            left[node.name] = "a rule says so"
+        elif settings.bits == 32:
+            left[node.name] = "32 bits"
+        else:
+            activations[node.name] = settings
+    shared = _shared(graph, activations)
+    on_grid = set(activations) | set(shared)
+    _floats(graph, on_grid, left)
+    biases = tuple(_biases(graph, config, weights, on_grid, left))
+    activations = {k: v for k, v in activations.items() if k not in shared}
+    _parameters(graph, weights, biases, left)
+    return Placement(weights, biases, activations, shared, left)
+
+
+# Weights
+
+
+def _weights(
+    graph: Graph, config: QuantConfig, left: dict[str, str]
+) -> Iterator[WeightPlace]:
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.is_site and node.weight is not None:
+            name = node.weight.name or node.name
+            readers.setdefault(name, []).append(node)
+    for name, nodes in readers.items():
+        settings = config.resolve(name, "weight")
+        if nodes[0].weight is not None and nodes[0].weight.name is not None:
+            by_node = [config.resolve(n.name, "weight") for n in nodes]
+            if not all(s.quantize for s in by_node):
+                settings = dataclasses.replace(settings, quantize=False)
+        if not any(n.name in graph.selected for n in nodes):
+            left[name] = "not selected"
+        elif not settings.quantize:
+            left[name] = "a rule says so"
+        elif settings.bits == 32:
+            left[name] = "32 bits"
+        else:
+            yield _weight(name, tuple(nodes), settings)
+
+
+def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPlace:
+    weights = [n.weight for n in nodes if n.weight is not None]
+    kept = (0,) if weights[0].stacked else ()
+    note = "derived: quantized where it is used" if weights[0].name is None else None
+    axis: tuple[int, ...] | None = kept or None
+    block_axis = None
+    outs = {w.out_axes for w in weights}
+    if settings.per_channel or settings.block is not None:
+        if len(outs) == 1:
+            axis = (*kept, *weights[0].out_axes) or None
+        else:
+            note = "per tensor: its uses disagree about the channel axis"
+    if settings.block is not None:
+        if all(len(w.in_axes) == 1 for w in weights) and len(outs) == 1:
+            block_axis = weights[0].in_axes[0]
+        else:
+            note = "no blocks: it has no single input axis"
+            settings = dataclasses.replace(settings, block=None)
+    return WeightPlace(name, nodes, settings, axis, block_axis, note)
+
+
+# Activations
+
+
+def _stored(graph: Graph) -> set[str]:
+    """The nodes whose results a device would store, groups of operations fused."""
+    counts = Counter(e.node for n in graph.nodes for e in n.inputs if e.node)
+    return {
+        node.name
+        for node in graph.nodes
+        if node.kind != "output"
+        and node.function not in KEEPS_GRID
+        and node.function != "integers"
+        and not (counts[node.name] == 1 and _fuses(node, graph.readers(node.name)[0]))
+    }
+
+
+def _fuses(node: Node, reader: Node) -> bool:
+    """Whether a device computes both in one operation."""
+    edge = next(e for e in reader.inputs if e.node == node.name)
+    if edge.moves or node.region != reader.region:
+        return False
+    if reader.kind == "norm":
+        stored = reader.norm is not None and reader.norm.over in ("stored", "constant")
+        return stored and node.kind == "product"
+    if reader.kind == "activation" and reader.function in FUSED:
+        return node.kind in ("product", "norm", "add")
+    return False
+
+
+def _entering(graph: Graph) -> set[str]:
+    """The nodes whose results enter a product, or a matmul of activations."""
+    wanted: set[str] = set()
+    for node in graph.nodes:
+        if node.kind in ("product", "matmul") and node.name in graph.selected:
+            edges = [e for e in node.inputs if _keeps(e) and e.node is not None]
+            wanted |= {grid_source(graph, e.node) for e in edges if e.node is not None}
+    return {name for name in wanted if graph[name].function != "integers"}
+
+
+def _keeps(edge: Edge) -> bool:
+    """Whether a value on a grid is still on one after the moves of an edge."""
+    return edge.node is not None and all(m in MOVES for m in edge.moves)
+
+
+def grid_source(graph: Graph, name: str) -> str:
+    """The node whose grid a node's result is on: pools that choose keep their input's."""
+    node = graph[name]
+    while node.function in KEEPS_GRID and node.inputs and node.inputs[0].node:
+        if not _keeps(node.inputs[0]):
+            break
+        node = graph[node.inputs[0].node]
+    return node.name
+
+
+def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
+    """What a concatenation reads uses the concatenation's grid."""
+    owner: dict[str, str] = {}
+    for node in reversed(graph.nodes):
+        if node.kind != "concat" or node.name not in activations:
+            continue
+        mine = owner.get(node.name, node.name)
+        for edge in node.inputs:
+            source = grid_source(graph, edge.node) if edge.node else None
+            if source in activations and _keeps(edge) and source not in owner:
+                owner[source] = mine
+    return owner
+
+
+def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
+    """Say which products compute on a value that is on no grid."""
+    for node in graph.nodes:
+        if node.kind not in ("product", "matmul") or node.name not in graph.selected:
+            continue
+        for edge in node.inputs:
+            source = grid_source(graph, edge.node) if edge.node else None
+            if source in on_grid and _keeps(edge):
+                continue
+            if edge.node is not None and not _keeps(edge):
+                bad = next(m for m in edge.moves if m not in MOVES)
+                why = f"{edge.node!r} comes through {bad}"
+            elif edge.node is None:
+                why = f"it comes through {', '.join(edge.moves) or 'no named node'}"
+            else:
+                why = f"{edge.node!r} has no grid"
+            left.setdefault(f"input of {node.name}", f"stays in float: {why}")
+
+
+# Biases and the rest
+
+
+def _biases(
+    graph: Graph,
+    config: QuantConfig,
+    weights: tuple[WeightPlace, ...],
+    on_grid: set[str],
+    left: dict[str, str],
+) -> Iterator[BiasPlace]:
+    quantized = {w.name for w in weights}
+    for node in graph.nodes:
+        if node.kind != "product" or node.bias is None or node.name not in graph.selected:
+            continue
+        wanted = config.resolve(node.bias, "bias").quantize
+        wanted = wanted and config.resolve(node.name, "bias").quantize
+        if not wanted:
+            left.setdefault(node.bias, "a bias stays in float")
+            continue
+        weight, edges = node.weight, [e for e in node.inputs if e.operand == 0]
+        sources = {grid_source(graph, e.node) if e.node else None for e in edges}
+        source = sources.pop() if len(sources) == 1 else None
+        exact = all(m in VIEWS for e in edges for m in e.moves)
+        if weight is None or weight.name not in quantized:
+            left[node.bias] = "its weight stays in float"
+        elif source not in on_grid or not exact or source is None:
+            left[node.bias] = "the input of its product is on no grid of known scale"
+        elif graph[source].layers or node.layers:
+            left[node.bias] = "the grid of its product's input changes from layer to layer"
+        else:
+            yield BiasPlace(node.bias, (weight.name, source))
+
+
+def _parameters(
+    graph: Graph,
+    weights: tuple[WeightPlace, ...],
+    biases: tuple[BiasPlace, ...],
+    left: dict[str, str],
+) -> None:
+    """Account for every parameter that no quantizer and no reason mentions yet."""
+    said = {w.name for w in weights} | {b.name for b in biases} | set(left)
+    said |= {p for w in weights for n in w.nodes if n.weight for p in n.weight.parameters}
+    for node in graph.nodes:
+        rest = [p for p in node.parameters if p not in said]
+        if rest and node.kind == "norm":
+            left.setdefault(node.name, "the parameters of a norm stay in float")
+        elif rest:
+            left.update({p: f"used by {node.name} ({node.kind})" for p in rest})
+        said |= set(rest)
+    for name, why in graph.left:
+        left.setdefault(name, why)
