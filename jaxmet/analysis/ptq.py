@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.graph import trace
-from jaxmet.engine.lift import lift
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
@@ -50,9 +49,8 @@ def ptq(
     config = config or QuantConfig()
     read = as_batches(batches, "ptq", passes=2, inputs=inputs)
     graph = trace(apply, params, *read.first)
-    float_apply, float_params = reference or (lift(apply), params)
+    float_apply, float_params = reference or (simulate(apply, Quantizers()), params)
     rows: list[dict[str, Any]] = []
-    quantizers = Quantizers()
 
     def measure(step: str, params: Any, what: str) -> Quantizers:
         found = calibrate(params, graph, batches, config, inputs=inputs, progress=progress)

@@ -55,11 +55,12 @@ def collect(
     total = None
     with tqdm(total=batches.length, desc=caller, disable=not progress) as bar:
         for part, count in _chunks(batches):
+            seen.clear()
             try:
                 found = step(params, part)
             except TypeError as error:
                 raise ValueError(_refused(caller, part, error)) from error
-            if total is None:
+            if seen:  # traced for this shape
                 _check_nodes(graph, seen, caller)
             total = found if total is None else merged(total, found)
             bar.update(count)

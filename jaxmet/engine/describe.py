@@ -19,7 +19,7 @@ from jaxmet.engine.grouping import (
 )
 from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Edge, Node, Norm, Weight
-from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value, carried
+from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value, body_operands, carried
 from jaxmet.engine.views import CASTS, follow, holding, numbered
 
 
@@ -248,7 +248,7 @@ def _norm_features(cluster: Cluster) -> tuple[int, ...]:
         for v in e.operands
         if e.kind == DATA and v.kind == PARAM and v.ndim == cluster.exit.ndim
     ]
-    return tuple(sorted(set().union(*(varying_axes(v) for v in wide))))
+    return tuple(sorted({int(axis) for v in wide for axis in varying_axes(v)}))
 
 
 def _variance(spread: Value) -> tuple[str | None, float]:
@@ -313,9 +313,12 @@ class Origins:
 
     def __init__(self, analysis: Analysis):
         self.makers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
-        self.carry = {}
+        self.carry: dict[Value, list[Value]] = {}
         for equation in analysis.region.walk():
-            self.carry |= dict(carried(equation))
+            for inside, outside in carried(equation):
+                i = equation.bodies[-1].inputs.index(inside)
+                first = body_operands(equation)[-1][i]
+                self.carry[inside] = [v for v in (first, outside) if v.kind == DATA]
 
     def edges(self, cluster: Cluster) -> list[Edge]:
         if cluster.kind == "input":
@@ -339,7 +342,10 @@ class Origins:
         if value.producer is None:
             if value.source is not None:
                 return self.of(value.source, seen)
-            return self.of(self.carry[value], seen) if value in self.carry else [(None, ())]
+            if value not in self.carry:
+                return [(None, ())]
+            found = [f for v in self.carry[value] for f in self.of(v, seen)]
+            return list(dict.fromkeys(found))
         equation = value.producer
         data = [v for v in equation.operands if v.kind == DATA]
         if equation.bodies:

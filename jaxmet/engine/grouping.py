@@ -301,7 +301,7 @@ def _norm(root: Equation, inverse: bool, order: dict[Equation, int]) -> Cluster 
             return None
         others = [v for v in use.operands if v is not gain]
         if use.name == "div" and use.operands[1] is gain:
-            upright, scaled = not upright, not scaled
+            upright, scaled = not upright, scale is None or not scaled
         if use.name in SCALE and others and others[0].kind == DATA:
             if _derived_from_same(others[0], gain, use):
                 break

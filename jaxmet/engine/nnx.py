@@ -8,7 +8,7 @@ from flax import nnx, serialization
 from jaxmet.tree.leaves import Compressed, from_state, to_state
 
 
-def functional(module: nnx.Module) -> tuple[Callable, nnx.State, Callable]:
+def functional(module: Any) -> tuple[Callable, Any, Callable]:
     """An nnx module as `(apply, params, merge)`.
 
     `apply(params, *inputs, **kwargs)` calls a module made of `params` and leaves the given

@@ -48,6 +48,8 @@ def label(region: Region) -> None:
         elif cluster is not None and cluster.kind in FOLLOWED:
             if equation.kind == PARAM and equation.name in VIEW_RULES:
                 view(equation)
+            elif equation.kind == PARAM and cluster.kind == "norm":
+                _align(equation.operands, equation.results[0])  # e.g. variance + epsilon
             elif equation.results[0] is cluster.exit:
                 _followed(cluster)
         else:

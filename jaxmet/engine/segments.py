@@ -94,6 +94,8 @@ class _Plan:
         for cluster, node in nodes.items():
             if cluster.equations:
                 self.keys[cluster.exit] = node.name
+        for name, value in analysis.leaves.items():
+            self.keys[value] = f"parameter {name}"
         self.input_keys = [f"input {i}" for i in range(len(analysis.inputs))]
         for key, value in zip(self.input_keys, analysis.inputs, strict=True):
             self.keys[value] = key
@@ -151,6 +153,7 @@ class _Plan:
     def with_parameters(self, moving: list, end: int) -> list:
         """The moving steps of a piece and the parameter steps that they need."""
         needed = {v for s in moving for v in self.read(s)}
+        needed |= set(self.outputs) if end == len(self.steps) else set()
         kept = []
         for step in reversed(self.steps[:end]):
             if not self.moves(step) and any(v in needed for v in self.made(step)):
@@ -161,6 +164,8 @@ class _Plan:
 
     def live(self, end: int) -> list[Value]:
         """Values of the data that are made before `end` and needed after it."""
+        if end == len(self.steps):  # the outputs, also those of parameters alone
+            return [v for v in dict.fromkeys(self.outputs) if v.constant is None]
         made = {v for s in self.steps[:end] for v in self.made(s)}
         made |= set(self.analysis.inputs)
         later = {v for s in self.steps[end:] for v in self.read(s)}

@@ -1,28 +1,49 @@
 r"""A batch norm as the affine map that it is: $y = (x-\mu)\,g + \beta$.
 
-Its gain can move into the layer before it or behind it. What is left is the identity and
-a shift, with statistics that still are those of what it now reads.
+Its gain can move into the layer before it or behind it. What is left is the identity
+and a shift, with statistics that still are those of what it now reads.
 
 Ioffe and Szegedy, [Batch Normalization](https://arxiv.org/abs/1502.03167), ICML 2015,
 section 3.1; Jacob et al., [Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018, section 3.2.
+Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018,
+section 3.2.
 """
 
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-Channels: TypeAlias = Float[Array, "*channels"]
+SMALLEST = 1e-30
+"""A variance plus epsilon below this is not divided by, nor a gain below it moved."""
+
+FAINT = 2.0**-20
+"""A scale this much smaller than its bias is not divided by: it is lost beside it."""
+
+Channels: TypeAlias = Float[Array, "..."]
+
+
+class Moved(NamedTuple):
+    """A norm whose gain has moved, and the factor for the layer that it moved into.
+
+    `scale` is None if the norm has none; `kept` are the channels that keep their gain.
+    """
+
+    factor: Channels
+    mean: Channels
+    variance: Channels
+    scale: Channels | None
+    bias: Channels
+    kept: Bool[Array, "..."]
 
 
 def norm_gain(variance: Channels, scale: Channels | None, epsilon: float) -> Channels:
-    r"""$g = \gamma/\sqrt{\sigma^2+\varepsilon}$, with $\gamma = 1$ if there is no scale.
+    r"""$g = \gamma/\sqrt{\sigma^2+\varepsilon}$, where $\gamma = 1$ without a scale.
 
-    A true root and a division: with a reciprocal root the gain of a norm that was folded
-    before would not be exactly one.
+    A true root and a division: with a reciprocal root the gain of a norm that was
+    folded before would not be exactly one.
     """
-    root = jnp.sqrt(variance + epsilon)
+    root = unit_scale(variance, epsilon)
     return (jnp.ones_like(root) if scale is None else scale) / root
 
 
@@ -36,3 +57,99 @@ def folded_statistics(
 ) -> tuple[Channels, Channels]:
     r"""Mean and variance of $g\,x$ from those of $x$: $\mu g$ and $\sigma^2 g^2$."""
     return mean * gain, variance * (gain * gain)
+
+
+def gain_before(
+    mean: Channels,
+    variance: Channels,
+    scale: Channels | None,
+    bias: Channels,
+    epsilon: float,
+    *,
+    stored: tuple[Any, Any],
+) -> Moved:
+    r"""Move the gain into what makes $x$: $y = (g x - \mu g) + \beta$.
+
+    The statistics follow their tensor: $\mu' = \mu g$, $\sigma'^2 = \sigma^2 g^2$,
+    $\gamma' = \sqrt{\sigma'^2+\varepsilon}$, $\beta' = \beta$. Without a scale only
+    $\sigma'^2 = 1-\varepsilon$ gives a gain of one. `stored` are the dtypes that hold
+    variance and scale: the factor makes up for what they round off.
+    """
+    gain = norm_gain(variance, scale, epsilon)
+    _, spread = folded_statistics(mean, variance, gain)
+    if scale is None:
+        spread = jnp.full_like(spread, 1 - epsilon)
+    spread, unit = _unit(spread, scale, epsilon, stored)
+    factor = _factor(gain, spread, unit, epsilon, stored)
+    can = jnp.isfinite(factor) & jnp.isfinite(mean * factor) & jnp.isfinite(spread)
+    can &= spread + epsilon >= SMALLEST
+    moves = can & ~_is_one(gain, stored)
+    return Moved(
+        jnp.where(moves, factor, 1.0),
+        jnp.where(moves, mean * factor, mean),
+        jnp.where(moves, spread, variance),
+        None if scale is None or unit is None else jnp.where(moves, unit, scale),
+        bias,
+        ~can,
+    )
+
+
+def gain_behind(
+    mean: Channels,
+    variance: Channels,
+    scale: Channels,
+    bias: Channels,
+    epsilon: float,
+    *,
+    stored: tuple[Any, Any],
+) -> Moved:
+    r"""Move the gain into what reads $y$: $y = g\,((x - \mu) + \beta/g)$.
+
+    The statistics stay, since $x$ does: $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and
+    $\beta' = \beta/g$. What pads $y$ with zeros pads $y/g$ with zeros too.
+    """
+    gain = norm_gain(variance, scale, epsilon)
+    _, unit = _unit(variance, scale, epsilon, stored)
+    factor = _factor(gain, variance, unit, epsilon, stored)
+    shift = bias / jnp.where(factor == 0, 1.0, factor)
+    can = jnp.isfinite(factor) & jnp.isfinite(shift) & (jnp.abs(factor) >= SMALLEST)
+    can &= variance + epsilon >= SMALLEST
+    can &= jnp.abs(scale) > FAINT * jnp.abs(bias)
+    moves = can & ~_is_one(gain, stored)
+    return Moved(
+        jnp.where(moves, factor, 1.0),
+        mean,
+        variance,
+        None if unit is None else jnp.where(moves, unit, scale),
+        jnp.where(moves, shift, bias),
+        ~can,
+    )
+
+
+def _unit(
+    variance: Channels, scale: Channels | None, epsilon: float, stored: tuple[Any, Any]
+) -> tuple[Channels, Channels | None]:
+    """A variance and the scale that makes its gain one, both as they will be stored."""
+    variance = variance.astype(stored[0]).astype(variance.dtype)
+    if scale is None:
+        return variance, None
+    return variance, unit_scale(variance, epsilon).astype(stored[1]).astype(scale.dtype)
+
+
+def _factor(
+    gain: Channels,
+    variance: Channels,
+    scale: Channels | None,
+    epsilon: float,
+    stored: tuple[Any, Any],
+) -> Channels:
+    """The part of a gain that the norm does not have any more."""
+    if all(dtype == gain.dtype for dtype in stored):
+        return gain
+    return gain / norm_gain(variance, scale, epsilon)
+
+
+def _is_one(gain: Channels, stored: tuple[Any, Any]) -> Bool[Array, "..."]:
+    """Whether a gain is one but for rounding, as it is when it has moved before."""
+    last = max(float(jnp.finfo(dtype).eps) for dtype in stored)
+    return jnp.abs(gain - 1.0) <= max(4 * float(jnp.finfo(gain.dtype).eps), last)

@@ -1,5 +1,6 @@
 """Ranges of activations over data, and the quantizers that follow from them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 from jaxmet.engine.collect import collect
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Counted, Run
+from jaxmet.engine.replay import Counted, Run, dense
 from jaxmet.numerics.ranges import grid_of_range, split_shape
 from jaxmet.transforms.placement import Placement, WeightPlace, place
 from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.config import QuantConfig, Settings
-from jaxmet.tree.quantizers import Quantizer, Quantizers
+from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias
 
 Range = tuple[Any, Any]
 
@@ -55,6 +57,8 @@ def calibrate(
     weights = {w.name: _weight_quantizer(w, leaves) for w in placement.weights}
     for bias in placement.biases:
         weights[bias.name] = Quantizer(bits=32, product=bias.product)
+    for settings in placement.activations.values():
+        _only_minmax(settings, "activation_range")
     read = as_batches(batches, "calibrate", inputs=inputs)
     wanted = {*placement.activations, *placement.shared}
     ranges = collect(
@@ -74,14 +78,31 @@ def calibrate(
         if name in extremes
     }
     never = {n: "its branch was never taken" for n in wanted if n not in extremes}
-    weights = {
-        name: q
-        for name, q in weights.items()
-        if q.product is None or q.product[1] not in never
-    }
     shared = tuple((n, o) for n, o in placement.shared.items() if n not in never)
+    quantizers = Quantizers(weights, activations, shared)
+    for name, q in quantizers.weights.items():
+        if q.product is None:
+            continue
+        if q.product[1] in never:
+            never[name] = f"the branch of {q.product[1]!r} was never taken"
+        elif not _fits_int32(name, quantizers, leaves):
+            never[name] = "it does not fit int32 at the product of its scales"
+    weights = {name: q for name, q in weights.items() if name not in never}
     left = tuple((placement.left | never).items())
-    return Quantizers(weights, activations, shared, left)
+    return dataclasses.replace(quantizers, weights=weights, left=left)
+
+
+def _fits_int32(name: str, quantizers: Quantizers, leaves: dict[str, Any]) -> bool:
+    """Whether a bias survives its integer grid: dead channels have tiny weight scales."""
+    bias = dense(leaves[name])
+    weight, node = quantizers.weights[name].product or ("", "")
+    q_x = quantizers.activation(node)
+    if not is_concrete(bias) or q_x is None:
+        return True
+    s_w, _ = quantizers.weights[weight].grid(dense(leaves[weight]))
+    s_x = q_x.scale.astype(s_w.dtype)
+    scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
+    return bool(jnp.all(jnp.abs(bias).astype(scale.dtype) < 2.0**31 * scale))
 
 
 def _weight_quantizer(place: WeightPlace, leaves: dict[str, Any]) -> Quantizer:
@@ -113,7 +134,8 @@ def _ranges_of(wanted: set[str]) -> Callable:
         result = run(*operands)
         if node.name not in wanted:
             return result, None
-        values = result.astype(jnp.promote_types(result.dtype, jnp.float32))
+        wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
+        values = result.astype(wide)
         return result, (jnp.min(values), jnp.max(values))
 
     return hook
@@ -177,7 +199,6 @@ def _taken(value: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _activation_quantizer(extremes: Range, s: Settings) -> Quantizer:
-    _only_minmax(s, "activation_range")
     low, high = (jnp.asarray(e, jnp.float32) for e in extremes)
     signed = not s.symmetric or bool(np.min(extremes[0]) < 0)
     scale, zero_point = grid_of_range(

@@ -79,7 +79,7 @@ def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
     shared = _shared(graph, activations)
     on_grid = set(activations) | set(shared)
     _floats(graph, on_grid, left)
-    biases = tuple(_biases(graph, config, weights, on_grid, left))
+    biases = _agreed(tuple(_biases(graph, config, weights, on_grid, left)), left)
     activations = {k: v for k, v in activations.items() if k not in shared}
     _parameters(graph, weights, biases, left)
     return Placement(weights, biases, activations, shared, left)
@@ -251,6 +251,19 @@ def _biases(
             left[node.bias] = "the grid of its product's input changes from layer to layer"
         else:
             yield BiasPlace(node.bias, (weight.name, source))
+
+
+def _agreed(
+    biases: tuple[BiasPlace, ...], left: dict[str, str]
+) -> tuple[BiasPlace, ...]:
+    """The biases that have one grid, whichever of their products reads them."""
+    products: dict[str, set[tuple[str, str]]] = {}
+    for bias in biases:
+        products.setdefault(bias.name, set()).add(bias.product)
+    for name, several in products.items():
+        if len(several) > 1:
+            left[name] = "the inputs of its products are on different grids"
+    return tuple(dict.fromkeys(b for b in biases if b.name not in left))
 
 
 def _parameters(

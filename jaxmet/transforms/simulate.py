@@ -46,12 +46,14 @@ def simulate(
         if weights:
             params = round_weights(params, quantizers, grids=grids, partial=True)
         outputs, _ = evaluate(apply, hook)(params, *inputs, **kwargs)
-        for name in quantizers.activations:
-            if name not in seen:
-                raise ValueError(
-                    f"jaxmet.simulate: the quantizers have one for {name!r}, which this "
-                    f"model does not run. {suggestion(name, seen)} Calibrate again for it."
-                )
+        known = seen | named_leaves(params).keys()
+        missing = [name for name in quantizers.activations if name not in seen]
+        missing += [name for name in quantizers.weights if name not in known]
+        for name in missing[:1]:
+            raise ValueError(
+                f"jaxmet.simulate: the quantizers have one for {name!r}, which this "
+                f"model does not run. {suggestion(name, known)} Calibrate again for it."
+            )
         return outputs
 
     return simulated

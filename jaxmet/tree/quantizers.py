@@ -159,6 +159,7 @@ class Quantizers:
         bias = jnp.asarray(_weight(params[name]))
         s_w, _ = q_w.grid(_weight(params[weight_name]), ends[1])
         s_x, _ = q_x.grid(None, ends[2])
+        s_x = s_x.astype(s_w.dtype)
         product = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
         scale = jnp.maximum(jnp.broadcast_to(product, bias.shape), SCALE_FLOOR**2)
         rounded = fake_quant(bias, scale, jnp.zeros_like(scale), *INT32_ENDS)

@@ -1,7 +1,8 @@
 """From a graph's channel groups to places in one vector of log scales, and back."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import numpy as np
 from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, layout_size
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.numerics.scaling import Layer, log_ranges, log_scales
+from jaxmet.numerics.scaling import Layers, log_ranges
 from jaxmet.tree.leaves import Compressed, is_compressed
+
+POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,10 @@ class Channels:
     free: tuple[Group, ...]
 
     @property
-    def slices(self) -> dict[int, tuple[int, int]]:
-        """The first place of each group and the one behind its last."""
-        ends = np.cumsum([0, *(g.size for g in self.free)]).tolist()
-        return {g.index: ends[k : k + 2] for k, g in enumerate(self.free)}  # pyright: ignore
+    def starts(self) -> dict[int, int]:
+        """The first place of each group, by the group's index."""
+        before = itertools.accumulate((g.size for g in self.free), initial=0)
+        return {g.index: start for g, start in zip(self.free, before, strict=False)}
 
     @property
     def size(self) -> int:
@@ -35,8 +38,7 @@ class Channels:
 
     def index(self, layout: Layout) -> np.ndarray:
         """The places (factors, size) that an axis follows; their log scales are summed."""
-        starts = {g: start for g, (start, _) in self.slices.items()}
-        return _index(layout, starts, self.size)
+        return _index(layout, self.starts, self.size)
 
     def touched(self, member: Member) -> bool:
         """Whether any channel of this axis is rescaled."""
@@ -62,7 +64,9 @@ def _item(item: Span | Joined, starts: Mapping[int, int], fixed: int) -> np.ndar
     parts = [_index(part, starts, fixed) for part in item.parts]
     depth = max(len(part) for part in parts)
     short = [((0, depth - len(part)), (0, 0)) for part in parts]
-    padded = [np.pad(p, w, constant_values=fixed) for p, w in zip(parts, short, strict=True)]
+    padded = [
+        np.pad(p, w, constant_values=fixed) for p, w in zip(parts, short, strict=True)
+    ]
     return np.concatenate(padded, axis=1)
 
 
@@ -123,14 +127,42 @@ def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
     return joined
 
 
-def layer_of(weight: Weight, leaf: Any, fixed: int) -> Layer:
+def stack(
+    weights: Sequence[Weight], leaves: Mapping[str, Any], fixed: int
+) -> list[Layers]:
+    """Log ranges of all weights, those of one shape together: quicker to compile."""
+    shapes: dict[tuple[int, ...], list[tuple[jax.Array, np.ndarray, np.ndarray]]] = {}
+    for weight in weights:
+        layer = _layer(weight, leaves[weight.parameter])
+        shapes.setdefault(layer[0].shape, []).append(layer)
+    return [
+        Layers(
+            jnp.stack([layer[0] for layer in same]),
+            _stacked([layer[1] for layer in same], fixed),
+            _stacked([layer[2] for layer in same], fixed),
+        )
+        for same in shapes.values()
+    ]
+
+
+def _stacked(indices: list[np.ndarray], fixed: int) -> np.ndarray:
+    depth = max(len(index) for index in indices)
+    short = [((0, depth - len(index)), (0, 0), (0, 0)) for index in indices]
+    padded = [
+        np.pad(i, width, constant_values=fixed)
+        for i, width in zip(indices, short, strict=True)
+    ]
+    return np.stack(padded, axis=1)
+
+
+def _layer(weight: Weight, leaf: Any) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """Log ranges, with inputs that share their scale taken as one, and outputs too."""
     log_range = log_ranges(weight.matrix(leaf))
     inputs, outputs = weight.inputs, weight.outputs
     if inputs.shape[1] == 1:
         log_range, inputs = _merged(log_range, inputs, 1)
         log_range, outputs = _merged(log_range, outputs, 2)
-    return Layer(log_range, inputs, outputs)
+    return log_range, inputs, outputs
 
 
 def _merged(x: jax.Array, index: np.ndarray, axis: int) -> tuple[jax.Array, np.ndarray]:
@@ -139,7 +171,10 @@ def _merged(x: jax.Array, index: np.ndarray, axis: int) -> tuple[jax.Array, np.n
     if unique.shape[1] == index.shape[2]:
         return x, index
     rows = jnp.moveaxis(x, axis, 0)
-    largest = jax.ops.segment_max(rows, inverse.reshape(-1), unique.shape[1])
+    if unique.shape[1] == 1:
+        largest = jnp.max(rows, axis=0, keepdims=True)
+    else:
+        largest = jax.ops.segment_max(rows, inverse.reshape(-1), unique.shape[1])
     return jnp.moveaxis(largest, 0, axis), unique[:, None]
 
 
@@ -148,8 +183,11 @@ def dense(leaf: Any) -> Any:
     return leaf.weight if is_compressed(leaf) else leaf
 
 
-def rescaled(channels: Channels, leaves: Mapping[str, Any], x: jax.Array) -> dict[str, Any]:
+def rescaled(
+    channels: Channels, leaves: Mapping[str, Any], x: jax.Array
+) -> dict[str, Any]:
     """The leaves that change when channel i is divided by exp(x_i)."""
+    scale = jnp.exp(x)
     found: dict[str, Any] = {}
     for member in channels.graph.members:
         if member.role == "scale" or not channels.touched(member):
@@ -159,26 +197,34 @@ def rescaled(channels: Channels, leaves: Mapping[str, Any], x: jax.Array) -> dic
             norm = channels.graph[member.node].norm
             if norm is None or norm.scale is None:
                 continue  # its gain has to stay, and is made of the variance alone
-            factor = -2 * _log_factor(channels, member, x, leaf)
-        else:
-            sign = 1 if member.role == "in" else -1
-            factor = sign * _log_factor(channels, member, x, leaf)
-        found[member.parameter] = _times(leaf, jnp.exp(factor))
+        factor = _factor(channels, member, scale, leaf)
+        found[member.parameter] = _times(leaf, factor, POWERS[member.role])
     for member in channels.graph.members:
         if member.role == "scale" and channels.touched(member):
             found[member.parameter] = _gain_kept(channels, member, leaves, found)
     return found
 
 
-def _log_factor(channels: Channels, member: Member, x: jax.Array, leaf: Any) -> jax.Array:
-    """The log scale along a member's axis, in the rank of its leaf."""
-    index = channels.index(member.layout)
+def scales_along(channels: Channels, layout: Layout, scale: jax.Array) -> jax.Array:
+    """The scale of everything on an axis."""
+    index = channels.index(layout)
+    first = index[0, 0]
+    if np.array_equal(index, np.arange(first, first + index.size)[None]):
+        return jax.lax.slice(scale, (first,), (first + index.size,))  # quick to compile
+    return jnp.prod(scale[index], axis=0)
+
+
+def _factor(
+    channels: Channels, member: Member, scale: jax.Array, leaf: Any
+) -> jax.Array:
+    """The scales along a member's axis, in the rank of its leaf."""
+    along = scales_along(channels, member.layout, scale)
     shape = [1] * leaf.ndim
     if member.groups == 1:
-        shape[member.axis] = index.shape[1]
-        return log_scales(x, index).reshape(shape)
+        shape[member.axis] = along.size
+        return along.reshape(shape)
     outs = leaf.shape[member.out_axis]
-    each = log_scales(x, index).reshape(member.groups, -1)
+    each = along.reshape(member.groups, -1)
     along = jnp.repeat(each, outs // member.groups, axis=0)  # (outs, inputs of a group)
     shape[member.out_axis] = outs
     if member.axis < 0:
@@ -188,15 +234,22 @@ def _log_factor(channels: Channels, member: Member, x: jax.Array, leaf: Any) -> 
     return along.reshape(shape)
 
 
-def _times(leaf: Any, factor: jax.Array) -> Any:
+def _times(leaf: Any, factor: jax.Array, power: int) -> Any:
+    """A leaf times a power of the factor: 1, -1 or -2."""
     array = jnp.asarray(dense(leaf))
     dtype = jnp.promote_types(array.dtype, factor.dtype)
-    new = (array.astype(dtype) * factor.astype(dtype)).astype(array.dtype)
+    new, factor = array.astype(dtype), factor.astype(dtype)
+    for _ in range(abs(power)):
+        new = new * factor if power > 0 else new / factor
+    new = new.astype(array.dtype)
     return leaf.replace(weight=new) if is_compressed(leaf) else new
 
 
 def _gain_kept(
-    channels: Channels, member: Member, leaves: Mapping[str, Any], new: Mapping[str, Any]
+    channels: Channels,
+    member: Member,
+    leaves: Mapping[str, Any],
+    new: Mapping[str, Any],
 ) -> jax.Array:
     """The scale that gives a norm its old gain with the new variance."""
     norm = channels.graph[member.node].norm
@@ -230,7 +283,9 @@ def with_bounds(
         return jnp.asarray(given, factor.dtype) / factor
 
     low, high = clip.bounds
-    new = stated.replace(lower=bound(stated.lower, low), upper=bound(stated.upper, high))
+    new = stated.replace(
+        lower=bound(stated.lower, low), upper=bound(stated.upper, high)
+    )
     if upper is not None:
         new = new.replace(upper=jnp.full_like(factor, upper))
     return new

@@ -11,12 +11,13 @@ import numpy as np
 from jaxmet.engine.channels import Group, indices_of
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.numerics.scaling import balance, log_scales
+from jaxmet.numerics.scaling import balance
 from jaxmet.transforms.equalize.channels import (
     Channels,
     find_weights,
-    layer_of,
     rescaled,
+    scales_along,
+    stack,
     with_bounds,
 )
 from jaxmet.tree.config import QuantConfig
@@ -77,16 +78,17 @@ def equalize(
     _check_leaves(plan, leaves)
     channels = Channels(graph, plan.free)
     if not plan.free:
-        return (params, plan.table()) if with_report else params
+        report = plan.table({}, "Equalized: nothing")
+        return (params, report) if with_report else params
     weights = find_weights(channels)
     touched = {m.parameter for m in graph.members if channels.touched(m)}
     touched |= {w.parameter for w in weights}
 
     def run(old: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        layers = [layer_of(w, old[w.parameter], channels.size) for w in weights]
-        found = balance(
-            layers, list(channels.slices.values()), channels.size, limit=max_scale
-        )
+        layers = stack(weights, old, channels.size)
+        dtype = jnp.result_type(*(layer.log_range for layer in layers))
+        start = jnp.zeros(channels.size + 1, dtype)
+        found = balance(layers, start, limit=max_scale)
         new = rescaled(channels, old, found.x)
         for node in plan.clips:
             new |= _bounded(channels, node, old | new, found.x, clip)
@@ -97,7 +99,28 @@ def equalize(
     if not with_report:
         return result
     title = f"Equalized: objective='range', {int(found.sweeps)} sweeps"
-    return result, plan.table(channels, found.x, found.gap, title)
+    outcomes = _outcomes(channels, clip, found.x, found.gap, max_scale)
+    return result, plan.table(outcomes, title)
+
+
+def _outcomes(
+    channels: Channels, clip: str, x: Any, gap: Any, max_scale: float
+) -> dict[int, dict[str, Any]]:
+    """What a report says of each group that was rescaled."""
+    x, gap = np.asarray(x, np.float64), np.abs(np.asarray(gap))
+    found = {}
+    for group in channels.free:
+        start = channels.starts[group.index]
+        mine = slice(start, start + group.size)
+        held = np.abs(x[mine]).max() > np.log(max_scale) * (1 - 1e-6)
+        found[group.index] = {
+            "scale min": float(np.exp(x[mine].min())),
+            "scale max": float(np.exp(x[mine].max())),
+            "residual": float(gap[mine].max()),
+            "clip": clip if group.clips else None,
+            "note": f"held by max_scale={max_scale:g}" if held else None,
+        }
+    return found
 
 
 def _bounded(
@@ -111,7 +134,7 @@ def _bounded(
         for m in channels.graph.members
         if m.node == clip.carrier and m.role == "out" and m.parameter == weight.name
     )
-    factor = jnp.exp(log_scales(x, channels.index(out.layout)))
+    factor = scales_along(channels, out.layout, jnp.exp(x))
     upper = np.inf if mode == "relu" and clip.bounds[0] == 0 else None
     return {weight.name: with_bounds(clip, leaves[weight.name], factor, upper)}
 
@@ -135,34 +158,14 @@ class Plan:
         names = dict.fromkeys(c for g in self.free for c in g.clips)
         return tuple(self.graph[name] for name in names)
 
-    def table(
-        self,
-        channels: Channels | None = None,
-        x: Any = None,
-        gap: Any = None,
-        title: str = "Equalized: nothing",
-        notes: Mapping[int, str] | None = None,
-    ) -> Table:
-        rows = []
-        for group in self.free:
-            assert channels is not None
-            start, stop = channels.slices[group.index]
-            scale = np.exp(np.asarray(x[start:stop], np.float64))
-            rows.append(
-                _row(group)
-                | {
-                    "scale min": float(scale.min()),
-                    "scale max": float(scale.max()),
-                    "residual": float(np.abs(np.asarray(gap[start:stop])).max()),
-                    "clip": self.clip if group.clips else None,
-                    "note": (notes or {}).get(group.index),
-                }
-            )
-        rows += [_row(group) | {"note": why} for group, why in self.left]
-        for node, why in self.alone:
-            rows.append({"group": node.name, "makers": node.name, "note": why})
-        columns = "group makers readers channels / scale min / scale max / residual / clip"
-        return _table(rows, title)
+    def table(self, outcomes: Mapping[int, dict[str, Any]], title: str) -> Table:
+        """One row a group, then one a site that has none."""
+        rows = [_row(g) | outcomes[g.index] for g in self.free]
+        rows += [_row(g) | {"note": why} for g, why in self.left]
+        rows += [
+            {"group": n.name, "makers": n.name, "note": why} for n, why in self.alone
+        ]
+        return Table({c: [row.get(c) for row in rows] for c in COLUMNS}, title)
 
 
 COLUMNS = (
@@ -176,10 +179,6 @@ COLUMNS = (
     "clip",
     "note",
 )
-
-
-def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    return Table({name: [row.get(name) for row in rows] for name in COLUMNS}, title)
 
 
 def _row(group: Group) -> dict[str, Any]:
@@ -199,7 +198,9 @@ def make_plan(graph: Graph, clip: str) -> Plan:
             free.append(group)
         elif group.makers:
             left.append((group, why))
-    inside = {n for g in (*free, *(g for g, _ in left)) for n in (*g.makers, *g.readers)}
+    inside = {
+        n for g in (*free, *(g for g, _ in left)) for n in (*g.makers, *g.readers)
+    }
     alone = [(n, _why_alone(n)) for n in graph.sites if n.name not in inside]
     return Plan(graph, clip, tuple(free), tuple(left), tuple(alone))
 
@@ -241,7 +242,10 @@ def _why_alone(node: Node) -> str:
 
 
 def _check_options(clip: str, objective: str, max_scale: float) -> None:
-    for name, value, known in (("clip", clip, CLIPS), ("objective", objective, OBJECTIVES)):
+    for name, value, known in (
+        ("clip", clip, CLIPS),
+        ("objective", objective, OBJECTIVES),
+    ):
         if value not in known:
             raise ValueError(
                 f"jaxmet.equalize: {name} is {value!r}. It is one of "

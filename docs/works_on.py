@@ -1,0 +1,61 @@
+"""Writes docs/works-on.md: what jaxmet finds in every model of the tests' zoo.
+
+    python docs/works_on.py
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+import jaxmet as jm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+HEAD = """# What works on what
+
+Written by `python docs/works_on.py` from the models that the tests run (`tests/zoo.py`). For
+every model and front-end below the replay is bit-identical to the model under `jax.jit`, in
+value and gradient, and the nodes found equal a list written by hand.
+
+*sites*: products and lookups with a parameter. *norms*: those whose statistics are stored, so
+that they can be folded, and others. *channel groups*: those that `equalize` may rescale, of
+all; a group stays alone where something on its way is not homogeneous, or is an input or
+output of the model. *grids*: activations that `calibrate` puts on a grid by default, and
+values that stay in float.
+
+| model | front-ends | sites | norms | channel groups | grids |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    from zoo import CASES
+
+    rows = []
+    for case in CASES.values():
+        apply, params, inputs = next(iter(case.make.values()))(jax.random.key(0))
+        graph = jm.trace(apply, params, *inputs)
+        plan = jm.plan(params, graph)
+        kinds = Counter(plan["what"])
+        over = Counter(n.norm.over for n in graph.nodes if n.norm is not None)
+        norms = ", ".join(f"{n} {what}" for what, n in sorted(over.items())) or "–"
+        free = [g for g in graph.groups if g.free]
+        floats = sum(str(name).startswith("input of ") for name in plan["name"])
+        grids = str(kinds["activation"]) + (f", {floats} in float" if floats else "")
+        cells = (
+            case.name.replace("_", " "),
+            ", ".join(case.frontends),
+            str(len(graph.sites)),
+            norms,
+            f"{len(free)} of {len(graph.groups)}",
+            grids,
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "works-on.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,67 @@
+"""What the README and the guide print runs as printed, and names every public name."""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxmet as jm
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+class Small(nn.Module):
+    """A network with everything that the examples name."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), use_bias=False, name="stem")(x)
+        x = nn.relu6(nn.BatchNorm(use_running_average=True, name="stem_bn")(x))
+        x = nn.Conv(8, (3, 3), name="expand")(x)
+        return nn.Dense(4, name="head")(jnp.mean(nn.relu(x), (1, 2)))
+
+
+class SmallTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.mean(nnx.relu(self.stem(x)), (1, 2)))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_examples_run_as_printed(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    model = Small()
+    params = model.init(jax.random.key(1), images)
+    expected = model.apply(params, images)
+    blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert len(blocks) >= 3
+    scope = {"model": model, "params": params, "images": images}
+    scope["nnx_model"] = SmallTwin(nnx.Rngs(0))
+    for block in blocks:
+        if "nnx_model" in block:
+            nested = dict(scope)
+            exec(block, nested)
+            assert nested["merge"](nested["params"])(images).shape == (16, 4)
+        else:
+            exec(block, scope)
+    error = jnp.mean(jnp.square(scope["logits"] - expected))
+    assert 0 < error < 0.05 * jnp.mean(jnp.square(expected)) or page == "docs/guide.md"
+
+
+def test_every_public_name_is_in_the_docs():
+    text = "".join(
+        (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/guide.md")
+    )
+    public = [n for n in vars(jm) if not n.startswith("_")]
+    floors = ("analysis", "engine", "transforms", "tree", "demo")
+    missing = [n for n in public if n not in floors and not re.search(rf"\bjm\.{n}\b", text)]
+    assert not missing

@@ -1,0 +1,220 @@
+"""One table of transforms against one set of laws; what does not hold is excused by name."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmet as jm
+from jaxmet.tree.leaves import flatten, is_compressed
+from jaxmet.tree.names import named_leaves
+from zoo import CASES
+
+MODELS = ("conv_bn_relu", "inverted_residual", "residual", "grouped", "concatenation")
+FRONTENDS = ("linen", "nnx")
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """A function of `(params, graph, batches)`, and the laws that it need not keep."""
+
+    name: str
+    run: Callable[..., Any]
+    excused: dict[str, str] = field(default_factory=dict)
+    acts_on: tuple[str, ...] = MODELS
+
+
+def folded(params, graph, batches):
+    del batches
+    return jm.fold_batch_norm(params, graph)
+
+
+def equalized(params, graph, batches, **options):
+    del batches
+    return jm.equalize(params, graph, progress=False, **options)
+
+
+def rounded(params, graph, batches):
+    # What rounds is fixed beforehand, so that the transform is a function of params.
+    weights = {
+        site.weight.name: jm.Quantizer(bits=4, axis=site.weight.out_axes)
+        for site in graph.sites
+    }
+    return jm.round_weights(params, jm.Quantizers(weights))
+
+
+ROUNDS = {"function": "rounding to 4 bits changes the function: that is what it shows"}
+LEAVES = {"plain tree": "exact clips make leaves that hold bounds"}
+TRANSFORMS = (
+    Transform(
+        "fold_batch_norm", folded, acts_on=("conv_bn_relu", "inverted_residual", "residual")
+    ),
+    Transform("equalize range", functools.partial(equalized, objective="range"), LEAVES),
+    Transform(
+        "equalize skip",
+        functools.partial(equalized, objective="range", clip="skip"),
+        acts_on=("conv_bn_relu", "residual", "grouped", "concatenation"),
+    ),
+    Transform("round_weights", rounded, ROUNDS),
+)
+LAWS: dict[str, Callable[..., None]] = {}
+
+
+def law(check: Callable[..., None]) -> Callable[..., None]:
+    LAWS[check.__name__.replace("_", " ")] = check
+    return check
+
+
+@functools.cache
+def subject(model: str, frontend: str):
+    apply, params, inputs = CASES[model].make[frontend](jax.random.key(3))
+    return apply, params, inputs, jm.trace(apply, params, *inputs)
+
+
+@functools.cache
+def result(transform: Transform, model: str, frontend: str):
+    _, params, inputs, graph = subject(model, frontend)
+    return transform.run(params, graph, [inputs])
+
+
+def arrays(params: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def close(one: Any, two: Any, tolerance: float) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = max(np.abs(b).max(initial=0.0), 1e-12)
+        assert np.abs(a - b).max(initial=0.0) <= tolerance * scale
+
+
+@law
+def does_something(transform, model, frontend):
+    _, params, _, _ = subject(model, frontend)
+    before, after = named_leaves(params), named_leaves(result(transform, model, frontend))
+    changed = [
+        name
+        for name, leaf in after.items()
+        if is_compressed(leaf) or not np.array_equal(leaf, before[name])
+    ]
+    assert changed
+
+
+@law
+def tree_kept(transform, model, frontend):
+    _, params, _, _ = subject(model, frontend)
+    after = result(transform, model, frontend)
+    assert flatten(after)[2] == flatten(params)[2]
+    for a, b in zip(flatten(after)[1], flatten(params)[1], strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@law
+def plain_tree(transform, model, frontend):
+    after = result(transform, model, frontend)
+    assert not any(is_compressed(leaf) for leaf in flatten(after)[1])
+
+
+@law
+def input_untouched(transform, model, frontend):
+    _, params, inputs, graph = subject(model, frontend)
+    before = [a.copy() for a in arrays(params)]
+    transform.run(params, graph, [inputs])
+    for a, b in zip(arrays(params), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@law
+def eager_equals_jit(transform, model, frontend):
+    _, params, inputs, graph = subject(model, frontend)
+    compiled = jax.jit(lambda p: transform.run(p, graph, [inputs]))(params)
+    close(compiled, result(transform, model, frontend), 1e-5)
+
+
+@law
+def same_bits_again(transform, model, frontend):
+    _, params, inputs, graph = subject(model, frontend)
+    again = transform.run(params, graph, [inputs])
+    for a, b in zip(
+        arrays(again), arrays(result(transform, model, frontend)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@law
+def linen_equals_nnx(transform, model, frontend):
+    other = named_leaves(result(transform, model, "nnx"))
+    mine = named_leaves(result(transform, model, "linen"))
+    assert set(mine) == set(other)
+    for name, leaf in mine.items():
+        close(leaf, other[name], 1e-5)
+
+
+@law
+def function(transform, model, frontend):
+    apply, params, inputs, _ = subject(model, frontend)
+    after = jax.jit(jm.lift(apply))(result(transform, model, frontend), *inputs)
+    close(after, jax.jit(apply)(params, *inputs), 2e-5)
+
+
+@law
+def names_kept(transform, model, frontend):
+    apply, _, inputs, graph = subject(model, frontend)
+    again = jm.trace(apply, result(transform, model, frontend), *inputs)
+    assert [n.name for n in again.nodes] == [n.name for n in graph.nodes]
+    assert [n.weight for n in again.sites] == [n.weight for n in graph.sites]
+
+
+@law
+def wrong_tree_raises(transform, model, frontend):
+    _, params, inputs, graph = subject(model, frontend)
+    with pytest.raises(ValueError, match=r"jaxmet\.\w+: .*no parameter"):
+        transform.run({"params": {"other": jnp.ones(3)}}, graph, [inputs])
+
+
+CELLS = [
+    pytest.param(t, m, f, name, id=f"{t.name}-{m}-{f}-{name}".replace(" ", "_"))
+    for t in TRANSFORMS
+    for m in t.acts_on
+    for f in FRONTENDS
+    for name in LAWS
+    if name not in t.excused and not (name == "linen equals nnx" and f == "nnx")
+]
+
+
+@pytest.mark.parametrize(("transform", "model", "frontend", "name"), CELLS)
+def test_law(transform, model, frontend, name):
+    LAWS[name](transform, model, frontend)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.name)
+def test_excuses_are_of_laws_and_are_needed(transform):
+    assert set(transform.excused) <= set(LAWS)
+    for name in transform.excused:
+        with pytest.raises(AssertionError):
+            for model in transform.acts_on:
+                LAWS[name](transform, model, "linen")
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_32_bits_are_the_identity(model, frontend):
+    apply, params, inputs, graph = subject(model, frontend)
+    config = jm.QuantConfig(weight_bits=32, activation_bits=32)
+    quantizers = jm.calibrate(params, graph, [inputs], config, progress=False)
+    simulated = jax.jit(jm.simulate(apply, quantizers))(params, *inputs)
+    close(simulated, jax.jit(apply)(params, *inputs), 1e-6)
+    assert not quantizers.weights and not quantizers.activations
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_unknown_names_raise(frontend):
+    _, _, _, graph = subject("residual", frontend)
+    for act in (graph.only, graph.without, graph.__getitem__):
+        with pytest.raises(ValueError, match="'bloc'"):
+            act("bloc")

@@ -1,0 +1,316 @@
+"""What gets a grid, against lists written by hand from what an integer device stores."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxmet as jm
+from zoo import CASES
+
+# placement='operations': what an operation stores, with norm and rectifier fused into it;
+# placement='products': what enters a product, or a matmul of two activations.
+OPERATIONS = {
+    "conv_bn_relu": "input stem/relu head",
+    "inverted_residual": "input expand/clip depthwise/clip project_bn project/add",
+    "residual": "input conv1/relu bn2 conv2/relu",
+    "clip_after_add": "input stem/relu branch branch/clip head",
+    "concatenation": "input stem/relu right/concat merge",
+    "pooling": "input first/relu second/relu second/pool third",
+    "pre_activation": "input input/relu conv1/relu conv2",
+    "slopes": "input first/leaky_relu act third",
+    "resize": "input stem/relu stem/resize head",
+    "transformer": """input ln1 attn/query attn/key attn/value attn/key/matmul
+        attn/key/softmax attn/value/matmul attn/out attn/out/add ln2 up up/gelu down
+        down/add""",
+    "embedding": "embed first/relu second",
+    "tied": "input shared:0/relu shared:1/relu head",
+    "tied_embedding": "embed:0 middle middle/gelu embed:1",
+    "remat": "input stem/relu block/first/relu block/second head",
+    "cond": "input low/relu high/relu head",
+    "scan": "input stack/dense/relu head",
+    "two_inputs": "input:0 input:1 left/relu right right/add head",
+    "gated": "input gate gate/silu up up/multiply down",
+    "standardized": "input conv/relu conv/pool head",
+}
+PRODUCTS = {
+    "conv_bn_relu": "input stem/relu",
+    "inverted_residual": "input expand/clip depthwise/clip",
+    "residual": "input conv1/relu",
+    "clip_after_add": "input stem/relu branch/clip",
+    "concatenation": "input stem/relu right/concat",
+    "pooling": "input first/relu second/pool",
+    "pre_activation": "input/relu conv1/relu",
+    "slopes": "input first/leaky_relu act",
+    "resize": "input stem/resize",
+    "transformer": """ln1 attn/query attn/key attn/value attn/key/softmax
+        attn/value/matmul ln2 up/gelu""",
+    "embedding": "embed first/relu",
+    "tied": "input shared:0/relu shared:1/relu",
+    "tied_embedding": "embed:0 middle/gelu",
+    "remat": "input stem/relu block/first/relu block/second",
+    "cond": "input low/relu high/relu",
+    "scan": "input stack/dense/relu",
+    "two_inputs": "input:0 input:1 right/add",
+    "gated": "input up/multiply",
+    "standardized": "input conv/pool",
+}
+# The axes with a scale of their own, where it is not just the last one of a kernel.
+AXES = {
+    "scan": {"stack/dense/kernel": (0, 2), "head/kernel": (1,)},
+    "embedding": {"embed/embedding": (0,), "first/kernel": (1,), "second/kernel": (1,)},
+    "tied_embedding": {"embed/embedding": (0,), "middle/kernel": (1,)},
+    "tied": {"shared/kernel": (1,), "head/kernel": (1,)},
+    "transformer": {
+        **{f"attn/{n}/kernel": (1, 2) for n in ("query", "key", "value")},
+        "attn/out/kernel": (2,),
+        "up/kernel": (1,),
+        "down/kernel": (1,),
+    },
+    "lstm": {"rnn/cell": (1,), "rnn/cell:1": (1,), "head/kernel": (1,)},
+    "equinox_conv": {f"layers/{i}/weight": (0,) for i in (0, 2, 5)},
+    "einsum_heads": {"project": (1, 2), "merge": (2,)},
+    "standardized": {"conv": (3,), "head/w": (1,)},
+    "inverted_residual": {f"{n}/kernel": (3,) for n in ("expand", "depthwise", "project")},
+}
+# An int32 bias and the two grids whose scales multiply to its own.
+BIASES = {
+    "conv_bn_relu": {"stem": ("stem/kernel", "input"), "head": ("head/kernel", "stem/relu")},
+    "concatenation": {
+        "stem": ("stem/kernel", "input"),
+        "left": ("left/kernel", "stem/relu"),
+        "right": ("right/kernel", "stem/relu"),
+        "merge": ("merge/kernel", "right/concat"),
+    },
+    "pooling": {
+        "first": ("first/kernel", "input"),
+        "second": ("second/kernel", "first/relu"),
+        "third": ("third/kernel", "second/pool"),
+    },
+    "cond": {"low": ("low/kernel", "input"), "high": ("high/kernel", "input")},
+    "tied": {"head": ("head/kernel", "shared:1/relu")},
+    "embedding": {
+        "first": ("first/kernel", "embed"),
+        "second": ("second/kernel", "first/relu"),
+    },
+}
+
+
+@functools.cache
+def traced(name):
+    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
+    return params, jm.trace(apply, params, *inputs), inputs
+
+
+def planned(name, **config):
+    params, graph, _ = traced(name)
+    return jm.plan(params, graph, jm.QuantConfig(**config))
+
+
+def names(table, what):
+    return [row["name"] for row in table.where(what=what)]
+
+
+def refused(config, *parts, case="conv_bn_relu", params=None):
+    own, graph, _ = traced(case)
+    with pytest.raises(ValueError, match=r"jaxmet\.plan: ") as error:
+        jm.plan(own if params is None else params, graph, config)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("placement", ["operations", "products"])
+def test_what_is_stored_gets_a_grid(name, placement):
+    expected = (OPERATIONS if placement == "operations" else PRODUCTS)[name].split()
+    table = planned(name, placement=placement)
+    owners = [r["name"] for r in table.where(what="activation") if r["note"] is None]
+    assert sorted(owners) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_one_scale_an_output_channel(name):
+    params, graph, inputs = traced(name)
+    quantizers = jm.calibrate(params, graph, [inputs], progress=False)
+    assert {n: q.axis for n, q in quantizers.weights.items()} == AXES[name]
+    whole = jm.calibrate(
+        params, graph, [inputs], jm.QuantConfig(per_channel=False), progress=False
+    )
+    layered = {n: (0,) if 0 in a and len(a) > 1 else None for n, a in AXES[name].items()}
+    if name == "scan":  # each layer keeps a scale of its own
+        assert {n: q.axis for n, q in whole.weights.items()} == layered
+    else:
+        assert all(q.axis is None for q in whole.weights.values())
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_int32_biases_name_the_two_grids_of_their_scale(name):
+    table = planned(name, bias="int32")
+    expected = {
+        f"{node}/bias": f"scales of {weight} and {source}"
+        for node, (weight, source) in BIASES[name].items()
+    }
+    assert {r["name"]: r["note"] for r in table.where(what="bias")} == expected
+    assert names(planned(name), "bias") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "why"),
+    [
+        ("scan", "stack/dense/bias", "no grid of known scale"),
+        ("cond", "head/bias", "no grid of known scale"),
+        ("tied", "shared/bias", "different grids"),
+    ],
+)
+def test_a_bias_without_one_scale_stays_in_float_and_says_why(name, bias, why):
+    (row,) = planned(name, bias="int32").where(name=bias)
+    assert row["what"] == "float" and why in row["note"]
+
+
+def test_operands_of_a_concatenation_share_its_grid():
+    table = planned("concatenation")
+    shared = {r["name"]: r["note"] for r in table.where(what="activation") if r["note"]}
+    assert shared == {"left/relu": "as right/concat", "right/relu": "as right/concat"}
+
+
+def test_concatenations_of_concatenations_share_one_grid():
+    def dense_block(p, x):
+        x = x @ p["stem"]["kernel"]
+        a = jnp.concatenate([x, jnp.tanh(x @ p["one"]["kernel"])], -1)
+        b = jnp.concatenate([a, jnp.tanh(a @ p["two"]["kernel"])], -1)
+        return b @ p["head"]["kernel"]
+
+    shapes = {"stem": (3, 4), "one": (4, 4), "two": (8, 4), "head": (12, 2)}
+    params = {n: {"kernel": jnp.ones(s)} for n, s in shapes.items()}
+    table = jm.plan(params, jm.trace(dense_block, params, jnp.ones((2, 3))))
+    notes = {r["name"]: r["note"] for r in table.where(what="activation")}
+    last = "as two/concat"
+    assert notes["one/concat"] == notes["two/tanh"] == notes["one/tanh"] == last
+    assert notes["stem"] == last and notes["two/concat"] is None
+
+
+def test_a_pool_that_chooses_keeps_the_grid_and_one_that_averages_does_not():
+    table = planned("pooling")
+    assert "first/pool" not in table["name"]
+    assert "second/pool" in names(table, "activation")
+
+
+def test_both_operands_of_a_matmul_are_on_a_grid():
+    for placement in ("operations", "products"):
+        table = planned("transformer", placement=placement)
+        stored = names(table, "activation")
+        assert {"attn/query", "attn/key", "attn/key/softmax", "attn/value"} <= {*stored}
+        assert not [n for n in table["name"] if n.startswith("input of")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_left_out_in_silence(name):
+    """Every parameter has a row of its own, or its norm or derived weight has one."""
+    params, graph, _ = traced(name)
+    said = {*planned(name)["name"]}
+    for parameter in graph.parameters:
+        readers = {n.name for n in graph.nodes if parameter in n.parameters}
+        assert parameter in said or readers & said, parameter
+
+
+def test_what_stays_in_float_says_why():
+    def sine(p, x):
+        return jnp.sort(jnp.sin(x @ p["a"]["kernel"]) ** 2, -1)[:, ::-1] @ p["b"]["kernel"]
+
+    def opaque(p, x):
+        y = x @ p["a"]["kernel"]
+        return jnp.cumsum(y, axis=1) @ p["b"]["kernel"]
+
+    params = {"a": {"kernel": jnp.ones((3, 4))}, "b": {"kernel": jnp.ones((4, 2))}}
+    for model, hidden in ((sine, False), (opaque, True)):
+        table = jm.plan(params, jm.trace(model, params, jnp.ones((2, 3))))
+        rows = table.where(name="input of b")
+        assert bool(len(rows)) == hidden
+    assert rows["what"] == ["float"]
+    assert "cumsum" in rows["note"][0]
+
+
+def test_rules_and_selection():
+    config = jm.QuantConfig(
+        placement="products",
+        rules=[
+            jm.Rule("*/kernel", weight_bits=4),
+            jm.Rule("head", weight_bits=16, per_channel=False),
+            jm.Rule("stem/relu", activation_bits=12, symmetric_activations=True),
+        ],
+    )
+    params, graph, _ = traced("conv_bn_relu")
+    rows = {r["name"]: r for r in jm.plan(params, graph, config)}
+    assert rows["stem/kernel"]["bits"] == 4 and rows["head/kernel"]["bits"] == 16
+    assert rows["stem/kernel"]["one scale per"] == "channel"
+    assert rows["head/kernel"]["one scale per"] == "tensor"
+    assert (rows["stem/relu"]["bits"], rows["stem/relu"]["symmetric"]) == (12, "yes")
+    assert (rows["input"]["bits"], rows["input"]["symmetric"]) == (8, "no")
+    assert rows["head/kernel"]["shape"] == "3×3×8×6"
+
+    off = jm.plan(params, graph, jm.QuantConfig(rules=[jm.Rule("stem", quantize=False)]))
+    assert {"stem/kernel", "stem/relu"} <= {*names(off, "float")}
+    assert "head/kernel" in names(off, "weight")
+    (row,) = off.where(name="input of head")
+    assert row["note"] == "stays in float: 'stem/relu' has no grid"
+
+    part = jm.plan(params, graph.without("stem", "input"))
+    notes = {r["name"]: r["note"] for r in part.where(what="float")}
+    assert notes["stem/kernel"] == notes["input"] == "not selected"
+    assert names(part, "weight") == ["head/kernel"]
+
+
+def test_rules_reach_a_parameter_through_its_node():
+    """A rule for a node and a rule for its parameter both hold."""
+    for glob in ("head", "head/kernel"):
+        table = planned("conv_bn_relu", rules=[jm.Rule(glob, quantize=False)])
+        assert "head/kernel" in names(table, "float")
+
+
+def test_blocks():
+    table = planned("gated", block=2)
+    assert {*table.where(what="weight")["one scale per"]} == {"block of 2"}
+    (row,) = planned("standardized", block=3).where(name="conv")
+    assert row["note"] is not None
+
+
+def test_the_plan_is_what_calibrate_does():
+    """The plan lists the same names as the quantizers, with equal reasons."""
+    for name in ("concatenation", "transformer", "scan", "lstm"):
+        params, graph, inputs = traced(name)
+        config = jm.QuantConfig(bias="int32", weight_bits=5)
+        table = jm.plan(params, graph, config)
+        quantizers = jm.calibrate(params, graph, [inputs], config, progress=False)
+        weights = names(table, "weight") + names(table, "bias")
+        assert [*quantizers.weights] == weights
+        stored = [*quantizers.activations, *dict(quantizers.shared)]
+        assert stored == names(table, "activation")
+        rows = {(r["name"], r["note"]) for r in table.where(what="float")}
+        assert {*quantizers.left} == rows
+        printed = repr(quantizers)
+        for row in table:
+            assert row["name"] in printed
+        for _, why in quantizers.left:
+            assert why in printed
+
+
+def test_the_plan_needs_no_numbers():
+    """It runs on shapes, and before any data is seen."""
+    params, graph, _ = traced("transformer")
+    shapes = jax.eval_shape(lambda: params)
+    assert repr(jm.plan(shapes, graph)) == repr(jm.plan(params, graph))
+
+
+def test_refused():
+    unknown = jm.QuantConfig(rules=[jm.Rule("bottleneck*", weight_bits=4)])
+    refused(unknown, "bottleneck*", "no node and no parameter", "print(graph)")
+    own, _, _ = traced("conv_bn_relu")
+    other, _, _ = traced("residual")
+    refused(None, "no parameter 'stem/kernel'", "trace again", params=other)
+    nan = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), own)
+    refused(None, "NaN", "stem/kernel", "from before", params=nan)
+    with pytest.raises(ValueError, match=r"weight_bits is 1\b.*2 to 16, or 32"):
+        jm.QuantConfig(weight_bits=1)
+    with pytest.raises(ValueError, match="activation_bits is 17"):
+        jm.Rule("head", activation_bits=17)
