@@ -59,13 +59,14 @@ def test_licence_is_beside_the_data():
 
 
 def test_weights_fit_the_network():
-    initial = Network().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    image = jnp.zeros((1, 28, 28, 1))
+    initial = jax.eval_shape(Network().init, jax.random.key(0), image)
     trained = data.weights()
     assert jax.tree.structure(trained) == jax.tree.structure(initial)
     for path, leaf in jax.tree.leaves_with_path(trained):
         assert leaf.dtype == jnp.float32, path
         assert bool(jnp.all(jnp.isfinite(leaf))), path
-    shapes = jax.tree.map(jnp.shape, (trained, initial))
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (trained, initial)]
     assert shapes[0] == shapes[1]
     variances = [
         leaf
@@ -92,9 +93,10 @@ def test_network_stays_small():
 
 def test_training_mode_updates_the_statistics(loaded):
     variables = data.weights()
-    _, updates = Network().apply(
-        variables, loaded[0][:32], train=True, mutable=["batch_stats"]
+    forward = jax.jit(
+        lambda v, x: Network().apply(v, x, train=True, mutable=["batch_stats"])
     )
+    _, updates = forward(variables, loaded[0][:32])
     before, after = variables["batch_stats"], updates["batch_stats"]
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert not np.allclose(before["stem_bn"]["mean"], after["stem_bn"]["mean"])

@@ -1,7 +1,6 @@
 """Equalization: scrambled networks get equal ranges back and keep their function."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -241,7 +240,7 @@ def test_scrambled_networks_get_equal_ranges_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped", "concatenation", "pooling", "mobile", "resnet"]
+    "name", ["grouped", "concatenation", "inverted_residual", "resnet"]
 )
 def test_the_result_does_not_depend_on_the_scrambling(name: str) -> None:
     _, params, _, graph = model(name)
@@ -523,9 +522,9 @@ def test_a_layer_that_reads_what_it_makes() -> None:
     assert report["note"][0] is None
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
-    sizes=st.lists(st.integers(1, 6), min_size=3, max_size=6),
+    sizes=st.lists(st.integers(2, 6), min_size=3, max_size=6),
     seed=st.integers(0, 2**16),
     dead=st.floats(0, 0.4),
     spread=st.floats(0, 8),

@@ -4,7 +4,7 @@ Every block widens its input six times, filters each channel by itself and narro
 again, without an activation behind the narrow layer (Sandler et al., [MobileNetV2:
 Inverted Residuals and Linear Bottlenecks](https://arxiv.org/abs/1801.04381), CVPR
 2018). Depthwise kernels see one channel each, so their ranges drift far apart in
-training: one scale for the whole tensor cannot serve them all.
+training: one scale for the whole tensor serves most of them badly.
 """
 
 from functools import partial

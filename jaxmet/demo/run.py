@@ -31,12 +31,15 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
     equalized = jm.equalize(folded, graph, progress=progress)
 
     per_tensor = jm.QuantConfig(per_channel=False)
-    four_bits = jm.QuantConfig(weight_bits=4)
+    four = jm.QuantConfig(weight_bits=4)
+    four_per_tensor = jm.QuantConfig(weight_bits=4, per_channel=False)
     variants: list[tuple[str, Any, jm.QuantConfig]] = [
         ("W8A8 per tensor, fold", folded, per_tensor),
         ("W8A8 per tensor, fold + equalize", equalized, per_tensor),
         ("W8A8 per channel, fold", folded, jm.QuantConfig()),
-        ("W4A8 per channel, fold", folded, four_bits),
+        ("W4A8 per tensor, fold", folded, four_per_tensor),
+        ("W4A8 per tensor, fold + equalize", equalized, four_per_tensor),
+        ("W4A8 per channel, fold", folded, four),
     ]
     bar = tqdm(total=len(variants) + 1, desc="variants", disable=not progress)
     no_grids = jm.simulate(apply, jm.Quantizers())

@@ -12,7 +12,7 @@ from jaxmet.engine.program import DATA, PARAM, Region, Value, flatten, spread_ki
 from jaxmet.engine.rules import label, label_inputs
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Analysis:
     """A program with its nodes found and named, in the order in which they run."""
 

@@ -36,7 +36,7 @@ WINDOWS = {
 RESIZE_CALLS = ("_resize", "resize", "_scale_and_translate", "scale_and_translate")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Cluster:
     """A node before it has a name: what it is, what it computes, what it reads."""
 
@@ -91,7 +91,7 @@ def through_views(value: Value, names: Iterable[str] = VIEWS) -> Value:
     return value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Leaf:
     """A parameter and the views through which it is used; None: a loop slices it."""
 
@@ -261,7 +261,7 @@ def varying_axes(value: Value) -> set[int]:
     producer = value.producer
     if producer is not None and producer.name == "broadcast_in_dim":
         source, where = producer.operands[0], producer.params["broadcast_dimensions"]
-        kept = {where[i] for i in varying_axes(source)}
+        kept = {int(where[i]) for i in varying_axes(source)}
         return axes & kept
     if producer is not None and producer.name in LINEAR:
         return axes & varying_axes(producer.operands[0])

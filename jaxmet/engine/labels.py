@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 Axis = tuple["Atom", ...]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Atom:
     """One index set of a known size, joined with others through `parent`."""
 
@@ -99,7 +99,7 @@ def unify(one: Axis, two: Axis) -> None:
             b += reversed(_split(y, x.size))
             a.append(x)
         else:
-            freeze((x, y), "its axes do not line up")
+            freeze((x, y, *a, *b), "its axes do not line up")
             return
 
 

@@ -20,7 +20,7 @@ CONST, PARAM, NOISE, DATA = range(4)
 PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Value:
     """One array of the program. `name` is set on parameter leaves."""
 
@@ -28,10 +28,10 @@ class Value:
     kind: int = CONST
     constant: Any = None
     name: str | None = None
-    producer: "Equation | None" = None
-    uses: list["Equation | None"] = dataclasses.field(default_factory=list)
+    producer: "Equation | None" = dataclasses.field(default=None, repr=False)
+    uses: list["Equation | None"] = dataclasses.field(default_factory=list, repr=False)
     axes: tuple = ()
-    source: "Value | None" = None  # what a region's input stands for outside
+    source: "Value | None" = dataclasses.field(default=None, repr=False)  # outside a region
     sliced: bool = False  # and whether a loop takes one slice of it
 
     @property
@@ -53,7 +53,7 @@ class Value:
         return float(self.constant) if not compat.is_key(self.aval) else None
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Equation:
     """One operation; `bodies` are the regions of a loop, branch or custom rule."""
 
@@ -63,7 +63,7 @@ class Equation:
     results: list[Value]
     calls: tuple[tuple[int, str], ...] = ()
     bodies: tuple["Region", ...] = ()
-    node: Any = None
+    node: Any = dataclasses.field(default=None, repr=False)
     effects: Any = ()
 
     @property
@@ -79,7 +79,7 @@ class Equation:
         return max((v.kind for v in self.operands), default=CONST)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Region:
     """A straight list of equations with its inputs, constants and outputs."""
 

@@ -140,7 +140,7 @@ def clip(node: Node, x: Any, lower: Any, upper: Any) -> Any:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Machine:
     """Binds equations; collects statistics of the region that it is in."""
 

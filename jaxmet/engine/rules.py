@@ -193,7 +193,8 @@ def _slice(equation: Equation) -> None:
 def _split(equation: Equation) -> None:
     source, axis = equation.operands[0], equation.params["axis"]
     offset = 0
-    for out, n in zip(equation.results, equation.params["sizes"], strict=True):
+    sizes = map(int, equation.params["sizes"])  # numpy integers, at times
+    for out, n in zip(equation.results, sizes, strict=True):
         part = lb.cut(source.axes[axis], offset, offset + n)
         if part is None:
             lb.freeze(source.axes[axis], "split across")

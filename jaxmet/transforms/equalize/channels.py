@@ -93,8 +93,7 @@ class Weight:
         rest = [i for i in range(weight.ndim) if i not in (*ins, *outs)]
         sizes = (self.inputs.shape[2], groups, self.outputs.shape[2], -1)
         weight = jnp.transpose(weight, (*ins, *outs, *rest)).reshape(sizes)
-        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-        return jnp.moveaxis(weight, 1, 0)
+        return jnp.moveaxis(weight.astype(wide(weight.dtype)), 1, 0)
 
 
 def find_weights(channels: Channels) -> tuple[Weight, ...]:
@@ -131,13 +130,14 @@ def stack(
     weights: Sequence[Weight], leaves: Mapping[str, Any], fixed: int
 ) -> list[Layers]:
     """Log ranges of all weights, those of one shape together: quicker to compile."""
+    dtype = wide(*(leaves[w.parameter].dtype for w in weights))
     shapes: dict[tuple[int, ...], list[tuple[jax.Array, np.ndarray, np.ndarray]]] = {}
     for weight in weights:
         layer = _layer(weight, leaves[weight.parameter])
         shapes.setdefault(layer[0].shape, []).append(layer)
     return [
         Layers(
-            jnp.stack([layer[0] for layer in same]),
+            jnp.stack([layer[0].astype(dtype) for layer in same]),
             _stacked([layer[1] for layer in same], fixed),
             _stacked([layer[2] for layer in same], fixed),
         )
@@ -176,6 +176,11 @@ def _merged(x: jax.Array, index: np.ndarray, axis: int) -> tuple[jax.Array, np.n
     else:
         largest = jax.ops.segment_max(rows, inverse.reshape(-1), unique.shape[1])
     return jnp.moveaxis(largest, 0, axis), unique[:, None]
+
+
+def wide(*dtypes: Any) -> Any:
+    """What to compute in: the widest of these, at least float32."""
+    return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: d.itemsize)
 
 
 def dense(leaf: Any) -> Any:
@@ -237,7 +242,7 @@ def _factor(
 def _times(leaf: Any, factor: jax.Array, power: int) -> Any:
     """A leaf times a power of the factor: 1, -1 or -2."""
     array = jnp.asarray(dense(leaf))
-    dtype = jnp.promote_types(array.dtype, factor.dtype)
+    dtype = wide(array.dtype, factor.dtype)
     new, factor = array.astype(dtype), factor.astype(dtype)
     for _ in range(abs(power)):
         new = new * factor if power > 0 else new / factor
@@ -255,7 +260,7 @@ def _gain_kept(
     norm = channels.graph[member.node].norm
     assert norm is not None and norm.variance is not None
     scale, old = jnp.asarray(leaves[member.parameter]), leaves[norm.variance]
-    dtype = jnp.promote_types(scale.dtype, jnp.float32)
+    dtype = wide(scale.dtype)
     before, after = (
         jnp.sqrt(jnp.asarray(v).astype(dtype) + norm.epsilon)
         for v in (old, new.get(norm.variance, old))

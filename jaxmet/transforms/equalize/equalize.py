@@ -86,8 +86,7 @@ def equalize(
 
     def run(old: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         layers = stack(weights, old, channels.size)
-        dtype = jnp.result_type(*(layer.log_range for layer in layers))
-        start = jnp.zeros(channels.size + 1, dtype)
+        start = jnp.zeros(channels.size + 1, layers[0].log_range.dtype)
         found = balance(layers, start, limit=max_scale)
         new = rescaled(channels, old, found.x)
         for node in plan.clips:

@@ -1,0 +1,37 @@
+"""The main job on a few test images: what it shows must be so."""
+
+import runpy
+import sys
+
+import pytest
+
+from jaxmet.demo.run import run
+
+
+@pytest.fixture(scope="module")
+def table():
+    return run(test_images=300, progress=False)
+
+
+def decibels(table):
+    pairs = zip(table["variant"], table["SQNR (dB)"], strict=True)
+    return {name: float(value) for name, value in pairs if name != "float"}
+
+
+def test_float_network_is_as_good_as_promised(table):
+    accuracy = float(table["accuracy (%)"][0].split()[0])
+    assert table["variant"][0] == "float" and accuracy > 88
+
+
+def test_equalizing_wins_back_what_one_scale_a_tensor_costs(table):
+    found = decibels(table)
+    gain = found["W8A8 per tensor, fold + equalize"] - found["W8A8 per tensor, fold"]
+    assert gain > 5
+    assert found["W4A8 per channel, fold"] < found["W8A8 per channel, fold"] - 10
+
+
+def test_help_says_what_it_does(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python -m jaxmet", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("jaxmet", run_name="__main__")
+    assert "Fashion-MNIST" in capsys.readouterr().out
