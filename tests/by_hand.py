@@ -152,13 +152,13 @@ def transformer(get: Get, tap: Tap, x: Any) -> Any:
 
 
 def embedding(get: Get, tap: Tap, ids: Any) -> Any:
-    x = tap("embed", get("embed/embedding")[ids])
+    x = tap("embed", jnp.take(get("embed/embedding"), ids, axis=0))
     x = tap("first/relu", relu(dense(get, "first", x)))
     return tap("second", dense(get, "second", x))
 
 
 def tied_embedding(get: Get, tap: Tap, ids: Any) -> Any:
-    x = tap("embed:0", get("embed/embedding")[ids])
+    x = tap("embed:0", jnp.take(get("embed/embedding"), ids, axis=0))
     x = tap("middle/gelu", jax.nn.gelu(tap("middle", dense(get, "middle", x))))
     return tap("embed:1", x @ get("embed/embedding").T)
 
@@ -199,13 +199,13 @@ def rnn(get: Get, tap: Tap, x: Any) -> Any:
 def lstm(get: Get, tap: Tap, x: Any) -> Any:
     """The hidden state's kernels are one derived weight, the input's another."""
     cell, gates = "rnn/cell", "ifgo"
-    of_h = jnp.concatenate([get(f"{cell}/h{g}/kernel") for g in gates], -1)
-    of_x = jnp.concatenate([get(f"{cell}/i{g}/kernel") for g in gates], -1)
-    bias = jnp.concatenate([get(f"{cell}/h{g}/bias") for g in gates])
+    of_h = np.concatenate([get(f"{cell}/h{g}/kernel") for g in gates], -1)
+    of_x = np.concatenate([get(f"{cell}/i{g}/kernel") for g in gates], -1)
+    bias = np.concatenate([get(f"{cell}/h{g}/bias") for g in gates])
     of_h, of_x = tap("rnn/cell", of_h, weight=True), tap("rnn/cell:1", of_x, weight=True)
     at = "rnn/cell:1/"
     x = tap("input", x)
-    h, c, every = jnp.zeros((2, x.shape[0], 6), x.dtype)[0], None, []
+    h, every = jnp.zeros((x.shape[0], 6), x.dtype), []
     c = h
     for t in range(x.shape[1]):
         a = h @ of_h
@@ -246,24 +246,36 @@ MODELS: dict[str, Callable[..., Any]] = {
 # What a tap may do.
 
 
+def numbers(params: Any) -> dict[str, np.ndarray]:
+    """The named leaves in numpy, so that they are concrete inside `jax.jit` too."""
+    return {name: np.asarray(leaf) for name, leaf in named(params).items()}
+
+
 def ranges(name: str, params: Any, batches: list[tuple]) -> dict[str, tuple]:
     """The smallest and largest value of every node over all batches, a pair a layer."""
-    found: dict = defaultdict(lambda: defaultdict(list))
+    leaves = numbers(params)
 
-    def tap(node, value, layer=0, taken=True, weight=False):
-        if not weight and bool(taken):
-            found[node][layer].append((np.min(value), np.max(value)))
-        return value
+    @jax.jit
+    def seen(*batch):
+        found: dict = defaultdict(lambda: defaultdict(list))
 
-    for batch in batches:
-        MODELS[name](named(params).get, tap, *batch)
-    return {
-        node: tuple(
-            np.squeeze([reduce(np.asarray(layers[i])[:, k]) for i in sorted(layers)])
-            for k, reduce in enumerate((np.min, np.max))
-        )
-        for node, layers in found.items()
-    }
+        def tap(node, value, layer=0, taken=True, weight=False):
+            if not weight:
+                low = jnp.where(taken, jnp.min(value), jnp.inf)
+                high = jnp.where(taken, jnp.max(value), -jnp.inf)
+                found[node][layer].append((low, high))
+            return value
+
+        MODELS[name](leaves.get, tap, *batch)
+        return {n: [layers[i] for i in sorted(layers)] for n, layers in found.items()}
+
+    every = [jax.device_get(seen(*batch)) for batch in batches]
+    both = {}
+    for node, layers in every[0].items():
+        pairs = [np.concatenate([e[node][i] for e in every]) for i in range(len(layers))]
+        lows, highs = [p[:, 0].min() for p in pairs], [p[:, 1].max() for p in pairs]
+        both[node] = (np.squeeze(lows), np.squeeze(highs))
+    return both
 
 
 def grid(low: Any, high: Any, bits: int, symmetric: bool = False) -> tuple:

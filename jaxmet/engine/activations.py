@@ -10,7 +10,7 @@ from jaxmet.engine import compat
 from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Value, flatten, spread_kinds
 
 HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "abs")
-RENAMED = {"hard_silu": "hard_swish", "swish": "silu", "logistic": "sigmoid"}
+RENAMED: dict[str, str] = {"hard_silu": "hard_swish", "swish": "silu", "logistic": "sigmoid"}
 PASS = ("convert_element_type", "copy", "reduce_precision", "stop_gradient")
 
 
@@ -29,18 +29,23 @@ def classify(
             return found[0], {"known": True, **found[1]}
     if len(core) == 1:
         name = core[0].name
-        name = RENAMED.get(name, name)
+        name = _renamed(name)
         return name, {"known": name in ("tanh", "sigmoid", "abs", "erf")}
     return _named(core, own), {}
+
+
+def _renamed(name: str) -> str:
+    return RENAMED[name] if name in RENAMED else name
 
 
 def _opened(equations: list[Equation], start: Value) -> tuple[list[Equation], Value]:
     """Look inside a custom rule that is the whole group (`jax.nn.relu`)."""
     if len(equations) == 1 and equations[0].name in compat.CUSTOM:
         body = flatten(compat.call_body(equations[0].params))
-        body.inputs[0].kind = DATA
+        for inside, outside in zip(body.inputs, equations[0].operands, strict=True):
+            inside.kind, inside.constant = outside.kind, outside.constant
         spread_kinds(body)
-        return _opened(body.equations, body.inputs[0])
+        return _opened(body.equations, next(v for v in body.inputs if v.kind == DATA))
     return equations, start
 
 
@@ -50,7 +55,8 @@ def _base(value: Value) -> Value:
     return value
 
 
-def _number(value: Value) -> float | None:
+def number_of(value: Value) -> float | None:
+    """The one number that a constant holds, through casts and broadcasts."""
     while value.producer is not None and value.producer.name in (
         *PASS,
         "broadcast_in_dim",
@@ -62,8 +68,9 @@ def _number(value: Value) -> float | None:
 def _clip(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | None:
     low, high = -float("inf"), float("inf")
     for equation in core:
-        numbers = [_number(v) for v in equation.operands if v.kind == CONST]
-        if None in numbers:
+        found = [number_of(v) for v in equation.operands if v.kind == CONST]
+        numbers = [n for n in found if n is not None]
+        if len(numbers) < len(found):
             return None
         if equation.name == "max" and len(numbers) == 1:
             low, high = max(low, numbers[0]), max(high, numbers[0])
@@ -91,7 +98,7 @@ def _leaky(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | N
     if _base(products[0].data[0]) is not start:
         return None
     factor = next(v for v in products[0].operands if v.kind != DATA)
-    scaled, slope = products[0].results[0], _number(factor)
+    scaled, slope = products[0].results[0], number_of(factor)
     if final.name == "max" and slope is not None and 0 <= slope <= 1 and not compares:
         branches = {_base(v) for v in final.operands}
         return ("leaky_relu", {"slope": slope}) if branches == {start, scaled} else None
@@ -111,9 +118,9 @@ def _leaky(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | N
 def _positive_branch(compare: Equation, start: Value) -> int | None:
     """Which case of a select is taken where x > 0."""
     left, right = compare.operands
-    if _base(left) is start and _number(right) == 0:
+    if _base(left) is start and number_of(right) == 0:
         return 1 if compare.name in ("ge", "gt") else 0
-    if _base(right) is start and _number(left) == 0:
+    if _base(right) is start and number_of(left) == 0:
         return 0 if compare.name in ("ge", "gt") else 1
     return None
 
@@ -130,6 +137,5 @@ def _named(core: list[Equation], own: set[int]) -> str:
     calls = set.intersection(*(set(e.calls) for e in core))
     for number, name in sorted(calls):
         if number in own and name and not name.startswith("<"):
-            return RENAMED.get(name, name)
-    last = core[-1].name
-    return RENAMED.get(last, last)
+            return _renamed(name)
+    return _renamed(core[-1].name)

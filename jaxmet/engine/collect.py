@@ -58,7 +58,9 @@ def collect(
             seen.clear()
             try:
                 found = step(params, part)
-            except TypeError as error:
+            except (TypeError, ValueError, AttributeError) as error:
+                if str(error).startswith("jaxmet."):
+                    raise
                 raise ValueError(_refused(caller, part, error)) from error
             if seen:  # traced for this shape
                 _check_nodes(graph, seen, caller)
@@ -84,8 +86,9 @@ def _chunks(batches: Batches) -> Any:
 
 
 def _refused(caller: str, batch: tuple, error: Exception) -> str:
+    said = str(error).split("\n")[0].rstrip(".")
     return (
-        f"jaxmet.{caller}: the model did not accept a batch of {len(batch)} inputs: {error}. "
+        f"jaxmet.{caller}: the model did not accept a batch of {len(batch)} inputs: {said}. "
         "If the loader yields more than the inputs, choose them: "
         "inputs=lambda batch: batch[0]."
     )

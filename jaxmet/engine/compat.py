@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
+from jax import dtypes
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 REMAT = ("remat2", "remat", "checkpoint")
+Size = Any  # of an axis: an int, or a dimension that `jax.export` keeps symbolic
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -54,4 +56,4 @@ def bind(primitive: Any, params: dict[str, Any], operands: Sequence[Any]) -> lis
 
 def is_key(aval: Any) -> bool:
     """Whether an abstract value is a typed PRNG key."""
-    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(aval.dtype, dtypes.prng_key)

@@ -19,7 +19,15 @@ from jaxmet.engine.grouping import (
 )
 from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Edge, Node, Norm, Weight
-from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value, body_operands, carried
+from jaxmet.engine.program import (
+    DATA,
+    PARAM,
+    Equation,
+    Region,
+    Value,
+    body_operands,
+    carried,
+)
 from jaxmet.engine.views import CASTS, follow, holding, numbered
 
 

@@ -257,7 +257,7 @@ def _bias(add: Equation, value: Value, features: tuple[int, ...]) -> Value | Non
 
 def varying_axes(value: Value) -> set[int]:
     """Axes along which a value varies: neither of size one nor just broadcast."""
-    axes = {i for i, n in enumerate(value.shape) if n > 1}
+    axes = {i for i, n in enumerate(value.shape) if n != 1}
     producer = value.producer
     if producer is not None and producer.name == "broadcast_in_dim":
         source, where = producer.operands[0], producer.params["broadcast_dimensions"]
@@ -454,7 +454,8 @@ def _pointwise(equation: Equation) -> bool:
     if any(v.shape != shape for v in equation.data):
         return False
     if equation.name in compat.CUSTOM:
-        return len(equation.data) == len(equation.operands) == 1
+        others = [v for v in equation.operands if v.kind != DATA]
+        return len(equation.data) == 1 and all(v.kind == CONST for v in others)
     return equation.name in POINTWISE
 
 

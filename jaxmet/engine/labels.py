@@ -11,6 +11,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from jaxmet.engine.compat import Size
+
 Axis = tuple["Atom", ...]
 
 
@@ -18,7 +20,7 @@ Axis = tuple["Atom", ...]
 class Atom:
     """One index set of a known size, joined with others through `parent`."""
 
-    size: int
+    size: Size
     batch: bool = False
     frozen: str | None = None
     parent: "Atom | None" = None
@@ -32,7 +34,7 @@ class Atom:
         return atom
 
 
-def fresh(size: int, frozen: str | None = None) -> Axis:
+def fresh(size: Size, frozen: str | None = None) -> Axis:
     """A new label; an axis of size one needs none."""
     return () if size == 1 else (Atom(size, frozen=frozen),)
 
@@ -46,7 +48,7 @@ def expand(axis: Axis) -> Axis:
     return tuple(out)
 
 
-def size(axis: Axis) -> int:
+def size(axis: Axis) -> Size:
     return math.prod(atom.size for atom in axis)
 
 
@@ -103,7 +105,7 @@ def unify(one: Axis, two: Axis) -> None:
             return
 
 
-def _split(atom: Atom, major: int) -> Axis:
+def _split(atom: Atom, major: Size) -> Axis:
     inner = atom.size // major
     atom.factors = (
         Atom(major, atom.batch, atom.frozen),
@@ -130,18 +132,18 @@ def _merge(x: Atom, y: Atom) -> None:
         freeze((keep,), why)
 
 
-def concatenate(axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
+def concatenate(axes: Sequence[Axis], sizes: Sequence[Size]) -> Axis:
     """The label of a concatenation along an axis."""
     atom = Atom(sum(sizes))
     atom.parts = tuple(a or fresh_one(n) for a, n in zip(axes, sizes, strict=True))
     return (atom,)
 
 
-def fresh_one(n: int) -> Axis:
+def fresh_one(n: Size) -> Axis:
     return (Atom(n),)
 
 
-def cut(axis: Axis, start: int, stop: int) -> Axis | None:
+def cut(axis: Axis, start: Size, stop: Size) -> Axis | None:
     """The label of a slice, or None where the slice crosses what is known of the axis."""
     atoms = expand(axis)
     if start == 0 and stop == size(atoms):
@@ -171,7 +173,7 @@ def cut(axis: Axis, start: int, stop: int) -> Axis | None:
 
 
 def regroup(
-    axes: Sequence[Axis], old: Sequence[int], new: Sequence[int]
+    axes: Sequence[Axis], old: Sequence[Size], new: Sequence[Size]
 ) -> list[Axis] | None:
     """Labels after a reshape, or None where an axis is cut across its atoms."""
     out: list[Axis] = [() for _ in new]
@@ -195,14 +197,14 @@ def regroup(
 
 
 def _deal(
-    atoms: list[Atom], sizes: list[int], out: list[Axis], where: list[int]
+    atoms: list[Atom], sizes: list[Size], out: list[Axis], where: list[int]
 ) -> bool:
     """Hand the atoms of one block out to the axes of the other."""
     rest = list(reversed(atoms))
     for k, n in zip(where, sizes, strict=True):
         taken: list[Atom] = []
         need = n
-        while rest and need > 1:
+        while rest and need != 1:
             atom = rest.pop()
             if need % atom.size == 0:
                 taken.append(atom)
@@ -217,6 +219,6 @@ def _deal(
         while rest and rest[-1].size == 1 and (n == 1 or not taken) and not taken:
             taken.append(rest.pop())
         out[k] = tuple(taken)
-        if need > 1:
+        if need != 1:
             out[k] = (*taken, Atom(need))
     return True

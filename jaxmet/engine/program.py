@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxmet.engine import compat
 
@@ -35,7 +36,7 @@ class Value:
     sliced: bool = False  # and whether a loop takes one slice of it
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[compat.Size, ...]:
         return tuple(self.aval.shape)
 
     @property
@@ -48,7 +49,7 @@ class Value:
 
     def scalar(self) -> float | None:
         """The number, if this is a constant scalar that is known while tracing."""
-        if self.constant is None or self.ndim or isinstance(self.constant, jax.core.Tracer):
+        if self.constant is None or self.ndim or isinstance(self.constant, Tracer):
             return None
         return float(self.constant) if not compat.is_key(self.aval) else None
 
@@ -68,7 +69,7 @@ class Equation:
 
     @property
     def name(self) -> str:
-        return self.primitive.name
+        return str(self.primitive.name)
 
     @property
     def data(self) -> list[Value]:

@@ -186,7 +186,7 @@ class Machine:
         node = self.nodes[cluster]
 
         def compute(*operands: Any) -> Any:
-            if node.carrier in self.bounds:
+            if node.carrier is not None and node.carrier in self.bounds:
                 return clip(node, operands[0], *self.bounds[node.carrier])
             inside = dict(environment)
             inside.update(zip(cluster.operands, operands, strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
-from jaxmet.engine.activations import HOMOGENEOUS
+from jaxmet.engine.activations import HOMOGENEOUS, number_of
 from jaxmet.engine.grouping import LINEAR, POINTWISE, REDUCTIONS, WINDOWS, Cluster
 from jaxmet.engine.labels import Axis
 from jaxmet.engine.program import (
@@ -134,7 +134,7 @@ def _inhomogeneous(equation: Equation) -> str | None:
         return "a division" if name == "div" and operands[1].kind == DATA else None
     if name in ("add", "sub", "add_any"):
         constants = [v for v in operands if v.kind in (CONST, NOISE)]
-        if all(v.scalar() == 0 for v in constants):
+        if all(number_of(v) == 0 for v in constants):
             return None
         return "a constant is added"
     if name == "select_n" and operands[0].kind in (CONST, NOISE):
@@ -206,9 +206,10 @@ def _split(equation: Equation) -> None:
 def _pad(equation: Equation) -> None:
     source, filler = equation.operands[:2]
     axes = list(source.axes)
-    if filler.scalar() != 0:
+    if number_of(filler) != 0:
         _freeze(source, "padded with a constant")
-    for i, (low, high, inner) in enumerate(equation.params["padding_config"]):
+    for i, config in enumerate(equation.params["padding_config"]):
+        low, high, inner = map(int, config)  # numpy integers, at times
         if (low, high, inner) == (0, 0, 0):
             continue
         n = source.shape[i]
@@ -235,7 +236,7 @@ def _concatenate(equation: Equation) -> None:
             ]
             axes.append(lb.concatenate(every, [v.shape[i] for v in equation.operands]))
             for v, axis in zip(equation.operands, every, strict=True):
-                if v.kind in (CONST, NOISE) and v.scalar() != 0:
+                if v.kind in (CONST, NOISE) and number_of(v) != 0:
                     lb.freeze(axes[-1], "concatenated with a constant")
                 if lb.carries_batch(axis):
                     axes[-1] = axis
@@ -315,7 +316,10 @@ def _dot(equation: Equation) -> None:
     if lb_:
         for a in fixed:
             lb.freeze(a, "a batched product")
-    if not weighted:
+    if DATA in (lhs.kind, rhs.kind) and {lhs.kind, rhs.kind} & {CONST, NOISE}:
+        for i, j in zip(lc, rc, strict=True):
+            lb.freeze((*axis(lhs, i), *axis(rhs, j)), "summed with constants")
+    elif not weighted:
         why = "a product of two activations" if equation.kind == DATA else "derived"
         for value in (lhs, rhs):
             _freeze(value, why)
@@ -351,11 +355,15 @@ def _conv(equation: Equation) -> None:
 def _regions(equation: Equation) -> None:
     loop = equation.name in ("scan", "while")
     skip = compat.scan_arity(equation.params) if equation.name == "scan" else (0, 0)
+    loops = {inside for inside, _ in carried(equation)}
     for body, outer in zip(equation.bodies, body_operands(equation), strict=True):
         for i, (inside, outside) in enumerate(zip(body.inputs, outer, strict=True)):
             axes = outside.axes or tuple(lb.fresh(n) for n in outside.shape)
             if equation.name == "scan" and i >= sum(skip):
                 axes = axes[1:]
+            if inside in loops:  # the batch reaches a first state of zeros from behind
+                pairs = zip(axes, inside.shape, strict=True)
+                axes = tuple(a or lb.fresh_one(n) for a, n in pairs)
             inside.axes = axes
             if inside.kind == CONST:
                 inside.axes = tuple(lb.fresh(n) for n in inside.shape)

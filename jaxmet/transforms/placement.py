@@ -138,7 +138,7 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 
 def _stored(graph: Graph) -> set[str]:
     """The nodes whose results a device would store, groups of operations fused."""
-    counts = Counter(e.node for n in graph.nodes for e in n.inputs if e.node)
+    counts = Counter(name for n in graph.nodes for name in {e.node for e in n.inputs})
     return {
         node.name
         for node in graph.nodes
@@ -151,12 +151,13 @@ def _stored(graph: Graph) -> set[str]:
 
 def _fuses(node: Node, reader: Node) -> bool:
     """Whether a device computes both in one operation."""
-    edge = next(e for e in reader.inputs if e.node == node.name)
-    if edge.moves or node.region != reader.region:
+    edges = [e for e in reader.inputs if e.node == node.name]
+    if all(e.moves for e in edges) or node.region != reader.region:
         return False
     if reader.kind == "norm":
-        stored = reader.norm is not None and reader.norm.over in ("stored", "constant")
-        return stored and node.kind == "product"
+        # a batch norm in training is traced for the device that runs the trained one
+        over = reader.norm.over if reader.norm is not None else None
+        return over in ("stored", "constant", "batch") and node.kind == "product"
     if reader.kind == "activation" and reader.function in FUSED:
         return node.kind in ("product", "norm", "add")
     return False

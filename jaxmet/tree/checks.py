@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxmet.tree.leaves import is_compressed
 
 
 def is_concrete(x: Any) -> bool:
     """Whether an array's values can be looked at: neither traced nor abstract."""
-    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
 def check_finite(leaves: Mapping[str, Any], caller: str) -> None:

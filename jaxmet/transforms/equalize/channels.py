@@ -80,8 +80,25 @@ class Weight:
     inputs: np.ndarray  # (factors, groups, ins)
     outputs: np.ndarray  # (factors, groups, outs)
 
+    @staticmethod
+    def of(node: Node, members: Sequence[Member], channels: Channels) -> "Weight":
+        """The weight of a product, from the members of its node."""
+        ins = tuple(m for m in members if m.role == "in")
+        outs = tuple(m for m in members if m.role == "out")
+        groups = ins[0].groups if ins else 1
+        inputs = _outer([channels.index(m.layout) for m in ins], channels.size)
+        outputs = _outer([channels.index(m.layout) for m in outs], channels.size)
+        return Weight(
+            node,
+            ins,
+            outs,
+            inputs.reshape(len(inputs), groups, -1),
+            outputs.reshape(len(outputs), groups, -1),
+        )
+
     @property
     def parameter(self) -> str:
+        """The name of the weight."""
         return self.outs[0].parameter
 
     def matrix(self, leaf: Any) -> jax.Array:
@@ -98,20 +115,16 @@ class Weight:
 
 def find_weights(channels: Channels) -> tuple[Weight, ...]:
     """The weights along which any channel is rescaled, in the order of the run."""
-    found = []
-    for node in channels.graph.nodes:
-        mine = [m for m in channels.graph.members if m.node == node.name]
-        ins = tuple(m for m in mine if m.role == "in")
-        outs = tuple(m for m in mine if m.role == "out")
-        if not any(channels.touched(m) for m in (*ins, *outs)):
-            continue
-        groups = ins[0].groups if ins else 1
-        inputs = _outer([channels.index(m.layout) for m in ins], channels.size)
-        outputs = _outer([channels.index(m.layout) for m in outs], channels.size)
-        inputs = inputs.reshape(len(inputs), groups, -1)
-        outputs = outputs.reshape(len(outputs), groups, -1)
-        found.append(Weight(node, ins, outs, inputs, outputs))
-    return tuple(found)
+    mine: dict[str, list[Member]] = {}
+    for member in channels.graph.members:
+        mine.setdefault(member.node, []).append(member)
+    every = [
+        Weight.of(node, mine[node.name], channels)
+        for node in channels.graph.nodes
+        if node.kind == "product" and node.name in mine
+    ]
+    fixed = channels.size
+    return tuple(w for w in every if np.any(w.inputs < fixed) or np.any(w.outputs < fixed))
 
 
 def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
@@ -138,14 +151,15 @@ def stack(
     return [
         Layers(
             jnp.stack([layer[0].astype(dtype) for layer in same]),
-            _stacked([layer[1] for layer in same], fixed),
-            _stacked([layer[2] for layer in same], fixed),
+            stacked([layer[1] for layer in same], fixed),
+            stacked([layer[2] for layer in same], fixed),
         )
         for same in shapes.values()
     ]
 
 
-def _stacked(indices: list[np.ndarray], fixed: int) -> np.ndarray:
+def stacked(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
+    """Indices of one shape on a new axis behind that of their factors."""
     depth = max(len(index) for index in indices)
     short = [((0, depth - len(index)), (0, 0), (0, 0)) for index in indices]
     padded = [
@@ -157,25 +171,43 @@ def _stacked(indices: list[np.ndarray], fixed: int) -> np.ndarray:
 
 def _layer(weight: Weight, leaf: Any) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """Log ranges, with inputs that share their scale taken as one, and outputs too."""
-    log_range = log_ranges(weight.matrix(leaf))
-    inputs, outputs = weight.inputs, weight.outputs
-    if inputs.shape[1] == 1:
-        log_range, inputs = _merged(log_range, inputs, 1)
-        log_range, outputs = _merged(log_range, outputs, 2)
-    return log_range, inputs, outputs
+    ins, outs = same_scale(weight.inputs), same_scale(weight.outputs)
+    log_range = ins.largest(outs.largest(log_ranges(weight.matrix(leaf)), 2), 1)
+    return log_range, ins.index, outs.index
 
 
-def _merged(x: jax.Array, index: np.ndarray, axis: int) -> tuple[jax.Array, np.ndarray]:
-    """The largest of those places along an axis that follow the same channels."""
-    unique, inverse = np.unique(index[:, 0], axis=1, return_inverse=True)
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """Places along an axis that follow the same channels, taken as one."""
+
+    index: np.ndarray  # (factors, groups, places left)
+    of: np.ndarray | None  # for each old place the new one; None: all stay apart
+
+    def largest(self, x: jax.Array, axis: int) -> jax.Array:
+        """The largest value at each place."""
+        return self._reduced(x, axis, jax.ops.segment_max, jnp.max)
+
+    def total(self, x: jax.Array, axis: int) -> jax.Array:
+        """The sum of the values at each place."""
+        return self._reduced(x, axis, jax.ops.segment_sum, jnp.sum)
+
+    def _reduced(self, x: jax.Array, axis: int, some: Any, every: Any) -> jax.Array:
+        if self.of is None:
+            return x
+        if self.index.shape[2] == 1:
+            return every(x, axis=axis, keepdims=True)
+        reduced = some(jnp.moveaxis(x, axis, 0), self.of, self.index.shape[2])
+        return jnp.moveaxis(reduced, 0, axis)
+
+
+def same_scale(index: np.ndarray) -> Same:
+    """What of an axis (factors, groups, places) can be taken as one."""
+    if index.shape[1] != 1:
+        return Same(index, None)
+    unique, of = np.unique(index[:, 0], axis=1, return_inverse=True)
     if unique.shape[1] == index.shape[2]:
-        return x, index
-    rows = jnp.moveaxis(x, axis, 0)
-    if unique.shape[1] == 1:
-        largest = jnp.max(rows, axis=0, keepdims=True)
-    else:
-        largest = jax.ops.segment_max(rows, inverse.reshape(-1), unique.shape[1])
-    return jnp.moveaxis(largest, 0, axis), unique[:, None]
+        return Same(index, None)
+    return Same(unique[:, None], of.reshape(-1))
 
 
 def wide(*dtypes: Any) -> Any:

@@ -1,0 +1,146 @@
+r"""Mean, variance and range of values: measured, merged, and through activations.
+
+The closed forms take a value to be normal, as the output of a batch norm nearly is.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+N_SIGMA = 4.0
+"""How many standard deviations a normal value is taken to range on either side."""
+
+Channels = Float[Array, "..."]
+
+
+class Moments(NamedTuple):
+    """What is known of each channel of a tensor."""
+
+    mean: Channels
+    variance: Channels
+    low: Channels
+    high: Channels
+
+    @property
+    def power(self) -> Channels:
+        """The mean of the square."""
+        return self.variance + self.mean * self.mean
+
+
+class Measured(NamedTuple):
+    """Moments of `count` values a channel; `spread` sums the squared distances to the mean."""
+
+    count: Channels
+    mean: Channels
+    spread: Channels
+    low: Channels
+    high: Channels
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and variance, with the range."""
+        count = jnp.maximum(self.count, 1.0)
+        return Moments(self.mean, self.spread / count, self.low, self.high)
+
+
+def measure(x: Float[Array, "..."], kept: Sequence[int]) -> Measured:
+    """Moments over all axes but the kept ones, flattened in their order."""
+    rest = [i for i in range(x.ndim) if i not in kept]
+    x = jnp.transpose(x, (*kept, *rest)).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.reshape(*(x.shape[i] for i in range(len(kept))), -1)
+    x = x.reshape(-1, x.shape[-1])
+    mean = jnp.mean(x, axis=1)
+    spread = jnp.sum(jnp.square(x - mean[:, None]), axis=1)
+    count = jnp.full_like(mean, x.shape[1])
+    return Measured(count, mean, spread, jnp.min(x, axis=1), jnp.max(x, axis=1))
+
+
+def merge(one: Measured, two: Measured) -> Measured:
+    r"""Moments of both sets of values: associative.
+
+    $M = M_1 + M_2 + \delta^2 n_1 n_2 / n$ with $\delta$ the distance of the means. Chan,
+    Golub and LeVeque, [Algorithms for Computing the Sample
+    Variance](https://doi.org/10.1080/00031305.1983.10483115), 1983.
+    """
+    count = one.count + two.count
+    share = two.count / jnp.maximum(count, 1.0)
+    apart = two.mean - one.mean
+    return Measured(
+        count,
+        one.mean + apart * share,
+        one.spread + two.spread + apart * apart * one.count * share,
+        jnp.minimum(one.low, two.low),
+        jnp.maximum(one.high, two.high),
+    )
+
+
+def normal(mean: Channels, variance: Channels) -> Moments:
+    """A normal value and the range that it hardly ever leaves."""
+    reach = N_SIGMA * jnp.sqrt(variance)
+    return Moments(mean, variance, mean - reach, mean + reach)
+
+
+def clipped(x: Moments, lower: Channels, upper: Channels) -> Moments:
+    r"""A normal value clipped to lower … upper, either of which may be infinite.
+
+    With $\alpha, \beta$ the bounds in standard deviations from the mean and
+    $p = \Phi(\beta) - \Phi(\alpha)$,
+    $E y = a\Phi(\alpha) + b\Phi(-\beta) + \mu p + \sigma(\varphi(\alpha) - \varphi(\beta))$
+    and $E y^2 = a^2\Phi(\alpha) + b^2\Phi(-\beta) + (\mu^2+\sigma^2) p
+    + \sigma((\mu+a)\varphi(\alpha) - (\mu+b)\varphi(\beta))$.
+    """
+    sigma = jnp.sqrt(jnp.maximum(x.variance, 1e-30))
+    alpha, beta = (lower - x.mean) / sigma, (upper - x.mean) / sigma
+    a, b = _finite(lower), _finite(upper)
+    # The difference of the smaller tails, which is exact where both bounds are far out.
+    below, above = norm.cdf(alpha), norm.cdf(-beta)
+    inside = jnp.where(
+        alpha > 0, norm.cdf(-alpha) - above, jnp.clip(norm.cdf(beta) - below, 0.0)
+    )
+    f, g = norm.pdf(alpha), norm.pdf(beta)
+    mean = a * below + b * above + x.mean * inside + sigma * (f - g)
+    power = a * a * below + b * b * above + x.power * inside
+    power = power + sigma * ((x.mean + a) * f - (x.mean + b) * g)
+    mean = jnp.clip(mean, lower, upper)
+    variance = jnp.maximum(power - mean * mean, 0.0)
+    low, high = (jnp.clip(end, lower, upper) for end in (x.low, x.high))
+    return Moments(mean, variance, low, high)
+
+
+def leaky(x: Moments, slope: Channels) -> Moments:
+    """x where it is positive, slope · x elsewhere: two rectified halves, never both."""
+    zero, infinite = jnp.zeros_like(x.mean), jnp.full_like(x.mean, jnp.inf)
+    up, down = clipped(x, zero, infinite), clipped(x, -infinite, zero)
+    mean = up.mean + slope * down.mean
+    power = up.power + slope * slope * down.power
+    ends = (up.low + slope * down.low, up.high + slope * down.high)
+    variance = jnp.maximum(power - mean * mean, 0.0)
+    return Moments(mean, variance, jnp.minimum(*ends), jnp.maximum(*ends))
+
+
+def added(one: Moments, two: Moments) -> Moments:
+    """The sum of two values that know nothing of each other."""
+    total = normal(one.mean + two.mean, one.variance + two.variance)
+    low = jnp.maximum(total.low, one.low + two.low)
+    return total._replace(low=low, high=jnp.minimum(total.high, one.high + two.high))
+
+
+def either(one: Moments, two: Moments) -> Moments:
+    """A value that is one or the other as often."""
+    mean = (one.mean + two.mean) / 2
+    power = (one.power + two.power) / 2
+    return Moments(
+        mean,
+        jnp.maximum(power - mean * mean, 0.0),
+        jnp.minimum(one.low, two.low),
+        jnp.maximum(one.high, two.high),
+    )
+
+
+def _finite(bound: jax.Array) -> jax.Array:
+    """The bound, or zero for an infinite one: what it multiplies vanishes there."""
+    return jnp.where(jnp.isfinite(bound), bound, 0.0)

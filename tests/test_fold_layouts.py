@@ -1,0 +1,482 @@
+"""Folding of every form of a norm into every layout of a product, and what is left alone.
+
+The oracle of a fold is the formula itself in float64 numpy, and the model's own output.
+"""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from folds import (
+    EPSILON,
+    KEY,
+    ONE_ULP,
+    affine,
+    check_folded,
+    close,
+    gain_of,
+    mlp,
+    norm_leaves,
+    numbers,
+    same_bits,
+    same_function,
+    wide,
+)
+from jaxmet.engine.graph import trace
+from jaxmet.numerics.norm import folded_statistics, norm_gain, unit_scale
+from jaxmet.transforms.fold import fold_batch_norm
+from jaxmet.tree.names import named_leaves, replace_leaves
+from zoo import CASES
+from zoo_nets import (
+    batch_norm,
+    conv,
+    conv_transpose,
+    dense,
+    fill,
+    image,
+    linen_maker,
+    net,
+    nnx_maker,
+    normal,
+)
+
+# Forms of a norm
+
+
+def test_published_numbers():
+    """The example of AIMET's own test: the first bias rises by exactly one."""
+    norm = {
+        "mean": jnp.float32([1, 2]),
+        "var": jnp.float32([1, 2]),
+        "scale": jnp.float32([1, 3]),
+        "bias": jnp.float32([2, 3]),
+    }
+    params = {"conv": numbers(0, w=(3, 3, 2, 2)) | {"b": jnp.zeros(2)}, "norm": norm}
+
+    def apply(p, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, p["conv"]["w"], (1, 1), "SAME", dimension_numbers=layout
+        )
+        y = y + p["conv"]["b"].reshape(1, 1, 1, 2)
+        return affine(p["norm"], y, 0.0, (1, 1, 1, 2))
+
+    (x,) = image(channels=2)(KEY)
+    after = fold_batch_norm(params, trace(apply, params, x))
+    shift = after["norm"]["bias"] - after["norm"]["mean"] + after["conv"]["b"]
+    np.testing.assert_array_equal(shift[0], np.float32(1))
+    close(shift[1], 3 - 2 * 3 / np.sqrt(2), 1e-6)
+    close(after["conv"]["w"], np.asarray(params["conv"]["w"]) * [1, 3 / 2**0.5], 1e-6)
+
+
+@pytest.mark.parametrize("missing", ["scale", "bias", "mean", "scale bias mean"])
+def test_norms_without_some_leaves(missing):
+    apply, params, x = mlp()
+    params["norm"] = norm_leaves(5, leave_out=missing.split())
+    graph = trace(apply, params, x)
+    after, report = fold_batch_norm(params, graph, with_report=True)
+    same_function(apply, params, after, x)
+    assert report["into"] == ["one"]
+    old, new = wide(params["norm"]), wide(after["norm"])
+    g = old.get("scale", 1.0) / np.sqrt(old["var"] + EPSILON)
+    close(after["one"]["w"], np.asarray(params["one"]["w"]) * g, 1e-6)
+    close(new.get("scale", 1.0) / np.sqrt(new["var"] + EPSILON), np.ones(5), ONE_ULP)
+    if "scale" in missing:
+        close(new["var"], np.full(5, 1 - EPSILON), 1e-7)
+        assert "1 − epsilon" in report["note"][0]
+    else:
+        assert report["note"] == [None]
+    same_bits(fold_batch_norm(after, graph), after)
+
+
+def by_division(p, x):
+    return (x - p["mean"][None]) / jnp.sqrt(p["var"] + EPSILON)[None] * p["scale"][
+        None
+    ] + p["bias"][None]
+
+
+def scale_over_root(p, x):
+    gain = p["scale"] / jnp.sqrt(p["var"] + EPSILON)
+    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
+
+
+def by_power(p, x):
+    gain = (p["var"] + EPSILON) ** -0.5
+    return (x - p["mean"][None]) * gain[None] * p["scale"][None] + p["bias"][None]
+
+
+def with_a_constant(p, x):
+    gain = 3.0 * jax.lax.rsqrt(p["var"] + EPSILON) * p["scale"]
+    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
+
+
+@pytest.mark.parametrize(
+    "form", [by_division, scale_over_root, by_power, with_a_constant]
+)
+def test_other_forms_of_a_norm(form):
+    apply, params, x = mlp(form)
+    after = fold_batch_norm(params, trace(apply, params, x))
+    same_function(apply, params, after, x)
+    flat = {f"n/{k}": v for k, v in params["norm"].items()}
+    check_folded(
+        "n",
+        "p",
+        flat | {"p/w": params["one"]["w"], "p/b": params["one"]["b"]},
+        {f"n/{k}": v for k, v in after["norm"].items()}
+        | {"p/w": after["one"]["w"], "p/b": after["one"]["b"]},
+    )
+
+
+def times_the_root(p, x):
+    gain = jnp.sqrt(p["var"] + EPSILON) * p["scale"]
+    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
+
+
+def over_the_scale(p, x):
+    gain = jax.lax.rsqrt(p["var"] + EPSILON) / p["scale"]
+    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
+
+
+def shifted_scale(p, x):
+    gain = jax.lax.rsqrt(p["var"] + EPSILON) * (1.0 + p["scale"])
+    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
+
+
+@pytest.mark.parametrize("form", [times_the_root, over_the_scale, shifted_scale])
+def test_what_only_looks_like_a_norm_is_left_alone(form):
+    apply, params, x = mlp(form)
+    after = fold_batch_norm(params, trace(apply, params, x))
+    same_bits(after, params)
+
+
+LAYERS = {  # what makes the channels of a norm: (layer, channels, features)
+    "conv": (conv(3, 4, 3), 3, 4),
+    "no bias": (conv(3, 4, 3, use_bias=False), 3, 4),
+    "strided": (conv(3, 4, 3, strides=(2, 2), kernel_dilation=(2, 1)), 3, 4),
+    "grouped": (conv(6, 4, 3, feature_group_count=2), 6, 4),
+    "depthwise": (conv(4, 4, 3, feature_group_count=4), 4, 4),
+    "multiplier": (conv(3, 6, 3, feature_group_count=3), 3, 6),
+    "transposed": (conv_transpose(3, 4, 3, strides=(2, 2)), 3, 4),
+    "one channel": (conv(3, 1, 3), 3, 1),
+    "dense": (dense(3, 4), 3, 4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("maker", [linen_maker, nnx_maker])
+def test_products_that_take_a_gain(name, maker):
+    layer, channels, features = LAYERS[name]
+    model = net(
+        lambda m, x: jnp.tanh(m.bn(m.layer(x), use_running_average=True)),
+        layer=layer,
+        bn=batch_norm(features),
+    )
+    apply, params, inputs = maker(model, image(6, channels))(KEY)
+    after = fold_batch_norm(params, trace(apply, params, *inputs))
+    same_function(apply, params, after, *inputs)
+    check_folded("bn", "layer", named_leaves(params), named_leaves(after))
+
+
+@pytest.mark.parametrize("axis", [-1, (-2, -1), 1])
+def test_products_with_two_feature_axes(axis):
+    """A norm over one of them, both (in any order of layouts), or another axis."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.DenseGeneral((3, 4), name="heads")(x)
+            y = nn.BatchNorm(True, axis=axis, epsilon=EPSILON, name="bn")(y)
+            return jnp.tanh(y)
+
+    (x,) = normal(2, 5, 6)(KEY)
+    model = Net()
+    params = fill(jax.eval_shape(model.init, KEY, x), KEY)
+    after, report = fold_batch_norm(
+        params, trace(model.apply, params, x), with_report=True
+    )
+    same_function(model.apply, params, after, x)
+    if axis == 1:
+        assert "channels" in report["note"][0]
+        same_bits(after, params)
+        return
+    assert report["into"] == ["heads"]
+    gains = gain_of("bn", wide(named_leaves(after)))
+    close(gains, np.ones_like(gains), ONE_ULP)
+
+
+# Norms before a product
+
+
+BEHIND = {  # the products that read the norm
+    "padded": [conv(4, 6, 3)],
+    "two readers": [conv(4, 6, 3), conv(4, 6, 3, use_bias=False)],
+    "grouped": [conv(4, 6, 3, feature_group_count=2)],
+    "multiplier": [conv(4, 8, 3, feature_group_count=4)],
+    "transposed": [conv_transpose(4, 6, 3, strides=(2, 2))],
+    "dense": [dense(4, 6)],
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("maker", [linen_maker, nnx_maker])
+def test_a_norm_before_products_gives_them_its_gain(name, maker):
+    layers = dict(zip("ab", BEHIND[name], strict=False))
+
+    def forward(m, x):
+        x = m.bn(x, use_running_average=True)
+        return sum(getattr(m, k)(x) for k in layers)
+
+    apply, params, inputs = maker(
+        net(forward, bn=batch_norm(4), **layers), image(6, 4)
+    )(KEY)
+    graph = trace(apply, params, *inputs)
+    after, report = fold_batch_norm(params, graph, with_report=True)
+    same_function(apply, params, after, *inputs)  # the padded border is in it
+    assert report["into"] == [", ".join(layers)] and report["side"] == ["behind"]
+    old, new = wide(named_leaves(params)), wide(named_leaves(after))
+    g = gain_of("bn", old)
+    close(gain_of("bn", new), np.ones(4), ONE_ULP)
+    close(new["bn/bias"], old["bn/bias"] / g, 1e-6)
+    for leaf in ("bn/mean", "bn/var", "a/bias"):
+        np.testing.assert_array_equal(new[leaf], old[leaf])
+    if name in ("padded", "two readers", "transposed"):
+        close(new["a/kernel"], old["a/kernel"] * g[:, None], 1e-6)
+    if name == "multiplier":  # output 2i and 2i + 1 read input i
+        close(new["a/kernel"], old["a/kernel"] * np.repeat(g, 2), 1e-6)
+    same_bits(fold_batch_norm(after, graph), after)
+
+
+def test_both_sides_of_one_product():
+    def forward(m, x):
+        x = m.conv(m.one(x, use_running_average=True))
+        return jnp.tanh(m.two(x, use_running_average=True))
+
+    layers = {"one": batch_norm(4), "conv": conv(4, 6, 3), "two": batch_norm(6)}
+    apply, params, inputs = linen_maker(net(forward, **layers), image(6, 4))(KEY)
+    after, report = fold_batch_norm(
+        params, trace(apply, params, *inputs), with_report=True
+    )
+    same_function(apply, params, after, *inputs)
+    assert report["side"] == ["behind", "before"]
+    old, new = wide(named_leaves(params)), wide(named_leaves(after))
+    both = gain_of("one", old)[:, None] * gain_of("two", old)
+    close(new["conv/kernel"], old["conv/kernel"] * both, 1e-6)
+
+
+def test_a_gain_too_faint_to_divide_by_stays():
+    model = net(
+        lambda m, x: m.conv(m.bn(x, use_running_average=True)),
+        bn=batch_norm(4),
+        conv=conv(4, 6, 3),
+    )
+    apply, params, inputs = linen_maker(model, image(6, 4))(KEY)
+    scale = jnp.float32([0.0, 1e-12, -0.5, 2.0])
+    params = replace_leaves(params, {"bn/scale": scale})
+    graph = trace(apply, params, *inputs)
+    after, report = fold_batch_norm(params, graph, with_report=True)
+    same_function(apply, params, after, *inputs)
+    new = named_leaves(after)
+    np.testing.assert_array_equal(new["bn/scale"][:2], scale[:2])
+    close(gain_of("bn", wide(new))[2:], np.ones(2), ONE_ULP)
+    assert report["note"] == ["2 of 4 channels keep their gain"]
+    same_bits(fold_batch_norm(after, graph), after)
+
+
+# What is left alone
+
+
+@pytest.mark.parametrize("name", ["group_norm", "dense_norm", "transformer"])
+@pytest.mark.parametrize("front", ["linen", "nnx"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_norms_over_the_data_are_left_alone(name, front, batch):
+    apply, params, (x,) = CASES[name].make[front](KEY)
+    after, report = fold_batch_norm(
+        params, trace(apply, params, x[:batch]), with_report=True
+    )
+    assert len(report) and set(report["note"]) == {"left alone: a norm over the data"}
+    old, new = named_leaves(params), named_leaves(after)
+    assert all(new[leaf] is old[leaf] for leaf in old)
+
+
+def read_twice(p, x):
+    y = x @ p["one"]["w"]
+    return affine(p["norm"], y) + y
+
+
+def counted(p, x):
+    y = x @ p["one"]["w"]
+    return affine(p["norm"], y), jnp.argmax(y, -1)
+
+
+def looked_up(p, x):
+    y = x @ p["one"]["w"]
+    where = jnp.argsort(x[:, :5], axis=-1)
+    return affine(p["norm"], y) + jnp.take_along_axis(y, where, axis=1)
+
+
+def penalized(p, x):
+    return affine(p["norm"], x @ p["one"]["w"]), jnp.sum(p["one"]["w"] ** 2)
+
+
+def nonlinear_between(p, x):
+    return affine(p["norm"], jnp.tanh(x @ p["one"]["w"]))
+
+
+def moved_between(p, x):
+    return affine(p["norm"], jnp.flip(x @ p["one"]["w"], axis=1))
+
+
+def used_twice(p, x):
+    h = affine(p["norm"], x @ p["one"]["w"])
+    return affine(p["norm"], h @ p["two"]["w"])
+
+
+def computed_weight(p, x):
+    return affine(p["norm"], x @ (p["one"]["w"] * p["two"]["gain"][None]))
+
+
+def over_another_axis(p, x):
+    return affine(p["norm"], x @ p["one"]["w"], shape=(-1, 1))
+
+
+def in_a_loop(p, x):
+    def step(h, _):
+        return affine(p["norm"], h @ p["two"]["w"]), None
+
+    return jax.lax.scan(step, x @ p["one"]["w"], None, length=3)[0]
+
+
+LEFT = {
+    read_twice: "not alone in reading",
+    counted: "not alone in reading",
+    looked_up: "not alone in reading",
+    penalized: "used elsewhere",
+    nonlinear_between: "no product before",
+    moved_between: "rev between",
+    used_twice: "used elsewhere",
+    computed_weight: "computed from parameters",
+    over_another_axis: "channels are not those",
+    in_a_loop: "inside a scan",
+}
+
+
+@pytest.mark.parametrize("apply", LEFT, ids=lambda f: f.__name__)
+def test_left_alone_with_the_reason(apply):
+    params = {
+        "one": numbers(2, w=(6, 5)),
+        "two": numbers(3, w=(5, 5), gain=(5,)),
+        "norm": norm_leaves(5),
+    }
+    (x,) = normal(5, 6)(KEY)
+    graph = trace(apply, params, x)
+    after, report = fold_batch_norm(params, graph, with_report=True)
+    same_bits(after, params)
+    assert len(report) and report["into"] == [None] * len(report)
+    assert all(LEFT[apply] in note for note in report["note"]), report
+    names = [node.name for node in graph.nodes if node.kind == "norm"]
+    with pytest.raises(
+        ValueError, match=rf"fold_batch_norm: norm '{names[0]}' .*without"
+    ):
+        fold_batch_norm(params, graph.only(names[0]))
+
+
+def test_several_readers_of_a_norm_must_all_be_products():
+    def apply(p, x):
+        y = affine(p["norm"], x)
+        return y @ p["one"]["w"] + y
+
+    params = {"one": numbers(2, w=(5, 5)), "norm": norm_leaves(5)}
+    (x,) = normal(4, 5)(KEY)
+    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
+    same_bits(after, params)
+    assert "is no product" in report["note"][0]
+
+
+def test_a_stacked_weight_is_left_alone():
+    def apply(p, x):
+        def step(h, layer):
+            return jnp.tanh(affine(layer["norm"], h @ layer["w"])), None
+
+        return jax.lax.scan(step, x, p)[0]
+
+    shapes = dict.fromkeys(("mean", "var", "scale", "bias"), (3, 5))
+    params = {**numbers(1, w=(3, 5, 5)), "norm": numbers(2, **shapes)}
+    (x,) = normal(4, 5)(KEY)
+    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
+    same_bits(after, params)
+    assert report["into"] == [None] and "scan" in report["note"][0]
+
+
+# Any numbers
+
+
+@st.composite
+def any_norms(draw):
+    """Leaves of a norm with channels that are dead, ordinary, tiny and enormous."""
+    sizes = st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 0.5, 1.0, 3.0, 1e3, 1e12, 1e30])
+    channels = draw(st.sampled_from([1, 5]))
+    row = st.lists(sizes, min_size=channels, max_size=channels)
+    sign = st.lists(st.sampled_from([-1, 1]), min_size=channels, max_size=channels)
+    roles = ("mean", "var", "scale", "bias")
+    norm = {role: np.array(draw(row)) for role in roles}
+    signs = {role: draw(sign) if role != "var" else 1 for role in roles}
+    return {role: jnp.asarray(norm[role] * signs[role], jnp.float32) for role in roles}
+
+
+@hypothesis.settings(max_examples=80)
+@hypothesis.given(any_norms(), st.sampled_from([0.0, 1e-12, 1e-3]), st.booleans())
+def test_any_numbers_stay_finite_and_mean_the_same(norm, epsilon, behind):
+    """Norm and product together are W·g, W·bias and the mean: in float64, each channel."""
+    channels = norm["var"].size
+    params = {"w": numbers(channels, w=(channels, channels))["w"], "norm": norm}
+
+    def apply(p, x):
+        if behind:
+            return affine(p["norm"], x, epsilon) @ p["w"]
+        return affine(p["norm"], x @ p["w"], epsilon)
+
+    graph = trace(apply, params, jnp.ones((2, channels)))
+    after = fold_batch_norm(params, graph)
+    same_bits(fold_batch_norm(after, graph), after)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
+
+    (old, w), (new, v) = (
+        (wide(p["norm"]), np.float64(p["w"])) for p in (params, after)
+    )
+    w, v = (w, v) if behind else (w.T, v.T)  # a row of weights for each channel
+    eps = graph.nodes[1 if behind else 2].norm.epsilon
+    with np.errstate(all="ignore"):
+        g, h = (p["scale"] / np.sqrt(p["var"] + eps) for p in (old, new))
+    moved = np.any(v != w, axis=1)
+    tame = [(np.abs(p) > 1e-4) & (np.abs(p) < 1e4) for p in old.values()]
+    assert np.all(moved | ~np.all(tame, axis=0) | (np.abs(g - 1) < 1e-6))
+    for role in old:
+        np.testing.assert_array_equal(new[role][~moved], old[role][~moved])
+    old, new = ({k: p[k][moved] for k in p} for p in (old, new))
+    g, h, w, v = g[moved], h[moved], w[moved].T, v[moved].T
+    close(h, np.ones_like(h), 2 * ONE_ULP)
+    close(v, w * g, 1e-6, 1e-37)
+    close(new["mean"], old["mean"] * (1 if behind else g), 1e-6, 1e-37)
+    gain = g if behind else 1.0
+    lost = 1e-30 * np.abs(old["scale"])  # β/g may be below the smallest float32
+    assert np.all(
+        np.abs(new["bias"] * gain - old["bias"]) <= 1e-6 * np.abs(old["bias"]) + lost
+    )
+    if not behind:
+        close(new["var"], old["var"] * g**2, 1e-6, 1e-37)
+
+
+def test_the_numerics_against_float64():
+    mean, var, scale = (np.random.default_rng(3).uniform(0.1, 4, 50) for _ in range(3))
+    single = [jnp.asarray(a, jnp.float32) for a in (mean, var, scale)]
+    g = norm_gain(single[1], single[2], 1e-3)
+    close(g, scale / np.sqrt(var + 1e-3), 1e-6)
+    close(norm_gain(single[1], None, 1e-3), 1 / np.sqrt(var + 1e-3), 1e-6)
+    m, v = folded_statistics(single[0], single[1], g)
+    close(m, mean * scale / np.sqrt(var + 1e-3), 1e-6)
+    close(v, var * scale**2 / (var + 1e-3), 1e-6)
+    close(unit_scale(v, 1e-3) / np.sqrt(np.asarray(v) + 1e-3), np.ones(50), 1e-6)
