@@ -44,11 +44,14 @@ def main() -> None:
     params = model.init(jax.random.key(1), images)
     ways = {
         "plain": model.apply,
-        "replay": lambda *a: jm.evaluate(model.apply, idle, cpu_formulations=False)(*a)[0],
+        "replay": lambda *a: jm.evaluate(model.apply, idle, cpu_formulations=False)(*a)[
+            0
+        ],
         "replay, CPU formulation": lambda *a: jm.evaluate(model.apply, idle)(*a)[0],
     }
     rows = []
     for name, apply in ways.items():
+
         def lower(apply=apply):
             jax.clear_caches()
             return jax.jit(lambda p, x: apply(p, x)).lower(params, images)

@@ -1,6 +1,6 @@
 """Writes docs/works-on.md: what jaxmet finds in every model of the tests' zoo.
 
-    python docs/works_on.py
+python docs/works_on.py
 """
 
 import sys

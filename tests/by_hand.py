@@ -59,7 +59,9 @@ def conv(get: Get, name: str, x: Any, groups: int = 1) -> Any:
     return y if bias is None else y + along_last(y, bias)
 
 
-def dense(get: Get, name: str, x: Any, kernel: str = "kernel", bias: str = "bias") -> Any:
+def dense(
+    get: Get, name: str, x: Any, kernel: str = "kernel", bias: str = "bias"
+) -> Any:
     y = x @ get(f"{name}/{kernel}")
     b = get(f"{name}/{bias}")
     return y if b is None else y + along_last(y, b)
@@ -202,7 +204,10 @@ def lstm(get: Get, tap: Tap, x: Any) -> Any:
     of_h = np.concatenate([get(f"{cell}/h{g}/kernel") for g in gates], -1)
     of_x = np.concatenate([get(f"{cell}/i{g}/kernel") for g in gates], -1)
     bias = np.concatenate([get(f"{cell}/h{g}/bias") for g in gates])
-    of_h, of_x = tap("rnn/cell", of_h, weight=True), tap("rnn/cell:1", of_x, weight=True)
+    of_h, of_x = (
+        tap("rnn/cell", of_h, weight=True),
+        tap("rnn/cell:1", of_x, weight=True),
+    )
     at = "rnn/cell:1/"
     x = tap("input", x)
     h, every = jnp.zeros((x.shape[0], 6), x.dtype), []
@@ -272,7 +277,9 @@ def ranges(name: str, params: Any, batches: list[tuple]) -> dict[str, tuple]:
     every = [jax.device_get(seen(*batch)) for batch in batches]
     both = {}
     for node, layers in every[0].items():
-        pairs = [np.concatenate([e[node][i] for e in every]) for i in range(len(layers))]
+        pairs = [
+            np.concatenate([e[node][i] for e in every]) for i in range(len(layers))
+        ]
         lows, highs = [p[:, 0].min() for p in pairs], [p[:, 1].max() for p in pairs]
         both[node] = (np.squeeze(lows), np.squeeze(highs))
     return both

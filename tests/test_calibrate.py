@@ -33,7 +33,9 @@ def rows(name, number, seed=0):
     rng = np.random.default_rng(seed)
     # later rows are larger, so that no batch speaks for the others
     grow = np.linspace(0.3, 2.0, number).reshape(-1, *(1 for _ in SHAPES[name]))
-    return jnp.asarray(grow * rng.normal(0.1, 1.0, (number, *SHAPES[name])), jnp.float32)
+    return jnp.asarray(
+        grow * rng.normal(0.1, 1.0, (number, *SHAPES[name])), jnp.float32
+    )
 
 
 def split(x, *sizes):
@@ -226,8 +228,12 @@ def test_sharded_batches_give_the_same_ranges(many):
         found = jm.calibrate(params, graph, batches, progress=False)
         assert found.activations.keys() == expected.activations.keys()
         for n, q in found.activations.items():
-            np.testing.assert_allclose(q.scale, expected.activations[n].scale, rtol=1e-6)
-            np.testing.assert_array_equal(q.zero_point, expected.activations[n].zero_point)
+            np.testing.assert_allclose(
+                q.scale, expected.activations[n].scale, rtol=1e-6
+            )
+            np.testing.assert_array_equal(
+                q.zero_point, expected.activations[n].zero_point
+            )
 
 
 # Refusals.
@@ -251,15 +257,27 @@ NAN = np.full_like(X, np.nan)
 @pytest.mark.parametrize(
     ("batches", "options", "message"),
     [
-        (X, {}, r"ndarray of shape \(2, 8, 8, 3\), which could be.*jm\.stacked\(x, batch_size"),
+        (
+            X,
+            {},
+            r"ndarray of shape \(2, 8, 8, 3\), which could be.*jm\.stacked\(x, batch_size",
+        ),
         ((X, X), {}, r"tuple of 2, which could be.*jm\.stacked"),
         ([], {}, r"batches is empty.*jm\.stacked"),
         (iter([]), {}, r"batches is empty"),
         ([NAN], {}, r"input 0 of the first batch has NaN.*Clean the data"),
         ([X[:0]], {}, r"input 0 of the first batch is empty"),
-        ([(X, np.arange(2))], {}, r"a batch of 2 inputs.*inputs=lambda batch: batch\[0\]"),
+        (
+            [(X, np.arange(2))],
+            {},
+            r"a batch of 2 inputs.*inputs=lambda batch: batch\[0\]",
+        ),
         (jax.ShapeDtypeStruct(X.shape, X.dtype), {}, r"batches"),
-        ([{"image": X}], {}, r"did not accept a batch.*inputs=lambda batch: batch\[0\]"),
+        (
+            [{"image": X}],
+            {},
+            r"did not accept a batch.*inputs=lambda batch: batch\[0\]",
+        ),
         ([["a", "b"]], {}, r"where an array belongs"),
     ],
 )
@@ -267,13 +285,19 @@ def test_bad_batches_are_refused(batches, options, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         calibrated("conv_bn_relu", batches, **options)
     if not options:
-        assert error.type is ValueError and str(error.value).startswith("jaxmet.calibrate: ")
+        assert error.type is ValueError and str(error.value).startswith(
+            "jaxmet.calibrate: "
+        )
 
 
 @pytest.mark.parametrize(
     ("params", "config", "message"),
     [
-        (None, {"rules": [jm.Rule("bottle*", weight_bits=4)]}, "no node.*Correct its glob"),
+        (
+            None,
+            {"rules": [jm.Rule("bottle*", weight_bits=4)]},
+            "no node.*Correct its glob",
+        ),
         (("stem/kernel", np.nan), {}, "parameter 'stem/kernel' holds NaN.*from before"),
         (("head/bias", np.inf), {}, "parameter 'head/bias' holds NaN or inf"),
         ("concatenation", {}, "shape|no parameter"),
@@ -297,13 +321,15 @@ def test_bad_arguments_are_refused_before_the_data_is_touched(params, config, me
 
 def test_nan_in_a_later_batch_names_the_first_node_that_holds_it():
     x = rows("conv_bn_relu", 4)
-    with pytest.raises(ValueError, match=r"jaxmet\.calibrate: the values of 'input' hold"):
+    with pytest.raises(
+        ValueError, match=r"jaxmet\.calibrate: the values of 'input' hold"
+    ):
         calibrated("conv_bn_relu", [x, x.at[0, 0, 0, 0].set(jnp.nan)])
 
 
 def test_float16_overflow_names_the_node():
     apply, params, _ = model("tied")
-    params = jax.tree.map(lambda a: a.astype(jnp.float16), params)
+    params = jax.tree.map(lambda a: (8 * a).astype(jnp.float16), params)
     x = rows("tied", 4).astype(jnp.float16)
     graph = jm.trace(apply, params, x)
     jm.calibrate(params, graph, [x], progress=False)
@@ -317,7 +343,9 @@ def test_a_batch_that_runs_another_program_is_refused():
             x = jnp.tanh(x @ params["extra"]["kernel"])
         return x[..., :3] @ params["head"]["kernel"]
 
-    params = {n: {"kernel": jnp.ones(s)} for n, s in (("extra", (4, 3)), ("head", (3, 2)))}
+    params = {
+        n: {"kernel": jnp.ones(s)} for n, s in (("extra", (4, 3)), ("head", (3, 2)))
+    }
     long, short = jnp.ones((2, 4)), jnp.ones((2, 3))
     graph = jm.trace(apply, params, long)
     jm.calibrate(params, graph, [long], progress=False)

@@ -66,7 +66,9 @@ def test_weights_fit_the_network():
     for path, leaf in jax.tree.leaves_with_path(trained):
         assert leaf.dtype == jnp.float32, path
         assert bool(jnp.all(jnp.isfinite(leaf))), path
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (trained, initial)]
+    shapes = [
+        jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (trained, initial)
+    ]
     assert shapes[0] == shapes[1]
     variances = [
         leaf

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import jaxmet as jm
-
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -59,7 +57,8 @@ def test_examples_run_as_printed(page, tmp_path, monkeypatch):
 
 def test_every_public_name_is_in_the_docs():
     text = "".join(
-        (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/guide.md")
+        (ROOT / page).read_text(encoding="utf-8")
+        for page in ("README.md", "docs/guide.md")
     )
     source = (ROOT / "jaxmet/__init__.py").read_text(encoding="utf-8")
     public = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)

@@ -208,6 +208,20 @@ def test_products_with_two_feature_axes(axis):
     close(gains, np.ones_like(gains), ONE_ULP)
 
 
+def test_equal_channels_on_another_axis_are_not_taken_for_the_product_s():
+    """The transpose ties both axes; the norm still runs along the one without weight."""
+
+    def apply(p, x):
+        y = affine(p["norm"], x @ p["w"], shape=(1, -1, 1))
+        return y + jnp.swapaxes(y, 1, 2)
+
+    params = {**numbers(2, w=(6, 5)), "norm": norm_leaves(5)}
+    (x,) = normal(2, 5, 6)(KEY)
+    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
+    same_bits(after, params)
+    assert "channels are not those" in report["note"][0]
+
+
 # Norms before a product
 
 

@@ -52,9 +52,13 @@ ROUNDS = {"function": "rounding to 4 bits changes the function: that is what it 
 LEAVES = {"plain tree": "exact clips make leaves that hold bounds"}
 TRANSFORMS = (
     Transform(
-        "fold_batch_norm", folded, acts_on=("conv_bn_relu", "inverted_residual", "residual")
+        "fold_batch_norm",
+        folded,
+        acts_on=("conv_bn_relu", "inverted_residual", "residual"),
     ),
-    Transform("equalize range", functools.partial(equalized, objective="range"), LEAVES),
+    Transform(
+        "equalize range", functools.partial(equalized, objective="range"), LEAVES
+    ),
     Transform(
         "equalize skip",
         functools.partial(equalized, objective="range", clip="skip"),
@@ -96,7 +100,10 @@ def close(one: Any, two: Any, tolerance: float) -> None:
 @law
 def does_something(transform, model, frontend):
     _, params, _, _ = subject(model, frontend)
-    before, after = named_leaves(params), named_leaves(result(transform, model, frontend))
+    before, after = (
+        named_leaves(params),
+        named_leaves(result(transform, model, frontend)),
+    )
     changed = [
         name
         for name, leaf in after.items()

@@ -73,11 +73,16 @@ AXES = {
     "equinox_conv": {f"layers/{i}/weight": (0,) for i in (0, 2, 5)},
     "einsum_heads": {"project": (1, 2), "merge": (2,)},
     "standardized": {"conv": (3,), "head/w": (1,)},
-    "inverted_residual": {f"{n}/kernel": (3,) for n in ("expand", "depthwise", "project")},
+    "inverted_residual": {
+        f"{n}/kernel": (3,) for n in ("expand", "depthwise", "project")
+    },
 }
 # An int32 bias and the two grids whose scales multiply to its own.
 BIASES = {
-    "conv_bn_relu": {"stem": ("stem/kernel", "input"), "head": ("head/kernel", "stem/relu")},
+    "conv_bn_relu": {
+        "stem": ("stem/kernel", "input"),
+        "head": ("head/kernel", "stem/relu"),
+    },
     "concatenation": {
         "stem": ("stem/kernel", "input"),
         "left": ("left/kernel", "stem/relu"),
@@ -212,7 +217,9 @@ def test_nothing_is_left_out_in_silence(name):
 
 def test_what_stays_in_float_says_why():
     def sine(p, x):
-        return jnp.sort(jnp.sin(x @ p["a"]["kernel"]) ** 2, -1)[:, ::-1] @ p["b"]["kernel"]
+        return (
+            jnp.sort(jnp.sin(x @ p["a"]["kernel"]) ** 2, -1)[:, ::-1] @ p["b"]["kernel"]
+        )
 
     def opaque(p, x):
         y = x @ p["a"]["kernel"]
@@ -245,7 +252,9 @@ def test_rules_and_selection():
     assert (rows["input"]["bits"], rows["input"]["symmetric"]) == (8, "no")
     assert rows["head/kernel"]["shape"] == "3×3×8×6"
 
-    off = jm.plan(params, graph, jm.QuantConfig(rules=[jm.Rule("stem", quantize=False)]))
+    off = jm.plan(
+        params, graph, jm.QuantConfig(rules=[jm.Rule("stem", quantize=False)])
+    )
     assert {"stem/kernel", "stem/relu"} <= {*names(off, "float")}
     assert "head/kernel" in names(off, "weight")
     (row,) = off.where(name="input of head")

@@ -141,7 +141,9 @@ def test_it_is_the_model_with_grids_put_in_by_hand(run):
         expected = with_grids(name, params, quantizers, config)(*inputs)
         assert found.dtype == expected.dtype
         assert largest(found, expected) < 1e-5
-        plain = by_hand.MODELS[name](by_hand.named(params).get, lambda n, v, **_: v, *inputs)
+        plain = by_hand.MODELS[name](
+            by_hand.named(params).get, lambda n, v, **_: v, *inputs
+        )
         assert largest(found, plain) > 1e-3  # and not the model as it was
 
 
@@ -189,7 +191,9 @@ def test_32_bits_are_the_float_model_to_the_bit(name, how):
         off = jnp.asarray(False)
         grids = jm.grids(quantizers)
         grids = jax.tree.map(
-            lambda g: g._replace(enabled=off), grids, is_leaf=lambda g: hasattr(g, "low")
+            lambda g: g._replace(enabled=off),
+            grids,
+            is_leaf=lambda g: hasattr(g, "low"),
         )
     replay = jm.evaluate(apply, lambda node, run, operands: (run(*operands), None))
     expected = jax.jit(lambda p, *x: replay(p, *x)[0])(params, *inputs)
@@ -233,7 +237,9 @@ def test_editing_switches_off_what_the_glob_means():
     assert largest(run(quantizers), run(only_head)) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "config"), [("concatenation", INT32), ("scan", DEFAULT)])
+@pytest.mark.parametrize(
+    ("name", "config"), [("concatenation", INT32), ("scan", DEFAULT)]
+)
 def test_rounding_the_weights_once_is_the_same_to_the_bit(name, config):
     apply, params, inputs = model(name)
     quantizers = quantized(name, config)
@@ -252,7 +258,9 @@ def test_a_pinned_scale_stays_and_an_open_one_follows():
     pinned = quantizers.pin(params)
     run = lambda q, p: jax.jit(jm.simulate(apply, q))(p, *inputs)
     same_bits(run(pinned, params), run(quantizers, params))
-    half = replace_leaves(params, {"head/kernel": params["params"]["head"]["kernel"] * 0.5})
+    half = replace_leaves(
+        params, {"head/kernel": params["params"]["head"]["kernel"] * 0.5}
+    )
     w = np.asarray(half["params"]["head"]["kernel"])
     scale = 2 * np.abs(w).max((0, 1, 2), keepdims=True) / 127
     rounded = np.float32(scale * np.rint(w / scale))
@@ -357,7 +365,9 @@ def test_twins_have_equal_quantizers_and_outputs(name):
 
 def test_parameters_with_and_without_their_collection_share_quantizers():
     apply, variables, inputs = model("concatenation")
-    state = TrainState(0, lambda p, x: apply({"params": p}, x), variables["params"], None, None)
+    state = TrainState(
+        0, lambda p, x: apply({"params": p}, x), variables["params"], None, None
+    )
     graph = jm.trace(state.apply_fn, state.params, *inputs)
     own = jm.calibrate(state.params, graph, [inputs], progress=False)
     whole = quantized("concatenation")
@@ -378,7 +388,9 @@ def test_training_and_inference_share_quantizers(name):
     other = jm.calibrate(params, training, [inputs], progress=False, **rngs)
     assert q.weights.keys() == other.weights.keys()
     assert q.activations.keys() == other.activations.keys()
-    trained = lambda apply: jax.jit(lambda p, *x: apply(p, *x, **kwargs))(params, *inputs)
+    trained = lambda apply: jax.jit(lambda p, *x: apply(p, *x, **kwargs))(
+        params, *inputs
+    )
     found, plain = trained(jm.simulate(apply, q)), trained(apply)
     assert jax.tree.structure(found) == jax.tree.structure(plain)
     # dropout scales values beyond the calibrated range, where they clip
@@ -402,7 +414,9 @@ def test_half_precision(dtype):
     for name, a in q.activations.items():
         x = np.asarray(seen[name].astype(jnp.float32), np.float64)
         scale = (max(x.max(), 0) - min(x.min(), 0)) / 255
-        np.testing.assert_allclose(a.scale, scale, rtol=0.01)  # compiled code rounds less
+        np.testing.assert_allclose(
+            a.scale, scale, rtol=0.01
+        )  # compiled code rounds less
     y = jax.jit(jm.simulate(apply, q))(params, *inputs)
     assert y.dtype == dtype
     plain = apply(params, *inputs)
@@ -454,7 +468,9 @@ def test_arguments_are_left_alone():
 def test_quantizers_of_another_model_are_refused():
     apply, params, inputs = model("conv_bn_relu")
     for name in ("residual", "concatenation"):
-        with pytest.raises(ValueError, match=r"jaxmet\.simulate: .*does not run.*Calibrate"):
+        with pytest.raises(
+            ValueError, match=r"jaxmet\.simulate: .*does not run.*Calibrate"
+        ):
             jm.simulate(apply, quantized(name))(params, *inputs)
     stray = jm.Quantizers(weights={"trunk/kernel": jm.Quantizer()})
     with pytest.raises(ValueError, match=r"jaxmet\.simulate: .*'trunk/kernel'"):

@@ -53,16 +53,20 @@ def ptq(
     rows: list[dict[str, Any]] = []
 
     def measure(step: str, params: Any, what: str) -> Quantizers:
-        found = calibrate(params, graph, batches, config, inputs=inputs, progress=progress)
+        found = calibrate(
+            params, graph, batches, config, inputs=inputs, progress=progress
+        )
         again = as_batches(batches, "ptq", inputs=inputs)
-        bar = tqdm(again, total=again.length, desc=f"measure {step}", disable=not progress)
+        bar = tqdm(
+            again, total=again.length, desc=f"measure {step}", disable=not progress
+        )
         ratio = sqnr((float_apply, float_params), (simulate(apply, found), params), bar)
         rows.append({"step": step, "SQNR (dB)": ratio, "what": what})
         return found
 
     measure("as trained", params, f"{len(graph.sites)} sites quantized as they are")
     params, folded = fold_batch_norm(params, graph, with_report=True)
-    measure("fold_batch_norm", params, _summary(folded))
+    measure("fold_batch_norm", params, _summary(folded, "into"))
     params, equalized = equalize(
         params,
         graph,
@@ -72,7 +76,7 @@ def ptq(
         progress=progress,
         with_report=True,
     )
-    quantizers = measure("equalize", params, _summary(equalized))
+    quantizers = measure("equalize", params, _summary(equalized, "scale min"))
     table = Table({k: [r[k] for r in rows] for k in rows[0]}, title="ptq")
     return params, quantizers, table
 
@@ -102,7 +106,8 @@ def sqnr(reference: tuple[Apply, Any], other: tuple[Apply, Any], batches: Any) -
     return float(10 * np.log10(total[0] / max(total[1], np.finfo(np.float64).tiny)))
 
 
-def _summary(report: Table) -> str:
-    notes = [row.get("note") for row in report]
-    done = sum(not note for note in notes)
-    return f"{done} done" + (f", {len(notes) - done} left alone" if done < len(notes) else "")
+def _summary(report: Table, outcome: str) -> str:
+    """How many rows of a report say that something was done."""
+    done = sum(value is not None for value in report[outcome])
+    rest = len(report) - done
+    return f"{done} done" + (f", {rest} left alone" if rest else "")

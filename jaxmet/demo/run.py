@@ -61,7 +61,9 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
 
 def _logits(apply: Callable, params: Any, images: jax.Array) -> np.ndarray:
     forward = jax.jit(apply)
-    parts = [forward(params, images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    parts = [
+        forward(params, images[i : i + BATCH]) for i in range(0, len(images), BATCH)
+    ]
     return np.asarray(jnp.concatenate(parts))
 
 

@@ -1,14 +1,23 @@
 """The only floor that knows jaxprs: trace, graph, evaluate, segments, lift.
 
-    program   a jaxpr as a flat list of equations, calls inlined, loops as regions
-    labels    which axis of what is which channel: union-find over axis atoms
-    rules     how each primitive carries labels from its operands to its results
-    grouping  equations gathered into nodes: products, norms, activations, …
-    naming    what each node is called
-    graph     the result without equations or values, and `trace` that makes it
-    replay    run a program again with a hook at every node
-    segments  the same program cut at named nodes
-    lift      run trees with `Compressed` leaves
-    depthwise what XLA:CPU does badly, said otherwise
-    nnx       the one file that knows flax
+A call becomes a program, its equations are gathered into named nodes, and two things
+are made of those: a graph, which keeps what is static, and replays, which run them.
+
+    compat        what changed between JAX releases
+    calls         one call of a model: its arrays, and what is static
+    program       a jaxpr as a flat list of equations, calls inlined, loops as regions
+    labels        which axis is which: union-find over axis atoms
+    views         equations that only look at an array differently
+    rules         how labels pass through every other equation
+    cluster       a group of equations: what it holds and how far it reaches
+    products, norms, pointwise, activations, grouping     how groups are found
+    naming        what each node is called
+    analyse       all of the above, in order
+    node, describe, channels, graph     what is static about nodes, and `trace`
+    replay        run a program again with a hook at every node
+    collect       what a hook observes, merged over many batches
+    segments      the same program cut behind named nodes
+    lift          run trees with `Compressed` leaves
+    depthwise     what XLA:CPU does badly, said otherwise
+    nnx           the one file that knows flax
 """

@@ -7,10 +7,22 @@ others keep the name of the call or primitive they end in and are treated as arb
 from typing import Any
 
 from jaxmet.engine import compat
-from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Value, flatten, spread_kinds
+from jaxmet.engine.program import (
+    CONST,
+    DATA,
+    PARAM,
+    Equation,
+    Value,
+    flatten,
+    spread_kinds,
+)
 
 HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "abs")
-RENAMED: dict[str, str] = {"hard_silu": "hard_swish", "swish": "silu", "logistic": "sigmoid"}
+RENAMED: dict[str, str] = {
+    "hard_silu": "hard_swish",
+    "swish": "silu",
+    "logistic": "sigmoid",
+}
 PASS = ("convert_element_type", "copy", "reduce_precision", "stop_gradient")
 
 
@@ -21,6 +33,7 @@ def classify(
 
     `own` are the numbers of the calls that hold nothing but this group.
     """
+    outer = equations
     equations, start = _opened(equations, start)
     core = [e for e in equations if e.name not in PASS]
     for recognise in (_clip, _leaky):
@@ -31,7 +44,7 @@ def classify(
         name = core[0].name
         name = _renamed(name)
         return name, {"known": name in ("tanh", "sigmoid", "abs", "erf")}
-    return _named(core, own), {}
+    return _named(core, outer, own), {}
 
 
 def _renamed(name: str) -> str:
@@ -92,7 +105,9 @@ def _leaky(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | N
     final = core[-1]
     products = [e for e in core if e.name == "mul"]
     compares = [e for e in core if e.name in ("ge", "gt", "le", "lt")]
-    others = [e for e in core if e not in products and e not in compares and e is not final]
+    others = [
+        e for e in core if e not in products and e not in compares and e is not final
+    ]
     if len(products) != 1 or others or len(products[0].data) != 1:
         return None
     if _base(products[0].data[0]) is not start:
@@ -125,16 +140,20 @@ def _positive_branch(compare: Equation, start: Value) -> int | None:
     return None
 
 
-def _named(core: list[Equation], own: set[int]) -> str:
+def _named(core: list[Equation], outer: list[Equation], own: set[int]) -> str:
     """A form with a name, else the call that holds the whole group."""
     names = {e.name for e in core}
     if "exp" in names and "reduce_sum" in names:
         return "softmax"
-    if "erf" in names or "erfc" in names or ("tanh" in names and "integer_pow" in names):
+    if (
+        "erf" in names
+        or "erfc" in names
+        or ("tanh" in names and "integer_pow" in names)
+    ):
         return "gelu"
     if "logistic" in names and "mul" in names:
         return "silu"
-    calls = set.intersection(*(set(e.calls) for e in core))
+    calls = set.intersection(*(set(e.calls) for e in outer))
     for number, name in sorted(calls):
         if number in own and name and not name.startswith("<"):
             return _renamed(name)

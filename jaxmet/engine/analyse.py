@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxmet.engine import compat
 from jaxmet.engine.calls import Call
-from jaxmet.engine.grouping import Cluster, group
+from jaxmet.engine.cluster import Cluster
+from jaxmet.engine.grouping import group
 from jaxmet.engine.labels import Atom
 from jaxmet.engine.naming import live_values, name_all
 from jaxmet.engine.program import DATA, PARAM, Region, Value, flatten, spread_kinds

@@ -35,7 +35,9 @@ class Call:
     def jaxpr(self) -> tuple[Any, Any]:
         """The closed jaxpr over leaves then inputs, and the shapes of the outputs."""
         abstract = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            if is_compressed(leaf)
+            else leaf
             for leaf in self.leaves
         ]
         return jax.make_jaxpr(self.run, return_shape=True)(abstract, list(self.inputs))

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
 from jaxmet.engine.analyse import Analysis
-from jaxmet.engine.grouping import Cluster, leaf_of
+from jaxmet.engine.cluster import Cluster, leaf_of
 from jaxmet.engine.node import Node
-from jaxmet.engine.program import DATA, PARAM, Value
+from jaxmet.engine.program import PARAM, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,9 @@ class _Finder:
         for axis in axes:
             lb.freeze(axis, why)
 
-    def add(self, name: str, axis: int, role: str, label: lb.Axis, node: str, *more) -> None:
+    def add(
+        self, name: str, axis: int, role: str, label: lb.Axis, node: str, *more
+    ) -> None:
         groups, out_axis = more or (1, -1)
         self.members.append((name, axis, role, label, node, groups, out_axis))
 
@@ -166,13 +168,22 @@ class _Finder:
         norm = node.norm
         assert norm is not None
         if norm.over != "stored":
-            why = "constant statistics" if norm.over == "constant" else "a norm over the data"
+            why = (
+                "constant statistics"
+                if norm.over == "constant"
+                else "a norm over the data"
+            )
             self.freeze(cluster.exit.axes, f"{node.name}: {why}")
             return
         if not norm.plain or any(name not in compat.REMAT for name in node.region):
             self.freeze(cluster.exit.axes, f"{node.name}: a norm of an unknown form")
             return
-        roles = {"mean": "shift", "bias": "shift", "variance": "variance", "scale": "scale"}
+        roles = {
+            "mean": "shift",
+            "bias": "shift",
+            "variance": "variance",
+            "scale": "scale",
+        }
         for field, role in roles.items():
             name = getattr(norm, field)
             if name is None:
@@ -204,7 +215,9 @@ class _Finder:
                 why = "no site reads it"
             name = makers[0] if makers else readers[0] if readers else mine[0].node
             groups.append(
-                Group(name, index, atom.size, makers, readers, clips.get(index, ()), why)
+                Group(
+                    name, index, atom.size, makers, readers, clips.get(index, ()), why
+                )
             )
         return tuple(groups)
 

@@ -51,9 +51,17 @@ def shift_and_multiply(p: dict[str, Any], x: Any, kernel: Any) -> Any:
     """A depthwise convolution as a sum of shifted, strided and scaled inputs."""
     numbers = p["dimension_numbers"]
     spatial = len(numbers.lhs_spec) - 2
-    x = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
-    taps = jnp.transpose(kernel, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
-    window, strides, dilation = taps.shape[:spatial], p["window_strides"], p["rhs_dilation"]
+    x = jnp.transpose(
+        x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+    )
+    taps = jnp.transpose(
+        kernel, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    )
+    window, strides, dilation = (
+        taps.shape[:spatial],
+        p["window_strides"],
+        p["rhs_dilation"],
+    )
     x = jnp.pad(x, ((0, 0), *p["padding"], (0, 0)))
     size = [
         (x.shape[1 + i] - (window[i] - 1) * dilation[i] - 1) // strides[i] + 1
@@ -62,7 +70,9 @@ def shift_and_multiply(p: dict[str, Any], x: Any, kernel: Any) -> Any:
     total = None
     for place in _places(window):
         start = [k * d for k, d in zip(place, dilation, strict=True)]
-        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, size, strides, strict=True)]
+        stop = [
+            b + (n - 1) * s + 1 for b, n, s in zip(start, size, strides, strict=True)
+        ]
         part = lax.slice(
             x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1)
         )

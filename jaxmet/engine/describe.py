@@ -6,9 +6,8 @@ from typing import Any
 
 from jaxmet.engine import labels as lb
 from jaxmet.engine.analyse import Analysis
-from jaxmet.engine.grouping import (
+from jaxmet.engine.cluster import (
     LINEAR,
-    REDUCTIONS,
     VIEWS,
     Cluster,
     Leaf,
@@ -17,6 +16,7 @@ from jaxmet.engine.grouping import (
     through_views,
     varying_axes,
 )
+from jaxmet.engine.grouping import REDUCTIONS
 from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Edge, Node, Norm, Weight
 from jaxmet.engine.program import (
@@ -107,7 +107,9 @@ def _shared(analysis: Analysis) -> set[str]:
     """Parameters that more than one equation reads."""
     uses: Counter[str] = Counter()
     for value in analysis.region.outputs:
-        if value.kind == PARAM and leaf_of(value) is None:  # a penalty, not the leaf itself
+        if (
+            value.kind == PARAM and leaf_of(value) is None
+        ):  # a penalty, not the leaf itself
             uses.update(_parameters(value))
     for equation in analysis.region.walk():
         if equation.kind != DATA:
@@ -358,7 +360,9 @@ class Origins:
         data = [v for v in equation.operands if v.kind == DATA]
         if equation.bodies:
             i = equation.results.index(value)
-            bodies = equation.bodies[-1:] if equation.name == "while" else equation.bodies
+            bodies = (
+                equation.bodies[-1:] if equation.name == "while" else equation.bodies
+            )
             found = [f for b in bodies for f in self.of(b.outputs[i], seen)]
             return list(dict.fromkeys(found))
         if len(data) != 1:

@@ -141,7 +141,9 @@ class Graph:
     def __repr__(self) -> str:
         text = repr(self.table())
         if self.left:
-            text += "\nno site reads: " + "; ".join(f"{n} ({why})" for n, why in self.left)
+            text += "\nno site reads: " + "; ".join(
+                f"{n} ({why})" for n, why in self.left
+            )
         return text
 
 
@@ -231,4 +233,3 @@ def _left(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str],
         why = f"used by {', '.join(readers)}" if readers else "unused"
         rows.append((name, why))
     return tuple(rows)
-

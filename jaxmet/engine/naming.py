@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxmet.engine import labels as lb
-from jaxmet.engine.grouping import Cluster, leaf_of, leaves_under
+from jaxmet.engine.cluster import Cluster, leaf_of, leaves_under
 from jaxmet.engine.program import DATA, Equation, Region, Value, body_operands, carried
 
 OWN_NAME = ("product", "lookup", "norm", "activation")
@@ -28,7 +28,9 @@ def carries(value: Value) -> bool:
     return value.kind == DATA and any(lb.carries_batch(a) for a in value.axes)
 
 
-def _mark(region: Region, ends: Iterable[Value], live: set[Value], mapped=False) -> None:
+def _mark(
+    region: Region, ends: Iterable[Value], live: set[Value], mapped=False
+) -> None:
     live.update(ends)
     for equation in reversed(region.equations):
         if not any(v in live for v in equation.results):
@@ -85,7 +87,9 @@ def module_of(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0].rpartition("/")[0] or names[0]
     shared = os.path.commonpath([n.rpartition("/")[0] or "." for n in names])
-    return shared if shared not in (".", "") else names[0].rpartition("/")[0] or names[0]
+    return (
+        shared if shared not in (".", "") else names[0].rpartition("/")[0] or names[0]
+    )
 
 
 def name_all(clusters: Sequence[Cluster], inputs: Sequence[Cluster]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx, serialization
 
 from jaxmet.tree.leaves import Compressed, from_state, to_state
@@ -30,16 +31,27 @@ def functional(module: Any) -> tuple[Callable, Any, Callable]:
     definition, params = nnx.split(module)
 
     def merge(params: Any) -> Any:
-        return nnx.merge(definition, params)
+        return nnx.merge(definition, _fresh(params))
 
     def apply(
-        params: Any, *inputs: Any, method: str = "__call__", mutable: Any = None, **kwargs
+        params: Any,
+        *inputs: Any,
+        method: str = "__call__",
+        mutable: Any = None,
+        **kwargs,
     ) -> Any:
         merged = merge(params)
         outputs = getattr(merged, method)(*inputs, **kwargs)
         return outputs if mutable is None else (outputs, nnx.state(merged, mutable))
 
-    return apply, params, merge
+    return apply, _fresh(params), merge
 
 
-serialization.register_serialization_state(Compressed, to_state, from_state, override=True)
+def _fresh(state: Any) -> Any:
+    """New variables around the same arrays: a module writes into those it is made of."""
+    return jax.tree.map(lambda array: array, state)
+
+
+serialization.register_serialization_state(
+    Compressed, to_state, from_state, override=True
+)

@@ -32,7 +32,9 @@ class Value:
     producer: "Equation | None" = dataclasses.field(default=None, repr=False)
     uses: list["Equation | None"] = dataclasses.field(default_factory=list, repr=False)
     axes: tuple = ()
-    source: "Value | None" = dataclasses.field(default=None, repr=False)  # outside a region
+    source: "Value | None" = dataclasses.field(
+        default=None, repr=False
+    )  # outside a region
     sliced: bool = False  # and whether a loop takes one slice of it
 
     @property
@@ -239,7 +241,9 @@ def carried(equation: Equation) -> list[tuple[Value, Value]]:
     else:
         return []
     body = equation.bodies[-1]
-    return list(zip(body.inputs[skip : skip + count], body.outputs[:count], strict=True))
+    return list(
+        zip(body.inputs[skip : skip + count], body.outputs[:count], strict=True)
+    )
 
 
 def spread_kinds(region: Region) -> None:
@@ -283,5 +287,3 @@ def _settle(equation: Equation) -> None:
                 equation.bodies[0].inputs[skip:], pairs, strict=True
             ):
                 inside.kind = carry.kind
-
-

@@ -16,9 +16,9 @@ from jax import lax
 from jaxmet.engine import compat
 from jaxmet.engine.analyse import Analysis, analyse
 from jaxmet.engine.calls import Apply, make_call
+from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.depthwise import convolution
 from jaxmet.engine.describe import describe
-from jaxmet.engine.grouping import Cluster
 from jaxmet.engine.node import Node
 from jaxmet.engine.program import Equation, Region, Value
 from jaxmet.tree.leaves import is_compressed
@@ -115,7 +115,9 @@ def bounds_of(
     for name, leaf in leaves.items():
         if not is_compressed(leaf) or (leaf.lower is None and leaf.upper is None):
             continue
-        makers = [n.name for n in nodes if n.weight is not None and n.weight.name == name]
+        makers = [
+            n.name for n in nodes if n.weight is not None and n.weight.name == name
+        ]
         if len(makers) != 1 or makers[0] not in carriers:
             raise ValueError(
                 f"jaxmet.lift: parameter {name!r} states bounds for the clip behind it, but "
@@ -310,7 +312,9 @@ def _custom(machine: Machine, equation: Equation, operands: list) -> list:
     def rule(primals, tangents):
         outputs = inner(*primals)
         results, given = jax.jvp(
-            lambda *o: compat.bind(equation.primitive, equation.params, o), primals, tangents
+            lambda *o: compat.bind(equation.primitive, equation.params, o),
+            primals,
+            tangents,
         )
         del results
         zeros = jax.tree.map(_zero_tangent, outputs[1])

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
 from jaxmet.engine.activations import HOMOGENEOUS, number_of
-from jaxmet.engine.grouping import LINEAR, POINTWISE, REDUCTIONS, WINDOWS, Cluster
+from jaxmet.engine.cluster import LINEAR, Cluster
+from jaxmet.engine.grouping import REDUCTIONS, WINDOWS
 from jaxmet.engine.labels import Axis
+from jaxmet.engine.pointwise import POINTWISE
 from jaxmet.engine.program import (
     CONST,
     DATA,
@@ -35,7 +37,9 @@ def label_inputs(region: Region) -> None:
         elif value.kind == DATA and not compat.is_key(value.aval):
             axes = [lb.fresh(n, "an input of the model") for n in value.shape]
             if axes:
-                axes[0] = (lb.Atom(value.shape[0], batch=True, frozen="the batch axis"),)
+                axes[0] = (
+                    lb.Atom(value.shape[0], batch=True, frozen="the batch axis"),
+                )
             value.axes = tuple(axes)
 
 
@@ -49,7 +53,9 @@ def label(region: Region) -> None:
             if equation.kind == PARAM and equation.name in VIEW_RULES:
                 view(equation)
             elif equation.kind == PARAM and cluster.kind == "norm":
-                _align(equation.operands, equation.results[0])  # e.g. variance + epsilon
+                _align(
+                    equation.operands, equation.results[0]
+                )  # e.g. variance + epsilon
             elif equation.results[0] is cluster.exit:
                 _followed(cluster)
         else:
@@ -168,13 +174,6 @@ def _followed(cluster: Cluster) -> None:
 # Shapes
 
 
-def _reverse(equation: Equation) -> None:
-    source = equation.operands[0]
-    for i in equation.params["dimensions"]:
-        lb.freeze(source.axes[i], "reversed")
-    equation.results[0].axes = source.axes
-
-
 def _slice(equation: Equation) -> None:
     source, out, p = equation.operands[0], equation.results[0], equation.params
     strides = p["strides"] or (1,) * source.ndim
@@ -185,7 +184,11 @@ def _slice(equation: Equation) -> None:
             part = lb.cut(axis, p["start_indices"][i], p["limit_indices"][i])
         if part is None:
             lb.freeze(axis, "sliced across")
-            part = axis if lb.carries_batch(axis) else lb.fresh(out.shape[i], "sliced across")
+            part = (
+                axis
+                if lb.carries_batch(axis)
+                else lb.fresh(out.shape[i], "sliced across")
+            )
         axes.append(part)
     out.axes = tuple(axes)
 
@@ -269,7 +272,10 @@ def _window(equation: Equation) -> None:
 
 def _gather(equation: Equation) -> None:
     source, indices = equation.operands[:2]
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    numbers, sizes = (
+        equation.params["dimension_numbers"],
+        equation.params["slice_sizes"],
+    )
     out = equation.results[0]
     batching = getattr(numbers, "operand_batching_dims", ())
     axes: list[Axis | None] = [None] * out.ndim
@@ -400,7 +406,6 @@ def _region_results(equation: Equation, skip: int) -> None:
 
 
 RULES: dict[str, Callable[[Equation], None]] = {
-    "rev": _reverse,
     "slice": _slice,
     "split": _split,
     "pad": _pad,

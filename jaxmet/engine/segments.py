@@ -9,9 +9,9 @@ import jax
 from jaxmet.engine import compat
 from jaxmet.engine.analyse import Analysis, analyse
 from jaxmet.engine.calls import make_call
+from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.describe import describe
 from jaxmet.engine.graph import Graph
-from jaxmet.engine.grouping import Cluster
 from jaxmet.engine.node import Node
 from jaxmet.engine.program import NOISE, Equation, Region, Value
 from jaxmet.engine.replay import Environment, Hook, Machine, bounds_of, dense

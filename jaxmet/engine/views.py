@@ -27,7 +27,9 @@ def view(equation: Equation) -> None:
             lb.freeze(axis, why)
         axes = [
             source.axes[i]
-            if i < source.ndim and source.shape[i] == n and lb.carries_batch(source.axes[i])
+            if i < source.ndim
+            and source.shape[i] == n
+            and lb.carries_batch(source.axes[i])
             else lb.fresh(n, why)
             for i, n in enumerate(out.shape)
         ]
@@ -89,6 +91,15 @@ def _squeeze(equation: Equation, axes: tuple[Axis, ...]) -> list[Axis]:
     return [a for i, a in enumerate(axes) if i not in gone]
 
 
+def _reverse(equation: Equation, axes: tuple[Axis, ...]) -> list[Axis]:
+    """A reversed axis has another order; a flipped kernel window is what meets it."""
+    found = list(axes)
+    for i in equation.params["dimensions"]:
+        lb.freeze(axes[i], "reversed")
+        found[i] = lb.fresh(equation.results[0].shape[i], "reversed")
+    return found
+
+
 def _cast(equation: Equation, axes: tuple[Axis, ...]) -> list[Axis]:
     del equation
     return list(axes)
@@ -99,5 +110,6 @@ VIEW_RULES: dict[str, Callable[[Equation, tuple[Axis, ...]], list[Axis] | None]]
     "reshape": _reshape,
     "transpose": _transpose,
     "squeeze": _squeeze,
+    "rev": _reverse,
     **dict.fromkeys(CASTS, _cast),
 }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 MEMORY = 10
 ARMIJO = 1e-4
@@ -156,7 +156,9 @@ def _inverse_hessian(
         alpha = inverse[i] * dot(moves[i], q)
         return q - alpha * changes[i], alphas.at[i].set(alpha)
 
-    q, alphas = jax.lax.fori_loop(0, MEMORY, back, (gradient, jnp.zeros_like(curvature)))
+    q, alphas = jax.lax.fori_loop(
+        0, MEMORY, back, (gradient, jnp.zeros_like(curvature))
+    )
     newest = dot(changes[-1], changes[-1])
     size = jnp.where(known[-1], curvature[-1] / jnp.where(known[-1], newest, 1.0), 0.0)
     cold = first_step / jnp.maximum(jnp.max(jnp.abs(gradient)), 1e-30)

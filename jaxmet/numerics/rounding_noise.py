@@ -17,16 +17,16 @@ is convex in $\log s$, and so is that of the sum.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import logsumexp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxmet.numerics.minimise import lbfgs
-from jaxmet.numerics.scaling import log_scales
+from jaxmet.numerics.scaling import Layers, log_scales
 
 SHARPNESS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 EVALUATIONS = 40  # of each
@@ -35,26 +35,25 @@ FAINTEST = -60.0  # log of what stands for nothing, beside the largest of its ki
 
 
 class NoisyLayers(NamedTuple):
-    """Layers of one shape; all but the indices are logarithms, in original units.
+    r"""Layers, and logarithms of what is known of them in original units.
 
-    `log_range` as in `scaling.Layers`. `power` is $E\\|x_i\\|^2$ summed over the window,
-    `high` and `low` how far $x_i$ reaches above and below zero, `cost` the mean over all
-    outputs of $\\|W_{io}\\|^2/\\mathrm{Var}\\,y_o$, `share` that of
-    $1/\\mathrm{Var}\\,y_o$. `weight_step` is $-\\log 12(2^{b-1}-1)^2$ of the weight and
-    `input_step` $-\\log 12(2^b-1)^2$ of the input, -inf for what is not quantized.
+    `power` is $E\|x_i\|^2$ summed over the window, `high` and `low` how far $x_i$ reaches
+    above and below zero, `cost` the mean over all outputs of
+    $\|W_{io}\|^2/\mathrm{Var}\,y_o$, `share` that of $1/\mathrm{Var}\,y_o$.
+    `weight_step` is $-\log 12(2^{b-1}-1)^2$ of the weight and `input_step`
+    $-\log 12(2^b-1)^2$ of the input, -inf for what is not quantized. `per_channel` says
+    which weights have one grid an output.
     """
 
-    log_range: Float[Array, "layers groups ins outs"]
-    inputs: Int[np.ndarray, "factors layers groups ins"]
-    outputs: Int[np.ndarray, "factors layers groups outs"]
-    power: Float[Array, "layers groups ins"]
-    high: Float[Array, "layers groups ins"]
-    low: Float[Array, "layers groups ins"]
-    cost: Float[Array, "layers groups ins"]
-    share: Float[Array, "layers groups outs"]
-    weight_step: Float[Array, " layers"]
-    input_step: Float[Array, " layers"]
-    per_channel: bool
+    layers: Layers
+    power: Float[Array, " ins"]
+    high: Float[Array, " ins"]
+    low: Float[Array, " ins"]
+    cost: Float[Array, " ins"]
+    share: Float[Array, " outs"]
+    weight_step: Float[np.ndarray, " layers"]
+    input_step: Float[np.ndarray, " layers"]
+    per_channel: Bool[np.ndarray, " layers"]
 
 
 class Minimum(NamedTuple):
@@ -64,24 +63,64 @@ class Minimum(NamedTuple):
     log_noise: Float[Array, ""]
 
 
-def log_or_faint(x: Float[Array, "..."], axis: tuple[int, ...]) -> Float[Array, "..."]:
-    """The logarithm, with zeros taken as next to nothing beside the largest on `axis`."""
-    largest = jnp.max(x, axis=axis, keepdims=True, initial=0.0)
-    floor = jnp.where(largest > 0, largest, 1.0)
-    logs = jnp.log(jnp.maximum(x / floor, np.exp(FAINTEST))) + jnp.log(floor)
-    return logs
+class _Places(NamedTuple):
+    """Which group each input and output belongs to, and which layer each group."""
+
+    input_group: np.ndarray
+    output_group: np.ndarray
+    group_layer: np.ndarray
+
+    @property
+    def input_layer(self) -> np.ndarray:
+        return self.group_layer[self.input_group]
+
+    @property
+    def output_layer(self) -> np.ndarray:
+        return self.group_layer[self.output_group]
 
 
-def log_noise(
-    layers: Sequence[NoisyLayers], x: Float[Array, " channels"]
-) -> Float[Array, ""]:
+class _Shifts(NamedTuple):
+    """The largest exponents of each layer, which keep sums of exponentials in range."""
+
+    power: jax.Array
+    share: jax.Array
+    cost: jax.Array
+    step: jax.Array
+    high: jax.Array
+    low: jax.Array
+
+
+def noisy(
+    layers: Layers,
+    by_input: Sequence[Float[Array, " ins"]],
+    share: Float[Array, " outs"],
+    weight_step: Float[np.ndarray, " layers"],
+    input_step: Float[np.ndarray, " layers"],
+    per_channel: Bool[np.ndarray, " layers"],
+) -> NoisyLayers:
+    """The logarithms of power, high, low and cost by input and of share by output.
+
+    Zero becomes next to nothing beside the largest value of its layer.
+    """
+    at = _places(layers)
+
+    def log_or_faint(x: jax.Array, layer: np.ndarray) -> jax.Array:
+        largest = _largest(x, layer)
+        unit = jnp.where(largest > 0, largest, 1.0)[layer]
+        return jnp.log(jnp.maximum(x / unit, float(np.exp(FAINTEST)))) + jnp.log(unit)
+
+    logs = [log_or_faint(v, at.input_layer) for v in by_input]
+    shares = log_or_faint(share, at.output_layer)
+    return NoisyLayers(layers, *logs, shares, weight_step, input_step, per_channel)
+
+
+def log_noise(noisy: NoisyLayers, x: Float[Array, " channels"]) -> Float[Array, ""]:
     """The log of the objective."""
-    tops = [_tops(layer, x) for layer in layers]
-    return _total(layers, x, tops, _largest)
+    return _exact(noisy, x, _tops(noisy, x))[0]
 
 
 def minimise_noise(
-    layers: Sequence[NoisyLayers],
+    noisy: NoisyLayers,
     start: Float[Array, " channels"],
     free: Bool[Array, " channels"],
     *,
@@ -93,26 +132,25 @@ def minimise_noise(
     problem gets a few steps of L-BFGS. Over the many inputs of a layer the sum is a product
     with a matrix made once for each $\beta$, so a step costs what a matrix and a vector do.
     """
-    bound = jnp.where(free, float(np.log(limit)), 0.0).astype(start.dtype)
-    lowest = jnp.where(free, -bound, start)
-    highest = jnp.where(free, bound, start)
+    bound = float(np.log(limit))
+    lowest, highest = jnp.where(free, -bound, start), jnp.where(free, bound, start)
 
     def stage(state: tuple[jax.Array, Minimum], now: tuple) -> tuple:
         x, best = state
         sharpness, evaluations = now
-        tops = [_tops(layer, x) for layer in layers]
-        value = _total(layers, x, tops, _largest)
+        tops = _tops(noisy, x)
+        value, shifts = _exact(noisy, x, tops)
         wins = value < best.log_noise
         best = jax.tree.map(lambda a, b: jnp.where(wins, a, b), Minimum(x, value), best)
         reach = REACH / sharpness
         x = lbfgs(
-            _smooth(layers, x, tops, sharpness),
+            _smooth(noisy, x, tops, shifts, sharpness),
             x,
             jnp.maximum(lowest, x - reach),
             jnp.minimum(highest, x + reach),
             evaluations=evaluations,
         )
-        return (x, best), value
+        return (x, best), None
 
     # The last turn only looks at what the one before it found.
     sharpness = jnp.asarray((*SHARPNESS, SHARPNESS[-1]), start.dtype)
@@ -122,67 +160,121 @@ def minimise_noise(
     return best
 
 
-def _tops(layer: NoisyLayers, x: jax.Array) -> jax.Array:
-    """For each output the largest weight in the scales of the inputs: (layers, groups, outs)."""
-    ins = log_scales(x, layer.inputs)
-    top = jnp.max(layer.log_range + ins[..., None], axis=2)
-    largest = jnp.max(top, axis=(1, 2), keepdims=True)
-    return jnp.maximum(top, jnp.where(jnp.isfinite(largest), largest, 0.0) + FAINTEST)
+def _places(layers: Layers) -> _Places:
+    inputs, outputs, groups, group, layer = [], [], [], 0, 0
+    for stack in layers.log_ranges:
+        count, per_layer, ins, outs = stack.shape
+        numbers = group + np.arange(count * per_layer)
+        inputs.append(np.repeat(numbers, ins))
+        outputs.append(np.repeat(numbers, outs))
+        groups.append(np.repeat(layer + np.arange(count), per_layer))
+        group, layer = group + numbers.size, layer + count
+    return _Places(*map(np.concatenate, (inputs, outputs, groups)))
+
+
+def _sums(v: jax.Array, segments: np.ndarray) -> jax.Array:
+    number = int(segments[-1]) + 1
+    return jax.ops.segment_sum(v, segments, number, indices_are_sorted=True)
+
+
+def _largest(v: jax.Array, segments: np.ndarray) -> jax.Array:
+    number = int(segments[-1]) + 1
+    return jax.ops.segment_max(v, segments, number, indices_are_sorted=True)
+
+
+def _tops(noisy: NoisyLayers, x: jax.Array) -> jax.Array:
+    """For each output the log of the largest weight, in the scales of the inputs."""
+    layers = noisy.layers
+    each = layers.by_input(log_scales(x, layers.inputs))
+    tops = []
+    for r, ins in zip(layers.log_ranges, each, strict=True):
+        top = jnp.max(r + ins[..., None], axis=2)
+        largest = jnp.max(top, axis=(1, 2), keepdims=True)
+        floor = jnp.where(jnp.isfinite(largest), largest, 0.0) + FAINTEST
+        tops.append(jnp.maximum(top, floor).reshape(-1))
+    return jnp.concatenate(tops)
+
+
+def _exact(
+    noisy: NoisyLayers, x: jax.Array, tops: jax.Array
+) -> tuple[jax.Array, _Shifts]:
+    """The log of the objective, and the largest exponents in it."""
+    at = _places(noisy.layers)
+    ins, outs = (log_scales(x, i) for i in noisy.layers[1:])
+    makes = jnp.where(noisy.per_channel[at.output_layer], tops, outs)
+    shifts = _Shifts(
+        power=_largest(noisy.power - 2 * ins, at.input_layer),
+        share=_largest(noisy.share + 2 * makes, at.output_layer),
+        cost=_largest(noisy.cost + 2 * ins, at.input_layer),
+        step=_largest(tops - outs, at.output_layer),
+        high=_largest(noisy.high - ins, at.input_layer),
+        low=_largest(noisy.low - ins, at.input_layer),
+    )
+    reach = jnp.logaddexp(shifts.high, shifts.low)
+    return _total(noisy, at, ins, outs, tops, shifts.step, reach, shifts), shifts
 
 
 def _smooth(
-    layers: Sequence[NoisyLayers],
+    noisy: NoisyLayers,
     x: jax.Array,
-    tops: list[jax.Array],
+    tops: jax.Array,
+    shifts: _Shifts,
     sharpness: jax.Array,
 ) -> Callable[[jax.Array], jax.Array]:
     """The objective with soft maxima, for scales near `x`."""
-    matrices, scales = [], []
-    for layer, top in zip(layers, tops, strict=True):
-        ins = log_scales(x, layer.inputs)
-        matrices.append(
-            jnp.exp(sharpness * (layer.log_range + ins[..., None] - top[:, :, None]))
+    at, layers = _places(noisy.layers), noisy.layers
+    old = log_scales(x, layers.inputs)
+    matrices = [
+        jnp.exp(sharpness * (r + i[..., None] - top[:, :, None]))
+        for r, i, top in zip(
+            layers.log_ranges, layers.by_input(old), layers.by_output(tops), strict=True
         )
-        scales.append(ins)
+    ]
+
+    def soft(v: jax.Array, segments: np.ndarray, shift: jax.Array) -> jax.Array:
+        total = _sums(jnp.exp(sharpness * (v - shift[segments])), segments)
+        return shift + jnp.log(total) / sharpness
 
     def function(new: jax.Array) -> jax.Array:
-        soft = []
-        for layer, top, ins, m in zip(layers, tops, scales, matrices, strict=True):
-            moved = jnp.exp(sharpness * (log_scales(new, layer.inputs) - ins))
-            total = jnp.einsum("lgio,lgi->lgo", m, moved, precision="highest")
-            soft.append(top + jnp.log(total + 1e-30) / sharpness)
-        return _total(
-            layers, new, soft, lambda v, axis: logsumexp(sharpness * v, axis) / sharpness
-        )
+        ins, outs = (log_scales(new, i) for i in layers[1:])
+        moved = layers.by_input(jnp.exp(sharpness * (ins - old)))
+        total = [
+            jnp.einsum("lgio,lgi->lgo", m, v, precision="highest").reshape(-1)
+            for m, v in zip(matrices, moved, strict=True)
+        ]
+        soft_tops = tops + jnp.log(jnp.concatenate(total) + 1e-30) / sharpness
+        step = soft(soft_tops - outs, at.output_layer, shifts.step)
+        high = soft(noisy.high - ins, at.input_layer, shifts.high)
+        low = soft(noisy.low - ins, at.input_layer, shifts.low)
+        reach = jnp.logaddexp(high, low)
+        return _total(noisy, at, ins, outs, soft_tops, step, reach, shifts)
 
     return function
 
 
-def _largest(v: jax.Array, axis: Any) -> jax.Array:
-    return jnp.max(v, axis=axis)
-
-
 def _total(
-    layers: Sequence[NoisyLayers],
-    x: jax.Array,
-    tops: list[jax.Array],
-    maximum: Callable[..., jax.Array],
+    noisy: NoisyLayers,
+    at: _Places,
+    ins: jax.Array,
+    outs: jax.Array,
+    tops: jax.Array,
+    step: jax.Array,
+    reach: jax.Array,
+    shifts: _Shifts,
 ) -> jax.Array:
     """The log of the sum over layers of the noise of weights and of inputs."""
-    terms = []
-    for layer, top in zip(layers, tops, strict=True):
-        ins, outs = log_scales(x, layer.inputs), log_scales(x, layer.outputs)
-        reads = logsumexp(layer.power - 2 * ins, axis=2)  # (layers, groups)
-        if layer.per_channel:
-            makes = logsumexp(layer.share + 2 * top, axis=2)
-            weights = logsumexp(makes + reads, axis=1)
-        else:
-            makes = logsumexp(layer.share + 2 * outs, axis=2)
-            step = maximum(top - outs, axis=(1, 2))
-            weights = logsumexp(makes + reads, axis=1) + 2 * step
-        reach = jnp.logaddexp(
-            maximum(layer.high - ins, axis=(1, 2)), maximum(layer.low - ins, axis=(1, 2))
-        )
-        inputs = logsumexp(layer.cost + 2 * ins, axis=(1, 2)) + 2 * reach
-        terms += [layer.weight_step + weights, layer.input_step + inputs]
-    return logsumexp(jnp.concatenate(terms))
+
+    def exponentials(v: jax.Array, layer: np.ndarray, shift: jax.Array) -> jax.Array:
+        return jnp.exp(v - shift[layer])
+
+    makes = jnp.where(noisy.per_channel[at.output_layer], tops, outs)
+    made = exponentials(noisy.share + 2 * makes, at.output_layer, shifts.share)
+    read = exponentials(noisy.power - 2 * ins, at.input_layer, shifts.power)
+    both = _sums(made, at.output_group) * _sums(read, at.input_group)
+    weights = jnp.log(_sums(both, at.group_layer)) + shifts.share + shifts.power
+    weights = weights + jnp.where(noisy.per_channel, 0.0, 2 * step)
+    cost = exponentials(noisy.cost + 2 * ins, at.input_layer, shifts.cost)
+    inputs = jnp.log(_sums(cost, at.input_layer)) + shifts.cost + 2 * reach
+    known = [noisy.weight_step, noisy.input_step]
+    steps = jnp.asarray(np.concatenate(known), weights.dtype)
+    return logsumexp(steps + jnp.concatenate([weights, inputs]))

@@ -12,24 +12,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmet.numerics.fixed_point import anderson
 
-Index = Int[np.ndarray, "factors *axes"]
-
 
 class Layers(NamedTuple):
-    """The log ranges of the weights of layers of one shape, and the channels along them.
+    """The log ranges of weights, and the channels along them.
 
-    `log_range[l, g, i, o]` is the log of the largest magnitude in the window between input
-    i and output o of group g of a grouped product; -inf for a window of zeros. The log
-    scale of an input is the sum of `x[inputs[:, l, g, i]]`, that of an output alike.
+    Weights of one shape are stacked: `log_ranges[k][l, g, i, o]` is the log of the largest
+    magnitude in the window between input i and output o of group g of a grouped product;
+    -inf for a window of zeros. `inputs` and `outputs` list the inputs and outputs of all
+    stacks in row-major order; the log scale of input j is the sum of `x[inputs[:, j]]`.
     """
 
-    log_range: Float[Array, "layers groups ins outs"]
-    inputs: Int[np.ndarray, "factors layers groups ins"]
-    outputs: Int[np.ndarray, "factors layers groups outs"]
+    log_ranges: tuple[Float[Array, "layers groups ins outs"], ...]
+    inputs: Int[np.ndarray, "factors ins"]
+    outputs: Int[np.ndarray, "factors outs"]
+
+    def by_input(self, v: Float[Array, " ins"]) -> list[jax.Array]:
+        """What belongs to all inputs, in one array (layers, groups, ins) for each stack."""
+        return _dealt(v, [r.shape[:3] for r in self.log_ranges])
+
+    def by_output(self, v: Float[Array, " outs"]) -> list[jax.Array]:
+        """What belongs to all outputs, in one array (layers, groups, outs) for each stack."""
+        return _dealt(v, [(*r.shape[:2], r.shape[3]) for r in self.log_ranges])
 
 
 class Balance(NamedTuple):
@@ -40,6 +47,12 @@ class Balance(NamedTuple):
     sweeps: Int[Array, ""]
 
 
+def _dealt(v: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    parts = jax.lax.split(v, sizes)
+    return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
+
+
 def log_scales(
     x: Float[Array, " channels"], index: Int[np.ndarray, "factors *axes"]
 ) -> Float[Array, "*axes"]:
@@ -48,14 +61,14 @@ def log_scales(
 
 
 def log_ranges(
-    weight: Float[Array, "groups ins outs window"],
-) -> Float[Array, "groups ins outs"]:
+    weight: Float[Array, "layers groups ins outs window"],
+) -> Float[Array, "layers groups ins outs"]:
     """The log of the largest magnitude in each window."""
-    return jnp.log(jnp.max(jnp.abs(weight), axis=3, initial=0.0))
+    return jnp.log(jnp.max(jnp.abs(weight), axis=4, initial=0.0))
 
 
 def balance(
-    layers: Sequence[Layers],
+    layers: Layers,
     start: Float[Array, " channels"],
     *,
     limit: float = 1e6,
@@ -71,7 +84,8 @@ def balance(
 
     In log s the step is monotone, adds what is added to all its arguments, and so never
     takes two points apart in the maximum norm: averaged steps converge, and Anderson's
-    acceleration makes that quick.
+    acceleration makes that quick. Where channels go round in a circle (residual blocks)
+    several answers may be equally balanced.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.1, all layers at
@@ -88,26 +102,38 @@ def balance(
 
 
 def range_gap(
-    layers: Sequence[Layers], x: Float[Array, " channels"]
+    layers: Layers, x: Float[Array, " channels"]
 ) -> Float[Array, " channels"]:
     """log r1/r2 of every channel; zero for one that is dead on either side, or fixed."""
-    made, read = [], []
-    for log_range, inputs, outputs in layers:
-        ins, outs = log_scales(x, inputs), log_scales(x, outputs)
-        made.append(jnp.max(log_range + ins[..., None], axis=2) - outs)
-        read.append(jnp.max(log_range - outs[:, :, None], axis=3) + ins)
-    r1 = _largest(made, [layer.outputs for layer in layers], x)
-    r2 = _largest(read, [layer.inputs for layer in layers], x)
-    alive = jnp.isfinite(r1) & jnp.isfinite(r2)
-    gap = jnp.where(alive, r1, 0.0) - jnp.where(alive, r2, 0.0)
+    r1, r2 = _ranges(layers, x)
+    live = jnp.isfinite(r1) & jnp.isfinite(r2)
+    gap = jnp.where(live, r1, 0.0) - jnp.where(live, r2, 0.0)
     return gap.at[-1].set(0.0)
 
 
-def _largest(
-    values: list[jax.Array], indices: list[np.ndarray], x: jax.Array
-) -> jax.Array:
+def alive(layers: Layers, x: Float[Array, " channels"]) -> Bool[Array, " channels"]:
+    """Which channels something makes and something reads; the fixed entry does not count."""
+    r1, r2 = _ranges(layers, x)
+    return (jnp.isfinite(r1) & jnp.isfinite(r2)).at[-1].set(False)
+
+
+def _ranges(layers: Layers, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each channel the log of the largest weight that makes it and that reads it."""
+    ins, outs = log_scales(x, layers.inputs), log_scales(x, layers.outputs)
+    made = [
+        jnp.max(r + i[..., None], axis=2).reshape(-1)
+        for r, i in zip(layers.log_ranges, layers.by_input(ins), strict=True)
+    ]
+    read = [
+        jnp.max(r - o[:, :, None], axis=3).reshape(-1)
+        for r, o in zip(layers.log_ranges, layers.by_output(outs), strict=True)
+    ]
+    r1 = _largest(jnp.concatenate(made) - outs, layers.outputs, x)
+    r2 = _largest(jnp.concatenate(read) + ins, layers.inputs, x)
+    return r1, r2
+
+
+def _largest(values: jax.Array, index: np.ndarray, x: jax.Array) -> jax.Array:
     """The largest value at each entry of `x`."""
-    rows = [row.reshape(-1) for index in indices for row in index]
-    flat = [v.reshape(-1) for v, i in zip(values, indices, strict=True) for _ in i]
-    lowest = jnp.full(x.shape, -jnp.inf, x.dtype)
-    return lowest.at[np.concatenate(rows)].max(jnp.concatenate(flat))
+    every = jnp.broadcast_to(values[None], index.shape)
+    return jnp.full(x.shape, -jnp.inf, x.dtype).at[index].max(every)

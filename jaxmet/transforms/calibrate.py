@@ -149,7 +149,9 @@ def _merge(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
             taken = a.count > 0, b.count > 0
             both = join(a.value, b.value)
             value = jax.tree.map(
-                lambda x, y, z: jnp.where(taken[0] & taken[1], z, jnp.where(taken[0], x, y)),
+                lambda x, y, z: jnp.where(
+                    taken[0] & taken[1], z, jnp.where(taken[0], x, y)
+                ),
                 a.value,
                 b.value,
                 both,
@@ -160,7 +162,9 @@ def _merge(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     return {name: join(one[name], two[name]) for name in one}
 
 
-def _settle(graph: Graph, ranges: dict[str, Any], placement: Placement) -> dict[str, Range]:
+def _settle(
+    graph: Graph, ranges: dict[str, Any], placement: Placement
+) -> dict[str, Range]:
     """One finite range a node: a pair a layer in a loop over layers, else one pair.
 
     A node whose branch was never taken has none.
@@ -183,7 +187,10 @@ def _settle(graph: Graph, ranges: dict[str, Any], placement: Placement) -> dict[
     for name, owner in placement.shared.items():
         pairs = [found[n] for n in (owner, name) if n in found]
         if pairs:
-            low, high = (np.min([p[0].min() for p in pairs]), np.max([p[1].max() for p in pairs]))
+            low, high = (
+                np.min([p[0].min() for p in pairs]),
+                np.max([p[1].max() for p in pairs]),
+            )
             found[owner] = (low, high)
     return found
 

@@ -60,9 +60,7 @@ def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
         )
     left: dict[str, str] = {}
     weights = tuple(_weights(graph, config, left))
-    wanted = (
-        _stored(graph) if config.placement == "operations" else _entering(graph)
-    )
+    wanted = _stored(graph) if config.placement == "operations" else _entering(graph)
     activations: dict[str, Settings] = {}
     for node in graph.nodes:
         if node.name not in wanted:
@@ -233,7 +231,11 @@ def _biases(
 ) -> Iterator[BiasPlace]:
     quantized = {w.name for w in weights}
     for node in graph.nodes:
-        if node.kind != "product" or node.bias is None or node.name not in graph.selected:
+        if (
+            node.kind != "product"
+            or node.bias is None
+            or node.name not in graph.selected
+        ):
             continue
         wanted = config.resolve(node.bias, "bias").quantize
         wanted = wanted and config.resolve(node.name, "bias").quantize
@@ -249,7 +251,9 @@ def _biases(
         elif source not in on_grid or not exact or source is None:
             left[node.bias] = "the input of its product is on no grid of known scale"
         elif graph[source].layers or node.layers:
-            left[node.bias] = "the grid of its product's input changes from layer to layer"
+            left[node.bias] = (
+                "the grid of its product's input changes from layer to layer"
+            )
         else:
             yield BiasPlace(node.bias, (weight.name, source))
 
@@ -275,13 +279,15 @@ def _parameters(
 ) -> None:
     """Account for every parameter that no quantizer and no reason mentions yet."""
     said = {w.name for w in weights} | {b.name for b in biases} | set(left)
-    said |= {p for w in weights for n in w.nodes if n.weight for p in n.weight.parameters}
+    said |= {
+        p for w in weights for n in w.nodes if n.weight for p in n.weight.parameters
+    }
     for node in graph.nodes:
         rest = [p for p in node.parameters if p not in said]
         if rest and node.kind == "norm":
             left.setdefault(node.name, "the parameters of a norm stay in float")
         elif rest:
-            left.update({p: f"used by {node.name} ({node.kind})" for p in rest})
+            left.update(dict.fromkeys(rest, f"used by {node.name} ({node.kind})"))
         said |= set(rest)
     for name, why in graph.left:
         left.setdefault(name, why)

@@ -24,16 +24,24 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
     placement = place(graph, config, "plan")
     rows = []
 
-    def row(name: str, what: str, settings: Any = None, per: Any = None, note: Any = None):
+    def row(
+        name: str, what: str, settings: Any = None, per: Any = None, note: Any = None
+    ):
         shape = leaves[name].shape if name in leaves else None
         rows.append(
             {
                 "name": name,
                 "what": what,
                 "bits": settings.bits if settings else None,
-                "symmetric": None if not settings else "yes" if settings.symmetric else "no",
+                "symmetric": None
+                if not settings
+                else "yes"
+                if settings.symmetric
+                else "no",
                 "one scale per": per,
-                "shape": None if shape is None else "×".join(map(str, shape)) or "scalar",
+                "shape": None
+                if shape is None
+                else "×".join(map(str, shape)) or "scalar",
                 "note": note,
             }
         )
@@ -44,13 +52,27 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
         row(w.name, "weight", w.settings, per, w.note)
     for b in placement.biases:
         settings = config.resolve(b.name, "bias")
-        row(b.name, "bias", settings, "channel", f"scales of {b.product[0]} and {b.product[1]}")
+        row(
+            b.name,
+            "bias",
+            settings,
+            "channel",
+            f"scales of {b.product[0]} and {b.product[1]}",
+        )
     for name, settings in placement.activations.items():
         row(name, "activation", settings, "tensor")
     for name, owner in placement.shared.items():
-        row(name, "activation", placement.activations.get(owner), "tensor", f"as {owner}")
+        row(
+            name,
+            "activation",
+            placement.activations.get(owner),
+            "tensor",
+            f"as {owner}",
+        )
     for name, why in placement.left.items():
         row(name, "float", note=why)
     columns = {k: [r[k] for r in rows] for k in rows[0]} if rows else {}
-    counts = f"{len(placement.weights)} weights, {len(placement.activations)} activations"
+    counts = (
+        f"{len(placement.weights)} weights, {len(placement.activations)} activations"
+    )
     return Table(columns, title=f"plan: {counts}")

@@ -69,7 +69,9 @@ def _activation(
     if node.layers and quantizer.scale is not None and jax.numpy.ndim(quantizer.scale):
         here = run.iteration[-1]
         scale = quantizer.scale[here]
-        zero_point = None if quantizer.zero_point is None else quantizer.zero_point[here]
+        zero_point = (
+            None if quantizer.zero_point is None else quantizer.zero_point[here]
+        )
         quantizer = dataclasses.replace(quantizer, scale=scale, zero_point=zero_point)
     return quantizer(result, grids and grids.activations[owner])
 
@@ -88,7 +90,11 @@ def _derived(
 
 
 def round_weights(
-    params: Any, quantizers: Quantizers, *, grids: Grids | None = None, partial: bool = False
+    params: Any,
+    quantizers: Quantizers,
+    *,
+    grids: Grids | None = None,
+    partial: bool = False,
 ) -> Any:
     """The same tree with every quantized parameter on its grid.
 
@@ -110,4 +116,6 @@ def round_weights(
             "weights=True for that."
         )
     quantized = quantizers.quantize_weights(leaves, grids)
-    return replace_leaves(params, {n: quantized[n] for n in quantizers.weights if n in leaves})
+    return replace_leaves(
+        params, {n: quantized[n] for n in quantizers.weights if n in leaves}
+    )

@@ -124,7 +124,9 @@ def find_weights(channels: Channels) -> tuple[Weight, ...]:
         if node.kind == "product" and node.name in mine
     ]
     fixed = channels.size
-    return tuple(w for w in every if np.any(w.inputs < fixed) or np.any(w.outputs < fixed))
+    return tuple(
+        w for w in every if np.any(w.inputs < fixed) or np.any(w.outputs < fixed)
+    )
 
 
 def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
@@ -139,41 +141,61 @@ def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
     return joined
 
 
-def stack(
-    weights: Sequence[Weight], leaves: Mapping[str, Any], fixed: int
-) -> list[Layers]:
-    """Log ranges of all weights, those of one shape together: quicker to compile."""
-    dtype = wide(*(leaves[w.parameter].dtype for w in weights))
-    shapes: dict[tuple[int, ...], list[tuple[jax.Array, np.ndarray, np.ndarray]]] = {}
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Weights of one shape, whose axes can be reduced in the same way."""
+
+    weights: tuple[Weight, ...]
+    ins: tuple["Same", ...]
+    outs: tuple["Same", ...]
+
+    def matrix(self, leaves: Mapping[str, Any]) -> jax.Array:
+        """All of them, with axes (layers, groups, ins, outs, window)."""
+        each = [w.matrix(leaves[w.parameter]) for w in self.weights]
+        dtype = wide(*(m.dtype for m in each))
+        # Made once: many things are read off it, and compiled apart from it.
+        return jax.lax.optimization_barrier(jnp.stack([m.astype(dtype) for m in each]))
+
+
+def stacks(
+    weights: Sequence[Weight], leaves: Mapping[str, Any], whole: Sequence[str] = ()
+) -> list[Stack]:
+    """Weights by shape, which is quicker to compile; `whole` keep all their outputs."""
+    found: dict[Any, list[tuple[Weight, Same, Same]]] = {}
     for weight in weights:
-        layer = _layer(weight, leaves[weight.parameter])
-        shapes.setdefault(layer[0].shape, []).append(layer)
-    return [
-        Layers(
-            jnp.stack([layer[0].astype(dtype) for layer in same]),
-            stacked([layer[1] for layer in same], fixed),
-            stacked([layer[2] for layer in same], fixed),
-        )
-        for same in shapes.values()
-    ]
+        ins, outs = same_scale(weight.inputs), same_scale(weight.outputs)
+        if weight.node.name in whole:
+            outs = Same(weight.outputs, None)
+        of = [None if s.of is None else s.of.tobytes() for s in (ins, outs)]
+        shape = jax.eval_shape(weight.matrix, leaves[weight.parameter]).shape
+        found.setdefault((shape, *of), []).append((weight, ins, outs))
+    return [Stack(*zip(*same, strict=True)) for same in found.values()]
 
 
-def stacked(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
-    """Indices of one shape on a new axis behind that of their factors."""
+def layers_of(
+    every: Sequence[Stack], matrices: Sequence[jax.Array], fixed: int
+) -> Layers:
+    """Log ranges of all weights and where their inputs and outputs stand."""
+    dtype = wide(*(m.dtype for m in matrices))
+    ranges = []
+    for stack, matrix in zip(every, matrices, strict=True):
+        log_range = stack.outs[0].largest(log_ranges(matrix), 3)
+        ranges.append(stack.ins[0].largest(log_range, 2).astype(dtype))
+    ins = [same.index for stack in every for same in stack.ins]
+    outs = [same.index for stack in every for same in stack.outs]
+    return Layers(tuple(ranges), _in_a_row(ins, fixed), _in_a_row(outs, fixed))
+
+
+def _in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
+    """Indices (factors, …) behind each other, in row-major order."""
     depth = max(len(index) for index in indices)
-    short = [((0, depth - len(index)), (0, 0), (0, 0)) for index in indices]
+    flat = [index.reshape(len(index), -1) for index in indices]
+    short = [((0, depth - len(index)), (0, 0)) for index in indices]
     padded = [
         np.pad(i, width, constant_values=fixed)
-        for i, width in zip(indices, short, strict=True)
+        for i, width in zip(flat, short, strict=True)
     ]
-    return np.stack(padded, axis=1)
-
-
-def _layer(weight: Weight, leaf: Any) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-    """Log ranges, with inputs that share their scale taken as one, and outputs too."""
-    ins, outs = same_scale(weight.inputs), same_scale(weight.outputs)
-    log_range = ins.largest(outs.largest(log_ranges(weight.matrix(leaf)), 2), 1)
-    return log_range, ins.index, outs.index
+    return np.concatenate(padded, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

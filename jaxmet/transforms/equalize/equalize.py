@@ -15,9 +15,10 @@ from jaxmet.numerics.scaling import balance
 from jaxmet.transforms.equalize.channels import (
     Channels,
     find_weights,
+    layers_of,
     rescaled,
     scales_along,
-    stack,
+    stacks,
     with_bounds,
 )
 from jaxmet.tree.config import QuantConfig
@@ -85,8 +86,9 @@ def equalize(
     touched |= {w.parameter for w in weights}
 
     def run(old: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        layers = stack(weights, old, channels.size)
-        start = jnp.zeros(channels.size + 1, layers[0].log_range.dtype)
+        every = stacks(weights, old)
+        layers = layers_of(every, [s.matrix(old) for s in every], channels.size)
+        start = jnp.zeros(channels.size + 1, layers.log_ranges[0].dtype)
         found = balance(layers, start, limit=max_scale)
         new = rescaled(channels, old, found.x)
         for node in plan.clips:

@@ -134,7 +134,9 @@ class _Network:
             found[node.name] = None if rule is None or looped else rule(node, found)
         return found
 
-    def member(self, node: str, role: str, parameter: str | None = None) -> Member | None:
+    def member(
+        self, node: str, role: str, parameter: str | None = None
+    ) -> Member | None:
         """The only axis of a node's parameter that has this role."""
         mine = [m for m in self.members.get(node, ()) if m.role == role]
         mine = [m for m in mine if parameter in (None, m.parameter)]
@@ -151,7 +153,9 @@ class _Network:
             return None
         return found.get(edge.node)
 
-    def operands(self, node: Node, found: Mapping[str, Tensor | None]) -> list[Tensor] | None:
+    def operands(
+        self, node: Node, found: Mapping[str, Tensor | None]
+    ) -> list[Tensor] | None:
         tensors = [self.operand(edge, found) for edge in node.inputs]
         numbers = {edge.operand for edge in node.inputs}
         if len(numbers) != len(tensors) or any(t is None for t in tensors):
@@ -188,7 +192,9 @@ class _Network:
         if inputs is None or out is None or member is None:
             return None
         weight = Weight.of(node, self.members[node.name], self.channels)
-        matrix = weight.matrix(self.leaves[out.parameter])  # (groups, ins, outs, window)
+        matrix = weight.matrix(
+            self.leaves[out.parameter]
+        )  # (groups, ins, outs, window)
         grouped = [v.reshape(matrix.shape[:2]) for v in (inputs.mean, inputs.variance)]
         mean = jnp.einsum("giow,gi->go", matrix, grouped[0]).reshape(-1)
         variance = jnp.einsum("giow,gi->go", jnp.square(matrix), grouped[1]).reshape(-1)
@@ -201,7 +207,10 @@ class _Network:
         norm = node.norm
         if norm is None or norm.over != "stored" or not norm.plain:
             return None
-        variance, member = self.vector(norm.variance), self.member(node.name, "variance")
+        variance, member = (
+            self.vector(norm.variance),
+            self.member(node.name, "variance"),
+        )
         if variance is None or member is None:
             return None
         scale, bias = self.vector(norm.scale), self.vector(norm.bias)
@@ -210,7 +219,9 @@ class _Network:
         spread = spread if scale is None else spread * scale * scale
         return split(member.layout, normal(bias, spread))
 
-    def _activation(self, node: Node, found: Mapping[str, Tensor | None]) -> Tensor | None:
+    def _activation(
+        self, node: Node, found: Mapping[str, Tensor | None]
+    ) -> Tensor | None:
         tensors = self.operands(node, found)
         if tensors is None or len(tensors) != 1:
             return None
@@ -235,7 +246,10 @@ class _Network:
             weight = self.graph[node.carrier].weight
             leaf = self.leaves.get(weight.name or "") if weight is not None else None
             if is_compressed(leaf):
-                stated, member = [leaf.lower, leaf.upper], self.member(node.carrier, "out")
+                stated, member = (
+                    [leaf.lower, leaf.upper],
+                    self.member(node.carrier, "out"),
+                )
         if member is None:
             return _each(tensor, lambda x: clipped(x, *_like(x, *bounds)))
         size = layout_size(member.layout)
@@ -247,13 +261,19 @@ class _Network:
         if found is None or set(found) != set(tensor):
             return None
         return {
-            g: clipped(x, found[g].low.astype(x.mean.dtype), found[g].high.astype(x.mean.dtype))
+            g: clipped(
+                x, found[g].low.astype(x.mean.dtype), found[g].high.astype(x.mean.dtype)
+            )
             for g, x in tensor.items()
         }
 
     def _add(self, node: Node, found: Mapping[str, Tensor | None]) -> Tensor | None:
         tensors = self.operands(node, found)
-        if not tensors or len(tensors) > 2 or node.function not in ("add", "add_any", "sub"):
+        if (
+            not tensors
+            or len(tensors) > 2
+            or node.function not in ("add", "add_any", "sub")
+        ):
             return None
         if len(tensors) == 1:
             return self._shifted(node, tensors[0])
@@ -335,7 +355,9 @@ def join(layout: Layout, tensor: Tensor) -> Moments | None:
     if any(isinstance(item, Joined) for item in layout):
         return None
     places = [
-        i for i, item in enumerate(layout) if isinstance(item, Span) and item.group in tensor
+        i
+        for i, item in enumerate(layout)
+        if isinstance(item, Span) and item.group in tensor
     ]
     if len(places) != 1:
         return None

@@ -1,0 +1,184 @@
+"""Activations: the largest cones of pointwise equations of one value."""
+
+from collections.abc import Iterable
+
+from jaxmet.engine import compat
+from jaxmet.engine.activations import classify
+from jaxmet.engine.cluster import LINEAR, SCALE, SHIFT, Cluster, cone, is_free, order_of
+from jaxmet.engine.program import CONST, DATA, NOISE, Equation, Region, Value
+
+POINTWISE = (
+    *LINEAR, *SCALE, *SHIFT, "max", "min", "clamp", "select_n", "exp", "exp2", "expm1",
+    "log", "log1p", "logistic", "tanh", "sinh", "cosh", "asinh", "acosh", "atanh", "sin",
+    "cos", "tan", "asin", "acos", "atan", "erf", "erfc", "erf_inv", "sqrt", "rsqrt",
+    "cbrt", "pow", "integer_pow", "square", "abs", "sign", "floor", "ceil", "round",
+    "ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not", "is_finite", "rem",
+    "lgamma", "digamma",
+)  # fmt: skip
+Piece = tuple[Value, list[Equation]]
+
+
+def activations(region: Region) -> Iterable[Cluster]:
+    order = order_of(region)
+    root: dict[Value, Value] = {}
+    members: dict[Value, list[Equation]] = {}
+    for equation in region.equations:
+        if not _pointwise(equation):
+            continue
+        sources = {root.get(v, v) for v in equation.data}
+        if len(sources) == 1 and (source := sources.pop()).inexact:
+            root[equation.results[0]] = source
+            members.setdefault(source, []).append(equation)
+    for source, equations in members.items():
+        for start, chain in _closed_cones(source, equations):
+            yield from _segments(start, chain, _own_calls(region, chain), order)
+
+
+def _pointwise(equation: Equation) -> bool:
+    """Whether an equation maps one data value elementwise, parameters beside it."""
+    if not is_free(equation) or len(equation.results) != 1 or equation.kind != DATA:
+        return False
+    if any(v.kind == NOISE for v in equation.operands):
+        return False
+    shape = equation.results[0].shape
+    if any(v.shape != shape for v in equation.data):
+        return False
+    if equation.name in compat.CUSTOM:
+        others = [v for v in equation.operands if v.kind != DATA]
+        return len(equation.data) == 1 and all(v.kind == CONST for v in others)
+    return equation.name in POINTWISE
+
+
+def _is_linear(equation: Equation) -> bool:
+    if equation.name in LINEAR:
+        return True
+    if equation.name in (*SCALE, *SHIFT):
+        divides = equation.name == "div" and equation.operands[1].kind == DATA
+        return len(equation.data) == 1 and not divides
+    return False
+
+
+def _own_calls(region: Region, equations: list[Equation]) -> set[int]:
+    """The calls that hold equations of this group alone."""
+    inside = set(equations)
+    own = {n for e in equations for n, _ in e.calls}
+    for equation in region.equations:
+        if equation.kind == DATA and equation not in inside:
+            own -= {n for n, _ in equation.calls}
+    return own
+
+
+def _closed_cones(
+    source: Value, equations: list[Equation]
+) -> Iterable[tuple[Value, list[Equation]]]:
+    """Split a pointwise family at every value that is needed in two places."""
+    inside = set(equations)
+    terminals = {
+        e.results[0]: None
+        for e in equations
+        if any(u not in inside for u in e.results[0].uses)
+    }
+    while True:
+        cones = {t: _back(t, source, terminals, inside) for t in terminals}
+        count: dict[Equation, int] = {}
+        for found in cones.values():
+            for equation in found:
+                count[equation] = count.get(equation, 0) + 1
+        shared = [e.results[0] for e in equations if count.get(e, 0) > 1]
+        if not shared:
+            break
+        terminals[shared[-1]] = None
+    for found in cones.values():
+        made = {e.results[0] for e in found}
+        entries = {v for e in found for v in e.data if v not in made}
+        if len(entries) == 1:
+            yield entries.pop(), [e for e in equations if e in found]
+
+
+def _back(exit: Value, source: Value, terminals, inside) -> set[Equation]:
+    found: set[Equation] = set()
+    stack = [exit]
+    while stack:
+        value = stack.pop()
+        equation = value.producer
+        if equation is None or equation not in inside or equation in found:
+            continue
+        found.add(equation)
+        stack += [v for v in equation.data if v not in terminals and v is not source]
+    return found
+
+
+def _segments(
+    start: Value, equations: list[Equation], own: set[int], order: dict[Equation, int]
+) -> Iterable[Cluster]:
+    """One cone, cut into the activations that it strings together."""
+    for entry, piece in _joined(_by_calls(_pieces(start, equations), own), own):
+        exit = piece[-1].results[0]
+        if exit.inexact and not all(_is_linear(e) for e in piece):
+            held = sorted({*piece, *cone(exit, {entry}, order)}, key=order.__getitem__)
+            function, details = classify(entry, piece, own)
+            yield Cluster("activation", function, held, exit, entry, details)
+
+
+def _pieces(entry: Value, equations: list[Equation]) -> list[Piece]:
+    """Cut wherever a single value passes."""
+    pieces, start, current = [], entry, []
+    for i, equation in enumerate(equations):
+        current.append(equation)
+        rest = equations[i + 1 :]
+        later = {equation.results[0], *(e.results[0] for e in rest)}
+        if all(v in later for e in rest for v in e.data):
+            pieces.append((start, current))
+            start, current = equation.results[0], []
+    return pieces
+
+
+def _by_calls(pieces: list[Piece], own: set[int]) -> list[Piece]:
+    """Put together again what one nonlinear call holds (`jax.nn.hard_sigmoid`)."""
+    spans: dict[int, list[int]] = {}
+    for i, (_, piece) in enumerate(pieces):
+        for number in {n for e in piece for n, _ in e.calls} & own:
+            spans.setdefault(number, []).append(i)
+    out: list[Piece] = []
+    i = 0
+    while i < len(pieces):
+        ends = [max(w) for w in spans.values() if min(w) == i]
+        end = max(ends, default=i)
+        joined = [e for _, piece in pieces[i : end + 1] for e in piece]
+        if all(_is_linear(e) for e in joined):
+            out += pieces[i : end + 1]
+        else:
+            out.append((pieces[i][0], joined))
+        i = end + 1
+    return out
+
+
+def _joined(pieces: list[Piece], own: set[int]) -> list[Piece]:
+    """Join unnamed neighbours into the largest group: `1 / (1 + exp(-x))` is one."""
+    out: list[Piece] = []
+    linear: list[Equation] = []
+    for start, piece in pieces:
+        if all(_is_linear(e) for e in piece):
+            linear += piece if out else []
+            continue
+        known = _stands_alone(start, piece, own)
+        if out and not known and not _stands_alone(*out[-1], own):
+            out[-1] = (out[-1][0], [*out[-1][1], *linear, *piece])
+        elif out and not linear and _bounds(piece) and _bounds(out[-1][1]):
+            out[-1] = (out[-1][0], [*out[-1][1], *piece])
+        else:
+            out.append((start, piece))
+        linear = []
+    return out
+
+
+def _bounds(piece: list[Equation]) -> bool:
+    return all(e.name in ("max", "min", "clamp") for e in piece)
+
+
+def _stands_alone(start: Value, piece: list[Equation], own: set[int]) -> bool:
+    """Whether a piece is an activation by itself: a call, or a function with a name."""
+    if any(e.name in compat.CUSTOM for e in piece):
+        return True
+    shared = set.intersection(*({n for n, _ in e.calls} for e in piece))
+    return bool(shared & own) or classify(start, piece, own)[1].get("known", False)

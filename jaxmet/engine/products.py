@@ -1,0 +1,95 @@
+"""Products with their bias, and lookups: the nodes that hold a weight."""
+
+from collections.abc import Iterable
+
+from jaxmet.engine.cluster import (
+    VIEWS,
+    Cluster,
+    cone,
+    is_free,
+    only_use,
+    order_of,
+    varying_axes,
+)
+from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value
+from jaxmet.engine.views import follow, holding, numbered
+
+
+def products(region: Region) -> Iterable[Cluster]:
+    order = order_of(region)
+    for equation in region.equations:
+        if equation.name == "gather" and _is_lookup(equation):
+            yield Cluster(
+                "lookup",
+                "gather",
+                [equation],
+                equation.results[0],
+                equation.operands[1],
+                {"weight": equation.operands[0]},
+            )
+        if equation.name not in ("conv_general_dilated", "dot_general"):
+            continue
+        one, two = equation.operands[:2]
+        if {one.kind, two.kind} != {DATA, PARAM}:
+            continue
+        data, weight = (one, two) if one.kind == DATA else (two, one)
+        if equation.name == "conv_general_dilated" and weight is one:
+            continue
+        yield _with_bias(equation, data, weight, order)
+
+
+def _is_lookup(equation: Equation) -> bool:
+    table, indices = equation.operands[:2]
+    return table.kind == PARAM and indices.kind == DATA and table.inexact
+
+
+def feature_axes(equation: Equation, weight: Value) -> tuple[int, ...]:
+    """Axes of a product's result that come from its weight."""
+    numbers = equation.params["dimension_numbers"]
+    if equation.name == "conv_general_dilated":
+        return (numbers.out_spec[1],)
+    (lc, rc), (lb, rb) = numbers
+    lhs, rhs = equation.operands[:2]
+    if weight is rhs:
+        start = lhs.ndim - len(lc)
+        return tuple(range(start, start + rhs.ndim - len(rc) - len(rb)))
+    return tuple(range(len(lb), lhs.ndim - len(lc)))
+
+
+def _with_bias(
+    equation: Equation, data: Value, weight: Value, order: dict[Equation, int]
+) -> Cluster:
+    value, equations, bias = equation.results[0], [equation], None
+    features = feature_axes(equation, weight)
+    axes = numbered(value)
+    wanted = [axes[i] for i in features]
+    while (use := only_use(value)) is not None and is_free(use):
+        if use.name in VIEWS and use.name != "broadcast_in_dim":
+            axes = follow(axes, [use])
+        elif use.name == "add":
+            bias = _bias(use, value, holding(axes, wanted))
+            break
+        else:
+            break
+        value = use.results[0]
+    if bias is not None and use is not None:
+        features, value = holding(axes, wanted), use.results[0]
+        equations = cone(value, {data, weight}, order)
+    else:
+        value = equation.results[0]
+    details = {
+        "weight": weight,
+        "bias": bias,
+        "product": equation,
+        "features": features,
+    }
+    function = "conv" if equation.name == "conv_general_dilated" else "dot"
+    return Cluster("product", function, equations, value, data, details)
+
+
+def _bias(add: Equation, value: Value, features: tuple[int, ...]) -> Value | None:
+    """The parameter that is added along the feature axes alone, if there is one."""
+    others = [v for v in add.operands if v is not value]
+    if len(others) != 1 or others[0].kind != PARAM:
+        return None
+    return others[0] if varying_axes(others[0]) <= set(features) else None

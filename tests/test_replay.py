@@ -1,0 +1,1015 @@
+"""The replay is the model: to the bit where nothing is asked of it, hooked where it is.
+
+Two oracles stand beside the model itself: linen's method interceptors, which edit and
+record a module's output behind the library's back, and functions that are written with a
+tap at every node.
+"""
+
+import functools
+import re
+import time
+from collections import Counter, namedtuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmet.engine.graph import trace
+from jaxmet.engine.nnx import functional
+from jaxmet.engine.replay import Counted, evaluate
+from jaxmet.tree.leaves import Compressed
+from jaxmet.tree.names import replace_leaves
+from zoo import CASES
+
+RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]
+TRAINED = [(n, f) for n, f in RUNS if CASES[n].train_kwargs(f)]
+LINEN = [name for name, case in CASES.items() if "linen" in case.make]
+REGIONS = ("remat", "jit", "cond", "scan", "rnn", "lstm")
+
+
+@functools.cache
+def model(name, front):
+    return CASES[name].make[front](jax.random.key(0))
+
+
+def idle(node, run, operands):
+    return run(*operands), None
+
+
+def replayed(apply, **kw):
+    """The model run by a hook that does nothing."""
+    return lambda *args, **kwargs: evaluate(apply, idle, **kw)(*args, **kwargs)[0]
+
+
+def recording(node, run, operands):
+    y = run(*operands)
+    return y, y
+
+
+def bits(tree):
+    """Every array of a tree, so that equal means equal to the last bit."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
+    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in leaves]
+
+
+def close(one, two, rtol=1e-5, atol=1e-5):
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def inexact(x):
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if inexact(x) else x, tree)
+
+
+def with_gradient(apply):
+    """Outputs, and the gradient of a scalar of all of them."""
+
+    def loss(params, *inputs):
+        outputs = apply(params, *inputs)
+        wide = [x.astype(jnp.float32) for x in jax.tree.leaves(outputs) if inexact(x)]
+        return sum([jnp.sum(jnp.sin(x)) for x in wide], jnp.float32(0)), outputs
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True, allow_int=True))
+
+
+# The order of the hook's calls.
+
+
+@pytest.mark.parametrize(("name", "front"), RUNS)
+def test_the_hook_is_called_at_every_node_in_order(name, front):
+    apply, params, inputs = model(name, front)
+    case, order = CASES[name], []
+
+    def hook(node, run, operands):
+        order.append(node)
+        return run(*operands), None
+
+    jax.eval_shape(evaluate(apply, hook), params, *inputs)
+    names = [node.name for node in order]
+    if case.ordered:
+        assert names == [*case.nodes]
+    else:
+        assert sorted(names) == sorted(case.nodes)
+        assert names[0] == "input" and names[-1] == "output"
+    assert [*dict.fromkeys(order)] == [*trace(apply, params, *inputs).nodes]
+
+
+# To the bit.
+
+GRADIENTS = """
+    conv_bn_relu-nnx mobile-linen clip_after_add-nnx transposed-linen concatenation-nnx
+    pooling-linen resize-nnx group_norm-linen slopes-nnx squeeze_excite-linen
+    transformer-nnx tied_embedding-linen outputs_in_a_tree-nnx remat-linen remat-nnx
+    cond-linen scan-nnx rnn-linen lstm-linen einsum_heads-plain standardized-plain
+    equinox_conv-equinox haiku_conv-haiku dropout-linen
+""".split()
+
+
+@pytest.mark.parametrize(("name", "front"), RUNS)
+def test_an_idle_hook_changes_no_bit(name, front):
+    apply, params, inputs = model(name, front)
+    again = replayed(apply, cpu_formulations=False)
+    wrap = with_gradient if f"{name}-{front}" in GRADIENTS else jax.jit
+    assert bits(wrap(again)(params, *inputs)) == bits(wrap(apply)(params, *inputs))
+
+
+def test_the_table_of_gradients_has_no_typing_error():
+    assert {*GRADIENTS} <= {f"{name}-{front}" for name, front in RUNS}
+    assert {name.split("-")[0] for name in GRADIENTS} >= {*REGIONS} - {"jit"}
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_bn_relu", "transformer", "squeeze_excite", "scan"]
+)
+def test_bfloat16_changes_no_bit_either(name):
+    apply, params, inputs = model(name, "linen")
+    params, inputs = cast(params, jnp.bfloat16), cast(inputs, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # flax normalizes in float32
+        before = with_gradient(apply)(params, *inputs)
+        after = with_gradient(replayed(apply))(params, *inputs)
+    assert bits(after) == bits(before)
+
+
+# Op by op there is no compiler to make both sides one program: equal to rounding,
+# a few units in the last place of the largest intermediate value.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["conv_bn_relu", "inverted_residual", "gelu_mlp"])
+def test_without_jit_it_is_equal_to_rounding(name, dtype):
+    apply, params, inputs = model(name, "linen")
+    params, inputs = cast(params, dtype), cast(inputs, dtype)
+    bound = TOLERANCE[dtype]
+    close(replayed(apply)(params, *inputs), apply(params, *inputs), bound, bound)
+
+
+@pytest.mark.parametrize("name", ["resnet", "transformer", "rnn", "tied_embedding"])
+def test_in_float64_it_is_the_oracle_of_float32(name):
+    apply, params, inputs = model(name, "linen")
+    rough = jax.jit(apply)(params, *inputs)
+    with jax.enable_x64(True):
+        wide = cast(params, jnp.float64), *cast(inputs, jnp.float64)
+        exact, statistics = jax.jit(evaluate(apply, recording))(*wide)
+        assert bits(exact) == bits(jax.jit(apply)(*wide))
+        assert exact.dtype == jnp.float64
+        kinds = {x.dtype for x in jax.tree.leaves(statistics) if inexact(x)}
+        assert kinds == {jnp.dtype(jnp.float64)}
+        np.testing.assert_allclose(np.asarray(rough), np.asarray(exact), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize(("name", "front"), TRAINED)
+def test_training_changes_no_bit(name, front):
+    """Updated statistics, dropout's bits and all: the outputs are those of `apply`."""
+    apply, params, inputs = model(name, front)
+    kwargs = CASES[name].train_kwargs(front)
+    again = replayed(apply, cpu_formulations=False)
+    before = jax.jit(lambda p, *x: apply(p, *x, **kwargs))(params, *inputs)
+    after = jax.jit(lambda p, *x: again(p, *x, **kwargs))(params, *inputs)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert bits(before) == bits(after)
+
+
+# A hand-edited model: every module of linen, edited and recorded by an interceptor.
+
+
+def edited(apply, nodes, factors):
+    """`apply` with module outputs multiplied by `factors`; what they were before."""
+    calls, seen = Counter(), {}
+
+    def edit(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        path = "/".join(context.module.path)
+        if context.method_name not in ("__call__", "attend"):
+            return y
+        name = f"{path}:{calls[path]}" if f"{path}:0" in nodes else path
+        calls[path] += 1
+        if name not in nodes:
+            return y
+        seen[name] = y
+        return y * factors[nodes.index(name)]
+
+    def run(params, *inputs):
+        with nn.intercept_methods(edit):
+            return apply(params, *inputs), dict(seen)
+
+    return run
+
+
+def modules_of(name):
+    """The nodes of a case that are linen modules: sites, norms, a learned slope."""
+    apply, params, inputs = model(name, "linen")
+    nodes = [n for n in trace(apply, params, *inputs).nodes if n.parameters]
+    return [
+        n.name for n in nodes if n.kind in ("product", "lookup", "norm", "activation")
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in LINEN if name != "lstm"])
+def test_editing_a_node_equals_editing_the_module(name):
+    apply, params, inputs = model(name, "linen")
+    nodes = modules_of(name)
+
+    def hook_of(factors):
+        def hook(node, run, operands):
+            y = run(*operands)
+            if node.name not in nodes:
+                return y, None
+            return y * factors[nodes.index(node.name)], y
+
+        return hook
+
+    @jax.jit
+    def both(factors):
+        by_hand, seen = edited(apply, nodes, factors)(params, *inputs)
+        outputs, statistics = evaluate(apply, hook_of(factors))(params, *inputs)
+        if name in REGIONS:  # what an interceptor sees there, it must not keep
+            return by_hand, outputs, {}, {}
+        assert seen.keys() == statistics.keys() == {*nodes}
+        return by_hand, outputs, seen, statistics
+
+    count = len(nodes)
+    plain = both(jnp.ones(count))
+    close(plain[0], plain[1])
+    close(plain[2], plain[3])
+    for i in range(count):
+        by_hand, outputs, *_ = both(jnp.ones(count).at[i].set(-0.5))
+        close(by_hand, outputs)
+        moved = [
+            np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
+            for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(plain[0]))
+        ]
+        runs = name != "cond" or nodes[i] != dead_branch(both, count)
+        assert (max(moved) > 1e-4) == runs, nodes[i]
+
+
+def dead_branch(both, count):
+    """The site of the branch that this input does not take."""
+    apply, params, inputs = model("cond", "linen")
+    return "low" if float(jnp.sum(inputs[0])) > 0 else "high"
+
+
+# A hand-edited function: a tap at every node, those without parameters too.
+
+
+def convolved(x, w, **kw):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=layout, **kw
+    )
+
+
+def vision(tap, p, x):
+    x = tap("input", x)
+    x = tap("a/clip", jax.nn.relu6(tap("a", convolved(x, p["a"]))))
+    y = tap("b/relu", jax.nn.relu(tap("b", convolved(x, p["b"]) + p["c"][None, None])))
+    y = tap("b/concat", jnp.concatenate([x, y], axis=-1))
+    y = jax.lax.reduce_window(
+        y, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"
+    )
+    y = tap("b/pool", y)
+    y = tap("b/resize", jax.image.resize(y, (2, 8, 8, 12), "bilinear"))
+    gate = tap("b/pool:1", jnp.mean(y, axis=(1, 2)))
+    gate = tap("gate/sigmoid", jax.nn.sigmoid(tap("gate", gate @ p["gate"])))
+    y = tap("gate/multiply", y * gate[:, None, None])
+    y = tap("gate/add", y[..., :6] - y[..., 6:])
+    return tap("output", tap("d", convolved(y, p["d"])))
+
+
+def attending(tap, p, x):
+    x = tap("input", x)
+    q, k, v = (tap(n, x @ p[n]) for n in "qkv")
+    scores = tap("k/matmul", jnp.einsum("btd,bsd->bts", q, k)) / 2.0
+    weights = tap("k/softmax", jax.nn.softmax(scores))
+    y = tap("v/matmul", jnp.einsum("bts,bsd->btd", weights, v))
+    y = tap("o/add", x + tap("o", y @ p["o"]))
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    spread = jnp.mean((y - mean) ** 2, axis=-1, keepdims=True)
+    y = (y - mean) * jax.lax.rsqrt(spread + 1e-3) * p["gain"][None, None]
+    y = tap("norm", y)
+    return tap("output", tap("o/gelu", jax.nn.gelu(y)))
+
+
+def layered(tap, p, x):
+    def layer(x, w):
+        y = tap("w/relu", jax.nn.relu(tap("w", x @ w)))
+        return tap("w/add", x + y), None
+
+    x, _ = jax.lax.scan(layer, tap("input", x), p["w"])
+    return tap("output", tap("head", x @ p["head"]))
+
+
+def branching(tap, p, x):
+    def high(x):
+        return tap("high/tanh", jnp.tanh(tap("high", x @ p["high"])))
+
+    def low(x):
+        return tap("low/abs", jnp.abs(tap("low", x @ p["low"])))
+
+    x = tap("input", x)
+    y = jax.lax.cond(jnp.sum(x) > 0, high, low, x)
+    return tap("output", tap("head", y @ p["head"]))
+
+
+def wrapped(tap, p, x):
+    @jax.checkpoint
+    def again(p, x):
+        return tap("a/tanh", jnp.tanh(tap("a", x @ p["a"])))
+
+    @jax.jit
+    def inside(p, x):
+        return tap("b/sin", jnp.sin(tap("b", again(p, x) @ p["b"])))
+
+    x = jax.lax.fori_loop(0, 3, lambda i, x: inside(p, x), tap("input", x))
+    return tap("output", tap("head", x @ p["head"]))
+
+
+def awaiting(tap, p, x):
+    def body(state):
+        i, x = state
+        return i + 1, tap("w/tanh", jnp.tanh(tap("w", x @ p["w"])))
+
+    x = tap("input", x)
+    _, x = jax.lax.while_loop(lambda s: s[0] < p["steps"], body, (0, x))
+    return tap("output", tap("head", x @ p["head"]))
+
+
+WINDOW = {"a": (3, 3, 3, 6), "b": (3, 3, 6, 6), "c": (6,), "gate": (12, 12)}
+TAPPED = {
+    "vision": (vision, {**WINDOW, "d": (1, 1, 6, 4)}, (2, 8, 8, 3)),
+    "attending": (
+        attending,
+        {**dict.fromkeys("qkvo", (8, 8)), "gain": (8,)},
+        (2, 5, 8),
+    ),
+    "layered": (layered, {"w": (3, 6, 6), "head": (6, 4)}, (4, 6)),
+    "branching": (branching, dict.fromkeys(("high", "low", "head"), (6, 6)), (4, 6)),
+    "wrapped": (wrapped, dict.fromkeys(("a", "b", "head"), (6, 6)), (4, 6)),
+    "awaiting": (awaiting, dict.fromkeys(("w", "head"), (6, 6)), (4, 6)),
+}
+STRAIGHT = ("vision", "attending")
+
+
+def tapped(name):
+    forward, shapes, shape = TAPPED[name]
+    rng = np.random.default_rng(3)
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(0.1, 0.5, shape), jnp.float32)
+
+    p = {key: draw(shape) for key, shape in shapes.items()}
+    if name == "attending":
+        p["norm"] = {"scale": p.pop("gain")}
+        plain = forward
+        forward = lambda tap, p, x: plain(tap, {**p, "gain": p["norm"]["scale"]}, x)
+    if name == "awaiting":
+        p["steps"] = 3
+    return forward, p, draw(shape)
+
+
+def no_tap(name, value):
+    return value
+
+
+@pytest.mark.parametrize("name", TAPPED)
+def test_editing_any_node_equals_editing_the_function(name):
+    forward, p, x = tapped(name)
+    apply = functools.partial(forward, no_tap)
+    nodes = [n.name for n in trace(apply, p, x).nodes]
+
+    def by_hand(factors, p, x):
+        values, met = {}, []
+
+        def tap(node, value):
+            met.append(node)
+            values[node] = value
+            return value * factors[nodes.index(node)]
+
+        out = forward(tap, p, x)
+        assert {*met} == {*nodes}, "the taps are where the nodes are"
+        return out, values if name in STRAIGHT else {}
+
+    def by_hook(factors, p, x):
+        def hook(node, run, operands):
+            y = run(*operands)
+            kept = y if name in STRAIGHT else None
+            return y * factors[nodes.index(node.name)], kept
+
+        return evaluate(apply, hook)(p, x)
+
+    @jax.jit
+    def both(factors, x):
+        return by_hand(factors, p, x), by_hook(factors, p, x)
+
+    plain, _ = both(jnp.ones(len(nodes)), x)
+    for i, node in enumerate(nodes):
+        one, two = both(jnp.ones(len(nodes)).at[i].set(0.5), x)
+        close(one, two)
+        if name != "branching" or not node.startswith(("low", "high")):
+            assert np.max(np.abs(np.asarray(one[0] - plain[0]))) > 1e-4, node
+    if name == "branching":
+        for sign in (x, -x):
+            close(*both(jnp.linspace(0.5, 1.5, len(nodes)), sign))
+
+
+def test_run_takes_other_operands_and_the_hook_another_result():
+    def apply(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"][None])
+
+    def hook(node, run, operands):
+        if node.kind != "product":
+            return run(*operands), None
+        x, w, b = operands
+        assert (w.shape, b.shape) == ((6, 4), (4,))
+        twice = run(2.0 * x, w, 0.0 * b)
+        return twice + run(x, -w, b), {"twice": twice, "sizes": (x.size, w.size)}
+
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 6), (6, 4), 4))
+    y, statistics = jax.jit(evaluate(apply, hook))({"w": w, "b": b}, x)
+    np.testing.assert_allclose(y, np.tanh(x @ w + b[None]), 1e-5, 1e-5)
+    np.testing.assert_allclose(statistics["w"]["twice"], 2 * x @ w, 1e-5, 1e-5)
+    assert statistics["w"]["sizes"] == (12, 24) and statistics.keys() == {"w"}
+
+
+# The price.
+
+
+@pytest.mark.parametrize("name", ["mobile", "resnet", "transformer", "scan", "remat"])
+def test_the_compiled_replay_costs_what_the_model_costs(name):
+    apply, params, inputs = model(name, "linen")
+
+    def flops(f):
+        return jax.jit(f).lower(params, *inputs).compile().cost_analysis()["flops"]
+
+    plain = flops(apply)
+    assert plain > 0 and flops(replayed(apply, cpu_formulations=False)) == plain
+
+
+def test_lowering_takes_at_most_twice_as_long(monkeypatch):
+    apply, params, inputs = model("resnet", "linen")
+    again = unchecked(monkeypatch, replayed(apply))
+
+    def fastest(f):
+        seconds = []
+        for _ in range(5):
+            start = time.thread_time()
+            jax.jit(lambda *args: f(*args)).lower(params, *inputs)
+            seconds.append(time.thread_time() - start)
+        return min(seconds)
+
+    fastest(apply)
+    plain = fastest(apply)
+    assert fastest(again) < 2 * plain
+
+
+def unchecked(monkeypatch, f):
+    """Without the run-time check of annotations, which only the tests pay for."""
+    import jaxtyping
+
+    def run(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+            return f(*args)
+
+    return run
+
+
+def test_a_sharded_batch_stays_sharded():
+    apply, params, (x,) = model("conv_bn_relu", "linen")
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("batch"))
+    whole = jnp.tile(x, (4, 1, 1, 1))
+    batch = jax.device_put(whole, rows)
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    step = jax.jit(evaluate(apply, largest), out_shardings=(rows, None))
+    compiled = step.lower(params, batch).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    assert "all-reduce" in text  # the statistics are reduced over the devices
+    y, statistics = compiled(params, batch)
+    assert len(y.sharding.device_set) == 8
+    single, expected = jax.jit(evaluate(apply, largest))(params, whole)
+    close(y, single)
+    close(statistics, expected)
+
+
+def largest(node, run, operands):
+    y = run(*operands)
+    return y, jnp.max(jnp.abs(y))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shards_and_explicit_axes_change_no_bit(kind):
+    def apply(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"]
+
+    rng = np.random.default_rng(0)
+    p = {k: jnp.asarray(rng.normal(size=s)) for k, s in zip("wvb", ((6, 6), (6, 4), 6))}
+    p, x = cast((p, jnp.asarray(rng.normal(size=(16, 6)))), jnp.float32)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, NamedSharding(mesh, P("batch")))
+        before, after = jax.jit(apply)(p, rows), jax.jit(replayed(apply))(p, rows)
+        assert bits(after) == bits(before)
+        assert after.sharding == before.sharding
+
+        def mapped(f):
+            specs = {"in_specs": (P(), P("batch")), "out_specs": P("batch")}
+            return jax.jit(jax.shard_map(f, mesh=mesh, **specs))
+
+        assert bits(mapped(replayed(apply))(p, rows)) == bits(mapped(apply)(p, rows))
+
+
+# Inside other transformations.
+
+
+def small(p, x):
+    return jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["v"]
+
+
+def drawn(*lead):
+    rng = np.random.default_rng(1)
+    shapes = {"w": (6, 8), "b": (8,), "v": (8, 6)}
+    p = {k: rng.normal(size=(*lead, *s)) for k, s in shapes.items()}
+    return cast(jax.tree.map(jnp.asarray, p), jnp.float32)
+
+
+X = jnp.linspace(-1.0, 1.0, 24).reshape(4, 6)
+
+AROUND = {
+    "vmap over the batch": lambda f: lambda p, x: jax.vmap(f, (None, 0))(p, x[:, None]),
+    "vmap over params": lambda f: (
+        lambda p, x: jax.vmap(f, (0, None))(
+            jax.tree.map(lambda w: jnp.stack([w, -w]), p), x
+        )
+    ),
+    "scan": lambda f: (
+        lambda p, x: jax.lax.scan(lambda x, _: (f(p, x), jnp.sum(x)), x, length=3)
+    ),
+    "checkpoint": lambda f: jax.grad(
+        lambda p, x: jnp.sum(jax.checkpoint(f)(p, x) ** 2)
+    ),
+    "grad of the input": lambda f: jax.grad(lambda p, x: jnp.sum(f(p, x) ** 2), 1),
+    "jvp": lambda f: lambda p, x: jax.jvp(functools.partial(f, p), (x,), (x + 1.0,)),
+    "jacfwd": lambda f: jax.jacfwd(f, 1),
+    "hessian": lambda f: (
+        lambda p, x: jax.hessian(lambda x: jnp.sum(f(p, x) ** 3))(x[0:1])
+    ),
+    "cond": lambda f: lambda p, x: jax.lax.cond(x[0, 0] < 0.0, f, lambda p, x: x, p, x),
+    "while": lambda f: (
+        lambda p, x: jax.lax.fori_loop(0, p["w"].ndim, lambda i, x: f(p, x), x)
+    ),
+    "itself": lambda f: replayed(f),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_it_works_inside_other_transformations(name):
+    p, around = drawn(), AROUND[name]
+    before, after = (jax.jit(around(f))(p, X) for f in (small, replayed(small)))
+    assert bits(after) == bits(before)
+
+
+def test_statistics_come_out_of_vmap_and_scan():
+    many, step = drawn(3), evaluate(small, recording)
+    each = jax.tree.map(lambda w: w[1], many)
+    _, expected = jax.jit(step)(each, X)
+    _, found = jax.jit(jax.vmap(step, (0, None)))(many, X)
+    close(jax.tree.map(lambda s: s[1], found), expected)
+    _, found = jax.jit(lambda p: jax.lax.map(lambda q: step(q, X), p))(many)
+    close(jax.tree.map(lambda s: s[1], found), expected)
+
+
+def test_apply_may_close_over_a_tracer():
+    p = drawn()
+
+    def outer(run):
+        @jax.jit
+        def f(p, x, scale):
+            return run(lambda p, x: scale * small(p, jnp.sin(scale) + x))(p, x)
+
+        return f
+
+    scale = jnp.float32(0.7)
+    assert bits(outer(replayed)(p, X, scale)) == bits(outer(lambda f: f)(p, X, scale))
+    gradient = jax.grad(lambda s: jnp.sum(outer(replayed)(p, X, s)))(scale)
+    expected = jax.grad(lambda s: jnp.sum(outer(lambda f: f)(p, X, s)))(scale)
+    assert bits(gradient) == bits(expected)
+
+
+def test_the_hook_may_close_over_tracers_and_be_differentiated():
+    p = drawn()
+
+    @jax.jit
+    @jax.grad
+    def gradient(scale):
+        def hook(node, run, operands):
+            y = run(*operands)
+            return (scale * y if node.name == "w" else y), None
+
+        return jnp.sum(evaluate(small, hook)(p, X)[0])
+
+    def by_hand(scale):
+        y = jax.nn.relu(scale * (X @ p["w"] + p["b"][None]))
+        return jnp.sum(y @ p["v"])
+
+    close(gradient(1.3), jax.grad(by_hand)(1.3))
+
+
+def test_a_symbolic_batch_is_exported():
+    apply, params, (x,) = model("mobile", "linen")
+    (b,) = jax.export.symbolic_shape("b")
+    spec = jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
+    for options in ({}, {"cpu_formulations": False}):
+        f = jax.jit(replayed(apply, **options))
+        exported = jax.export.export(f)(params, spec)
+        for size in (1, 3):
+            close(exported.call(params, x[:size]), apply(params, x[:size]), 1e-4, 1e-4)
+
+
+# Custom derivative rules.
+
+
+@jax.custom_jvp
+def halved(w, x):
+    return jnp.sin(x @ w)
+
+
+@halved.defjvp
+def _(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    return jnp.sin(x @ w), 0.5 * jnp.cos(x @ w) * (x @ dw + dx @ w)
+
+
+@jax.custom_vjp
+def doubled(w, x):
+    return jnp.sin(x @ w)
+
+
+doubled.defvjp(
+    lambda w, x: (jnp.sin(x @ w), (w, x)),
+    lambda kept, g: (2.0 * kept[1].T @ g, jnp.ones_like(kept[1])),
+)
+
+
+@jax.custom_jvp
+def relu_with_half(x):
+    return jnp.maximum(x, 0.0)
+
+
+@relu_with_half.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return relu_with_half(x), jnp.where(
+        x > 0.0, 1.0, jnp.where(x == 0.0, 0.5, 0.0)
+    ) * dx
+
+
+CUSTOM = {"custom_jvp": halved, "custom_vjp": doubled, "under jit": jax.jit(halved)}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("hook", [idle, recording])
+def test_a_site_inside_a_custom_rule_keeps_the_rule(name, hook):
+    def apply(p, x):
+        return CUSTOM[name](p["w"], x) @ p["v"]
+
+    p = {"w": drawn()["w"], "v": drawn()["v"]}
+    assert [n.name for n in trace(apply, p, X).sites] == ["w", "v"]
+
+    def replay(p, x):
+        return evaluate(apply, hook)(p, x)[0]
+
+    def gradients(f):
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(f(p, x) ** 2), (0, 1)))
+
+    found, given = gradients(replay)(p, X), gradients(apply)(p, X)
+    assert bits(found) == bits(given)
+    inlined = gradients(lambda p, x: jnp.sin(x @ p["w"]) @ p["v"])(p, X)
+    assert not np.allclose(found[1][0]["w"], inlined[1][0]["w"])
+    _, statistics = jax.jit(evaluate(apply, recording))(p, X)
+    assert [*statistics] == ["input", "w", "w/sin", "v", "output"]
+    np.testing.assert_allclose(statistics["w"], X @ p["w"], 1e-5, 1e-5)
+
+
+def test_an_elementwise_rule_is_bound_as_it_is():
+    """An inlined maximum would halve nothing at zero, or everything."""
+    p, x = {"w": jnp.eye(3)}, jnp.asarray([[-1.0, 0.0, 2.0]])
+    for function, at_zero in ((relu_with_half, 0.5), (jax.nn.relu, 0.0)):
+        apply = lambda p, x, f=function: f(x @ p["w"])
+        assert [n.function for n in trace(apply, p, x).nodes][2] == "relu"
+        total = lambda x, f=replayed(apply): jnp.sum(f(p, x))
+        np.testing.assert_array_equal(jax.grad(total)(x), [[0.0, at_zero, 1.0]])
+
+
+# Statistics of loops and branches.
+
+
+def test_statistics_under_scan_are_stacked():
+    forward, p, x = tapped("layered")
+    apply = functools.partial(forward, no_tap)
+    _, found = jax.jit(evaluate(apply, recording))(p, x)
+    for i in range(3):
+        y = x @ p["w"][i]
+        np.testing.assert_allclose(found["w"][i], y, 1e-5, 1e-5)
+        x = x + jnp.maximum(y, 0.0)
+        np.testing.assert_allclose(found["w/add"][i], x, 1e-5, 1e-5)
+    assert found["w"].shape == (3, 4, 6) and found["head"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_keeps_its_direction_and_counts_its_rounds(reverse):
+    def apply(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, p, reverse=reverse)
+
+    rounds = []
+
+    def hook(node, run, operands):
+        inside = "scan" in node.region
+        rounds.append(len(run.iteration) == inside)
+        return run(*operands), run.iteration if inside else None
+
+    p = drawn(3)["w"][:, :, :6]
+    outputs, statistics = jax.jit(evaluate(apply, hook))(p, X)
+    close(outputs, jax.jit(apply)(p, X))
+    assert all(rounds) and {len(counts) for counts in statistics.values()} == {1}
+    expected = [2, 1, 0] if reverse else [0, 1, 2]
+    for (counts,) in statistics.values():
+        # stacked by position, as the scan itself stacks; the counter follows the slices
+        assert [*np.asarray(counts)] in ([0, 1, 2], expected)
+
+
+def test_statistics_under_nested_scans_are_stacked_twice():
+    def apply(p, x):
+        def outer(x, w):
+            inner = lambda x, _: (jnp.tanh(x @ w), None)
+            return jax.lax.scan(inner, x, length=2)[0], None
+
+        return jax.lax.scan(outer, x, p)[0]
+
+    p = drawn(3)["w"][:, :, :6]
+    _, found = jax.jit(evaluate(apply, recording))(p, X)
+    [site] = trace(apply, p, X).sites
+    assert site.region == ("scan", "scan")
+    assert found[site.name].shape == (3, 2, 4, 6)
+    x = jnp.tanh(X @ p[0])
+    np.testing.assert_allclose(found[site.name][0, 1], x @ p[0], 1e-5, 1e-5)
+
+
+def test_statistics_under_cond_say_which_branch_was_taken():
+    forward, p, x = tapped("branching")
+    apply = functools.partial(forward, no_tap)
+    run = jax.jit(evaluate(apply, recording))
+    for x, taken, other in ((x, "high", "low"), (-x, "low", "high")):
+        assert (float(jnp.sum(x)) > 0) == (taken == "high")
+        _, found = run(p, x)
+        assert isinstance(found[taken], Counted) and not isinstance(
+            found["head"], Counted
+        )
+        assert (int(found[taken].count), int(found[other].count)) == (1, 0)
+        np.testing.assert_allclose(found[taken].value, x @ p[taken], 1e-5, 1e-5)
+        np.testing.assert_array_equal(found[other].value, 0.0)
+
+
+def test_a_cond_inside_a_scan_counts_in_each_round():
+    def apply(p, x):
+        def layer(x, w):
+            flipped = lambda x: jnp.tanh(x @ w)
+            return jax.lax.cond(x[0, 0] > 0, flipped, lambda x: -x, x), None
+
+        return jax.lax.scan(layer, x, p["w"])[0] @ p["v"]
+
+    p = {"w": drawn(3)["w"][:, :, :6], "v": drawn()["v"][:6]}
+    y, found = jax.jit(evaluate(apply, recording))(p, X)
+    close(y, jax.jit(apply)(p, X))
+    taken, x = [], X
+    for w in p["w"]:
+        taken.append(int(x[0, 0] > 0))
+        x = jnp.tanh(x @ w) if taken[-1] else -x
+    assert 0 < sum(taken) < 3
+    assert [*np.asarray(found["w"].count)] == taken
+    assert found["w"].value.shape == (3, 4, 6)
+
+
+def test_a_switch_of_three():
+    def apply(p, x, i):
+        branches = [lambda x, k=k: jnp.tanh(x @ p[k]) for k in "abc"]
+        return jax.lax.switch(i, branches, x)
+
+    p = {k: drawn(3)["w"][n] for n, k in enumerate("abc")}
+    run = jax.jit(evaluate(apply, recording))
+    for i in range(3):
+        y, found = run(p, X, jnp.int32(i))
+        close(y, jax.jit(apply)(p, X, jnp.int32(i)))
+        assert [int(found[k].count) for k in "abc"] == [int(k == i) for k in range(3)]
+
+
+def test_statistics_under_while_are_refused():
+    forward, p, x = tapped("awaiting")
+    apply = functools.partial(forward, no_tap)
+    assert trace(apply, p, x)["w"].region == ("while",)
+    with pytest.raises(ValueError, match=r"^jaxmet\.evaluate: .*while_loop") as error:
+        jax.jit(lambda w, x: evaluate(apply, recording)({**p, "w": w}, x))(p["w"], x)
+    assert "'w'" in str(error.value) and "lax.scan" in str(error.value)
+
+    def outside(node, run, operands):
+        y = run(*operands)
+        return y, None if "while" in node.region else y
+
+    run = jax.jit(lambda w, x: evaluate(apply, outside)({**p, "w": w}, x))
+    y, found = run(p["w"], x)
+    assert {*found} == {"input", "head", "output"}
+    close(y, apply(p, x))
+
+
+# Inputs and outputs of any form.
+
+Pair = namedtuple("Pair", "first second")
+
+
+def test_any_pytree_goes_in_and_comes_out():
+    def apply(p, batch, *, scale, flag, name):
+        y = batch["image"] @ p["w"]
+        if flag:
+            y = -y
+        tokens = jnp.argmax(y, -1)
+        return Pair(
+            {"y": y, name: [scale * y, None]}, (tokens, batch["id"], 3.0, p["w"])
+        )
+
+    p, batch = drawn(), {"image": X, "id": jnp.arange(4)}
+    kwargs = {"scale": jnp.float32(0.5), "flag": True, "name": "scaled"}
+    found = replayed(apply)(p, batch, **kwargs)
+    expected = apply(p, batch, **kwargs)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    close(jax.tree.map(jnp.asarray, found), jax.tree.map(jnp.asarray, expected))
+    _, statistics = evaluate(apply, recording)(p, batch, **kwargs)
+    assert {*statistics} >= {"input:0", "input:1", "w", "output:0"}
+
+
+def test_keyword_arguments_reach_the_model():
+    apply, params, (x,) = model("conv_bn_relu", "linen")
+    y, updated = replayed(apply)(params, x, train=True, mutable=["batch_stats"])
+    expected, statistics = apply(params, x, train=True, mutable=["batch_stats"])
+    close(y, expected)
+    close(updated, statistics)
+    assert np.any(np.asarray(y) != np.asarray(replayed(apply)(params, x)))
+
+    apply, params, (x,) = model("dropout", "linen")
+    key = {"dropout": jax.random.key(5)}
+    dropped = replayed(apply)(params, x, train=True, rngs=key)
+    close(dropped, apply(params, x, train=True, rngs=key))
+    other = replayed(apply)(params, x, train=True, rngs={"dropout": jax.random.key(6)})
+    assert np.any(np.asarray(dropped) != np.asarray(other))
+
+
+def test_an_nnx_module_and_its_updated_statistics():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(6, 4, rngs=rngs)
+            self.bn = nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.relu(self.bn(self.dense(x)))
+
+        def features(self, x):
+            return self.dense(x)
+
+    module = Net(nnx.Rngs(0))
+    apply, params, merge = functional(module)
+    run = jax.jit(lambda p, x: evaluate(apply, recording)(p, x, mutable=nnx.BatchStat))
+    (y, updated), found = run(params, X)
+    assert {*found} == {
+        "input",
+        "dense",
+        "bn",
+        "bn/relu",
+        "output",
+    } or "dense/relu" in found
+    close(y, module(X))  # which moves its own statistics
+    close(updated, nnx.state(module, nnx.BatchStat))
+    close(found["dense"], merge(params).dense(X))
+    features = replayed(apply)(params, X, method="features")
+    close(features, merge(params).features(X))
+
+
+# Compressed leaves.
+
+
+def clipped(p, x):
+    return jax.nn.relu6(x @ p["w"] + p["b"][None]) @ p["v"]
+
+
+def test_a_compressed_leaf_refuses_the_model_and_runs_in_the_replay():
+    p, upper = drawn(), jnp.linspace(0.1, 0.8, 8)
+    lower = -0.5 * upper
+    bounded = {**p, "w": Compressed(p["w"], lower, upper)}
+    with pytest.raises(TypeError, match=r"jm\.lift"):
+        clipped(bounded, X)
+    y = jax.jit(replayed(clipped))(bounded, X)
+    by_hand = jnp.clip(X @ p["w"] + p["b"][None], lower[None], upper[None]) @ p["v"]
+    close(y, by_hand)
+    half = jax.jit(replayed(clipped))({**p, "w": Compressed(p["w"], upper=upper)}, X)
+    x = jnp.maximum(X @ p["w"] + p["b"][None], 0.0)
+    close(half, jnp.minimum(x, upper[None]) @ p["v"])
+    plain = jax.jit(replayed(clipped))({**p, "w": Compressed(p["w"])}, X)
+    close(plain, jax.jit(clipped)(p, X))
+
+
+@pytest.mark.parametrize("leaf", ["v", "b"])
+def test_bounds_without_their_clip_are_refused(leaf):
+    p = drawn()
+    tree = replace_leaves(p, {leaf: Compressed(p[leaf], upper=jnp.ones(6))})
+    with pytest.raises(ValueError, match=rf"^jaxmet\..*'{leaf}' states bounds"):
+        replayed(clipped)(tree, X)
+
+
+# The CPU formulation of a depthwise convolution.
+
+DEPTHWISE = {
+    "same": {},
+    "valid": {"padding": "VALID"},
+    "strided": {"window_strides": (2, 2)},
+    "strided, valid": {"window_strides": (2, 1), "padding": "VALID"},
+    "dilated": {"rhs_dilation": (2, 2)},
+    "dilated and strided": {"rhs_dilation": (1, 2), "window_strides": (2, 2)},
+    "lopsided": {"padding": ((2, 0), (0, 3))},
+    "channels first": {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    "mixed layouts": {"dimension_numbers": ("NHWC", "OIHW", "NCHW")},
+    "wide window": {"window": (5, 3)},
+    "window of one": {"window": (1, 1)},
+    "multiplier": {"multiplier": 2},  # left alone
+}
+
+
+def depthwise(window=(3, 3), multiplier=1, **kw):
+    """A depthwise convolution of 6 channels as a model, with its arrays."""
+    options = {
+        "window_strides": (1, 1),
+        "padding": "SAME",
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+        **kw,
+    }
+    size = {"N": 2, "H": 9, "W": 8, "C": 6, "I": 1, "O": 6 * multiplier}
+    left, right, _ = options["dimension_numbers"]
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=[size[c] for c in left])
+    size |= dict(zip("HW", window, strict=True))
+    w = rng.normal(size=[size[c] for c in right])
+
+    def apply(p, x):
+        return jax.lax.conv_general_dilated(x, p["w"], feature_group_count=6, **options)
+
+    return apply, cast({"w": jnp.asarray(w)}, jnp.float32), jnp.asarray(x, jnp.float32)
+
+
+def convolutions(f, *args):
+    text = jax.jit(f).lower(*args).compile().as_text()
+    return len(re.findall(r"= \S+ convolution\(|custom_call_target=\"[^\"]*conv", text))
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_the_depthwise_formulation_is_the_convolution(name):
+    apply, p, x = depthwise(**DEPTHWISE[name])
+    again = with_gradient(replayed(apply))
+    switched_off = with_gradient(replayed(apply, cpu_formulations=False))
+    plain = with_gradient(apply)(p, x)
+    close(again(p, x), plain, 1e-4, 1e-4)
+    assert bits(switched_off(p, x)) == bits(plain)
+    if jax.default_backend() == "cpu":
+        assert convolutions(replayed(apply, cpu_formulations=False), p, x) > 0
+        left = convolutions(replayed(apply), p, x)
+        assert (left > 0) == (name == "multiplier")
+
+
+@pytest.mark.parametrize("name", ["inverted_residual", "mobile", "grouped"])
+def test_models_with_the_formulation_are_equal_to_rounding(name):
+    apply, params, inputs = model(name, "linen")
+    close(
+        with_gradient(replayed(apply))(params, *inputs),
+        with_gradient(apply)(params, *inputs),
+        1e-4,
+        1e-4,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_other_dtypes_keep_the_convolution(dtype):
+    apply, p, x = depthwise()
+    p, x = jax.tree.map(lambda a: (10 * a).astype(dtype), (p, x))
+    assert bits(jax.jit(replayed(apply))(p, x)) == bits(jax.jit(apply)(p, x))
