@@ -159,12 +159,6 @@ def embedding(get: Get, tap: Tap, ids: Any) -> Any:
     return tap("second", dense(get, "second", x))
 
 
-def tied_embedding(get: Get, tap: Tap, ids: Any) -> Any:
-    x = tap("embed:0", jnp.take(get("embed/embedding"), ids, axis=0))
-    x = tap("middle/gelu", jax.nn.gelu(tap("middle", dense(get, "middle", x))))
-    return tap("embed:1", x @ get("embed/embedding").T)
-
-
 def scan(get: Get, tap: Tap, x: Any) -> Any:
     x = tap("input", x)
     for i in range(3):
@@ -178,24 +172,6 @@ def conditional(get: Get, tap: Tap, x: Any) -> Any:
     high = tap("high/relu", relu(dense(get, "high", x)), taken=jnp.sum(x) > 0)
     low = tap("low/relu", relu(dense(get, "low", x)), taken=jnp.sum(x) <= 0)
     return tap("head", dense(get, "head", jnp.where(jnp.sum(x) > 0, high, low)))
-
-
-def two_inputs(get: Get, tap: Tap, x: Any, y: Any) -> Any:
-    x, y = tap("input:0", x), tap("input:1", y)
-    x = tap("left/relu", relu(dense(get, "left", x, "w", "b")))
-    y = tap("right", dense(get, "right", y, "w", "b"))
-    return tap("head", dense(get, "head", tap("right/add", x + y), "w", "b"))
-
-
-def rnn(get: Get, tap: Tap, x: Any) -> Any:
-    x = tap("input", x)
-    h, every = jnp.zeros((x.shape[0], 6), x.dtype), []
-    for t in range(x.shape[1]):
-        i = tap("rnn/cell/i", dense(get, "rnn/cell/i", x[:, t]))
-        i = i + tap("rnn/cell/h", dense(get, "rnn/cell/h", h))
-        h = tap("rnn/cell/h/tanh", jnp.tanh(tap("rnn/cell/h/add", i)))
-        every.append(h)
-    return tap("head", dense(get, "head", jnp.stack(every, 1)))
 
 
 def lstm(get: Get, tap: Tap, x: Any) -> Any:
@@ -239,11 +215,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "pooling": pooling,
     "transformer": transformer,
     "embedding": embedding,
-    "tied_embedding": tied_embedding,
     "scan": scan,
     "cond": conditional,
-    "two_inputs": two_inputs,
-    "rnn": rnn,
     "lstm": lstm,
 }
 

@@ -18,9 +18,16 @@ SHAPES = {
     "concatenation": (8, 8, 3),
     "scan": (6,),
     "cond": (6,),
-    "transformer": (5, 8),
     "tied": (6,),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Small models, many programs: most of the time would go into optimizing them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -56,7 +63,7 @@ def same(one, two):
 # Ranges.
 
 
-@pytest.mark.parametrize("name", ["conv_bn_relu", "transformer", "scan", "cond"])
+@pytest.mark.parametrize("name", ["conv_bn_relu", "scan", "cond"])
 def test_ranges_are_those_over_all_batches(name):
     batches = split(rows(name, 7), 3, 3, 1)
     if name == "cond":  # one batch takes each branch, and one is taken twice
@@ -196,7 +203,13 @@ def forms(x):
 def many():
     """33 rows: 16 batches of two, which run in chunks, and one of one."""
     x = rows("tied", 33, seed=1)
-    return x, calibrated("tied", [x[i : i + 2] for i in range(0, 33, 2)])
+    x = x.at[-1].set(4.0 * x[-1])  # the ranges need the last row
+    quantizers = calibrated("tied", [x[i : i + 2] for i in range(0, 33, 2)])
+    without_rest = calibrated("tied", [x[:32]])
+    for name in ("input", "head"):
+        found, less = (q.activations[name].scale for q in (quantizers, without_rest))
+        assert found > 1.1 * less
+    return x, quantizers
 
 
 @pytest.mark.parametrize("form", forms(np.zeros((4, 1), np.float32)))
@@ -209,10 +222,6 @@ def test_every_form_of_batches_gives_the_same_quantizers(many, form):
             np.testing.assert_allclose(a, b, rtol=1e-5)
     else:
         same(found, expected)
-    without_rest = calibrated("tied", [x[:32]])
-    assert not np.array_equal(
-        without_rest.activations["input"].scale, found.activations["input"].scale
-    )
 
 
 def test_sharded_batches_give_the_same_ranges(many):

@@ -47,13 +47,6 @@ def close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
-def products(names):
-    return [n for n in names if n in SITES]
-
-
-SITES: set[str] = {site for case in CASES.values() for site in case.sites}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_at_every_site(name):
     """Composed it is the model, and each piece holds exactly the product before its cut."""
@@ -213,7 +206,7 @@ def test_random_numbers_and_updated_statistics():
         cuts = [n.name for n in graph.sites]
         pieces = jm.segments(graph, params, *inputs, cuts=cuts, **kwargs)
         found = composed(pieces, params, *inputs, **kwargs)
-        close(found, jax.jit(lambda p, *x: apply(p, *x, **kwargs))(params, *inputs))  # noqa: B023
+        close(found, jax.jit(lambda p, *x: apply(p, *x, **kwargs))(params, *inputs))
 
 
 def test_outputs_that_come_from_parameters_or_inputs_alone():

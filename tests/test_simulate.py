@@ -22,7 +22,7 @@ COARSE = jm.QuantConfig(
     symmetric_activations=True,
     placement="products",
 )
-NARROW = ("rnn", "lstm")  # flax starts their state in float32
+NARROW = ("lstm",)  # flax starts its state in float32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,6 +124,7 @@ BIASED = ("conv_bn_relu", "concatenation", "pooling", "embedding", "cond")
 RUNS = {f"{n}-default": (n, DEFAULT) for n in by_hand.MODELS if n not in BIASED}
 RUNS |= {f"{name}-int32": (name, INT32) for name in BIASED}
 RUNS |= {f"{n}-coarse": (n, COARSE) for n in ("inverted_residual", "scan", "lstm")}
+del RUNS["inverted_residual-default"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -141,9 +142,7 @@ def test_it_is_the_model_with_grids_put_in_by_hand(run):
         expected = with_grids(name, params, quantizers, config)(*inputs)
         assert found.dtype == expected.dtype
         assert largest(found, expected) < 1e-5
-        plain = by_hand.MODELS[name](
-            by_hand.named(params).get, lambda n, v, **_: v, *inputs
-        )
+        plain = jax.jit(apply)(params, *inputs)
         assert largest(found, plain) > 1e-3  # and not the model as it was
 
 
@@ -313,7 +312,7 @@ def test_gradients_are_those_of_a_straight_through_model_by_hand():
 
         found, of_grids = jax.jit(jax.grad(loss, (0, 1)))(params, quantizers)
         expected = jax.jit(jax.grad(by_hand_loss))(params)
-        plain = jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, *inputs))))(params)
+        plain = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, *inputs)))))(params)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
             assert np.any(np.asarray(a))
@@ -404,13 +403,12 @@ def test_half_precision(dtype):
     graph = jm.trace(apply, params, *inputs)
     q = jm.calibrate(params, graph, [inputs], INT32, progress=False)
     assert all(a.scale.dtype == jnp.float32 for a in q.activations.values())
-    seen = {}
 
     def hook(node, run, operands):
-        seen[node.name] = run(*operands)
-        return seen[node.name], None
+        result = run(*operands)
+        return result, result
 
-    jm.evaluate(apply, hook)(params, *inputs)
+    _, seen = jax.jit(jm.evaluate(apply, hook))(params, *inputs)
     for name, a in q.activations.items():
         x = np.asarray(seen[name].astype(jnp.float32), np.float64)
         scale = (max(x.max(), 0) - min(x.min(), 0)) / 255

@@ -244,9 +244,10 @@ def _concatenate(equation: Equation) -> None:
                 if lb.carries_batch(axis):
                     axes[-1] = axis
             continue
-        for v in operands[1:]:
-            lb.unify(operands[0].axes[i], v.axes[i])
-        axes.append(operands[0].axes[i])
+        known = [v.axes[i] for v in operands if v.axes[i]]
+        for other in known[1:]:
+            lb.unify(known[0], other)
+        axes.append(known[0] if known else ())
     out.axes = tuple(axes)
 
 

@@ -1,7 +1,7 @@
 """A quasi-Newton method whose loop evaluates the function in one place only."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ def _inverse_hessian(
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.vdot(a, b, precision="highest")
 
-    def back(k: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def back(k: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i = MEMORY - 1 - k
         q, alphas = carry
         alpha = inverse[i] * dot(moves[i], q)
@@ -164,7 +164,7 @@ def _inverse_hessian(
     cold = first_step / jnp.maximum(jnp.max(jnp.abs(gradient)), 1e-30)
     r = q * jnp.where(known[-1], size, cold)
 
-    def forth(i: int, r: jax.Array) -> jax.Array:
+    def forth(i: Any, r: jax.Array) -> jax.Array:
         beta = inverse[i] * dot(changes[i], r)
         return r + moves[i] * (alphas[i] - beta)
 

@@ -32,9 +32,9 @@ class Moments(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Moments of `count` values a channel; `spread` sums the squared distances to the mean."""
+    """Moments of `number` values a channel; `spread` sums the squared distances to the mean."""
 
-    count: Channels
+    number: Channels
     mean: Channels
     spread: Channels
     low: Channels
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
     @property
     def moments(self) -> Moments:
         """Mean and variance, with the range."""
-        count = jnp.maximum(self.count, 1.0)
+        count = jnp.maximum(self.number, 1.0)
         return Moments(self.mean, self.spread / count, self.low, self.high)
 
 
@@ -66,13 +66,13 @@ def merge(one: Measured, two: Measured) -> Measured:
     Golub and LeVeque, [Algorithms for Computing the Sample
     Variance](https://doi.org/10.1080/00031305.1983.10483115), 1983.
     """
-    count = one.count + two.count
-    share = two.count / jnp.maximum(count, 1.0)
+    count = one.number + two.number
+    share = two.number / jnp.maximum(count, 1.0)
     apart = two.mean - one.mean
     return Measured(
         count,
         one.mean + apart * share,
-        one.spread + two.spread + apart * apart * one.count * share,
+        one.spread + two.spread + apart * apart * one.number * share,
         jnp.minimum(one.low, two.low),
         jnp.maximum(one.high, two.high),
     )

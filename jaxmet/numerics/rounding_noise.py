@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import logsumexp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmet.numerics.minimise import lbfgs
 from jaxmet.numerics.scaling import Layers, log_scales
 
 SHARPNESS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-EVALUATIONS = 40  # of each
+EVALUATIONS = 100  # at each
 REACH = 30.0  # of sharpness times the change of a log scale: exp of it is a float
 FAINTEST = -60.0  # log of what stands for nothing, beside the largest of its kind
 
@@ -57,10 +57,11 @@ class NoisyLayers(NamedTuple):
 
 
 class Minimum(NamedTuple):
-    """Log scales and the log of the objective there."""
+    """Log scales, the log of the objective there, and where they started from."""
 
     x: Float[Array, " channels"]
     log_noise: Float[Array, ""]
+    log_noise_before: Float[Array, ""]
 
 
 class _Places(NamedTuple):
@@ -109,9 +110,11 @@ def noisy(
         unit = jnp.where(largest > 0, largest, 1.0)[layer]
         return jnp.log(jnp.maximum(x / unit, float(np.exp(FAINTEST)))) + jnp.log(unit)
 
-    logs = [log_or_faint(v, at.input_layer) for v in by_input]
-    shares = log_or_faint(share, at.output_layer)
-    return NoisyLayers(layers, *logs, shares, weight_step, input_step, per_channel)
+    power, high, low, cost = (log_or_faint(v, at.input_layer) for v in by_input)
+    share = log_or_faint(share, at.output_layer)
+    return NoisyLayers(
+        layers, power, high, low, cost, share, weight_step, input_step, per_channel
+    )
 
 
 def log_noise(noisy: NoisyLayers, x: Float[Array, " channels"]) -> Float[Array, ""]:
@@ -125,38 +128,45 @@ def minimise_noise(
     free: Bool[Array, " channels"],
     *,
     limit: float = 1e6,
+    evaluations: int | Int[Array, ""] = EVALUATIONS,
 ) -> Minimum:
     r"""Log scales of little noise, from `start`; what is not `free` keeps its scale.
 
     Maxima become $\frac1\beta\log\sum\exp\beta(\cdot)$ with growing $\beta$, and each such
-    problem gets a few steps of L-BFGS. Over the many inputs of a layer the sum is a product
-    with a matrix made once for each $\beta$, so a step costs what a matrix and a vector do.
+    problem gets a few steps of L-BFGS; with no `evaluations` nothing moves. Over the many
+    inputs of a layer the sum is a product with a matrix made once for each $\beta$, so a
+    step costs what the products of those matrices and one vector do.
     """
     bound = float(np.log(limit))
     lowest, highest = jnp.where(free, -bound, start), jnp.where(free, bound, start)
 
     def stage(state: tuple[jax.Array, Minimum], now: tuple) -> tuple:
         x, best = state
-        sharpness, evaluations = now
+        sharpness, allowed = now
         tops = _tops(noisy, x)
         value, shifts = _exact(noisy, x, tops)
+        first = jnp.isinf(best.log_noise_before)
+        before = jnp.where(first, value, best.log_noise_before)
         wins = value < best.log_noise
-        best = jax.tree.map(lambda a, b: jnp.where(wins, a, b), Minimum(x, value), best)
+        here = Minimum(x, value, before)
+        best = best._replace(log_noise_before=before)
+        best = jax.tree.map(lambda a, b: jnp.where(wins, a, b), here, best)
         reach = REACH / sharpness
         x = lbfgs(
             _smooth(noisy, x, tops, shifts, sharpness),
             x,
             jnp.maximum(lowest, x - reach),
             jnp.minimum(highest, x + reach),
-            evaluations=evaluations,
+            evaluations=allowed,
         )
         return (x, best), None
 
     # The last turn only looks at what the one before it found.
     sharpness = jnp.asarray((*SHARPNESS, SHARPNESS[-1]), start.dtype)
-    evaluations = jnp.asarray((EVALUATIONS,) * len(SHARPNESS) + (0,))
-    nothing = Minimum(start, jnp.full((), jnp.inf, start.dtype))
-    (_, best), _ = jax.lax.scan(stage, (start, nothing), (sharpness, evaluations))
+    allowed = jnp.asarray((1,) * len(SHARPNESS) + (0,)) * evaluations
+    unknown = jnp.full((), jnp.inf, start.dtype)
+    state = (start, Minimum(start, unknown, unknown))
+    (_, best), _ = jax.lax.scan(stage, state, (sharpness, allowed))
     return best
 
 

@@ -32,11 +32,11 @@ class Layers(NamedTuple):
 
     def by_input(self, v: Float[Array, " ins"]) -> list[jax.Array]:
         """What belongs to all inputs, in one array (layers, groups, ins) for each stack."""
-        return _dealt(v, [r.shape[:3] for r in self.log_ranges])
+        return dealt(v, [r.shape[:3] for r in self.log_ranges])
 
     def by_output(self, v: Float[Array, " outs"]) -> list[jax.Array]:
         """What belongs to all outputs, in one array (layers, groups, outs) for each stack."""
-        return _dealt(v, [(*r.shape[:2], r.shape[3]) for r in self.log_ranges])
+        return dealt(v, [(*r.shape[:2], r.shape[3]) for r in self.log_ranges])
 
 
 class Balance(NamedTuple):
@@ -47,9 +47,11 @@ class Balance(NamedTuple):
     sweeps: Int[Array, ""]
 
 
-def _dealt(v: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    parts = jax.lax.split(v, sizes)
+def dealt(
+    v: Float[Array, " all"], shapes: Sequence[tuple[int, ...]]
+) -> list[Float[Array, "..."]]:
+    """A row of values cut into arrays of these shapes."""
+    parts = jax.lax.split(v, [int(np.prod(shape)) for shape in shapes])
     return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
 
 

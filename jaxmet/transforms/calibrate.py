@@ -89,7 +89,8 @@ def calibrate(
             never[name] = "it does not fit int32 at the product of its scales"
     weights = {name: q for name, q in weights.items() if name not in never}
     left = tuple((placement.left | never).items())
-    return dataclasses.replace(quantizers, weights=weights, left=left)
+    derived = tuple(w.name for w in placement.weights if w.name not in leaves)
+    return dataclasses.replace(quantizers, weights=weights, left=left, derived=derived)
 
 
 def _fits_int32(name: str, quantizers: Quantizers, leaves: dict[str, Any]) -> bool:

@@ -302,8 +302,9 @@ class _Work:
 
     def __init__(self, leaves: Mapping[str, Any]):
         self.leaves, self.values, self.dtypes = leaves, {}, {}
-        types = {np.dtype(leaf.dtype) for leaf in leaves.values() if _is_array(leaf)}
-        wide = np.dtype(np.float64) in types and jnp.asarray(0.0).dtype == np.float64
+        arrays = [leaf for leaf in leaves.values() if _is_array(leaf)]
+        wide = any(leaf.dtype == np.float64 for leaf in arrays)
+        wide = wide and jnp.asarray(0.0).dtype == np.float64
         self.dtype = np.dtype(np.float64 if wide else np.float32)
 
     def read(self, name: str) -> jax.Array:

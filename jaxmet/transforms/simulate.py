@@ -25,8 +25,8 @@ def simulate(
     differentiable: rounding passes gradients straight through to `params`, and to the scales
     and zero points in `quantizers`. It runs trees with `Compressed` leaves. `grids` (from
     `jm.grids`) overrides grid ends and switches as data, so that a sweep over bit-widths
-    compiles once. `weights=False` expects a tree of `jm.round_weights` and quantizes
-    activations only. Each call traces `apply` again: wrap the result in `jax.jit`.
+    compiles once. `weights=False` expects a tree of `jm.round_weights` and rounds
+    no parameter again. Each call traces `apply` again: wrap the result in `jax.jit`.
 
     Raises ValueError where `quantizers` names a node that the model does not run.
 
@@ -39,12 +39,11 @@ def simulate(
 
         def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
             seen.add(node.name)
-            if weights:
-                operands = _derived(node, operands, quantizers, grids)
+            operands = _derived(node, operands, quantizers, grids)
             return _activation(node, run, run(*operands), quantizers, grids), None
 
         if weights:
-            params = round_weights(params, quantizers, grids=grids, partial=True)
+            params = _rounded(params, quantizers, grids)
         outputs, _ = evaluate(apply, hook)(params, *inputs, **kwargs)
         known = seen | named_leaves(params).keys()
         missing = [name for name in quantizers.activations if name not in seen]
@@ -90,32 +89,31 @@ def _derived(
 
 
 def round_weights(
-    params: Any,
-    quantizers: Quantizers,
-    *,
-    grids: Grids | None = None,
-    partial: bool = False,
+    params: Any, quantizers: Quantizers, *, grids: Grids | None = None
 ) -> Any:
     """The same tree with every quantized parameter on its grid.
 
     What `simulate` does at each call, done once: pass the result to
-    `simulate(…, weights=False)`. Weights that the model derives from several parameters are
-    not in the tree; `partial=True` says that something else takes care of them.
+    `simulate(…, weights=False)`. Weights that the model derives from several parameters
+    are not in the tree and are still rounded where they are used.
 
-    Raises ValueError for a quantizer of an unknown parameter, or of a derived weight.
+    Raises ValueError for a quantizer of a parameter that the tree does not have.
 
     >>> rounded = jm.round_weights(params, quantizers)
     >>> fast = jax.jit(jm.simulate(model.apply, quantizers, weights=False))
     """
     leaves = named_leaves(params)
-    missing = [name for name in quantizers.weights if name not in leaves]
-    if missing and not partial:
-        raise ValueError(
-            f"jaxmet.round_weights: the tree has no parameter {missing[0]!r} to round. It is "
-            "another tree, or a weight that the model computes; use simulate with "
-            "weights=True for that."
-        )
+    for name in quantizers.weights:
+        if name not in leaves and name not in quantizers.derived:
+            raise ValueError(
+                f"jaxmet.round_weights: the tree has no parameter {name!r} to round. "
+                f"{suggestion(name, leaves)} Pass the tree that the quantizers are of."
+            )
+    return _rounded(params, quantizers, grids)
+
+
+def _rounded(params: Any, quantizers: Quantizers, grids: Grids | None) -> Any:
+    leaves = named_leaves(params)
     quantized = quantizers.quantize_weights(leaves, grids)
-    return replace_leaves(
-        params, {n: quantized[n] for n in quantizers.weights if n in leaves}
-    )
+    held = {name: quantized[name] for name in quantizers.weights if name in leaves}
+    return replace_leaves(params, held)

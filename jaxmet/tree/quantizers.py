@@ -36,13 +36,15 @@ class Quantizers:
 
     `weights` are keyed by parameter (weights that the model derives from parameters by
     node), `activations` by the node whose output they quantize. `shared` pairs a node
-    with the one whose quantizer it uses; `left` pairs what is not quantized with why.
+    with the one whose quantizer it uses; `left` pairs what is not quantized with why;
+    `derived` names the nodes whose weight the model computes from several parameters.
     """
 
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
     activations: dict[str, Any] = dataclasses.field(default_factory=dict)
     shared: tuple[tuple[str, str], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
+    derived: tuple[str, ...] = ()
 
     def owner(self, name: str) -> str | None:
         """The name under which the quantizer of this node's output is kept."""
@@ -193,7 +195,7 @@ class Quantizers:
 
 
 jax.tree_util.register_dataclass(
-    Quantizers, ["weights", "activations"], ["shared", "left"]
+    Quantizers, ["weights", "activations"], ["shared", "left", "derived"]
 )
 
 

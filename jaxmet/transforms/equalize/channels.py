@@ -58,7 +58,7 @@ def _index(layout: Layout, starts: Mapping[int, int], fixed: int) -> np.ndarray:
 
 def _item(item: Span | Joined, starts: Mapping[int, int], fixed: int) -> np.ndarray:
     if isinstance(item, Span):
-        if item.group in starts:
+        if item.group is not None and item.group in starts:
             return starts[item.group] + np.arange(item.size)[None]
         return np.full((1, item.size), fixed)
     parts = [_index(part, starts, fixed) for part in item.parts]

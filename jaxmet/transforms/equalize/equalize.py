@@ -1,19 +1,21 @@
-"""Rescale channels so that one grid a tensor fits them all; the function stays."""
+"""Rescale channels so that coarse grids fit them; the function stays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import Group, indices_of
+from jaxmet.engine.channels import Group
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.numerics.scaling import balance
+from jaxmet.numerics.rounding_noise import EVALUATIONS, minimise_noise
+from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
 from jaxmet.transforms.equalize.channels import (
     Channels,
+    Weight,
     find_weights,
     layers_of,
     rescaled,
@@ -21,12 +23,20 @@ from jaxmet.transforms.equalize.channels import (
     stacks,
     with_bounds,
 )
+from jaxmet.transforms.equalize.noise import noisy_layers
+from jaxmet.transforms.equalize.plan import (
+    Plan,
+    check_leaves,
+    check_named,
+    check_options,
+    make_plan,
+)
+from jaxmet.transforms.equalize.statistics import Observed, measured, predicted
+from jaxmet.tree.batches import as_batches
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 
-CLIPS = ("exact", "skip", "relu")
-OBJECTIVES = ("noise", "range")
 MAX_SCALE = 1e6
 
 
@@ -71,57 +81,175 @@ def equalize(
     progress: bool = True,
     with_report: bool = False,
 ) -> Any:
-    """Divide every channel by a scale of its own and let what reads it multiply it back."""
-    _check_options(clip, objective, max_scale)
+    """Divide every channel by a scale and let all that read it multiply the scale back.
+
+    Channels between products that only rectifiers, clips, poolings, norms with stored
+    statistics, additions, concatenations and moves separate have one scale each, chosen so
+    that coarse grids lose little; the function stays. Fold batch norms first.
+
+    `objective='range'` makes the largest weight that makes a channel equal to the largest
+    that reads it, for all channels at once (Nagel et al., 2019, to convergence).
+    `objective='noise'` minimises what rounding adds to every product, relative to the
+    product's own signal, on the grids of `config` (by default W8A8 with one grid a tensor).
+    It needs to know the products' inputs: from `batches` (`inputs` picks from a batch what
+    the model takes), or else from the statistics of batch norms, which are carried on as if
+    all values were normal. Channels of which neither says enough get the scale of 'range'.
+
+    `clip` says what becomes of ReLU6 and other clips that rescaled channels run through:
+    'exact' divides their bounds too (the weight before becomes `Compressed`, to be run with
+    `jm.lift(apply)`), 'skip' leaves such channels alone, 'relu' drops an upper bound of a
+    clip at zero, which changes the function and is there to compare with.
+
+    No scale leaves `1/max_scale … max_scale`. The report has a row a group of channels:
+    its scales, the largest |log r1/r2| that is left, and why what was left alone was.
+
+    Raises ValueError where `graph.only()` names a layer none of whose channels can be
+    rescaled, for a tree without a norm's statistics, and if `objective='noise'` finds
+    nothing that it needs.
+
+    >>> params = jm.equalize(jm.fold_batch_norm(params, graph), graph)
+    """
+    check_options(clip, objective, max_scale)
     leaves = graph.leaves(params, "equalize")
     plan = make_plan(graph, clip)
-    _check_named(graph, plan)
-    _check_leaves(plan, leaves)
-    channels = Channels(graph, plan.free)
+    check_named(graph, plan)
+    check_leaves(plan, leaves)
     if not plan.free:
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params
-    weights = find_weights(channels)
-    touched = {m.parameter for m in graph.members if channels.touched(m)}
-    touched |= {w.parameter for w in weights}
-
-    def run(old: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        every = stacks(weights, old)
-        layers = layers_of(every, [s.matrix(old) for s in every], channels.size)
-        start = jnp.zeros(channels.size + 1, layers.log_ranges[0].dtype)
-        found = balance(layers, start, limit=max_scale)
-        new = rescaled(channels, old, found.x)
-        for node in plan.clips:
-            new |= _bounded(channels, node, old | new, found.x, clip)
-        return new, found
-
-    new, found = jax.jit(run)({name: leaves[name] for name in sorted(touched)})
+    config = config or QuantConfig(per_channel=False)
+    task = Task(plan, Channels(graph, plan.free), config, max_scale)
+    seen = None
+    if objective == "noise" and batches is not None:
+        read = as_batches(batches, "equalize", inputs=inputs)
+        seen = measured(graph, params, task.weights, read, progress)
+    arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
+    solve = task.by_ranges if objective == "range" else task.by_noise
+    new, found = jax.jit(solve)(arrays, seen)
     result = replace_leaves(params, new, caller="equalize")
-    if not with_report:
-        return result
-    title = f"Equalized: objective='range', {int(found.sweeps)} sweeps"
-    outcomes = _outcomes(channels, clip, found.x, found.gap, max_scale)
-    return result, plan.table(outcomes, title)
+    return (result, task.report(found)) if with_report else result
 
 
-def _outcomes(
-    channels: Channels, clip: str, x: Any, gap: Any, max_scale: float
-) -> dict[int, dict[str, Any]]:
-    """What a report says of each group that was rescaled."""
-    x, gap = np.asarray(x, np.float64), np.abs(np.asarray(gap))
-    found = {}
-    for group in channels.free:
-        start = channels.starts[group.index]
+class Outcome(NamedTuple):
+    """Log scales, log r1/r2 of every channel, and what else is to be reported."""
+
+    x: jax.Array
+    gap: jax.Array
+    sweeps: jax.Array
+    noise: tuple[jax.Array, ...] = ()  # logs of the objective: before, 'range', now
+    informed: jax.Array | None = None  # which channels the objective chose
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One call: what is rescaled, on which grids, and how far."""
+
+    plan: Plan
+    channels: Channels
+    config: QuantConfig
+    max_scale: float
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The weights along which anything is rescaled."""
+        return find_weights(self.channels)
+
+    def by_ranges(
+        self, old: Mapping[str, Any], seen: None = None
+    ) -> tuple[dict[str, Any], Outcome]:
+        """The leaves that change, with equal ranges on both sides of every channel."""
+        del seen
+        found = self.balanced(self.layers(old))
+        return self.applied(old, found.x), Outcome(*found)
+
+    def by_noise(
+        self, old: Mapping[str, Any], seen: dict[str, Observed] | None
+    ) -> tuple[dict[str, Any], Outcome]:
+        """The leaves that change, with little rounding noise."""
+        layers = self.layers(old)
+        known = predicted(self.channels, old, self.weights) if seen is None else seen
+        informed = jnp.asarray(self.informed(known))
+        noisy = noisy_layers(self.channels, self.weights, old, known, self.config)
+        ranges = self.balanced(layers)
+        zero = jnp.zeros_like(ranges.x)
+        free = informed & alive(layers, zero)
+        starts = jnp.stack([ranges.x, jnp.where(free, zero, ranges.x), zero])
+        turns = jnp.asarray([EVALUATIONS, EVALUATIONS, 0])  # the last is only looked at
+        every = jax.lax.map(
+            lambda one: minimise_noise(
+                noisy, one[0], free, limit=self.max_scale, evaluations=one[1]
+            ),
+            (starts, turns),
+        )
+        best = jnp.argmin(every.log_noise[:2])
+        x, before = every.x[best], every.log_noise_before
+        noise = (before[2], before[0], every.log_noise[best])
+        gap = range_gap(layers, x)
+        return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
+
+    def layers(self, old: Mapping[str, Any]) -> Layers:
+        """Ranges of all weights."""
+        every = stacks(self.weights, old)
+        return layers_of(every, [s.matrix(old) for s in every], self.channels.size)
+
+    def balanced(self, layers: Layers) -> Balance:
+        """Equal ranges, from the tree as it is."""
+        start = jnp.zeros(self.channels.size + 1, layers.log_ranges[0].dtype)
+        return balance(layers, start, limit=self.max_scale)
+
+    def applied(self, old: Mapping[str, Any], x: jax.Array) -> dict[str, Any]:
+        """The leaves that change when channel i is divided by exp(x_i)."""
+        new = rescaled(self.channels, old, x)
+        for node in self.plan.clips:
+            new |= _bounded(self.channels, node, {**old, **new}, x, self.plan.clip)
+        return new
+
+    def informed(self, known: Mapping[str, Observed]) -> np.ndarray:
+        """Which channels have products of known statistics on both sides."""
+        groups = [
+            g for g in self.plan.free if set(g.makers) | set(g.readers) <= known.keys()
+        ]
+        if not groups:
+            raise ValueError(
+                "jaxmet.equalize: objective='noise' needs statistics of the products' "
+                "inputs and outputs, and the tree has no batch norms that tell them. Pass "
+                "batches=, or objective='range'."
+            )
+        found = np.zeros(self.channels.size + 1, bool)
+        for group in groups:
+            start = self.channels.starts[group.index]
+            found[start : start + group.size] = True
+        return found
+
+    def report(self, found: Outcome) -> Table:
+        """One row a group."""
+        title = f"Equalized: objective='range', {int(found.sweeps)} sweeps"
+        if found.noise:
+            before, ranges, now = (float(np.exp(np.float64(v))) for v in found.noise)
+            title = (
+                f"Equalized: objective='noise', {before:.4g} before, {ranges:.4g} with "
+                f"objective='range', {now:.4g} now"
+            )
+        rows = {g.index: self.row(g, found) for g in self.plan.free}
+        return self.plan.table(rows, title)
+
+    def row(self, group: Group, found: Outcome) -> dict[str, Any]:
+        """What a report says of a group that was rescaled."""
+        start = self.channels.starts[group.index]
         mine = slice(start, start + group.size)
-        held = np.abs(x[mine]).max() > np.log(max_scale) * (1 - 1e-6)
-        found[group.index] = {
-            "scale min": float(np.exp(x[mine].min())),
-            "scale max": float(np.exp(x[mine].max())),
-            "residual": float(gap[mine].max()),
-            "clip": clip if group.clips else None,
-            "note": f"held by max_scale={max_scale:g}" if held else None,
+        x = np.asarray(found.x[mine], np.float64)
+        notes = []
+        if found.informed is not None and not np.any(found.informed[mine]):
+            notes.append("no statistics: by ranges")
+        if np.abs(x).max() > np.log(self.max_scale) * (1 - 1e-6):
+            notes.append(f"held by max_scale={self.max_scale:g}")
+        return {
+            "scale min": float(np.exp(x.min())),
+            "scale max": float(np.exp(x.max())),
+            "residual": float(np.abs(found.gap[mine]).max()),
+            "clip": self.plan.clip if group.clips else None,
+            "note": "; ".join(notes) or None,
         }
-    return found
 
 
 def _bounded(
@@ -138,156 +266,3 @@ def _bounded(
     factor = scales_along(channels, out.layout, jnp.exp(x))
     upper = np.inf if mode == "relu" and clip.bounds[0] == 0 else None
     return {weight.name: with_bounds(clip, leaves[weight.name], factor, upper)}
-
-
-# What is rescaled and what is left alone
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The groups that are rescaled, and for the others and some sites why not."""
-
-    graph: Graph
-    clip: str
-    free: tuple[Group, ...]
-    left: tuple[tuple[Group, str], ...]
-    alone: tuple[tuple[Node, str], ...]
-
-    @property
-    def clips(self) -> tuple[Node, ...]:
-        """The clips whose bounds must follow."""
-        names = dict.fromkeys(c for g in self.free for c in g.clips)
-        return tuple(self.graph[name] for name in names)
-
-    def table(self, outcomes: Mapping[int, dict[str, Any]], title: str) -> Table:
-        """One row a group, then one a site that has none."""
-        rows = [_row(g) | outcomes[g.index] for g in self.free]
-        rows += [_row(g) | {"note": why} for g, why in self.left]
-        rows += [
-            {"group": n.name, "makers": n.name, "note": why} for n, why in self.alone
-        ]
-        return Table({c: [row.get(c) for row in rows] for c in COLUMNS}, title)
-
-
-COLUMNS = (
-    "group",
-    "makers",
-    "readers",
-    "channels",
-    "scale min",
-    "scale max",
-    "residual",
-    "clip",
-    "note",
-)
-
-
-def _row(group: Group) -> dict[str, Any]:
-    return {
-        "group": group.name,
-        "makers": ", ".join(group.makers) or None,
-        "readers": ", ".join(group.readers) or None,
-        "channels": group.size,
-    }
-
-
-def make_plan(graph: Graph, clip: str) -> Plan:
-    free, left = [], []
-    for group in graph.groups:
-        why = _why_left(graph, group, clip)
-        if why is None:
-            free.append(group)
-        elif group.makers:
-            left.append((group, why))
-    inside = {
-        n for g in (*free, *(g for g, _ in left)) for n in (*g.makers, *g.readers)
-    }
-    alone = [(n, _why_alone(n)) for n in graph.sites if n.name not in inside]
-    return Plan(graph, clip, tuple(free), tuple(left), tuple(alone))
-
-
-def _why_left(graph: Graph, group: Group, clip: str) -> str | None:
-    if group.frozen is not None:
-        return group.frozen
-    for name in (*group.makers, *group.readers):
-        if name not in graph.selected:
-            return f"{name} is not selected"
-    for name in group.clips:
-        node = graph[name]
-        if clip == "skip":
-            return f"{name}: clip='skip'"
-        if name not in graph.selected:
-            return f"{name} is not selected"
-        if node.carrier is None:
-            return f"{name}: no single product can carry its bounds"
-        weight = graph[node.carrier].weight
-        if weight is None or len(weight.out_axes) != 1 or len(node.features) != 1:
-            return f"{name}: its bounds would run along several axes"
-    return None
-
-
-def _why_alone(node: Node) -> str:
-    weight = node.weight
-    if node.kind == "lookup":
-        return "a lookup"
-    if weight is not None and weight.name is None:
-        return "its weight is computed from several parameters"
-    if weight is not None and weight.stacked:
-        return "its weight is stacked"
-    if weight is not None and weight.shared:
-        return "its weight is used more than once"
-    return "no channels that anything ties"
-
-
-# Refusals
-
-
-def _check_options(clip: str, objective: str, max_scale: float) -> None:
-    for name, value, known in (
-        ("clip", clip, CLIPS),
-        ("objective", objective, OBJECTIVES),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"jaxmet.equalize: {name} is {value!r}. It is one of "
-                f"{', '.join(map(repr, known))}."
-            )
-    if not max_scale > 1:
-        raise ValueError(
-            f"jaxmet.equalize: max_scale is {max_scale!r}. Give a number above 1: no "
-            "channel's scale leaves 1/max_scale … max_scale."
-        )
-
-
-def _check_named(graph: Graph, plan: Plan) -> None:
-    """What `only()` spelled out and nothing can be done for."""
-    done = {name for g in plan.free for name in (*g.makers, *g.readers)}
-    for node in graph.sites:
-        if node.name not in graph.named or node.name in done:
-            continue
-        whys = [w for g, w in plan.left if node.name in (*g.makers, *g.readers)]
-        whys += [w for n, w in plan.alone if n.name == node.name]
-        raise ValueError(
-            f"jaxmet.equalize: {node.name!r} was asked for by name and no group of its "
-            f"channels can be rescaled: {'; '.join(whys)}. Name the layers on both sides "
-            "of the channels, or leave the name out of only()."
-        )
-
-
-def _check_leaves(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    free = {g.index for g in plan.free}
-    for member in plan.graph.members:
-        if not indices_of(member.layout) & free:
-            continue
-        leaf = leaves.get(member.parameter)
-        if leaf is None:
-            raise ValueError(
-                f"jaxmet.equalize: the tree has no {member.parameter!r}, which has to "
-                f"follow the scale of {member.node!r}. Pass the whole variables with "
-                "the norms' statistics, not the trained parameters alone."
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"jaxmet.equalize: {member.parameter!r} has dtype {leaf.dtype}. Equalize "
-                "the float tree, before its weights become integers."
-            )

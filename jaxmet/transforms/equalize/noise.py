@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.numerics.rounding_noise import NoisyLayers, noisy
+from jaxmet.numerics.scaling import dealt
 from jaxmet.transforms.equalize.channels import (
     Channels,
     Stack,
@@ -30,26 +31,28 @@ def noisy_layers(
     config: QuantConfig,
 ) -> NoisyLayers:
     """The layers that something is known of."""
-    known = [w for w in weights if w.node.name in observed]
-    settings = {w.node.name: _settings(w, config) for w in known}
+    settings = {w.node.name: _settings(w, config) for w in weights}
+    known = [
+        w
+        for w in weights
+        if w.node.name in observed and any(map(_is_rounded, settings[w.node.name]))
+    ]
+    if not known:
+        raise ValueError(
+            "jaxmet.equalize: the configuration rounds none of the layers that could be "
+            "rescaled, so objective='noise' has nothing to choose by. Pass the config "
+            "that the model will be quantized with, or objective='range'."
+        )
     whole = [name for name, (weight, _) in settings.items() if weight.per_channel]
     every = stacks(known, leaves, whole)
     matrices = [stack.matrix(leaves) for stack in every]
     layers = layers_of(every, matrices, channels.size)
-    dtype = layers.log_ranges[0].dtype
-    vectors = [
-        _vectors(stack, matrix, observed, settings)
-        for stack, matrix in zip(every, matrices, strict=True)
-    ]
-    flat = [
-        jnp.concatenate([v.astype(dtype).reshape(-1) for v in same])
-        for same in zip(*jax.lax.optimization_barrier(vectors), strict=True)
-    ]  # the barrier keeps the compiler from making one huge loop of it all
+    by_input, share = _vectors(every, matrices, observed, settings)
     order = [settings[w.node.name] for stack in every for w in stack.weights]
     return noisy(
         layers,
-        flat[:4],
-        flat[4],
+        [v.astype(layers.log_ranges[0].dtype) for v in by_input],
+        share.astype(layers.log_ranges[0].dtype),
         np.array([_log_step(w, 2.0 ** (w.bits - 1) - 1) for w, _ in order]),
         np.array([_log_step(a, 2.0**a.bits - 1) for _, a in order]),
         np.array([w.per_channel for w, _ in order]),
@@ -65,45 +68,79 @@ def _settings(weight: Weight, config: QuantConfig) -> tuple[Settings, Settings]:
 
 
 def _vectors(
-    stack: Stack,
-    matrix: jax.Array,
+    every: Sequence[Stack],
+    matrices: Sequence[jax.Array],
     observed: Mapping[str, Observed],
     settings: Mapping[str, tuple[Settings, Settings]],
-) -> tuple[jax.Array, ...]:
-    """power, high, low, cost (layers, groups, ins) and share (layers, groups, outs)."""
-    count, groups, ins, outs, window = matrix.shape
-    names = [w.node.name for w in stack.weights]
-    seen = [observed[name] for name in names]
+) -> tuple[list[jax.Array], jax.Array]:
+    """power, high, low and cost of all inputs in a row, and share of all outputs.
 
-    def each(values: list[jax.Array], size: int) -> jax.Array:
-        return jnp.stack(values).reshape(count, groups, size).astype(matrix.dtype)
+    Vectors of all layers are computed at once, which is quicker to compile than apart.
+    """
+    weights = [w for stack in every for w in stack.weights]
+    seen = jax.lax.optimization_barrier([observed[w.node.name] for w in weights])
+    ins = [m.shape[:3] for m in matrices]
+    outs = [(*m.shape[:2], m.shape[3]) for m in matrices]
 
-    second = each([o.inputs.power for o in seen], ins)
-    high = jnp.maximum(each([o.inputs.high for o in seen], ins), 0.0)
-    low = jnp.maximum(-each([o.inputs.low for o in seen], ins), 0.0)
-    symmetric = np.array([settings[name][1].symmetric for name in names])[:, None, None]
+    second = jnp.concatenate([o.inputs.power.reshape(-1) for o in seen])
+    high = jnp.concatenate([o.inputs.high.reshape(-1) for o in seen])
+    low = jnp.concatenate([o.inputs.low.reshape(-1) for o in seen])
+    high, low = jnp.maximum(high, 0.0), jnp.maximum(-low, 0.0)
+    symmetric = _each(
+        weights, ins, [settings[w.node.name][1].symmetric for w in weights]
+    )
     larger = jnp.maximum(high, low)
     high, low = jnp.where(symmetric, larger, high), jnp.where(symmetric, larger, low)
-
-    energy = jnp.sum(jnp.square(matrix), axis=4)  # (layers, groups, ins, outs)
-    least = CANCELLED * jnp.sum(energy * second[..., None], axis=2)
-    variance = jnp.maximum(each([o.variance for o in seen], outs), least)
-    alive = variance > 0
-    share = jnp.where(alive, 1 / jnp.where(alive, variance, 1.0), 0.0) / (groups * outs)
-    cost = jnp.sum(energy * share[:, :, None], axis=3)
-
-    along, across = stack.ins[0], stack.outs[0]
-    return (
-        along.total(second * window, 2),
-        along.largest(high, 2),
-        along.largest(low, 2),
-        along.total(cost, 2),
-        across.total(share, 2),
+    window = _each(
+        weights, ins, [m.shape[4] for m in matrices for _ in range(m.shape[0])]
     )
+    power = second * window.astype(second.dtype)
+
+    energy = [jnp.sum(jnp.square(m), axis=4) for m in matrices]
+    least = [
+        jnp.sum(e * v[..., None], axis=2).reshape(-1)
+        for e, v in zip(energy, dealt(second, ins), strict=True)
+    ]
+    variance = jnp.concatenate([o.variance.reshape(-1) for o in seen])
+    variance = jnp.maximum(variance, CANCELLED * jnp.concatenate(least))
+    alive = variance > 0
+    number = _each(weights, outs, [s[1] * s[2] for s in outs for _ in range(s[0])])
+    share = jnp.where(alive, 1 / jnp.where(alive, variance, 1.0), 0.0)
+    share = share / number.astype(share.dtype)
+    cost = [
+        jnp.sum(e * v[:, :, None], axis=3).reshape(-1)
+        for e, v in zip(energy, dealt(share, outs), strict=True)
+    ]
+
+    def reduced(v: jax.Array, shapes: list, side: str, how: str) -> jax.Array:
+        same = [getattr(stack, side)[0] for stack in every]
+        if all(s.of is None for s in same):
+            return v
+        parts = zip(same, dealt(v, shapes), strict=True)
+        return jnp.concatenate([getattr(s, how)(p, 2).reshape(-1) for s, p in parts])
+
+    by_input = [
+        reduced(power, ins, "ins", "total"),
+        reduced(high, ins, "ins", "largest"),
+        reduced(low, ins, "ins", "largest"),
+        reduced(jnp.concatenate(cost), ins, "ins", "total"),
+    ]
+    return by_input, reduced(share, outs, "outs", "total")
+
+
+def _each(
+    weights: Sequence[Weight], shapes: Sequence[tuple], values: list
+) -> np.ndarray:
+    """One value a weight, for all of its inputs or outputs."""
+    sizes = [int(np.prod(shape[1:])) for shape in shapes for _ in range(shape[0])]
+    assert len(sizes) == len(weights)
+    return np.repeat(np.asarray(values), sizes)
 
 
 def _log_step(settings: Settings, steps: float) -> float:
     """log 1/(12 steps²); -inf for what stays in float."""
-    if not settings.quantize or settings.bits == 32:
-        return -np.inf
-    return -float(np.log(12 * steps**2))
+    return -float(np.log(12 * steps**2)) if _is_rounded(settings) else -np.inf
+
+
+def _is_rounded(settings: Settings) -> bool:
+    return settings.quantize and settings.bits < 32

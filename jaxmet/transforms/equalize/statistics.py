@@ -245,11 +245,9 @@ class _Network:
         if node.carrier is not None:
             weight = self.graph[node.carrier].weight
             leaf = self.leaves.get(weight.name or "") if weight is not None else None
-            if is_compressed(leaf):
-                stated, member = (
-                    [leaf.lower, leaf.upper],
-                    self.member(node.carrier, "out"),
-                )
+            if leaf is not None and is_compressed(leaf):
+                stated = [leaf.lower, leaf.upper]
+                member = self.member(node.carrier, "out")
         if member is None:
             return _each(tensor, lambda x: clipped(x, *_like(x, *bounds)))
         size = layout_size(member.layout)

@@ -1,0 +1,166 @@
+"""What is rescaled, what is left alone and why, and what is refused."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmet.engine.channels import Group, indices_of
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.tree.table import Table
+
+CLIPS = ("exact", "skip", "relu")
+OBJECTIVES = ("noise", "range")
+COLUMNS = (
+    "group",
+    "makers",
+    "readers",
+    "channels",
+    "scale min",
+    "scale max",
+    "residual",
+    "clip",
+    "note",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The groups that are rescaled, and for the others and some sites why not."""
+
+    graph: Graph
+    clip: str
+    free: tuple[Group, ...]
+    left: tuple[tuple[Group, str], ...]
+    alone: tuple[tuple[Node, str], ...]
+
+    @property
+    def clips(self) -> tuple[Node, ...]:
+        """The clips whose bounds must follow."""
+        names = dict.fromkeys(c for g in self.free for c in g.clips)
+        return tuple(self.graph[name] for name in names)
+
+    def table(self, outcomes: Mapping[int, dict[str, Any]], title: str) -> Table:
+        """One row a group, then one a site that has none."""
+        rows = [_row(g) | outcomes[g.index] for g in self.free]
+        rows += [_row(g) | {"note": why} for g, why in self.left]
+        rows += [
+            {"group": n.name, "makers": n.name, "note": why} for n, why in self.alone
+        ]
+        return Table({c: [row.get(c) for row in rows] for c in COLUMNS}, title)
+
+
+def _row(group: Group) -> dict[str, Any]:
+    return {
+        "group": group.name,
+        "makers": ", ".join(group.makers) or None,
+        "readers": ", ".join(group.readers) or None,
+        "channels": group.size,
+    }
+
+
+def make_plan(graph: Graph, clip: str) -> Plan:
+    """Which groups can be rescaled, and why the others cannot."""
+    free, left = [], []
+    for group in graph.groups:
+        why = _why_left(graph, group, clip)
+        if why is None:
+            free.append(group)
+        elif group.makers:
+            left.append((group, why))
+    inside = {
+        n for g in (*free, *(g for g, _ in left)) for n in (*g.makers, *g.readers)
+    }
+    alone = [(n, _why_alone(n)) for n in graph.sites if n.name not in inside]
+    return Plan(graph, clip, tuple(free), tuple(left), tuple(alone))
+
+
+def _why_left(graph: Graph, group: Group, clip: str) -> str | None:
+    if group.frozen is not None:
+        return group.frozen
+    for name in (*group.makers, *group.readers):
+        if name not in graph.selected:
+            return f"{name} is not selected"
+    for name in group.clips:
+        node = graph[name]
+        if clip == "skip":
+            return f"{name}: clip='skip'"
+        if name not in graph.selected:
+            return f"{name} is not selected"
+        if node.carrier is None:
+            return f"{name}: no single product can carry its bounds"
+        weight = graph[node.carrier].weight
+        if weight is None or len(weight.out_axes) != 1 or len(node.features) != 1:
+            return f"{name}: its bounds would run along several axes"
+    return None
+
+
+def _why_alone(node: Node) -> str:
+    weight = node.weight
+    if node.kind == "lookup":
+        return "a lookup"
+    if weight is not None and weight.name is None:
+        return "its weight is computed from several parameters"
+    if weight is not None and weight.stacked:
+        return "its weight is stacked"
+    if weight is not None and weight.shared:
+        return "its weight is used more than once"
+    return "no channels that anything ties"
+
+
+# Refusals
+
+
+def check_options(clip: str, objective: str, max_scale: float) -> None:
+    """Refuse what is no option."""
+    for name, value, known in (
+        ("clip", clip, CLIPS),
+        ("objective", objective, OBJECTIVES),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"jaxmet.equalize: {name} is {value!r}. It is one of "
+                f"{', '.join(map(repr, known))}."
+            )
+    if not max_scale > 1:
+        raise ValueError(
+            f"jaxmet.equalize: max_scale is {max_scale!r}. Give a number above 1: no "
+            "channel's scale leaves 1/max_scale … max_scale."
+        )
+
+
+def check_named(graph: Graph, plan: Plan) -> None:
+    """Refuse what `only()` spelled out and nothing can be done for."""
+    done = {name for g in plan.free for name in (*g.makers, *g.readers)}
+    for node in graph.sites:
+        if node.name not in graph.named or node.name in done:
+            continue
+        whys = [w for g, w in plan.left if node.name in (*g.makers, *g.readers)]
+        whys += [w for n, w in plan.alone if n.name == node.name]
+        raise ValueError(
+            f"jaxmet.equalize: {node.name!r} was asked for by name and no group of its "
+            f"channels can be rescaled: {'; '.join(whys)}. Name the layers on both sides "
+            "of the channels, or leave the name out of only()."
+        )
+
+
+def check_leaves(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Refuse a tree in which something that must follow is missing or an integer."""
+    free = {g.index for g in plan.free}
+    for member in plan.graph.members:
+        if not indices_of(member.layout) & free:
+            continue
+        leaf = leaves.get(member.parameter)
+        if leaf is None:
+            raise ValueError(
+                f"jaxmet.equalize: the tree has no {member.parameter!r}, which has to "
+                f"follow the scale of {member.node!r}. Pass the whole variables with "
+                "the norms' statistics, not the trained parameters alone."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"jaxmet.equalize: {member.parameter!r} has dtype {leaf.dtype}. Equalize "
+                "the float tree, before its weights become integers."
+            )
