@@ -462,6 +462,14 @@ def test_run_takes_other_operands_and_the_hook_another_result():
     assert statistics["w"]["sizes"] == (12, 24) and statistics.keys() == {"w"}
 
 
+@pytest.mark.parametrize("result", [None, 1.0, (None, 1.0), (1.0, 2.0, 3.0)])
+def test_a_hook_that_returns_no_pair_is_refused(result):
+    with pytest.raises(
+        ValueError, match=r"^jaxmet\.evaluate: the hook returned .*'input'"
+    ):
+        evaluate(small, lambda node, run, operands: result)(drawn(), X)
+
+
 # The price.
 
 
@@ -768,10 +776,9 @@ def test_a_scan_keeps_its_direction_and_counts_its_rounds(reverse):
     outputs, statistics = jax.jit(evaluate(apply, hook))(p, X)
     close(outputs, jax.jit(apply)(p, X))
     assert all(rounds) and {len(counts) for counts in statistics.values()} == {1}
-    expected = [2, 1, 0] if reverse else [0, 1, 2]
     for (counts,) in statistics.values():
-        # stacked by position, as the scan itself stacks; the counter follows the slices
-        assert [*np.asarray(counts)] in ([0, 1, 2], expected)
+        # by position, as the scan itself stacks: round i is slice i in both directions
+        assert [*np.asarray(counts)] == [0, 1, 2]
 
 
 def test_statistics_under_nested_scans_are_stacked_twice():
@@ -928,13 +935,7 @@ def test_an_nnx_module_and_its_updated_statistics():
     apply, params, merge = functional(module)
     run = jax.jit(lambda p, x: evaluate(apply, recording)(p, x, mutable=nnx.BatchStat))
     (y, updated), found = run(params, X)
-    assert {*found} == {
-        "input",
-        "dense",
-        "bn",
-        "bn/relu",
-        "output",
-    } or "dense/relu" in found
+    assert {*found} == {"input", "dense", "bn", "dense/relu", "output"}
     close(y, module(X))  # which moves its own statistics
     close(updated, nnx.state(module, nnx.BatchStat))
     close(found["dense"], merge(params).dense(X))

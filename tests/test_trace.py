@@ -562,6 +562,7 @@ def test_edges_by_hand():
     assert reads(traced("two_inputs", "plain"))["right/add"] == ["left/relu", "right"]
     assert reads(traced("concatenation"))["right/concat"] == ["left/relu", "right/relu"]
     assert reads(traced("transformer"))["attn/key/softmax"] == ["attn/key/matmul"]
+    assert reads(traced("embedding"))["embed"] == ["input"]
 
 
 def test_edges_cross_regions():
@@ -751,6 +752,23 @@ def test_a_model_without_a_product_is_refused(apply):
     with pytest.raises(ValueError, match=r"^jaxmet\.trace: .*no product") as error:
         trace(apply, {"w": spec(4, 6)}, spec(2, 6))
     assert "1 parameters, 1 inputs" in str(error.value)
+
+
+def test_one_product_that_is_closed_over_is_listed():
+    w = jnp.ones((6, 5))
+    graph = trace(lambda p, x: jnp.tanh(x @ w) @ p["w"], {"w": spec(5, 4)}, spec(2, 6))
+    assert [n.name for n in graph.sites] == ["w"]
+    [(name, why)] = graph.left
+    assert "6×5" in name and "closed over" in why
+
+
+def test_a_module_in_place_of_its_apply_is_refused():
+    from flax import linen as nn
+
+    with pytest.raises(
+        ValueError, match=r"^jaxmet\.trace: .*module\.apply|model\.apply"
+    ):
+        trace(nn.Dense(4), {}, spec(2, 6))
 
 
 def test_shapes_do_for_parameters_and_inputs():

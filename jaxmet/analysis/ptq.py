@@ -30,6 +30,7 @@ def ptq(
     reference: tuple[Apply, Any] | None = None,
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = True,
+    **kwargs: Any,
 ) -> tuple[Any, Quantizers, Table]:
     """Quantize a trained model: `(params, quantizers, table)`.
 
@@ -37,7 +38,8 @@ def ptq(
     the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step:
     the signal-to-noise ratio of the quantized outputs against the float ones over
     `batches`, 10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
-    params)` compares with another float model. No step is random yet, so `key` is unused.
+    params)` compares with another float model. Static keyword arguments (`train=False`) go to
+    the model. No step is random yet, so `key` is unused.
 
     The data is read once a step: a one-shot iterator is refused. Raises what `trace`,
     `fold_batch_norm`, `equalize` and `calibrate` raise.
@@ -48,7 +50,8 @@ def ptq(
     del key
     config = config or QuantConfig()
     read = as_batches(batches, "ptq", passes=2, inputs=inputs)
-    graph = trace(apply, params, *read.first)
+    graph = trace(apply, params, *read.first, **kwargs)
+    apply = graph.apply
     float_apply, float_params = reference or (simulate(apply, Quantizers()), params)
     rows: list[dict[str, Any]] = []
 

@@ -365,8 +365,9 @@ class Origins:
             )
             found = [f for b in bodies for f in self.of(b.outputs[i], seen)]
             return list(dict.fromkeys(found))
-        if len(data) != 1:
-            return [(None, (equation.name,))]
+        if len(data) != 1:  # index arithmetic reads one input several times
+            found = {f for v in data for f, _ in self.of(v, seen)}
+            return [(found.pop() if len(found) == 1 else None, (equation.name,))]
         name = equation.name
         if name in LINEAR:
             return self.of(data[0], seen)

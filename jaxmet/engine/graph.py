@@ -15,6 +15,7 @@ from jaxmet.engine.channels import (
 )
 from jaxmet.engine.describe import describe
 from jaxmet.engine.node import Node
+from jaxmet.engine.program import CONST, DATA, PRODUCTS
 from jaxmet.tree.checks import check_finite
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
@@ -173,6 +174,18 @@ def _weight(node: Node) -> str | None:
     return node.weight.name + (f" ({', '.join(notes)})" if notes else "")
 
 
+def leaves_of(
+    params: Any, graph: Graph, caller: str, *, sites: bool = True
+) -> dict[str, Any]:
+    """The named leaves of `params`, refused unless `graph` is a graph and can be theirs."""
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"jaxmet.{caller}: the graph is of type {type(graph).__name__}. Pass the tree "
+            "first and then what jm.trace returned."
+        )
+    return graph.leaves(params, caller, sites=sites)
+
+
 def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -> Graph:
     """Learn a model's structure from the equations of `apply(params, *inputs, **kwargs)`.
 
@@ -187,6 +200,11 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     >>> graph = jm.trace(model.apply, variables, images[:1])
     >>> print(graph)
     """
+    if hasattr(apply, "apply") or not callable(apply):
+        raise ValueError(
+            f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
+            "module, or what jm.functional(module) returns for an nnx one."
+        )
     analysis = analyse(make_call(apply, params, inputs, kwargs))
     nodes = describe(analysis)
     if not any(node.is_site for node in nodes.values()):
@@ -194,7 +212,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             "jaxmet.trace: the equations hold no product of an input with a parameter "
             f"({len(analysis.leaves)} parameters, {len(analysis.inputs)} inputs). Pass the "
             "parameters as the first argument of apply instead of closing over them, and the "
-            "inputs after them."
+            "inputs after them, each with a leading batch axis."
         )
     groups, members = find_channels(analysis, nodes)
     return Graph(
@@ -232,4 +250,13 @@ def _left(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str],
         readers = sorted({u.name for u in value.uses if u is not None})
         why = f"used by {', '.join(readers)}" if readers else "unused"
         rows.append((name, why))
+    for equation in analysis.region.walk():
+        if equation.name in PRODUCTS and equation.node is None:
+            kinds = {v.kind for v in equation.operands[:2]}
+            if kinds == {CONST, DATA}:
+                constant = next(v for v in equation.operands if v.kind == CONST)
+                shape = "×".join(map(str, constant.shape))
+                rows.append(
+                    (f"constant {shape}", "closed over: its product is in float")
+                )
     return tuple(rows)

@@ -199,7 +199,13 @@ class Machine:
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)
         run = Run(compute, self.iteration)
-        result, statistics = self.hook(node, run, operands)
+        found = self.hook(node, run, operands)
+        if not isinstance(found, tuple) or len(found) != 2 or found[0] is None:
+            raise ValueError(
+                f"jaxmet.evaluate: the hook returned {type(found).__name__} at "
+                f"{node.name!r}. Return (run(*operands), statistics), None for none."
+            )
+        result, statistics = found
         environment[cluster.exit] = result
         if statistics is not None:
             self.statistics[node.name] = statistics

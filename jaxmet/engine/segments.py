@@ -48,6 +48,7 @@ def segments(
     ...     environment = jax.jit(piece)(params, environment)
     >>> logits = pieces.finish(environment)
     """
+    cuts = [cuts] if isinstance(cuts, str) else cuts
     analysis = analyse(make_call(graph.apply, params, inputs, kwargs))
     nodes = describe(analysis)
     _check_cuts(cuts, nodes)

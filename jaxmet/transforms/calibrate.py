@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.collect import collect
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Counted, Run, dense
 from jaxmet.numerics.ranges import grid_of_range, split_shape
@@ -52,7 +52,7 @@ def calibrate(
     >>> print(quantizers)
     """
     config = config or QuantConfig()
-    leaves = graph.leaves(params, "calibrate")
+    leaves = leaves_of(params, graph, "calibrate")
     placement = place(graph, config, "calibrate")
     weights = {w.name: _weight_quantizer(w, leaves) for w in placement.weights}
     for bias in placement.biases:
@@ -179,9 +179,9 @@ def _settle(
             continue
         if not (np.isfinite(low[taken]).all() and np.isfinite(high[taken]).all()):
             raise ValueError(
-                f"jaxmet.calibrate: the values of {node.name!r} hold NaN or infinity. If "
-                "the model runs in float16 they overflow there: calibrate in bfloat16 or "
-                "float32, or find the batch that makes them."
+                f"jaxmet.calibrate: the values of {node.name!r} hold NaN or infinity. "
+                "Either a batch holds them, or the model overflows there, as float16 "
+                "does: clean the data, or calibrate in bfloat16 or float32."
             )
         low, high = np.where(taken, low, 0.0), np.where(taken, high, 0.0)
         found[node.name] = (low, high) if node.layers else (low.min(), high.max())

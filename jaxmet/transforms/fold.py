@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.channels import Layout, Member, layout_size
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node, Norm
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.tree.checks import is_concrete
@@ -55,7 +55,7 @@ def fold_batch_norm(params: Any, graph: Graph, *, with_report: bool = False) -> 
 
     >>> params = jm.fold_batch_norm(params, graph)
     """
-    leaves = graph.leaves(params, CALLER)
+    leaves = leaves_of(params, graph, CALLER)
     plans = [_plan(graph, node) for node in graph.nodes if node.kind == "norm"]
     for plan in plans:
         _check(graph, plan, leaves)

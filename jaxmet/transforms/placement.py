@@ -51,6 +51,11 @@ class Placement:
 
 def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
     """Decide where the grids go. Raises ValueError for a rule that means nothing."""
+    if not isinstance(config, QuantConfig):
+        raise ValueError(
+            f"jaxmet.{caller}: config is of type {type(config).__name__}. Give a "
+            "jm.QuantConfig, for example jm.QuantConfig(weight_bits=4)."
+        )
     names = [n.name for n in graph.nodes]
     parameters = [p for n in graph.nodes for p in n.parameters]
     for rule in config.unused([*names, *parameters]):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.transforms.placement import place
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.table import Table
@@ -20,7 +20,7 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
     >>> print(jm.plan(params, graph, jm.QuantConfig(weight_bits=4)))
     """
     config = config or QuantConfig()
-    leaves = graph.leaves(params, "plan")
+    leaves = leaves_of(params, graph, "plan")
     placement = place(graph, config, "plan")
     rows = []
 

@@ -34,6 +34,17 @@ def simulate(
     >>> logits = device(params, images)
     """
 
+    if not isinstance(quantizers, Quantizers) or not callable(apply):
+        raise ValueError(
+            f"jaxmet.simulate: got a {type(apply).__name__} and a "
+            f"{type(quantizers).__name__}. Pass apply first, then the Quantizers."
+        )
+    if grids is not None and not isinstance(grids, Grids):
+        raise ValueError(
+            f"jaxmet.simulate: grids is of type {type(grids).__name__}. Pass what "
+            "jm.grids(quantizers) returns."
+        )
+
     def simulated(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         seen: set[str] = set()
 

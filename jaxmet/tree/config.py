@@ -102,6 +102,10 @@ class QuantConfig:
     def __post_init__(self) -> None:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         _check(fields, "QuantConfig")
+        if not isinstance(self.rules, list | tuple):
+            raise ValueError(
+                f"jaxmet.QuantConfig: rules is {self.rules!r}. Give a list of them."
+            )
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise ValueError(

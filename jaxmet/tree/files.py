@@ -67,6 +67,11 @@ def save(
             "jaxmet.save: there is nothing to save. Give params=, quantizers= or "
             "table=."
         )
+    if quantizers is not None and not isinstance(quantizers, Quantizers):
+        raise ValueError(
+            f"jaxmet.save: quantizers is of type {type(quantizers).__name__}. Give what "
+            "jm.calibrate returned, and the parameters as params=."
+        )
     arrays: dict[str, np.ndarray] = {}
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     if params is not None:

@@ -183,10 +183,10 @@ def layers_of(
         ranges.append(stack.ins[0].largest(log_range, 2).astype(dtype))
     ins = [same.index for stack in every for same in stack.ins]
     outs = [same.index for stack in every for same in stack.outs]
-    return Layers(tuple(ranges), _in_a_row(ins, fixed), _in_a_row(outs, fixed))
+    return Layers(tuple(ranges), in_a_row(ins, fixed), in_a_row(outs, fixed))
 
 
-def _in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
+def in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
     """Indices (factors, …) behind each other, in row-major order."""
     depth = max(len(index) for index in indices)
     flat = [index.reshape(len(index), -1) for index in indices]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.channels import Group
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.numerics.rounding_noise import EVALUATIONS, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
@@ -110,7 +110,7 @@ def equalize(
     >>> params = jm.equalize(jm.fold_batch_norm(params, graph), graph)
     """
     check_options(clip, objective, max_scale)
-    leaves = graph.leaves(params, "equalize")
+    leaves = leaves_of(params, graph, "equalize")
     plan = make_plan(graph, clip)
     check_named(graph, plan)
     check_leaves(plan, leaves)
@@ -182,10 +182,33 @@ class Task:
             (starts, turns),
         )
         best = jnp.argmin(every.log_noise[:2])
-        x, before = every.x[best], every.log_noise_before
+        x = self.common_factors(every.x[best], ranges.x, free)
+        before = every.log_noise_before
         noise = (before[2], before[0], every.log_noise[best])
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
+
+    def common_factors(
+        self, x: jax.Array, ranges: jax.Array, free: jax.Array
+    ) -> jax.Array:
+        """The factor that all channels of a group share, taken from equal ranges.
+
+        Rounding does not depend on it, unless other channels stand on an axis with these
+        or some of them are held: then nothing changes.
+        """
+        owner = np.full(self.channels.size + 1, len(self.plan.free))
+        for number, group in enumerate(self.plan.free):
+            start = self.channels.starts[group.index]
+            owner[start : start + group.size] = number
+        alone = np.ones(len(self.plan.free) + 1, bool)
+        for weight in self.weights:
+            for row in (*weight.inputs, *weight.outputs):
+                owners = np.unique(owner[row])
+                alone[owners] &= owners.size == 1
+        size = np.bincount(owner)
+        apart = jax.ops.segment_sum(ranges - x, owner, size.size) / size.astype(x.dtype)
+        whole = jax.ops.segment_min(free.astype(jnp.int32), owner, size.size) > 0
+        return x + jnp.where(whole & alone, apart, 0.0)[owner]
 
     def layers(self, old: Mapping[str, Any]) -> Layers:
         """Ranges of all weights."""

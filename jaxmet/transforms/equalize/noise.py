@@ -13,6 +13,7 @@ from jaxmet.transforms.equalize.channels import (
     Channels,
     Stack,
     Weight,
+    in_a_row,
     layers_of,
     stacks,
 )
@@ -21,6 +22,13 @@ from jaxmet.tree.config import QuantConfig, Settings
 
 CANCELLED = 1e-4
 """An output's variance is taken to be at least this part of what its terms would add up to."""
+
+QUIET = 1e-4
+"""An output whose variance is below this part of what else makes the same channel (where
+nothing rescales it: of its layer's mean) carries no signal: rounding it is not counted."""
+
+DEAD = 1e-20
+"""And so little of its layer's mean is nothing at all, whatever its scale."""
 
 
 def noisy_layers(
@@ -47,7 +55,7 @@ def noisy_layers(
     every = stacks(known, leaves, whole)
     matrices = [stack.matrix(leaves) for stack in every]
     layers = layers_of(every, matrices, channels.size)
-    by_input, share = _vectors(every, matrices, observed, settings)
+    by_input, share = _vectors(every, matrices, observed, settings, channels.size)
     order = [settings[w.node.name] for stack in every for w in stack.weights]
     return noisy(
         layers,
@@ -72,6 +80,7 @@ def _vectors(
     matrices: Sequence[jax.Array],
     observed: Mapping[str, Observed],
     settings: Mapping[str, tuple[Settings, Settings]],
+    fixed: int,
 ) -> tuple[list[jax.Array], jax.Array]:
     """power, high, low and cost of all inputs in a row, and share of all outputs.
 
@@ -103,7 +112,7 @@ def _vectors(
     ]
     variance = jnp.concatenate([o.variance.reshape(-1) for o in seen])
     variance = jnp.maximum(variance, CANCELLED * jnp.concatenate(least))
-    alive = variance > 0
+    alive = _audible(weights, outs, variance, fixed)
     number = _each(weights, outs, [s[1] * s[2] for s in outs for _ in range(s[0])])
     share = jnp.where(alive, 1 / jnp.where(alive, variance, 1.0), 0.0)
     share = share / number.astype(share.dtype)
