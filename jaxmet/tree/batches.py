@@ -45,9 +45,11 @@ def stacked(inputs: Any, batch_size: int = 32) -> Stacked:
     `inputs` is an array or a tree of arrays with equally many rows; a tuple is the
     inputs of the model. Numpy arrays stay on the host.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    whole = isinstance(batch_size, int)
+    if not whole or batch_size < 1:
+        shown = batch_size if whole else _kind(batch_size)
         raise ValueError(
-            f"jaxmet.stacked: batch_size is {_kind(batch_size)}, not a positive integer. "
+            f"jaxmet.stacked: batch_size is {shown}, not a positive integer. "
             "Several inputs go into one tuple: jm.stacked((x, y), batch_size=32)."
         )
     pairs = jax.tree_util.tree_leaves_with_path(inputs)

@@ -13,7 +13,6 @@ from jaxmet.transforms.equalize.channels import (
     Channels,
     Stack,
     Weight,
-    in_a_row,
     layers_of,
     stacks,
 )
@@ -24,11 +23,8 @@ CANCELLED = 1e-4
 """An output's variance is taken to be at least this part of what its terms would add up to."""
 
 QUIET = 1e-4
-"""An output whose variance is below this part of what else makes the same channel (where
-nothing rescales it: of its layer's mean) carries no signal: rounding it is not counted."""
-
-DEAD = 1e-20
-"""And so little of its layer's mean is nothing at all, whatever its scale."""
+"""Outputs whose variance is below this part of their layer's mean, as the tree has it, carry
+no signal: what rounding adds to a channel that training left for dead is not counted."""
 
 
 def noisy_layers(
@@ -55,7 +51,7 @@ def noisy_layers(
     every = stacks(known, leaves, whole)
     matrices = [stack.matrix(leaves) for stack in every]
     layers = layers_of(every, matrices, channels.size)
-    by_input, share = _vectors(every, matrices, observed, settings, channels.size)
+    by_input, share = _vectors(every, matrices, observed, settings)
     order = [settings[w.node.name] for stack in every for w in stack.weights]
     return noisy(
         layers,
@@ -80,7 +76,6 @@ def _vectors(
     matrices: Sequence[jax.Array],
     observed: Mapping[str, Observed],
     settings: Mapping[str, tuple[Settings, Settings]],
-    fixed: int,
 ) -> tuple[list[jax.Array], jax.Array]:
     """power, high, low and cost of all inputs in a row, and share of all outputs.
 
@@ -112,7 +107,8 @@ def _vectors(
     ]
     variance = jnp.concatenate([o.variance.reshape(-1) for o in seen])
     variance = jnp.maximum(variance, CANCELLED * jnp.concatenate(least))
-    alive = _audible(weights, outs, variance, fixed)
+    layer = _each(weights, outs, list(range(len(weights))))
+    alive = variance > QUIET * _mean(variance, layer)
     number = _each(weights, outs, [s[1] * s[2] for s in outs for _ in range(s[0])])
     share = jnp.where(alive, 1 / jnp.where(alive, variance, 1.0), 0.0)
     share = share / number.astype(share.dtype)
@@ -135,6 +131,13 @@ def _vectors(
         reduced(jnp.concatenate(cost), ins, "ins", "total"),
     ]
     return by_input, reduced(share, outs, "outs", "total")
+
+
+def _mean(v: jax.Array, layer: np.ndarray) -> jax.Array:
+    """For each entry the mean of its layer."""
+    number = np.bincount(layer)
+    total = jax.ops.segment_sum(v, layer, number.size)
+    return (total / jnp.asarray(number, v.dtype))[layer]
 
 
 def _each(
