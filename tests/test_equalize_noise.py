@@ -213,7 +213,7 @@ def test_scrambling_changes_neither_the_noise_nor_the_minimum() -> None:
     graph = trace(mobile, params, batches[0][0])
     value = partial(objective, look(params, batches))
     wanted = value(scales_of(params, equalize(params, graph, **NOISE, batches=batches)))
-    start = scrambled(params, graph, seed=3, largest=5.0)
+    start = scrambled(params, graph, seed=3, largest=1e3)
 
     def run(p: Any) -> Any:
         return equalize(p, graph, **NOISE, batches=batches)

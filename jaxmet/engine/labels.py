@@ -13,9 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from jaxmet.engine.compat import Size
 
-Axis = tuple["Atom", ...]
-
-
 @dataclasses.dataclass(eq=False, repr=False)
 class Atom:
     """One index set of a known size, joined with others through `parent`."""
@@ -32,6 +29,9 @@ class Atom:
         while atom.parent is not None:
             atom = atom.parent
         return atom
+
+
+Axis = tuple[Atom, ...]
 
 
 def fresh(size: Size, frozen: str | None = None) -> Axis:

@@ -13,18 +13,16 @@ from jaxmet.transforms.equalize.channels import (
     Channels,
     Stack,
     Weight,
+    in_a_row,
     layers_of,
     stacks,
 )
 from jaxmet.transforms.equalize.statistics import Observed
 from jaxmet.tree.config import QuantConfig, Settings
 
-CANCELLED = 1e-4
-"""An output's variance is taken to be at least this part of what its terms would add up to."""
-
 QUIET = 1e-4
-"""Outputs whose variance is below this part of their layer's mean, as the tree has it, carry
-no signal: what rounding adds to a channel that training left for dead is not counted."""
+"""An output whose variance is below this part of what its channel or its inputs suggest
+carries no signal of its own: what rounding adds to it is not counted."""
 
 
 def noisy_layers(
@@ -51,7 +49,7 @@ def noisy_layers(
     every = stacks(known, leaves, whole)
     matrices = [stack.matrix(leaves) for stack in every]
     layers = layers_of(every, matrices, channels.size)
-    by_input, share = _vectors(every, matrices, observed, settings)
+    by_input, share = _vectors(every, matrices, observed, settings, channels.size)
     order = [settings[w.node.name] for stack in every for w in stack.weights]
     return noisy(
         layers,
@@ -76,6 +74,7 @@ def _vectors(
     matrices: Sequence[jax.Array],
     observed: Mapping[str, Observed],
     settings: Mapping[str, tuple[Settings, Settings]],
+    fixed: int,
 ) -> tuple[list[jax.Array], jax.Array]:
     """power, high, low and cost of all inputs in a row, and share of all outputs.
 
@@ -101,14 +100,8 @@ def _vectors(
     power = second * window.astype(second.dtype)
 
     energy = [jnp.sum(jnp.square(m), axis=4) for m in matrices]
-    least = [
-        jnp.sum(e * v[..., None], axis=2).reshape(-1)
-        for e, v in zip(energy, dealt(second, ins), strict=True)
-    ]
     variance = jnp.concatenate([o.variance.reshape(-1) for o in seen])
-    variance = jnp.maximum(variance, CANCELLED * jnp.concatenate(least))
-    layer = _each(weights, outs, list(range(len(weights))))
-    alive = variance > QUIET * _mean(variance, layer)
+    alive = variance > QUIET * _loudness(weights, energy, second, variance, fixed)
     number = _each(weights, outs, [s[1] * s[2] for s in outs for _ in range(s[0])])
     share = jnp.where(alive, 1 / jnp.where(alive, variance, 1.0), 0.0)
     share = share / number.astype(share.dtype)
@@ -133,11 +126,38 @@ def _vectors(
     return by_input, reduced(share, outs, "outs", "total")
 
 
-def _mean(v: jax.Array, layer: np.ndarray) -> jax.Array:
-    """For each entry the mean of its layer."""
-    number = np.bincount(layer)
-    total = jax.ops.segment_sum(v, layer, number.size)
-    return (total / jnp.asarray(number, v.dtype))[layer]
+def _loudness(
+    weights: Sequence[Weight],
+    energy: Sequence[jax.Array],
+    power: jax.Array,
+    variance: jax.Array,
+    fixed: int,
+) -> jax.Array:
+    """How strong a signal each output should carry, whatever the scales of channels.
+
+    A channel is as strong as the strongest output that makes it, or as what readers see of
+    it behind norm and activation; an output at least as strong as its channel, and as its
+    weights make of its input channels. So a dead unit is told from a faint one.
+    """
+    read = in_a_row([w.inputs for w in weights], fixed)
+    made = in_a_row([w.outputs for w in weights], fixed)
+    channel = jnp.zeros(fixed + 1, variance.dtype)
+    channel = channel.at[_one(made, fixed)].max(variance)
+    channel = channel.at[_one(read, fixed)].max(power.astype(variance.dtype))
+    channel = channel.at[fixed].set(0.0)
+    inputs = jnp.maximum(power, channel[_one(read, fixed)])
+    shapes = [e.shape[:3] for e in energy]
+    heard = [
+        jnp.sum(e * v[..., None], axis=2).reshape(-1)
+        for e, v in zip(energy, dealt(inputs, shapes), strict=True)
+    ]
+    return jnp.maximum(jnp.concatenate(heard), channel[_one(made, fixed)])
+
+
+def _one(rows: np.ndarray, fixed: int) -> np.ndarray:
+    """The channel of each place; the fixed one where it is not exactly one."""
+    several = np.sum(rows != fixed, axis=0) > 1
+    return np.where(several, fixed, np.min(rows, axis=0))
 
 
 def _each(
