@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxmet.engine.compat import Size
 
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Atom:
     """One index set of a known size, joined with others through `parent`."""
