@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmet.numerics.fake_quant import fake_quant
@@ -319,9 +320,9 @@ def test_explicit_sharding_is_kept():
 
 def test_symbolic_batch_export():
     x, scale, zero_point = case()
-    (b,) = jax.export.symbolic_shape("b")
+    (b,) = export.symbolic_shape("b")
     spec = jax.ShapeDtypeStruct((b, 6, 4), jnp.float32)
-    exported = jax.export.export(jax.jit(per_channel))(spec, scale, zero_point)
+    exported = export.export(jax.jit(per_channel))(spec, scale, zero_point)
     assert exported.out_avals[0].shape[0] == b
     out = exported.call(x, scale, zero_point)
     np.testing.assert_array_equal(out, per_channel(x, scale, zero_point))

@@ -118,7 +118,8 @@ def grids_of(q):
 )
 def test_its_own_grid_as_data_changes_nothing_and_other_ends_act_as_bits(q):
     w = kernel()
-    np.testing.assert_array_equal(jax.jit(q)(w), jax.jit(q)(w, grids_of(q)))
+    # XLA may divide by a constant otherwise than by a value it is given: one ulp.
+    np.testing.assert_allclose(jax.jit(q)(w), jax.jit(q)(w, grids_of(q)), rtol=3e-7)
     other = q.set(bits=5)
     expected = other(w)
     assert all(np.unique(c).size <= 32 for c in np.moveaxis(np.asarray(expected), 3, 0))
