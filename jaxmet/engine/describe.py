@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxmet.engine import labels as lb
 from jaxmet.engine.analyse import Analysis
+from jaxmet.engine.arrivals import Arrivals, arrivals
 from jaxmet.engine.cluster import (
     LINEAR,
     VIEWS,
@@ -16,17 +17,17 @@ from jaxmet.engine.cluster import (
     through_views,
     varying_axes,
 )
+from jaxmet.engine.elementwise import formula_of
 from jaxmet.engine.grouping import REDUCTIONS
 from jaxmet.engine.naming import carries
-from jaxmet.engine.node import Convolution, Edge, Node, Norm, Weight
+from jaxmet.engine.node import Convolution, Node, Norm, Weight
+from jaxmet.engine.origins import Origins
 from jaxmet.engine.program import (
     DATA,
     PARAM,
     Equation,
     Region,
     Value,
-    body_operands,
-    carried,
 )
 from jaxmet.engine.views import CASTS, follow, holding, numbered
 
@@ -37,6 +38,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
     shared = _shared(analysis)
     origins = Origins(analysis)
     nodes, named = {}, set(analysis.clusters)
+    norms = {c.exit: c for c in named if c.kind == "norm"}
     for cluster in analysis.clusters:
         place = regions.get(cluster.exit.producer, ()) if cluster.equations else ()
         parameters = tuple(n for v in cluster.operands for n in _parameters(v))
@@ -50,6 +52,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
             region=tuple(e.name for e in place),
             layers=_layers(place),
+            arrivals=_arrivals(cluster, named, norms),
             **_details(cluster, shared),
         )
     carriers = _carriers(nodes)
@@ -82,6 +85,19 @@ def _only_readers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
             return None
         found |= dict.fromkeys(deeper)
     return tuple(found)
+
+
+def _arrivals(
+    cluster: Cluster, named: set[Cluster], norms: dict[Value, Cluster]
+) -> Arrivals | None:
+    """Where a constant arrives that an activation of a norm loses channel by channel."""
+    if cluster.kind != "activation" or cluster.entry is None:
+        return None
+    norm = norms.get(through_views(cluster.entry, CASTS))
+    if norm is None:
+        return None
+    axes = [cluster.exit.axes[i] for i in _norm_features(norm)]
+    return arrivals(cluster, named, {atom for axis in axes for atom in lb.leaves(axis)})
 
 
 def _regions(region: Region, path: Place = ()) -> dict[Any, Place]:
@@ -142,6 +158,7 @@ def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
             "bounds": bounds,
             "slope": cluster.details.get("slope"),
             "factor": leaf.value.name if leaf else None,
+            "formula": formula_of(cluster),
         }
     return {}
 
@@ -313,62 +330,3 @@ def _carriers(nodes: dict[Cluster, Node]) -> dict[str, Node]:
                 found[node.name] = maker
     count = Counter(n.name for n in found.values())
     return {name: n for name, n in found.items() if count[n.name] == 1}
-
-
-# Edges
-
-
-class Origins:
-    """Where values come from, through moves and across regions."""
-
-    def __init__(self, analysis: Analysis):
-        self.makers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
-        self.carry: dict[Value, list[Value]] = {}
-        for equation in analysis.region.walk():
-            for inside, outside in carried(equation):
-                i = equation.bodies[-1].inputs.index(inside)
-                first = body_operands(equation)[-1][i]
-                self.carry[inside] = [v for v in (first, outside) if v.kind == DATA]
-
-    def edges(self, cluster: Cluster) -> list[Edge]:
-        if cluster.kind == "input":
-            return []
-        data = [v for v in cluster.operands if v.kind == DATA]
-        return [
-            Edge(i, node, moves)
-            for i, value in enumerate(data)
-            for node, moves in self.of(value, frozenset())
-        ]
-
-    def of(
-        self, value: Value, seen: frozenset[Value]
-    ) -> list[tuple[str | None, tuple[str, ...]]]:
-        """The named nodes that a value may come from, each with the moves after it."""
-        if value in self.makers:
-            return [(self.makers[value].name, ())]
-        if value in seen:
-            return []
-        seen |= {value}
-        if value.producer is None:
-            if value.source is not None:
-                return self.of(value.source, seen)
-            if value not in self.carry:
-                return [(None, ())]
-            found = [f for v in self.carry[value] for f in self.of(v, seen)]
-            return list(dict.fromkeys(found))
-        equation = value.producer
-        data = [v for v in equation.operands if v.kind == DATA]
-        if equation.bodies:
-            i = equation.results.index(value)
-            bodies = (
-                equation.bodies[-1:] if equation.name == "while" else equation.bodies
-            )
-            found = [f for b in bodies for f in self.of(b.outputs[i], seen)]
-            return list(dict.fromkeys(found))
-        if len(data) != 1:  # index arithmetic reads one input several times
-            found = {f for v in data for f, _ in self.of(v, seen)}
-            return [(found.pop() if len(found) == 1 else None, (equation.name,))]
-        name = equation.name
-        if name in LINEAR:
-            return self.of(data[0], seen)
-        return [(node, (*moves, name)) for node, moves in self.of(data[0], seen)]

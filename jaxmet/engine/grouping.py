@@ -6,8 +6,10 @@ multiplications, matmuls, concatenations and pools of what is left are nodes of 
 everything else is a move.
 """
 
+import math
 from collections.abc import Iterable
 
+from jaxmet.engine.activations import number_of
 from jaxmet.engine.cluster import (
     LINEAR,
     SCALE,
@@ -130,18 +132,46 @@ def _rest(region: Region) -> Iterable[Cluster]:
 
 
 def _pool(equation: Equation, function: str) -> Cluster:
-    """A pool with the division that makes it a mean."""
-    equations, exit = [equation], equation.results[0]
-    if function in ("avg_pool", "sum"):
-        use = only_use(exit)
-        if (
-            use is not None
-            and is_free(use)
-            and use.name in SCALE
-            and use.operands[0] is exit
-        ):
-            if use.operands[1].kind == CONST:
-                equations.append(use)
-                exit = use.results[0]
-                function = "mean" if function == "sum" else function
+    """A pool, with the division that makes a sum a mean."""
+    if function not in ("avg_pool", "sum"):
+        return Cluster(
+            "pool", function, [equation], equation.results[0], equation.data[0]
+        )
+    equations = [equation, *_scaling(equation.results[0])]
+    if not _divides(equations):
+        function = "sum"
+    elif function == "sum":
+        function = "mean"
+    exit = equations[-1].results[0]
     return Cluster("pool", function, equations, exit, equation.data[0])
+
+
+def _scaling(total: Value) -> list[Equation]:
+    """The scaling by a constant that is all that becomes of a sum, its kept axes first."""
+    use, before = only_use(total), []
+    if use is not None and is_free(use) and use.name == "broadcast_in_dim":
+        if math.prod(use.params["shape"]) != math.prod(total.shape):
+            return []
+        before, total = [use], use.results[0]
+        use = only_use(total)
+    if use is None or not is_free(use) or use.name not in SCALE:
+        return []
+    scales = use.operands[0] is total and use.operands[1].kind == CONST
+    return [*before, use] if scales else []
+
+
+def _divides(equations: list[Equation]) -> bool:
+    """Whether a sum is divided by how much it sums: a number, or counts by position."""
+    reduction, scaling = equations[0], equations[-1]
+    if scaling is reduction:
+        return False
+    by = scaling.operands[1]
+    number = number_of(by)
+    if number is None:
+        return by.ndim > 0
+    params, shape = reduction.params, reduction.operands[0].shape
+    sizes = params.get("window_dimensions") or [shape[i] for i in params["axes"]]
+    count = math.prod(sizes)
+    if scaling.name == "mul":
+        number = 1 / number if number else math.inf
+    return not isinstance(count, int) or math.isclose(number, count, rel_tol=0.01)

@@ -2,17 +2,22 @@
 
 import dataclasses
 
+from jaxmet.engine.arrivals import Arrivals
+from jaxmet.engine.elementwise import Formula
+
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
     """Where one operand comes from: the node before it and the moves in between.
 
-    `node` is None where no single named node makes the value.
+    `node` is None where no single named node makes the value. Moves that add, scale or
+    negate give scale · x + shift, which is `affine`: None where their numbers are unknown.
     """
 
     operand: int
     node: str | None
     moves: tuple[str, ...] = ()
+    affine: tuple[float, float] | None = (1.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,9 @@ class Node:
     uses it too; `shared` are those of its parameters that something else reads too.
     `bounds` are those of a clip, `carrier` the product whose leaf may hold other
     bounds for it, channel by channel. `region` names the loops and branches around it,
-    `layers` is the length of a loop that runs stacked layers.
+    `layers` is the length of a loop that runs stacked layers. Of an activation,
+    `formula` says what it does to a number, and of one that reads a norm `arrivals`
+    says where a constant arrives that its channels lose.
     """
 
     name: str
@@ -98,6 +105,8 @@ class Node:
     carrier: str | None = None
     region: tuple[str, ...] = ()
     layers: int | None = None
+    arrivals: Arrivals | None = None
+    formula: Formula | None = None
 
     @property
     def is_site(self) -> bool:

@@ -37,13 +37,16 @@ class Compressed:
     """One parameter together with what was done to it; fields of `None` say nothing.
 
     `weight` is the array itself (or an object that stands for one); `lower` and `upper`
-    bound, channel by channel, the activation that follows the site. Nothing is checked
-    on construction, since tree functions put arbitrary objects into leaves.
+    bound, channel by channel, the activation that follows the site; `input_offset` is
+    what the padding before a convolution holds instead of zero, a number an input channel.
+    Nothing is checked on construction, since tree functions put arbitrary objects into
+    leaves.
     """
 
     weight: Any = None
     lower: Any = None
     upper: Any = None
+    input_offset: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,7 +107,9 @@ for _name in (*_BINARY.split(), *(f"r{n}" for n in _BINARY.split()), *_OTHER.spl
     setattr(Compressed, f"__{_name}__", _refusing(f"__{_name}__"))
 
 jax.tree_util.register_dataclass(
-    Compressed, data_fields=["weight", "lower", "upper"], meta_fields=[]
+    Compressed,
+    data_fields=["weight", "lower", "upper", "input_offset"],
+    meta_fields=[],
 )
 
 

@@ -1,0 +1,386 @@
+r"""High biases absorbed: what a rectifier never cuts off, moved into the layer behind it.
+
+The norm before a rectifier knows mean and spread of each channel. A channel that lies far
+above zero loses a constant there, and every product that reads it gets back what the
+constant was worth to it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.channels import Layout, Member
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.node import Node, Norm
+from jaxmet.numerics.absorb import absorbed, shift_behind
+from jaxmet.numerics.moments import Moments
+from jaxmet.transforms.layouts import dense, how_often, matrix, split, spread, wide
+from jaxmet.transforms.statistics import LOOPS, Network
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.leaves import Compressed, is_compressed
+from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.table import Table
+
+CALLER = "absorb_bias"
+RECTIFIERS = ("relu", "leaky_relu", "prelu")
+COLUMNS = ("rectifier", "norm", "into", "padded", "channels", "largest", "note")
+
+
+@overload
+def absorb_bias(
+    params: Any,
+    graph: Graph,
+    *,
+    n_sigma: float = ...,
+    with_report: Literal[False] = False,
+) -> Any: ...
+@overload
+def absorb_bias(
+    params: Any, graph: Graph, *, n_sigma: float = ..., with_report: Literal[True]
+) -> tuple[Any, Table]: ...
+def absorb_bias(
+    params: Any, graph: Graph, *, n_sigma: float = 3.0, with_report: bool = False
+) -> Any:
+    r"""Move constants out of high channels into the layers that read them.
+
+    With mean $\mu$ and standard deviation $\sigma$ of what a norm with stored statistics
+    makes, folded or not, $c = \max(0, \mu - n\sigma)$ a channel. Behind it stands a
+    rectifier: ReLU, leaky ReLU, or a clip at zero, whose upper bound then is less by c too
+    (the leaf that carries it becomes `Compressed`). The norm's bias loses c, so its
+    statistics stay true, and each product that reads the channel gets $\sum W c$ into its
+    bias, or taken off the mean of the norm behind it. A convolution that pads has lost c
+    where its inputs are but not where its padding is: its kernel becomes `Compressed` and
+    says that padding holds −c, which is exact at every border.
+
+    The function stays wherever a value before the rectifier is at least c, which a normal
+    one is in 99.865 % of cases at `n_sigma=3`. Activation ranges become smaller: calibrate
+    afterwards. A channel with nothing to absorb stays as it is; where no channel of a
+    rectifier has anything, so do all leaves (under `jax.jit`, where that cannot be seen,
+    leaves become `Compressed` all the same).
+
+    With `with_report` also a Table: each rectifier, the norm and the products on both sides
+    of it, how many channels gave something and how much, or why it was left alone.
+
+    Norm and products must be selected in `graph`. Raises ValueError for an `n_sigma` that
+    is no number from zero on, and where `graph.only` named a norm or rectifier whose
+    channels cannot give anything.
+
+    Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
+    Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.1.3.
+
+    >>> params = jm.absorb_bias(jm.equalize(params, graph), graph)
+    """
+    _check_n_sigma(n_sigma)
+    leaves = leaves_of(params, graph, CALLER)
+    plans = [_plan(graph, n) for n in graph.nodes if n.kind == "activation"]
+    plans = [plan for plan in plans if plan is not None]
+    for plan in plans:
+        _check(graph, plan, leaves)
+    work, rows = dict(leaves), []
+    network = Network(graph, leaves)
+    for plan in plans:
+        rows.append(_absorb(plan, network, work, n_sigma))
+    changed = {k: v for k, v in work.items() if v is not leaves[k]}
+    result = replace_leaves(params, changed, caller=CALLER)
+    return (result, _table(rows)) if with_report else result
+
+
+def _check_n_sigma(n_sigma: Any) -> None:
+    number = isinstance(n_sigma, int | float) and not isinstance(n_sigma, bool)
+    if not number or not math.isfinite(n_sigma) or n_sigma < 0:
+        raise ValueError(
+            f"jaxmet.{CALLER}: n_sigma is {n_sigma!r}. Give a number from zero on: how many "
+            "standard deviations of each channel stay above the rectifier's zero, 3.0 "
+            "by default."
+        )
+
+
+# What can be moved where
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A product behind a rectifier, and the parameter that gets the constant's worth."""
+
+    product: Node
+    members: tuple[Member, ...]
+    place: str
+    sign: int  # +1: a bias; -1: the mean of the norm behind it
+
+    @property
+    def parameter(self) -> str:
+        assert self.product.weight is not None and self.product.weight.name is not None
+        return self.product.weight.name
+
+    @property
+    def inputs(self) -> Layout:
+        return next(m.layout for m in self.members if m.role == "in")
+
+    @property
+    def pads(self) -> bool:
+        return self.product.convolution is not None and self.product.convolution.pads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One rectifier: the norm before it and the products behind, or why nothing moves."""
+
+    rectifier: Node
+    norm: Node
+    readers: tuple[_Reader, ...] = ()
+    bounds: str | None = None  # the parameter whose leaf states the upper bound
+    why: str | None = None
+
+    @property
+    def of(self) -> Norm:
+        assert self.norm.norm is not None
+        return self.norm.norm
+
+
+def _plan(graph: Graph, node: Node) -> _Plan | None:
+    """None for an activation that is no rectifier of a norm."""
+    clip = node.bounds is not None and node.bounds[0] == 0
+    if not (clip or node.function in RECTIFIERS) or len(node.inputs) != 1:
+        return None
+    edge = node.inputs[0]
+    if edge.node is None or graph[edge.node].kind != "norm":
+        return None
+    norm = graph[edge.node]
+    why = _unfit(graph, norm, node)
+    if why is not None:
+        return _Plan(node, norm, why=why)
+    assert node.arrivals is not None
+    readers = []
+    for name in node.arrivals.products:
+        reader = _reader(graph, norm, graph[name])
+        if isinstance(reader, str):
+            return _Plan(node, norm, why=reader)
+        readers.append(reader)
+    bounds = None
+    if clip:
+        assert node.carrier is not None
+        weight = graph[node.carrier].weight
+        bounds = weight.name if weight is not None else None
+    return _Plan(node, norm, tuple(readers), bounds)
+
+
+def _unfit(graph: Graph, node: Node, rectifier: Node) -> str | None:
+    """Why a norm cannot give anything through its rectifier."""
+    norm, arrivals = node.norm, rectifier.arrivals
+    assert norm is not None
+    if norm.over != "stored":
+        return "its norm stores no statistics"
+    if not norm.plain:
+        return "its norm is not (x − mean)·scale/√(variance + epsilon) + bias"
+    if norm.bias is None or norm.variance is None:
+        return "its norm has no bias"
+    if inside := [r for r in (*node.region, *rectifier.region) if r in LOOPS]:
+        return f"it runs inside a {inside[0]}"
+    if node.shared:
+        return f"{node.shared[0]!r} is used elsewhere too"
+    if rectifier.inputs[0].moves:
+        return f"{rectifier.inputs[0].moves[-1]} between it and its norm"
+    if node.only_readers != (rectifier.name,):
+        return f"it is not alone in reading {node.name!r}"
+    if node.name not in graph.selected:
+        return f"{node.name} is not selected"
+    if arrivals is None or arrivals.stopped is not None:
+        return arrivals.stopped if arrivals is not None else "nothing reads it"
+    if rectifier.bounds is not None and rectifier.function == "clip":
+        return _unbounded(graph, rectifier, node)
+    return None
+
+
+def _unbounded(graph: Graph, clip: Node, norm: Node) -> str | None:
+    """Why the upper bound of a clip cannot be less for some channels."""
+    carrier = graph[clip.carrier] if clip.carrier is not None else None
+    if carrier is None or carrier.weight is None or carrier.weight.name is None:
+        return "no single product can carry its bounds"
+    out = _only(graph, carrier, "out", carrier.weight.name)
+    mine = _only(graph, norm, "variance")
+    if out is None or mine is None or out.layout != mine.layout:
+        return "its bounds would run along several axes"
+    return None
+
+
+def _reader(graph: Graph, norm: Node, product: Node) -> _Reader | str:
+    """How a product takes the constant, or why it does not."""
+    name, weight = product.name, product.weight
+    if name not in graph.selected:
+        return f"{name} is not selected"
+    if weight is None or weight.name is None:
+        return f"the weight of {name} is computed from parameters"
+    if product.shared or weight.stacked:
+        return f"the weight of {name} is stacked or used elsewhere too"
+    if inside := [r for r in product.region if r in LOOPS]:
+        return f"{name} runs inside a {inside[0]}"
+    if product.convolution is not None:
+        if any(d != 1 for d in product.convolution.input_dilation):
+            return f"{name} has a dilated input: its windows do not weigh alike"
+    into = _only(graph, product, "in")
+    mine = _only(graph, norm, "variance")
+    if into is None or mine is None:
+        return f"the channels that {name} reads are on no single axis"
+    groups = how_often(into.layout)
+    if any(groups[g] != 1 for g in how_often(mine.layout)):
+        return f"{name} does not read each of the channels once"
+    members = tuple(m for m in graph.members if m.node == name)
+    if product.bias is not None:
+        return _Reader(product, members, product.bias, 1)
+    behind = product.only_readers
+    after = graph[behind[0]] if behind is not None and len(behind) == 1 else None
+    told = after.norm if after is not None else None
+    if after is None or told is None or told.over != "stored" or not told.plain:
+        return f"{name} has no bias and no norm behind it"
+    direct = after.inputs[0].moves == () and not after.shared
+    out, at = _only(graph, product, "out"), _only(graph, after, "shift", told.mean)
+    if not direct or out is None or at is None or out.layout != at.layout:
+        return f"{name} has no bias, and the norm behind it is of other channels"
+    if after.name not in graph.selected:
+        return f"{after.name} is not selected"
+    assert told.mean is not None
+    return _Reader(product, members, told.mean, -1)
+
+
+def _only(
+    graph: Graph, node: Node, role: str, parameter: str | None = None
+) -> Member | None:
+    mine = [
+        m
+        for m in graph.members
+        if m.node == node.name
+        and m.role == role
+        and (parameter is None or m.parameter == parameter)
+    ]
+    return mine[0] if len(mine) == 1 else None
+
+
+def _check(graph: Graph, plan: _Plan, leaves: Mapping[str, Any]) -> None:
+    """Refuse what was asked for by name, and a tree that lacks what has to change."""
+    name = plan.rectifier.name
+    asked = {name, plan.norm.name} & graph.named
+    if plan.why is not None and asked:
+        raise ValueError(
+            f"jaxmet.{CALLER}: {asked.pop()!r} was asked for by name, and the channels of "
+            f"{name!r} cannot give anything: {plan.why}. Leave the name out of only(), or "
+            "select both sides."
+        )
+    if plan.why is not None:
+        return
+    norm = plan.of
+    parameters = [norm.mean, norm.variance, norm.scale, norm.bias, plan.bounds]
+    parameters += [p for r in plan.readers for p in (r.parameter, r.place)]
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if parameter not in leaves:
+            raise ValueError(
+                f"jaxmet.{CALLER}: the tree has no {parameter!r}, which has to follow the "
+                f"channels of {name!r}. Pass the whole variables that the graph was traced "
+                "with ({'params': …, 'batch_stats': …}), not the trained parameters alone."
+            )
+        if not jnp.issubdtype(leaves[parameter].dtype, jnp.floating):
+            raise ValueError(
+                f"jaxmet.{CALLER}: {parameter!r} has dtype {leaves[parameter].dtype}. "
+                "Absorb before weights become integers."
+            )
+
+
+# Moving
+
+
+def _absorb(
+    plan: _Plan, network: Network, work: dict[str, Any], n_sigma: float
+) -> dict[str, Any]:
+    """Change the leaves in `work`; what the report says of it."""
+    row: dict[str, Any] = {"rectifier": plan.rectifier.name, "norm": plan.norm.name}
+    if plan.why is not None:
+        return row | {"note": f"left alone: {plan.why}"}
+    tensor = network.made_by(plan.norm)
+    if isinstance(tensor, str):
+        return row | {"note": f"left alone: {tensor}"}
+    member = _only(network.graph, plan.norm, "variance")
+    assert member is not None
+    made = [Moments(*(v for v in tensor[g])) for g in _groups(member.layout)]
+    every = Moments(*(jnp.concatenate(v) for v in zip(*made, strict=True)))
+    upper = _upper(plan, work, every.mean)
+    c = absorbed(every.mean, every.variance, upper, n_sigma)
+    if is_concrete(c):
+        row |= {"channels": int(jnp.sum(c > 0)), "largest": float(jnp.max(c))}
+        if not row["channels"]:
+            return row | {"note": "nothing to absorb"}
+    assert plan.of.bias is not None
+    work[plan.of.bias] = _plus(work[plan.of.bias], -c)
+    if plan.bounds is not None:
+        leaf = _as_compressed(work[plan.bounds])
+        work[plan.bounds] = leaf.replace(upper=(upper - c).astype(_held(leaf, c)))
+    by_group = split(member.layout, Moments(c, c, c, c)) or {}
+    vectors = {g: x.mean for g, x in by_group.items()}
+    for reader in plan.readers:
+        _take(reader, vectors, work)
+    row["into"] = ", ".join(r.product.name for r in plan.readers)
+    row["padded"] = ", ".join(r.product.name for r in plan.readers if r.pads) or None
+    return row
+
+
+def _groups(layout: Layout) -> list[int]:
+    return list(how_often(layout))
+
+
+def _upper(plan: _Plan, work: Mapping[str, Any], like: jax.Array) -> jax.Array:
+    """The rectifier's upper bound, channel by channel."""
+    bounds, stated = plan.rectifier.bounds, None
+    if plan.bounds is not None and is_compressed(work[plan.bounds]):
+        stated = work[plan.bounds].upper
+    own = bounds[1] if bounds is not None else np.inf
+    if stated is None:
+        return jnp.full_like(like, own)
+    return jnp.broadcast_to(jnp.asarray(stated).astype(like.dtype), like.shape)
+
+
+def _take(
+    reader: _Reader, vectors: Mapping[int, jax.Array], work: dict[str, Any]
+) -> None:
+    """Give one product what its inputs lost."""
+    leaf = work[reader.parameter]
+    weight = matrix(reader.members, leaf)
+    lost = spread(reader.inputs, vectors).astype(weight.dtype)
+    worth = shift_behind(weight, lost)
+    work[reader.place] = _plus(work[reader.place], reader.sign * worth)
+    if reader.pads:
+        leaf = _as_compressed(leaf)
+        before = leaf.input_offset
+        held = (
+            jnp.zeros_like(lost) if before is None else jnp.asarray(before, lost.dtype)
+        )
+        offset = held - lost
+        work[reader.parameter] = leaf.replace(input_offset=offset)
+
+
+def _plus(leaf: Any, change: jax.Array) -> Any:
+    array = jnp.asarray(dense(leaf))
+    dtype = wide(array.dtype, change.dtype)
+    new = array.astype(dtype) + change.astype(dtype).reshape(array.shape)
+    new = new.astype(array.dtype)
+    return leaf.replace(weight=new) if is_compressed(leaf) else new
+
+
+def _as_compressed(leaf: Any) -> Compressed:
+    return leaf if is_compressed(leaf) else Compressed(leaf)
+
+
+def _held(leaf: Compressed, c: jax.Array) -> Any:
+    return c.dtype if leaf.upper is None else leaf.upper.dtype
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    done = sum(row.get("into") is not None for row in rows)
+    return Table(
+        {c: [row.get(c) for row in rows] for c in COLUMNS},
+        title=f"{done} of {len(rows)} rectifiers behind a norm gave something",
+    )

@@ -1,0 +1,303 @@
+"""Batch norms' statistics measured again: after training, pruning or rounding."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.node import Node, Norm
+from jaxmet.engine.replay import Run
+from jaxmet.engine.segments import INLINED, Live, Segments, segments
+from jaxmet.numerics.moments import Measured, measure, merge
+from jaxmet.numerics.norm import norm_gain
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.table import Table
+
+CALLER = "reestimate_batch_norm"
+STORES = ("host", "device")
+
+
+@overload
+def reestimate_batch_norm(
+    params: Any,
+    graph: Graph,
+    batches: Any,
+    *,
+    inputs: Callable[[Any], Any] | None = ...,
+    store: str = ...,
+    progress: bool = ...,
+    with_report: Literal[False] = False,
+    **kwargs: Any,
+) -> Any: ...
+@overload
+def reestimate_batch_norm(
+    params: Any,
+    graph: Graph,
+    batches: Any,
+    *,
+    inputs: Callable[[Any], Any] | None = ...,
+    store: str = ...,
+    progress: bool = ...,
+    with_report: Literal[True],
+    **kwargs: Any,
+) -> tuple[Any, Table]: ...
+def reestimate_batch_norm(
+    params: Any,
+    graph: Graph,
+    batches: Any,
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    store: str = "host",
+    progress: bool = True,
+    with_report: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The statistics of every batch norm, measured over `batches` and put in the tree.
+
+    Mean and variance are those of all values of a channel over all batches: within them
+    and between them, whatever their sizes, divided by the number of values. Norms are
+    measured one after the other, each behind those already measured, so that afterwards
+    each stores the moments of what it really reads on this data in inference.
+
+    One float pass over the data: the model runs in pieces, each over all batches before the
+    next one, and the values between two pieces are kept for all batches, on the `'host'` or
+    on the `'device'` (`store`). So the memory it takes is that of the widest place of the
+    network, for all of the data.
+
+    A folded norm is measured as well. It then has a gain again wherever its old variance
+    was not that of the data, as the same norm would have had before folding; the report
+    says so, and `fold_batch_norm` moves it once more.
+
+    `inputs` picks from a batch what the model takes; keyword arguments go to the model. With
+    `with_report` also a Table: how far each norm's statistics moved, or why it was left
+    alone. Norms must be selected in `graph`.
+
+    Raises ValueError for norms that compute their statistics from the batch or whose
+    statistics are not in the tree, where `graph.only` named a norm that cannot be measured,
+    and where a norm reads NaN or infinity.
+
+    >>> params = jm.reestimate_batch_norm(params, graph, jm.stacked(images))
+    """
+    leaves = leaves_of(params, graph, CALLER)
+    if store not in STORES:
+        raise ValueError(
+            f"jaxmet.{CALLER}: store is {store!r}. It is 'host' or 'device': where the "
+            "values between two pieces of the model wait."
+        )
+    left = {n.name: why for n in _norms(graph) if (why := _unfit(graph, n, leaves))}
+    _check_named(graph, left)
+    norms = [n for n in _norms(graph) if n.name not in left]
+    read = as_batches(batches, CALLER, inputs=inputs)
+    rows = [{"norm": n, "note": f"left alone: {why}"} for n, why in left.items()]
+    if norms:
+        waiting = _Waiting(graph, norms, params, read, store, kwargs)
+        for number, node in enumerate(tqdm(norms, desc=CALLER, disable=not progress)):
+            found = waiting.measured(params, number)
+            new, row = _stored(node, leaves, found)
+            params = replace_leaves(params, new, caller=CALLER)
+            rows.append(row)
+    return (params, _table(rows)) if with_report else params
+
+
+# What can be measured
+
+
+def _norms(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if n.kind == "norm" and n.norm is not None]
+
+
+def _unfit(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
+    """Why a norm is left alone; refused where its statistics are not those of the tree."""
+    norm = node.norm
+    assert norm is not None
+    if node.name not in graph.selected:
+        return "not selected"
+    if norm.over == "batch":
+        raise ValueError(
+            f"jaxmet.{CALLER}: norm {node.name!r} computes its statistics from the batch, "
+            "as in training. Trace the model in inference mode, with train=False or "
+            "use_running_average=True."
+        )
+    if norm.over == "data":
+        return "a norm over the data"
+    if norm.over == "constant":
+        return "its statistics are constants that apply closes over"
+    if not norm.plain or norm.mean is None or norm.variance is None:
+        return "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
+    if inside := [r for r in node.region if r not in INLINED]:
+        return f"it runs inside a {inside[-1]}"
+    if {norm.mean, norm.variance} & set(node.shared):
+        return "its statistics are used elsewhere too"
+    for name in (norm.mean, norm.variance):
+        if name not in leaves:
+            raise ValueError(
+                f"jaxmet.{CALLER}: the tree has no {name!r}, a statistic of norm "
+                f"{node.name!r}. Pass the whole variables that the graph was traced with "
+                "({'params': …, 'batch_stats': …}), not the trained parameters alone."
+            )
+    if len(node.features) > 1:
+        return "its statistics run along several axes"
+    return None
+
+
+def _check_named(graph: Graph, left: Mapping[str, str]) -> None:
+    for name in sorted(graph.named & left.keys()):
+        raise ValueError(
+            f"jaxmet.{CALLER}: norm {name!r} was asked for by name and cannot be measured: "
+            f"{left[name]}. Leave it out: graph.without({name!r})."
+        )
+
+
+# Measuring
+
+
+class _Waiting:
+    """All batches, each with the values that wait before the next norm to be measured."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        norms: Sequence[Node],
+        params: Any,
+        batches: Any,
+        store: str,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.graph, self.kwargs, self.store = graph, kwargs, store
+        self.norms = [n.name for n in norms]
+        self.cuts = [_before(graph, name) for name in self.norms]
+        self.seen: dict[str, Measured] = {}
+        self.programs: dict[Any, tuple[Segments, list[Any]]] = {}
+        self.live = [self.begun(params, batch) for batch in batches]
+
+    def begun(self, params: Any, batch: tuple[Any, ...]) -> tuple[Any, Live]:
+        """The kind of a batch, which has programs of its own, and its first values."""
+        shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(batch)]
+        kind = (str(jax.tree.structure(batch)), tuple(shapes))
+        if kind not in self.programs:
+            pieces = segments(
+                self.graph,
+                params,
+                *batch,
+                cuts=list(dict.fromkeys(self.cuts)),
+                hook=self.hook,
+                **self.kwargs,
+            )
+            steps = [jax.jit(self.step(pieces, i)) for i in range(len(self.norms))]
+            self.programs[kind] = pieces, steps
+        return kind, self.kept(self.programs[kind][0].begin(*batch, **self.kwargs))
+
+    def hook(self, node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
+        if node.name in self.norms:
+            self.seen[node.name] = measure(operands[0], node.features)
+        return run(*operands), None
+
+    def step(self, pieces: Segments, number: int) -> Callable:
+        """From values before one norm's cut to those before the next, and its moments."""
+        names = [piece.name for piece in pieces]
+        last = names.index(self.cuts[number])
+        first = names.index(self.cuts[number - 1]) + 1 if number else 0
+
+        def run(params: Any, live: Live) -> tuple[Live, Measured]:
+            for i in range(first, last + 1):
+                live = pieces[i](params, live)
+            self.seen.clear()
+            pieces[last + 1](
+                params, live
+            )  # what the norm's moments do not need is dropped
+            found = self.seen[self.norms[number]]
+            self.seen.clear()
+            return live, found
+
+        return run
+
+    def measured(self, params: Any, number: int) -> Measured:
+        """The moments of what one norm reads, over all batches."""
+        total: Measured | None = None
+        for i, (kind, live) in enumerate(self.live):
+            live, found = self.programs[kind][1][number](params, live)
+            self.live[i] = kind, self.kept(live)
+            total = found if total is None else merge(total, found)
+        assert total is not None
+        return total
+
+    def kept(self, live: Live) -> Live:
+        concrete = all(is_concrete(x) for x in jax.tree.leaves(live))
+        return jax.device_get(live) if self.store == "host" and concrete else live
+
+
+def _before(graph: Graph, norm: str) -> str:
+    """The last node before a norm behind which the program can be cut."""
+    before: Iterator[str] = (
+        n.name for n in graph.nodes if not [r for r in n.region if r not in INLINED]
+    )
+    found = ""
+    for name in before:
+        if name == norm:
+            break
+        found = name
+    return found
+
+
+# Storing
+
+
+def _stored(
+    node: Node, leaves: Mapping[str, Any], found: Measured
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A norm's new leaves, and what the report says of it."""
+    norm = node.norm
+    assert norm is not None and norm.mean is not None and norm.variance is not None
+    old = [jnp.asarray(leaves[n]) for n in (norm.mean, norm.variance)]
+    values = (found.moments.mean, found.moments.variance)
+    new = [v.reshape(o.shape).astype(o.dtype) for v, o in zip(values, old, strict=True)]
+    row: dict[str, Any] = {"norm": node.name}
+    if all(is_concrete(v) for v in (*new, *old)):
+        if not all(bool(jnp.all(jnp.isfinite(v))) for v in new):
+            raise ValueError(
+                f"jaxmet.{CALLER}: norm {node.name!r} reads NaN or infinity. Either a batch "
+                "holds them, or the model overflows there: clean the data, or measure in "
+                "float32."
+            )
+        row |= _moved(old, new)
+        if _is_identity(norm, leaves, old[1]):
+            row["note"] = "was folded: fold it again"
+    return {norm.mean: new[0], norm.variance: new[1]}, row
+
+
+def _moved(old: Sequence[jax.Array], new: Sequence[jax.Array]) -> dict[str, float]:
+    """How far the mean moved, in old standard deviations, and by what the variance grew."""
+    (mean, variance), (now, spread) = old, new
+    alive = variance > 0
+    sigma = jnp.sqrt(jnp.where(alive, variance, 1.0))
+    apart = jnp.where(alive, jnp.abs(now - mean) / sigma, 0.0)
+    ratio = jnp.where(alive, spread / jnp.where(alive, variance, 1.0), 1.0)
+    return {
+        "mean moved": float(jnp.max(apart)),
+        "variance min": float(jnp.min(ratio)),
+        "variance max": float(jnp.max(ratio)),
+    }
+
+
+def _is_identity(norm: Norm, leaves: Mapping[str, Any], variance: jax.Array) -> bool:
+    """Whether a norm's gain was one, as folding leaves it."""
+    scale = None
+    if norm.scale is not None:
+        scale = jnp.asarray(leaves[norm.scale]).reshape(-1).astype(variance.dtype)
+    gain = norm_gain(variance.reshape(-1), scale, norm.epsilon)
+    near = 4 * float(jnp.finfo(variance.dtype).eps)
+    return bool(jnp.all(jnp.abs(gain - 1.0) <= near))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    done = sum("mean moved" in row for row in rows)
+    columns = ("norm", "mean moved", "variance min", "variance max", "note")
+    return Table(
+        {c: [row.get(c) for row in rows] for c in columns},
+        title=f"{done} of {len(rows)} norms measured",
+    )
