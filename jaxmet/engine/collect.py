@@ -12,6 +12,7 @@ from jaxmet.engine.replay import Hook, evaluate
 from jaxmet.tree.batches import Batches, Stacked
 
 Merge = Callable[[Any, Any], Any]
+Observer = Callable[[Hook], Callable]
 
 
 def collect(
@@ -23,13 +24,15 @@ def collect(
     *,
     caller: str,
     progress: bool = True,
+    observer: Observer | None = None,
     **kwargs: Any,
 ) -> Any:
     """Merge what a hook observes over all batches: `{node name: statistics}`.
 
     `merge(one, two)` is associative and takes the whole dict. Stacked data runs through
     `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
-    batch compiles once more. Raises ValueError where a batch runs other nodes than those
+    batch compiles once more. `observer(hook)(params, *batch)` is what is merged, by default the
+    hook's statistics. Raises ValueError where a batch runs other nodes than those
     that the graph was traced with.
     """
     seen: dict[str, None] = {}
@@ -38,8 +41,11 @@ def collect(
         seen[node.name] = None
         return hook(node, run, operands)
 
+    of_one = statistics_of(graph) if observer is None else observer
+    of_batch = of_one(watching)
+
     def observe(params: Any, *batch: Any) -> Any:
-        return evaluate(graph.apply, watching)(params, *batch, **kwargs)[1]
+        return of_batch(params, *batch, **kwargs)
 
     def chunk(params: Any, batch: Any) -> Any:
         if jax.tree.leaves(batch)[0].shape[0] == 1:
@@ -61,12 +67,22 @@ def collect(
             except (TypeError, ValueError, AttributeError) as error:
                 if str(error).startswith("jaxmet."):
                     raise
-                raise ValueError(_refused(caller, part, error)) from error
+                raise ValueError(refused(caller, part, error)) from error
             if seen:  # traced for this shape
                 _check_nodes(graph, seen, caller)
             total = found if total is None else merged(total, found)
             bar.update(count)
     return total
+
+
+def statistics_of(graph: Graph) -> Observer:
+    """What a hook observes while the model runs on a batch."""
+
+    def observer(hook: Hook) -> Callable:
+        run = evaluate(graph.apply, hook)
+        return lambda params, *batch, **kwargs: run(params, *batch, **kwargs)[1]
+
+    return observer
 
 
 def _chunks(batches: Batches) -> Any:
@@ -85,7 +101,8 @@ def _chunks(batches: Batches) -> Any:
         yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
 
 
-def _refused(caller: str, batch: tuple, error: Exception) -> str:
+def refused(caller: str, batch: tuple, error: Exception) -> str:
+    """What to say where the model raised for a batch."""
     said = str(error).split("\n")[0].rstrip(".")
     return (
         f"jaxmet.{caller}: the model did not accept a batch of {len(batch)} inputs: {said}. "

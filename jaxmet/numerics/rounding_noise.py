@@ -1,19 +1,19 @@
 r"""Channel scales that make the noise of rounding small beside the signal.
 
-Dividing channels by $s$ changes the steps of all grids. With $x_i$, $W_{io}$ and $y_o$ an
-input, the window of weights and an output in original units, rounding adds to $y_o$ a
-noise of variance
+Dividing channels by $s$ changes the steps of all grids. With $x_i$ and $W_{io}$ an input and
+the window of weights to an output, in original units, let an error of variance one of each
+weight of the window disturb the outputs of the network by $G_{io}$, and one of the input by
+$C_i$, as shares of the signal. Rounding then adds
 
-$$N_o = s_o^2 \frac{\Delta_w^2}{12} \sum_i \frac{E\|x_i\|^2}{s_i^2}
-      + \frac{\Delta_a^2}{12} \sum_i \|W_{io}\|^2 s_i^2,$$
+$$N = \frac{\Delta_w^2}{12} \sum_{io} G_{io} \frac{s_o^2}{s_i^2}
+      + \frac{\Delta_a^2}{12} \sum_i C_i s_i^2,$$
 
 $$\Delta_w = \frac{\max_{io} |W_{io}| s_i / s_o}{2^{b-1}-1}, \qquad
 \Delta_a = \frac{\max_i x_i / s_i - \min_i x_i / s_i}{2^b-1},$$
 
 where a weight with one grid an output has $\Delta_{w,o}$, the maximum over $i$ alone, and
-$s_o$ cancels. The objective is the sum over layers of the mean of $N_o/\mathrm{Var}\,y_o$
-over the outputs. Each term is an exponential of sums and maxima of $\log s$: its logarithm
-is convex in $\log s$, and so is that of the sum.
+$s_o$ cancels. The objective is the sum over layers. Each term is an exponential of sums and
+maxima of $\log s$: its logarithm is convex in $\log s$, and so is that of the sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmet.numerics.minimise import lbfgs
 from jaxmet.numerics.scaling import Layers, log_scales
 
-SHARPNESS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+SHARPNESS = (4.0, 8.0, 16.0, 32.0)  # beyond, too many weights share one rounding error
 EVALUATIONS = 100  # at each
 REACH = 30.0  # of sharpness times the change of a log scale: exp of it is a float
 FAINTEST = -60.0  # log of what stands for nothing, beside the largest of its kind
@@ -37,20 +37,17 @@ FAINTEST = -60.0  # log of what stands for nothing, beside the largest of its ki
 class NoisyLayers(NamedTuple):
     r"""Layers, and logarithms of what is known of them in original units.
 
-    `power` is $E\|x_i\|^2$ summed over the window, `high` and `low` how far $x_i$ reaches
-    above and below zero, `cost` the mean over all outputs of
-    $\|W_{io}\|^2/\mathrm{Var}\,y_o$, `share` that of $1/\mathrm{Var}\,y_o$.
-    `weight_step` is $-\log 12(2^{b-1}-1)^2$ of the weight and `input_step`
-    $-\log 12(2^b-1)^2$ of the input, -inf for what is not quantized. `per_channel` says
-    which weights have one grid an output.
+    `gains[k][l, g, i, o]` is $G_{io}$ of the layers of one shape, `high` and `low` how far
+    $x_i$ reaches above and below zero, `cost` is $C_i$. `weight_step` is
+    $-\log 12(2^{b-1}-1)^2$ of the weight and `input_step` $-\log 12(2^b-1)^2$ of the input,
+    -inf for what is not quantized. `per_channel` says which weights have one grid an output.
     """
 
     layers: Layers
-    power: Float[Array, " ins"]
+    gains: tuple[Float[Array, "_ _ _ _"], ...]
     high: Float[Array, " ins"]
     low: Float[Array, " ins"]
     cost: Float[Array, " ins"]
-    share: Float[Array, " outs"]
     weight_step: Float[np.ndarray, " layers"]
     input_step: Float[np.ndarray, " layers"]
     per_channel: Bool[np.ndarray, " layers"]
@@ -83,37 +80,51 @@ class _Places(NamedTuple):
 class _Shifts(NamedTuple):
     """The largest exponents of each layer, which keep sums of exponentials in range."""
 
-    power: jax.Array
-    share: jax.Array
+    gain: jax.Array
     cost: jax.Array
     step: jax.Array
     high: jax.Array
     low: jax.Array
 
 
+class _Near(NamedTuple):
+    """The gains of all layers as they are at some scales, in units of their largest."""
+
+    gains: tuple[jax.Array, ...]
+    ins: jax.Array
+    makes: jax.Array
+
+
 def noisy(
     layers: Layers,
+    gains: Sequence[Float[Array, "_ _ _ _"]],
     by_input: Sequence[Float[Array, " ins"]],
-    share: Float[Array, " outs"],
     weight_step: Float[np.ndarray, " layers"],
     input_step: Float[np.ndarray, " layers"],
     per_channel: Bool[np.ndarray, " layers"],
 ) -> NoisyLayers:
-    """The logarithms of power, high, low and cost by input and of share by output.
+    """The logarithms of gains, and of reach up and down and cost by input.
 
     Zero becomes next to nothing beside the largest value of its layer.
     """
     at = _places(layers)
+    faintest = float(np.exp(FAINTEST))
 
-    def log_or_faint(x: jax.Array, layer: np.ndarray) -> jax.Array:
-        largest = _largest(x, layer)
-        unit = jnp.where(largest > 0, largest, 1.0)[layer]
-        return jnp.log(jnp.maximum(x / unit, float(np.exp(FAINTEST)))) + jnp.log(unit)
+    def log_or_faint(x: jax.Array, unit: jax.Array) -> jax.Array:
+        unit = jnp.where(unit > 0, unit, 1.0)
+        return jnp.log(jnp.maximum(x / unit, faintest)) + jnp.log(unit)
 
-    power, high, low, cost = (log_or_faint(v, at.input_layer) for v in by_input)
-    share = log_or_faint(share, at.output_layer)
+    def of_input(x: jax.Array) -> jax.Array:
+        return log_or_faint(x, _largest(x, at.input_layer)[at.input_layer])
+
+    logs = [log_or_faint(g, jnp.max(g, (1, 2, 3), keepdims=True)) for g in gains]
     return NoisyLayers(
-        layers, power, high, low, cost, share, weight_step, input_step, per_channel
+        layers,
+        tuple(logs),
+        *map(of_input, by_input),
+        weight_step,
+        input_step,
+        per_channel,
     )
 
 
@@ -133,9 +144,9 @@ def minimise_noise(
     r"""Log scales of little noise, from `start`; what is not `free` keeps its scale.
 
     Maxima become $\frac1\beta\log\sum\exp\beta(\cdot)$ with growing $\beta$, and each such
-    problem gets a few steps of L-BFGS; with no `evaluations` nothing moves. Over the many
-    inputs of a layer the sum is a product with a matrix made once for each $\beta$, so a
-    step costs what the products of those matrices and one vector do.
+    problem gets a few steps of L-BFGS; with no `evaluations` nothing moves. Sums over the many
+    weights of a layer are products with matrices made once for each $\beta$, so a step costs
+    what the products of two matrices and a vector do.
     """
     bound = float(np.log(limit))
     lowest, highest = jnp.where(free, -bound, start), jnp.where(free, bound, start)
@@ -144,7 +155,7 @@ def minimise_noise(
         x, best = state
         sharpness, allowed = now
         tops = _tops(noisy, x)
-        value, shifts = _exact(noisy, x, tops)
+        value, shifts, near = _exact(noisy, x, tops)
         first = jnp.isinf(best.log_noise_before)
         before = jnp.where(first, value, best.log_noise_before)
         wins = value < best.log_noise
@@ -153,7 +164,7 @@ def minimise_noise(
         best = jax.tree.map(lambda a, b: jnp.where(wins, a, b), here, best)
         reach = REACH / sharpness
         x = lbfgs(
-            _smooth(noisy, x, tops, shifts, sharpness),
+            _smooth(noisy, x, tops, shifts, near, sharpness),
             x,
             jnp.maximum(lowest, x - reach),
             jnp.minimum(highest, x + reach),
@@ -207,21 +218,33 @@ def _tops(noisy: NoisyLayers, x: jax.Array) -> jax.Array:
 
 def _exact(
     noisy: NoisyLayers, x: jax.Array, tops: jax.Array
-) -> tuple[jax.Array, _Shifts]:
-    """The log of the objective, and the largest exponents in it."""
+) -> tuple[jax.Array, _Shifts, _Near]:
+    """The log of the objective, the largest exponents in it, and the gains."""
     at = _places(noisy.layers)
     ins, outs = (log_scales(x, i) for i in noisy.layers[1:])
     makes = jnp.where(noisy.per_channel[at.output_layer], tops, outs)
+    each = zip(
+        noisy.gains,
+        noisy.layers.by_input(ins),
+        noisy.layers.by_output(makes),
+        strict=True,
+    )
+    moved = [g + 2 * (o[:, :, None] - i[..., None]) for g, i, o in each]
+    shift = [jnp.max(g, (1, 2, 3)) for g in moved]
+    near = [
+        jnp.exp(g - v[:, None, None, None]) for g, v in zip(moved, shift, strict=True)
+    ]
     shifts = _Shifts(
-        power=_largest(noisy.power - 2 * ins, at.input_layer),
-        share=_largest(noisy.share + 2 * makes, at.output_layer),
+        gain=jnp.concatenate(shift),
         cost=_largest(noisy.cost + 2 * ins, at.input_layer),
         step=_largest(tops - outs, at.output_layer),
         high=_largest(noisy.high - ins, at.input_layer),
         low=_largest(noisy.low - ins, at.input_layer),
     )
     reach = jnp.logaddexp(shifts.high, shifts.low)
-    return _total(noisy, at, ins, outs, tops, shifts.step, reach, shifts), shifts
+    found = _Near(tuple(near), ins, makes)
+    total = _total(noisy, at, ins, makes, shifts.step, reach, shifts, found)
+    return total, shifts, found
 
 
 def _smooth(
@@ -229,6 +252,7 @@ def _smooth(
     x: jax.Array,
     tops: jax.Array,
     shifts: _Shifts,
+    near: _Near,
     sharpness: jax.Array,
 ) -> Callable[[jax.Array], jax.Array]:
     """The objective with soft maxima, for scales near `x`."""
@@ -248,43 +272,48 @@ def _smooth(
     def function(new: jax.Array) -> jax.Array:
         ins, outs = (log_scales(new, i) for i in layers[1:])
         moved = layers.by_input(jnp.exp(sharpness * (ins - old)))
-        total = [
-            jnp.einsum("lgio,lgi->lgo", m, v, precision="highest").reshape(-1)
-            for m, v in zip(matrices, moved, strict=True)
-        ]
-        soft_tops = tops + jnp.log(jnp.concatenate(total) + 1e-30) / sharpness
+        total = _over_inputs(matrices, moved)
+        soft_tops = tops + jnp.log(total + 1e-30) / sharpness
         step = soft(soft_tops - outs, at.output_layer, shifts.step)
         high = soft(noisy.high - ins, at.input_layer, shifts.high)
         low = soft(noisy.low - ins, at.input_layer, shifts.low)
         reach = jnp.logaddexp(high, low)
-        return _total(noisy, at, ins, outs, soft_tops, step, reach, shifts)
+        makes = jnp.where(noisy.per_channel[at.output_layer], soft_tops, outs)
+        return _total(noisy, at, ins, makes, step, reach, shifts, near)
 
     return function
+
+
+def _over_inputs(
+    matrices: Sequence[jax.Array], vectors: Sequence[jax.Array]
+) -> jax.Array:
+    """Products of matrices (layers, groups, ins, outs) and vectors of inputs, in a row."""
+    pairs = zip(matrices, vectors, strict=True)
+    each = [jnp.einsum("lgio,lgi->lgo", m, v, precision="highest") for m, v in pairs]
+    return jnp.concatenate([one.reshape(-1) for one in each])
 
 
 def _total(
     noisy: NoisyLayers,
     at: _Places,
     ins: jax.Array,
-    outs: jax.Array,
-    tops: jax.Array,
+    makes: jax.Array,
     step: jax.Array,
     reach: jax.Array,
     shifts: _Shifts,
+    near: _Near,
 ) -> jax.Array:
-    """The log of the sum over layers of the noise of weights and of inputs."""
+    """The log of the sum over layers of the noise of weights and of inputs.
 
-    def exponentials(v: jax.Array, layer: np.ndarray, shift: jax.Array) -> jax.Array:
-        return jnp.exp(v - shift[layer])
-
-    makes = jnp.where(noisy.per_channel[at.output_layer], tops, outs)
-    made = exponentials(noisy.share + 2 * makes, at.output_layer, shifts.share)
-    read = exponentials(noisy.power - 2 * ins, at.input_layer, shifts.power)
-    both = _sums(made, at.output_group) * _sums(read, at.input_group)
-    weights = jnp.log(_sums(both, at.group_layer)) + shifts.share + shifts.power
+    `makes` is what multiplies the error of a weight on its way out: the scale of the output,
+    or, with one grid an output, the largest weight.
+    """
+    read = noisy.layers.by_input(jnp.exp(2 * (near.ins - ins)))
+    made = jnp.exp(2 * (makes - near.makes)) * _over_inputs(near.gains, read)
+    weights = jnp.log(_sums(made, at.output_layer)) + shifts.gain
     weights = weights + jnp.where(noisy.per_channel, 0.0, 2 * step)
-    cost = exponentials(noisy.cost + 2 * ins, at.input_layer, shifts.cost)
-    inputs = jnp.log(_sums(cost, at.input_layer)) + shifts.cost + 2 * reach
+    lifted = jnp.exp(noisy.cost + 2 * ins - shifts.cost[at.input_layer])
+    inputs = jnp.log(_sums(lifted, at.input_layer)) + shifts.cost + 2 * reach
     known = [noisy.weight_step, noisy.input_step]
     steps = jnp.asarray(np.concatenate(known), weights.dtype)
     return logsumexp(steps + jnp.concatenate([weights, inputs]))

@@ -257,11 +257,22 @@ def rescaled(
             if norm is None or norm.scale is None:
                 continue  # its gain has to stay, and is made of the variance alone
         factor = _factor(channels, member, scale, leaf)
-        found[member.parameter] = _times(leaf, factor, POWERS[member.role])
+        leaf = _times(leaf, factor, POWERS[member.role])
+        if member.role == "in" and is_compressed(leaf):
+            leaf = _offset_kept(leaf, scales_along(channels, member.layout, scale))
+        found[member.parameter] = leaf
     for member in channels.graph.members:
         if member.role == "scale" and channels.touched(member):
             found[member.parameter] = _gain_kept(channels, member, leaves, found)
     return found
+
+
+def _offset_kept(leaf: Compressed, scales: jax.Array) -> Compressed:
+    """A leaf whose inputs were divided by scales, as what pads them has to be."""
+    if leaf.input_offset is None:
+        return leaf
+    offset = jnp.asarray(leaf.input_offset)
+    return leaf.replace(input_offset=offset / scales.astype(offset.dtype))
 
 
 def scales_along(channels: Channels, layout: Layout, scale: jax.Array) -> jax.Array:

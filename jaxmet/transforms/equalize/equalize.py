@@ -11,7 +11,7 @@ import numpy as np
 from jaxmet.engine.channels import Group
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.numerics.rounding_noise import EVALUATIONS, minimise_noise
+from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
 from jaxmet.transforms.equalize.channels import (
     Channels,
@@ -23,6 +23,8 @@ from jaxmet.transforms.equalize.channels import (
     stacks,
     with_bounds,
 )
+from jaxmet.transforms.equalize.expected import expected
+from jaxmet.transforms.equalize.measured import Seen, measured
 from jaxmet.transforms.equalize.noise import noisy_layers
 from jaxmet.transforms.equalize.plan import (
     Plan,
@@ -31,7 +33,7 @@ from jaxmet.transforms.equalize.plan import (
     check_options,
     make_plan,
 )
-from jaxmet.transforms.equalize.statistics import Observed, measured, predicted
+from jaxmet.transforms.equalize.statistics import predicted
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.names import replace_leaves
@@ -163,30 +165,30 @@ class Task:
         return self.applied(old, found.x), Outcome(*found)
 
     def by_noise(
-        self, old: Mapping[str, Any], seen: dict[str, Observed] | None
+        self, old: Mapping[str, Any], seen: dict[str, Seen] | None
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with little rounding noise."""
         layers = self.layers(old)
-        known = predicted(self.channels, old, self.weights) if seen is None else seen
+        known = self.foreseen(old) if seen is None else seen
         informed = jnp.asarray(self.informed(known))
         noisy = noisy_layers(self.channels, self.weights, old, known, self.config)
         ranges = self.balanced(layers)
         zero = jnp.zeros_like(ranges.x)
         free = informed & alive(layers, zero)
-        starts = jnp.stack([ranges.x, jnp.where(free, zero, ranges.x), zero])
-        turns = jnp.asarray([EVALUATIONS, EVALUATIONS, 0])  # the last is only looked at
-        every = jax.lax.map(
-            lambda one: minimise_noise(
-                noisy, one[0], free, limit=self.max_scale, evaluations=one[1]
-            ),
-            (starts, turns),
-        )
-        best = jnp.argmin(every.log_noise[:2])
-        x = self.common_factors(every.x[best], ranges.x, free)
-        before = every.log_noise_before
-        noise = (before[2], before[0], every.log_noise[best])
+        mixed = jnp.where(free, zero, ranges.x)
+        before, level = log_noise(noisy, zero), log_noise(noisy, ranges.x)
+        # Convex in log s: where the search begins decides only how soon it ends.
+        start = jnp.where(level < log_noise(noisy, mixed), ranges.x, mixed)
+        best = minimise_noise(noisy, start, free, limit=self.max_scale)
+        x = self.common_factors(best.x, ranges.x, free)
+        noise = (before, level, best.log_noise)
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
+
+    def foreseen(self, old: Mapping[str, Any]) -> dict[str, Seen]:
+        """What the norms tell."""
+        observed = predicted(self.channels, old, self.weights)
+        return expected(self.channels, self.weights, old, observed)
 
     def common_factors(
         self, x: jax.Array, ranges: jax.Array, free: jax.Array
@@ -227,7 +229,7 @@ class Task:
             new |= _bounded(self.channels, node, {**old, **new}, x, self.plan.clip)
         return new
 
-    def informed(self, known: Mapping[str, Observed]) -> np.ndarray:
+    def informed(self, known: Mapping[str, Seen]) -> np.ndarray:
         """Which channels have products of known statistics on both sides."""
         groups = [
             g for g in self.plan.free if set(g.makers) | set(g.readers) <= known.keys()
