@@ -1,0 +1,1 @@
+"""EfficientNet-Lite: the networks, their trained weights, pictures and figures of merit."""
