@@ -281,7 +281,6 @@ NAN = np.full_like(X, np.nan)
             {},
             r"a batch of 2 inputs.*inputs=lambda batch: batch\[0\]",
         ),
-        (jax.ShapeDtypeStruct(X.shape, X.dtype), {}, r"batches"),
         (
             [{"image": X}],
             {},

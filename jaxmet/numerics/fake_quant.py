@@ -108,7 +108,7 @@ def _compute(
 
 def _abstract(x: Any, *grid: Any, **params: Any) -> Any:
     # What the implementation's own trace says, sharding and varying axes included.
-    traced = jax.make_jaxpr(lambda *args: _compute(*args, **params))(x, *grid)
+    traced = jax.make_jaxpr(lambda *args: _compiled(*args, **params))(x, *grid)
     return traced.out_avals[0]
 
 
@@ -160,7 +160,8 @@ def _to_front(a: jax.Array, dim: int | None) -> jax.Array:
     return lax.transpose(a, (dim, *(i for i in range(a.ndim) if i != dim)))
 
 
-fake_quant_p.def_impl(jax.jit(_compute, static_argnames=("axis", "block")))
+_compiled = jax.jit(_compute, static_argnames=("axis", "block"))
+fake_quant_p.def_impl(_compiled)
 fake_quant_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[fake_quant_p] = _jvp
 batching.primitive_batchers[fake_quant_p] = _batch

@@ -5,7 +5,9 @@ asymmetric grid is stored unsigned, $q \in [0, 2^b-1]$, and $z$ is the integer t
 stands for zero; a symmetric grid has $z = 0$.
 """
 
-from typing import TypeAlias
+import functools
+import math
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,7 @@ def grid_of_range(
     return grid_between(minimum, maximum, *ends, symmetric=symmetric)
 
 
+@functools.partial(jax.jit, static_argnames="symmetric")
 def grid_between(
     minimum: Numbers, maximum: Numbers, low: Numbers, high: Numbers, *, symmetric: bool
 ) -> Extremes:
@@ -102,18 +105,40 @@ def minmax(
     The results keep the rank of `x`. With `block`, `block_axis` keeps one pair for
     each `block` neighbours. Half precision is reduced in float32.
     """
+    x, others, within = _grouped(x, axis, block, block_axis)
+    least, most = jnp.min(x, others, keepdims=True), jnp.max(x, others, keepdims=True)
+    return (least, most) if within is None else (least[within], most[within])
+
+
+def groups_of(
+    x: Float[Array, "..."] | Float[np.ndarray, "..."],
+    axis: tuple[int, ...] | None = None,
+    *,
+    block: int | None = None,
+    block_axis: int | None = None,
+) -> tuple[Float[Array, "groups n"], tuple[int, ...]]:
+    """The values whose range `minmax` takes, a row a range; and the shape of the result."""
+    x, others, within = _grouped(x, axis, block, block_axis)
+    kept = [a for a in range(x.ndim) if a not in others]
+    number = math.prod(x.shape[a] for a in kept)
+    shape = tuple(1 if a in others else n for a, n in enumerate(x.shape))
+    if within is not None:
+        shape = (*shape[: len(within) - 1], *shape[len(within) :])
+    return jnp.transpose(x, (*kept, *others)).reshape(number, -1), shape
+
+
+def _grouped(
+    x: Any, axis: tuple[int, ...] | None, block: int | None, block_axis: int | None
+) -> tuple[jax.Array, tuple[int, ...], tuple[Any, ...] | None]:
+    """The array with blocks apart, the axes that share a range, and what undoes both."""
     x = _float(x)
     kept = {a % x.ndim for a in axis or ()}
     if block is None or block_axis is None:
-        others = tuple(a for a in range(x.ndim) if a not in kept)
-        return jnp.min(x, others, keepdims=True), jnp.max(x, others, keepdims=True)
+        return x, tuple(a for a in range(x.ndim) if a not in kept), None
     at = block_axis % x.ndim
     blocks = x.reshape(split_shape(x.shape, at, block))
     others = (*(a + (a > at) for a in range(x.ndim) if a not in kept | {at}), at + 1)
-    return tuple(  # pyright: ignore[reportReturnType]
-        jnp.squeeze(reduce(blocks, others, keepdims=True), at + 1)
-        for reduce in (jnp.min, jnp.max)
-    )
+    return blocks, others, (*(slice(None),) * (at + 1), 0)
 
 
 def split_shape(shape: tuple[int, ...], axis: int, block: int) -> tuple[int, ...]:

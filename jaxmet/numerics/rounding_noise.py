@@ -118,13 +118,9 @@ def noisy(
         return log_or_faint(x, _largest(x, at.input_layer)[at.input_layer])
 
     logs = [log_or_faint(g, jnp.max(g, (1, 2, 3), keepdims=True)) for g in gains]
+    high, low, cost = map(of_input, by_input)
     return NoisyLayers(
-        layers,
-        tuple(logs),
-        *map(of_input, by_input),
-        weight_step,
-        input_step,
-        per_channel,
+        layers, tuple(logs), high, low, cost, weight_step, input_step, per_channel
     )
 
 

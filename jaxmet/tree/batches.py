@@ -211,8 +211,10 @@ def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
             )
         if not is_concrete(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
             continue
-        finite = np.isfinite(x) if isinstance(x, np.ndarray) else jnp.isfinite(x)
-        if not bool(finite.all()):
+        with jax.ensure_compile_time_eval():  # under jit the batches may be constants
+            finite = np.isfinite(x) if isinstance(x, np.ndarray) else jnp.isfinite(x)
+            fine = bool(finite.all())
+        if not fine:
             raise ValueError(
                 f"jaxmet.{function}: {name} of the first batch has NaN or infinite "
                 "values. Clean the data first."

@@ -5,10 +5,10 @@ import enum
 from collections.abc import Iterable
 from typing import Any
 
+from jaxmet.numerics.calibrators import CALIBRATORS, is_percentile
 from jaxmet.numerics.grid import check_bits
 from jaxmet.tree.names import match
 
-CALIBRATORS = ("minmax", "percentile", "mse", "sqnr", "entropy")
 PLACEMENTS = ("operations", "products")
 BIASES = ("float", "int32")
 KINDS = ("weight", "activation", "bias")
@@ -34,6 +34,7 @@ class Settings:
     per_channel: bool
     block: int | None
     calibrator: str
+    percentile: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Rule:
     symmetric_activations: bool | _Keep = KEEP
     weight_range: str | _Keep = KEEP
     activation_range: str | _Keep = KEEP
+    percentile: float | int | _Keep = KEEP
     bias: str | _Keep = KEEP
 
     def __post_init__(self) -> None:
@@ -84,6 +86,10 @@ class Rule:
 class QuantConfig:
     """How a model is quantized; the default is W8A8 with one weight scale a channel.
 
+    `weight_range` and `activation_range` say where a grid ends: 'minmax' at the smallest
+    and largest value; 'percentile' where `percentile` percent of the values lie below and
+    as many above the other end; 'mse' and 'sqnr' where the squared error is least, with
+    clipping three times as dear in 'sqnr'; 'entropy' where the histogram changes least.
     `rules` are exceptions, applied in their order: the later one wins.
     """
 
@@ -95,6 +101,7 @@ class QuantConfig:
     symmetric_activations: bool = False
     weight_range: str = "minmax"
     activation_range: str = "minmax"
+    percentile: float | int = 99.99
     bias: str = "float"
     placement: str = "operations"
     rules: tuple[Rule, ...] | list[Rule] = ()
@@ -129,7 +136,9 @@ class QuantConfig:
         quantize = say["quantize"]
         if kind == "bias":
             quantize = quantize and say["bias"] == "int32"
-            return Settings(quantize, 32, True, say["per_channel"], None, "minmax")
+            return Settings(
+                quantize, 32, True, say["per_channel"], None, "minmax", 100.0
+            )
         is_weight = kind == "weight"
         return Settings(
             quantize=quantize,
@@ -140,6 +149,7 @@ class QuantConfig:
             per_channel=is_weight and say["per_channel"],
             block=say["block"] if is_weight else None,
             calibrator=say[f"{kind}_range"],
+            percentile=float(say["percentile"]),
         )
 
     def unused(self, names: Iterable[str]) -> list[Rule]:
@@ -169,6 +179,11 @@ def _check(fields: dict[str, Any], caller: str) -> None:
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {value!r}. It is one of "
                 f"{', '.join(map(repr, _CHOICES[name]))}."
+            )
+        elif name == "percentile" and not is_percentile(value):
+            raise ValueError(
+                f"jaxmet.{caller}: percentile is {value!r}. Give a number above 50, up to "
+                "100 for smallest to largest."
             )
         elif name == "block" and not (value is None or _is_block(value)):
             raise ValueError(

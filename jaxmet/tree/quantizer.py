@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmet.numerics.calibrators import CALIBRATORS, is_percentile, range_of
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, grid_ends
-from jaxmet.numerics.ranges import grid_between, minmax, regrid, round_through
+from jaxmet.numerics.ranges import grid_between, regrid, round_through
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import suggestion
 
@@ -28,10 +29,11 @@ class Grid(NamedTuple):
 class Quantizer:
     """One grid. Scale and zero point are leaves, everything else is static.
 
-    A `scale` of `None` follows the tensor: it is recomputed from the smallest and
-    largest value of what is quantized, and no gradient goes through it. Scales are
-    scalars, or have the rank of the tensor with size 1 on the axes they do not tell
-    apart. `axis` are the axes with scales of their own, and on `block_axis` each scale
+    A `scale` of `None` follows the tensor: it is recomputed from what is quantized, by
+    `calibrator` (a search, but for 'minmax' and 'percentile': `Quantizers.pin` does it
+    once), and no gradient goes through it. Scales are scalars, or have the rank of the
+    tensor with size 1 on the axes they do not tell apart. `axis` are the axes with
+    scales of their own, and on `block_axis` each scale
     serves `block` neighbours. The integers of a symmetric grid are signed or not; an
     asymmetric grid always starts at 0. With 32 bits nothing is rounded, and the scale
     remembers its range as a 16 bit grid would hold it. `product` names the weight and
@@ -48,6 +50,7 @@ class Quantizer:
     block: int | None = None
     block_axis: int | None = None
     calibrator: str = "minmax"
+    percentile: float | int = 99.99
     product: tuple[str, str] | None = None
     enabled: bool = True
 
@@ -71,8 +74,17 @@ class Quantizer:
         """
         low, high = self.ends if ends is None else (ends.low, ends.high)
         if self.scale is None:
-            axes = {"block": self.block, "block_axis": self.block_axis}
-            extremes = minmax(lax.stop_gradient(jnp.asarray(x)), self.axis, **axes)
+            extremes = range_of(
+                lax.stop_gradient(jnp.asarray(x)),
+                low,
+                high,
+                method=self.calibrator,
+                symmetric=self.symmetric,
+                percentile=self.percentile,
+                axis=self.axis,
+                block=self.block,
+                block_axis=self.block_axis,
+            )
             return grid_between(*extremes, low, high, symmetric=self.symmetric)
         scale = jnp.asarray(self.scale)
         if self.zero_point is None:
@@ -158,6 +170,16 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             )
     if "bits" in fields:
         check_bits(fields["bits"], caller="Quantizers.set")
+    if fields.get("calibrator", "minmax") not in CALIBRATORS:
+        raise ValueError(
+            f"jaxmet.Quantizers.set: calibrator is {fields['calibrator']!r}. It is one of "
+            f"{', '.join(map(repr, CALIBRATORS))}."
+        )
+    if not is_percentile(fields.get("percentile", 100)):
+        raise ValueError(
+            f"jaxmet.Quantizers.set: percentile is {fields['percentile']!r}. Give a number "
+            "above 50, up to 100 for smallest to largest."
+        )
 
 
 def granularity(q: Quantizer) -> str:

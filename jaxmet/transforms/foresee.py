@@ -1,0 +1,51 @@
+"""Ranges of activations without data: what norms say of the values behind them."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxmet.engine.graph import Graph
+from jaxmet.transforms.observe import Range
+from jaxmet.transforms.placement import Placement
+from jaxmet.transforms.statistics import node_moments
+
+N_SIGMA = 6.0
+"""Tails of trained networks are longer than a normal value's."""
+
+WHY = "no norm tells its range: give batches, or leave it in float"
+
+
+def foreseen_ranges(
+    graph: Graph, params: Any, placement: Placement
+) -> dict[str, Range]:
+    """A range for each node that owns a grid and whose values follow from norms.
+
+    The widest of its channels, each mean ± 6 standard deviations behind a norm and what the
+    layers between make of that; nodes that share a grid get one range.
+    """
+    known = node_moments(graph, params, n_sigma=N_SIGMA)
+    owners = {n: n for n in placement.activations} | placement.shared
+    found: dict[str, Range] = {}
+    for name, owner in owners.items():
+        if name not in known:
+            continue
+        low, high = float(np.min(known[name].low)), float(np.max(known[name].high))
+        if not np.isfinite([low, high]).all():
+            continue
+        before = found.get(owner, (low, high))
+        found[owner] = (
+            np.float32(min(low, before[0])),
+            np.float32(max(high, before[1])),
+        )
+    if placement.activations and not found:
+        raise ValueError(
+            "jaxmet.calibrate: without batches activation ranges come from batch norms, and "
+            f"no norm tells those of {_listed(placement.activations)}. Give "
+            "batches=jm.stacked(inputs, batch_size=32)."
+        )
+    return found
+
+
+def _listed(names: Any) -> str:
+    first = ", ".join(repr(name) for name in list(names)[:3])
+    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
