@@ -14,6 +14,7 @@ or all of it at once: `params, quantizers, table = jm.ptq(model.apply, params, b
 """
 
 from jaxmet import numerics as numerics
+from jaxmet.analysis.compare import compare as compare
 from jaxmet.analysis.ptq import ptq as ptq
 from jaxmet.engine.graph import Graph as Graph
 from jaxmet.engine.graph import trace as trace
@@ -22,10 +23,13 @@ from jaxmet.engine.nnx import functional as functional
 from jaxmet.engine.replay import evaluate as evaluate
 from jaxmet.engine.segments import segments as segments
 from jaxmet.numerics.fake_quant import fake_quant as fake_quant
+from jaxmet.transforms.absorb_bias import absorb_bias as absorb_bias
 from jaxmet.transforms.calibrate import calibrate as calibrate
+from jaxmet.transforms.correct_bias import correct_bias as correct_bias
 from jaxmet.transforms.equalize import equalize as equalize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
 from jaxmet.transforms.plan import plan as plan
+from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
 from jaxmet.tree.batches import stacked as stacked

@@ -23,10 +23,15 @@ def test_float_network_is_as_good_as_promised(table):
     assert table["variant"][0] == "float" and accuracy > 88
 
 
-def test_equalizing_wins_back_what_one_scale_a_tensor_costs(table):
+def test_each_step_wins_back_what_it_should(table):
     found = decibels(table)
     gain = found["W8A8 per tensor, fold + equalize"] - found["W8A8 per tensor, fold"]
     assert gain > 5
+    corrected = found["W8A8 per tensor, fold + equalize + correct"]
+    assert corrected > found["W8A8 per tensor, fold + equalize"]
+    assert found["W8A8 per tensor, the same without data"] > corrected - 8
+    four = found["W4A8 per channel, fold + correct"]
+    assert four > found["W4A8 per channel, fold"] + 1
     assert found["W4A8 per channel, fold"] < found["W8A8 per channel, fold"] - 10
 
 

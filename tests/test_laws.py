@@ -39,16 +39,39 @@ def equalized(params, graph, batches, **options):
     return jm.equalize(params, graph, progress=False, **options)
 
 
-def rounded(params, graph, batches):
+def coarse(graph):
     # What rounds is fixed beforehand, so that the transform is a function of params.
     weights = {
         site.weight.name: jm.Quantizer(bits=4, axis=site.weight.out_axes)
         for site in graph.sites
     }
-    return jm.round_weights(params, jm.Quantizers(weights))
+    return jm.Quantizers(weights)
+
+
+def absorbed(params, graph, batches):
+    del batches
+    return jm.absorb_bias(params, graph, n_sigma=0.0)
+
+
+def reestimated(params, graph, batches):
+    return jm.reestimate_batch_norm(params, graph, batches, progress=False)
+
+
+def rounded(params, graph, batches):
+    del batches
+    return jm.round_weights(params, coarse(graph))
+
+
+def corrected(params, graph, batches):
+    return jm.correct_bias(params, graph, coarse(graph), batches, progress=False)
+
+
+def corrected_without_data(params, graph, batches):
+    return corrected(params, graph, None)
 
 
 ROUNDS = {"function": "rounding to 4 bits changes the function: that is what it shows"}
+SHIFTS = {"function": "the float model is shifted, so that the rounded one is not"}
 LEAVES = {"plain tree": "exact clips make leaves that hold bounds"}
 TRANSFORMS = (
     Transform(
@@ -65,6 +88,30 @@ TRANSFORMS = (
         acts_on=("conv_bn_relu", "residual", "grouped", "concatenation"),
     ),
     Transform("round_weights", rounded, ROUNDS),
+    Transform(
+        "absorb_bias",
+        absorbed,
+        {
+            "function": "it is kept above a value that half of a normal one is below here",
+            "plain tree": "padding that holds a constant makes leaves that say so",
+        },
+        acts_on=("conv_bn_relu", "inverted_residual"),
+    ),
+    Transform(
+        "reestimate_batch_norm",
+        reestimated,
+        {"function": "other statistics are another function"},
+        acts_on=("conv_bn_relu", "residual"),
+    ),
+    Transform(
+        "correct_bias", corrected, SHIFTS, acts_on=("conv_bn_relu", "inverted_residual")
+    ),
+    Transform(
+        "correct_bias without data",
+        corrected_without_data,
+        SHIFTS,
+        acts_on=("conv_bn_relu",),
+    ),
 )
 LAWS: dict[str, Callable[..., None]] = {}
 

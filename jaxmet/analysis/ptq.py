@@ -1,4 +1,4 @@
-"""The one call: fold, equalize, calibrate, and what each step was worth."""
+"""The one call: fold, equalize, calibrate, correct, and what each step was worth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.graph import trace
 from jaxmet.transforms.calibrate import calibrate
+from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.simulate import simulate
@@ -27,61 +28,73 @@ def ptq(
     config: QuantConfig | None = None,
     *,
     key: jax.Array | None = None,
-    reference: tuple[Apply, Any] | None = None,
+    reference: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, Quantizers, Table]:
     """Quantize a trained model: `(params, quantizers, table)`.
 
-    Folds batch norms, equalizes, and calibrates on `batches`; the model is not touched. Run
-    the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step:
-    the signal-to-noise ratio of the quantized outputs against the float ones over
+    Folds batch norms, equalizes, calibrates on `batches` and corrects biases; the model is not
+    touched. Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row
+    a step: the signal-to-noise ratio of the quantized outputs against the float ones over
     `batches`, 10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
-    params)` compares with another float model. Static keyword arguments (`train=False`) go to
-    the model. No step is random yet, so `key` is unused.
+    params)`, or another tree of the same model, is what counts as float there. Static keyword
+    arguments (`train=False`) go to the model. No step is random yet, so `key` is unused.
 
-    The data is read once a step: a one-shot iterator is refused. Raises what `trace`,
-    `fold_batch_norm`, `equalize` and `calibrate` raise.
+    With `jax.ShapeDtypeStruct`s of the inputs in place of batches no data is needed: ranges,
+    scales and mean errors come from the batch norms (data-free quantization), what they do not
+    tell stays in float, and the table has no ratios.
+
+    The data is read several times a step: a one-shot iterator is refused. Raises what `trace`,
+    `fold_batch_norm`, `equalize`, `calibrate` and `correct_bias` raise.
+
+    Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
+    Correction](https://arxiv.org/abs/1906.04721), ICCV 2019.
 
     >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.stacked(images))
     >>> print(table)
     """
     del key
     config = config or QuantConfig()
-    read = as_batches(batches, "ptq", passes=2, inputs=inputs)
+    read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
     graph = trace(apply, params, *read.first, **kwargs)
-    apply = graph.apply
-    float_apply, float_params = reference or (simulate(apply, Quantizers()), params)
+    data = None if read.abstract else batches
+    options: dict[str, Any] = {"inputs": inputs, "progress": progress}
+    exact = _float_model(reference, graph.apply, params)
     rows: list[dict[str, Any]] = []
 
     def measure(step: str, params: Any, what: str) -> Quantizers:
-        found = calibrate(
-            params, graph, batches, config, inputs=inputs, progress=progress
-        )
-        again = as_batches(batches, "ptq", inputs=inputs)
-        bar = tqdm(
-            again, total=again.length, desc=f"measure {step}", disable=not progress
-        )
-        ratio = sqnr((float_apply, float_params), (simulate(apply, found), params), bar)
+        found = calibrate(params, graph, data, config, **options)
+        ratio = None
+        if data is not None:
+            again = as_batches(data, "ptq", inputs=inputs)
+            title = f"measure {step}"
+            bar = tqdm(again, total=again.length, desc=title, disable=not progress)
+            ratio = sqnr(exact, (simulate(graph.apply, found), params), bar)
         rows.append({"step": step, "SQNR (dB)": ratio, "what": what})
         return found
 
     measure("as trained", params, f"{len(graph.sites)} sites quantized as they are")
-    params, folded = fold_batch_norm(params, graph, with_report=True)
-    measure("fold_batch_norm", params, _summary(folded, "into"))
-    params, equalized = equalize(
-        params,
-        graph,
-        config=config,
-        batches=batches,
-        inputs=inputs,
-        progress=progress,
-        with_report=True,
+    params, report = fold_batch_norm(params, graph, with_report=True)
+    measure("fold_batch_norm", params, _summary(report, "into"))
+    params, report = equalize(
+        params, graph, config=config, batches=data, with_report=True, **options
     )
-    quantizers = measure("equalize", params, _summary(equalized, "scale min"))
+    quantizers = measure("equalize", params, _summary(report, "scale min"))
+    params, report = correct_bias(
+        params, graph, quantizers, data, with_report=True, **options
+    )
+    quantizers = measure("correct_bias", params, _summary(report, "into"))
     table = Table({k: [r[k] for r in rows] for k in rows[0]}, title="ptq")
     return params, quantizers, table
+
+
+def _float_model(reference: Any, apply: Apply, params: Any) -> tuple[Apply, Any]:
+    """What outputs are compared with: the model as it came unless told otherwise."""
+    if isinstance(reference, tuple) and len(reference) == 2 and callable(reference[0]):
+        return reference
+    return simulate(apply, Quantizers()), params if reference is None else reference
 
 
 def sqnr(reference: tuple[Apply, Any], other: tuple[Apply, Any], batches: Any) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import jaxmet as jm
-from jaxmet.demo import data
+from jaxmet.demo import data as packaged
 from jaxmet.demo.network import Network
 
 BATCH = 100
@@ -22,32 +22,45 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
     (binomial, 1.96 √(p(1−p)/n)), the paired difference to float with its interval, and the
     signal-to-noise ratio of the logits in dB.
     """
-    calibration, images, labels = data.load()
+    calibration, images, labels = packaged.load()
     images, labels = images[:test_images], labels[:test_images]
-    apply, trained = Network().apply, data.weights()
+    apply, trained = Network().apply, packaged.weights()
     graph = jm.trace(apply, trained, images[:1])
     batches = jm.stacked(calibration, batch_size=64)
     folded = jm.fold_batch_norm(trained, graph)
     equalized = jm.equalize(folded, graph, progress=progress)
 
-    per_tensor = jm.QuantConfig(per_channel=False)
-    four = jm.QuantConfig(weight_bits=4)
+    tensor, four = jm.QuantConfig(per_channel=False), jm.QuantConfig(weight_bits=4)
     four_per_tensor = jm.QuantConfig(weight_bits=4, per_channel=False)
-    variants: list[tuple[str, Any, jm.QuantConfig]] = [
-        ("W8A8 per tensor, fold", folded, per_tensor),
-        ("W8A8 per tensor, fold + equalize", equalized, per_tensor),
-        ("W8A8 per channel, fold", folded, jm.QuantConfig()),
-        ("W4A8 per tensor, fold", folded, four_per_tensor),
-        ("W4A8 per tensor, fold + equalize", equalized, four_per_tensor),
-        ("W4A8 per channel, fold", folded, four),
+
+    def corrected(params: Any, config: jm.QuantConfig, data: Any) -> Any:
+        quantizers = jm.calibrate(params, graph, data, config, progress=False)
+        return jm.correct_bias(params, graph, quantizers, data, progress=False)
+
+    fixed, blind = (corrected(equalized, tensor, data) for data in (batches, None))
+    variants: list[tuple[str, Any, jm.QuantConfig, Any]] = [
+        ("W8A8 per tensor, fold", folded, tensor, batches),
+        ("W8A8 per tensor, fold + equalize", equalized, tensor, batches),
+        ("W8A8 per tensor, fold + equalize + correct", fixed, tensor, batches),
+        ("W8A8 per tensor, the same without data", blind, tensor, None),
+        ("W8A8 per channel, fold", folded, jm.QuantConfig(), batches),
+        ("W4A8 per tensor, fold", folded, four_per_tensor, batches),
+        ("W4A8 per tensor, fold + equalize", equalized, four_per_tensor, batches),
+        ("W4A8 per channel, fold", folded, four, batches),
+        (
+            "W4A8 per channel, fold + correct",
+            corrected(folded, four, batches),
+            four,
+            batches,
+        ),
     ]
     bar = tqdm(total=len(variants) + 1, desc="variants", disable=not progress)
     no_grids = jm.simulate(apply, jm.Quantizers())
     float_logits = _logits(no_grids, trained, images)
     rows = [_row("float", float_logits, float_logits, labels)]
     bar.update()
-    for name, params, config in variants:
-        quantizers = jm.calibrate(params, graph, batches, config, progress=False)
+    for name, params, config, data in variants:
+        quantizers = jm.calibrate(params, graph, data, config, progress=False)
         rounded = jm.round_weights(params, quantizers)
         device = jm.simulate(apply, quantizers, weights=False)
         rows.append(_row(name, _logits(device, rounded, images), float_logits, labels))

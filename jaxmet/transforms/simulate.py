@@ -50,8 +50,8 @@ def simulate(
 
         def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
             seen.add(node.name)
-            operands = _derived(node, operands, quantizers, grids)
-            return _activation(node, run, run(*operands), quantizers, grids), None
+            operands = round_derived(node, operands, quantizers, grids)
+            return put_on_grid(node, run, run(*operands), quantizers, grids), None
 
         if weights:
             params = _rounded(params, quantizers, grids)
@@ -69,12 +69,11 @@ def simulate(
     return simulated
 
 
-def _activation(
-    node: Node, run: Run, result: Any, quantizers: Quantizers, grids: Grids | None
-) -> Any:
+def quantizer_at(node: Node, run: Run, quantizers: Quantizers) -> Quantizer | None:
+    """What quantizes a node's result, in a loop over layers the one of this layer."""
     owner = quantizers.owner(node.name)
     if owner is None:
-        return result
+        return None
     quantizer: Quantizer = quantizers.activations[owner]
     if node.layers and quantizer.scale is not None and jax.numpy.ndim(quantizer.scale):
         here = run.iteration[-1]
@@ -83,11 +82,28 @@ def _activation(
             None if quantizer.zero_point is None else quantizer.zero_point[here]
         )
         quantizer = dataclasses.replace(quantizer, scale=scale, zero_point=zero_point)
+    return quantizer
+
+
+def put_on_grid(
+    node: Node,
+    run: Run,
+    result: Any,
+    quantizers: Quantizers,
+    grids: Grids | None = None,
+) -> Any:
+    """A node's result on its grid, if it has one."""
+    quantizer, owner = quantizer_at(node, run, quantizers), quantizers.owner(node.name)
+    if quantizer is None or owner is None:
+        return result
     return quantizer(result, grids and grids.activations[owner])
 
 
-def _derived(
-    node: Node, operands: tuple[Any, ...], quantizers: Quantizers, grids: Grids | None
+def round_derived(
+    node: Node,
+    operands: tuple[Any, ...],
+    quantizers: Quantizers,
+    grids: Grids | None = None,
 ) -> tuple[Any, ...]:
     """Put a weight that the model computes from several parameters on its grid."""
     weight = node.weight

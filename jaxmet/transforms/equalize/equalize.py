@@ -91,11 +91,13 @@ def equalize(
 
     `objective='range'` makes the largest weight that makes a channel equal to the largest
     that reads it, for all channels at once (Nagel et al., 2019, to convergence).
-    `objective='noise'` minimises what rounding adds to every product, relative to the
-    product's own signal, on the grids of `config` (by default W8A8 with one grid a tensor).
-    It needs to know the products' inputs: from `batches` (`inputs` picks from a batch what
-    the model takes), or else from the statistics of batch norms, which are carried on as if
-    all values were normal. Channels of which neither says enough get the scale of 'range'.
+    `objective='noise'` minimises what rounding on the grids of `config` (by default W8A8 with
+    one grid a tensor) adds, to first order. With `batches` (`inputs` picks from a batch what the
+    model takes) that is the error of the model's outputs as a share of their energy: a pass over
+    the data finds the ranges, and a backward pass for each of 64 images how much every weight
+    and every input of a product matters. Without, statistics of batch norms are carried on as
+    if all values were normal, and the error of each product counts as a share of its own
+    signal. Channels of which too little is known get the scale of 'range'.
 
     `clip` says what becomes of ReLU6 and other clips that rescaled channels run through:
     'exact' divides their bounds too (the weight before becomes `Compressed`, to be run with
@@ -107,7 +109,7 @@ def equalize(
 
     Raises ValueError where `graph.only()` names a layer none of whose channels can be
     rescaled, for a tree without a norm's statistics, and if `objective='noise'` finds
-    nothing that it needs.
+    nothing that it needs: no norms and no batches, or outputs that no gradient reaches.
 
     >>> params = jm.equalize(jm.fold_batch_norm(params, graph), graph)
     """

@@ -1,0 +1,284 @@
+"""Float against simulated, node by node: where the error enters, and which grid is to blame."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.node import Node
+from jaxmet.engine.replay import Counted, Run, evaluate
+from jaxmet.transforms.layouts import wide
+from jaxmet.transforms.reference import float_model
+from jaxmet.transforms.simulate import (
+    put_on_grid,
+    quantizer_at,
+    round_derived,
+    round_weights,
+)
+from jaxmet.tree.batches import Stacked, as_batches
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.names import named_leaves
+from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.table import Table
+
+CALLER = "compare"
+FEW = 0.25  # a grid of which less is used wastes two bits
+MUCH = 0.01  # of the values clipped
+
+
+def compare(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batch: Any,
+    *,
+    reference: Any = None,
+    **kwargs: Any,
+) -> Table:
+    """How far every quantized node is from float, and how much of that it adds itself.
+
+    One row a node that is on a grid or whose weight is:
+
+    - `SQNR (dB)`: 10·log10(Σ y² / Σ (y − ŷ)²) of the simulated result ŷ against the float
+      one y, with all error that comes from the nodes before.
+    - `own SQNR (dB)` and `own share`: the same for the error that the node adds by itself,
+      ŷ against what its float weights would make of the same simulated operands, and that
+      error's power in the node's whole error. Errors that cancel make a share above 1.
+    - `weight SQNR (dB)`: of the rounded weight.
+    - `levels used`: the part of the grid between the lowest and the highest integer that
+      occurs. `clipped`: the share of values beyond its ends.
+    - `note`: the grids that are badly used, of activations or of weights: too wide (less
+      than a quarter of the levels used) or too narrow (more than 1 % clipped).
+
+    The title names the nodes where most noise enters, relative to their signal. `batch` is
+    one batch, a tuple being the inputs of the model. Float is `params` without grids, or
+    `reference`: a tree of the same model, or `(apply, params)`. A tree whose weights are
+    rounded already needs the tree from before as reference, or its weights show no error.
+    Two programs are compiled. Nodes inside `while_loop` are left out.
+
+    >>> print(jm.compare(params, graph, quantizers, images))
+    """
+    leaves_of(params, graph, CALLER)
+    if not isinstance(quantizers, Quantizers):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the quantizers are of type {type(quantizers).__name__}. "
+            "Pass what jm.calibrate returned, after params and graph."
+        )
+    if isinstance(batch, Stacked):
+        raise ValueError(
+            f"jaxmet.{CALLER}: batch is all the data, stacked. Give one batch of it: the "
+            "inputs of the model as an array, or a tuple of arrays."
+        )
+    inputs = as_batches([batch], CALLER).first
+    apply, tree = float_model(reference, params, graph, quantizers, CALLER)
+    wanted = {n.name for n in graph.nodes if _is_quantized(n, quantizers)}
+    exact, floats = jax.jit(evaluate(apply, _keeping(wanted)))(tree, *inputs, **kwargs)
+    if missing := sorted(wanted - set(floats)):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the float model does not run {missing[0]!r}. Give a "
+            "reference with the same node names, and inputs like those of the trace."
+        )
+
+    def simulated(params: Any, floats: Any, *inputs: Any, **kwargs: Any) -> Any:
+        rounded = round_weights(params, quantizers)
+        run = evaluate(graph.apply, _measuring(quantizers, floats))
+        return *run(rounded, *inputs, **kwargs), _weight_use(params, quantizers)
+
+    noisy, seen, weights = jax.device_get(
+        jax.jit(simulated)(params, floats, *inputs, **kwargs)
+    )
+    rows = [_row(n, seen[n.name], weights) for n in graph.nodes if n.name in seen]
+    columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
+    return Table(columns, title=_title(rows, _outputs(exact, noisy)))
+
+
+def _is_quantized(node: Node, quantizers: Quantizers) -> bool:
+    weight = node.weight
+    rounded = weight and quantizers.weights.get(weight.name or node.name)
+    grid = quantizers.activation(node.name)
+    active = any(q is not None and q.active for q in (rounded, grid))
+    return active and "while" not in node.region
+
+
+# What both programs observe
+
+
+class Sums(NamedTuple):
+    """Powers of signal, error and own error of a node, and of its weight; its grid's use."""
+
+    signal: Any
+    noise: Any
+    own: Any
+    weight: Any = None
+    weight_noise: Any = None
+    use: Any = None
+
+
+class Use(NamedTuple):
+    """The lowest and highest part of a grid that is used, and the share of clipped values."""
+
+    levels: Any
+    clipped: Any
+
+
+def _keeping(wanted: set[str]) -> Callable:
+    """A hook that keeps results, and what the node was given of parameters."""
+
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = run(*operands)
+        kept = (result, operands[_data(node) :]) if node.name in wanted else None
+        return result, kept
+
+    return hook
+
+
+def _data(node: Node) -> int:
+    """How many of a node's operands are activations; an input has nothing else."""
+    return 1 if node.kind == "input" else len({e.operand for e in node.inputs})
+
+
+def _measuring(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
+    """A hook that simulates, and compares with what was kept."""
+
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        operands = round_derived(node, operands, quantizers)
+        raw = run(*operands)
+        result = put_on_grid(node, run, raw, quantizers)
+        if node.name not in floats:
+            return result, None
+        exact, given = _here(floats[node.name], run.iteration)
+        data = _data(node)
+        own = None
+        if [p.shape for p in given] == [p.shape for p in operands[data:]]:
+            own = _power(result, run(*operands[:data], *given))
+        sums = Sums(_power(exact), _power(result, exact), own)
+        weight = node.weight
+        if own is not None and weight is not None and weight.operand >= data:
+            one, two = given[weight.operand - data], operands[weight.operand]
+            sums = sums._replace(weight=_power(one), weight_noise=_power(one, two))
+        quantizer = quantizer_at(node, run, quantizers)
+        if quantizer is not None and quantizer.active:
+            sums = sums._replace(use=_use(raw, quantizer))
+        return result, sums
+
+    return hook
+
+
+def _here(kept: Any, iteration: tuple[Any, ...]) -> Any:
+    """What was kept at this iteration of the loops around; zeros of a branch not taken."""
+    while isinstance(kept, Counted):
+        kept = kept.value
+    return jax.tree.map(lambda x: x[iteration], kept) if iteration else kept
+
+
+def _power(x: Any, y: Any = None) -> jax.Array:
+    x = x.astype(wide(x.dtype))
+    return jnp.sum(jnp.square(x if y is None else x - y.astype(x.dtype)))
+
+
+def _use(x: jax.Array, quantizer: Quantizer) -> Use:
+    """How much of its grid a tensor uses: the mean over the grids it is divided into."""
+    low, high = quantizer.ends
+    x = x.astype(wide(x.dtype))
+    scale, zero_point = (a.astype(x.dtype) for a in quantizer.grid(x))
+    axes = tuple(i for i in range(x.ndim) if scale.ndim == 0 or scale.shape[i] == 1)
+    shape = scale.shape if scale.ndim else (1,) * x.ndim
+    q = jnp.round(x / scale.reshape(shape)) + zero_point.reshape(shape)
+    clipped = jnp.mean(((q < low) | (q > high)).astype(x.dtype))
+    q = jnp.clip(q, low, high)
+    levels = jnp.max(q, axes) - jnp.min(q, axes) + 1
+    return Use(jnp.mean(levels) / (high - low + 1), clipped)
+
+
+def _weight_use(params: Any, quantizers: Quantizers) -> dict[str, Use]:
+    """How the grids of weights are used; blocks follow the weight, as do scales of None."""
+    found = {}
+    leaves = named_leaves(params)
+    for name, quantizer in quantizers.weights.items():
+        fixed = quantizer.scale is not None and quantizer.block is None
+        if name in leaves and fixed and quantizer.active and quantizer.product is None:
+            leaf = leaves[name]
+            found[name] = _use(leaf.weight if is_compressed(leaf) else leaf, quantizer)
+    return found
+
+
+# The table
+
+
+def _row(node: Node, seen: Any, weights: Mapping[str, Use]) -> dict[str, Any]:
+    sums = _summed(seen)
+    use = sums.use
+    weight = weights.get(node.weight.name or "") if node.weight is not None else None
+    notes = [_blame("", use), _blame("weight: ", weight)]
+    return {
+        "node": node.name,
+        "SQNR (dB)": _decibel(sums.signal, sums.noise),
+        "own SQNR (dB)": _decibel(sums.signal, sums.own),
+        "own share": None
+        if not sums.noise or sums.own is None
+        else sums.own / sums.noise,
+        "weight SQNR (dB)": _decibel(sums.weight, sums.weight_noise),
+        "levels used": None if use is None else use.levels,
+        "clipped": None if use is None else use.clipped,
+        "note": "; ".join(filter(None, notes)) or None,
+    }
+
+
+def _summed(seen: Any) -> Sums:
+    """One number for each sum, over the iterations of loops and where a branch ran."""
+    ran: Any = np.True_
+    while isinstance(seen, Counted):
+        ran, seen = ran & (np.asarray(seen.count) > 0), seen.value
+    use, rest = seen.use, seen._replace(use=None)
+    sums = jax.tree.map(lambda x: float(np.sum(np.asarray(x, np.float64))), rest)
+    if use is not None:
+        taken = np.broadcast_to(ran, np.shape(use.levels))
+        use = (
+            Use(*(float(np.mean(np.asarray(x)[taken])) for x in use))
+            if taken.any()
+            else None
+        )
+    return sums._replace(use=use)
+
+
+def _decibel(signal: float | None, noise: float | None) -> float | None:
+    if not signal or noise is None:
+        return None
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def _blame(what: str, use: Use | None) -> str | None:
+    if use is None:
+        return None
+    if use.clipped > MUCH:
+        return f"{what}too narrow: {100 * float(use.clipped):.0f} % clipped"
+    if use.levels < FEW:
+        return f"{what}too wide: {100 * float(use.levels):.0f} % of the levels used"
+    return None
+
+
+def _outputs(exact: Any, noisy: Any) -> float | None:
+    """The signal-to-noise ratio of all inexact outputs together."""
+    signal, noise = 0.0, 0.0
+    for y, z in zip(jax.tree.leaves(exact), jax.tree.leaves(noisy), strict=True):
+        if jnp.issubdtype(y.dtype, jnp.inexact):
+            y, z = np.asarray(y, np.float64), np.asarray(z, np.float64)
+            signal += float(np.sum(y * y))
+            noise += float(np.sum((y - z) ** 2))
+    return _decibel(signal, noise)
+
+
+def _title(rows: list[dict[str, Any]], outputs: float | None) -> str:
+    noisy = [r for r in rows if r["own SQNR (dB)"] not in (None, math.inf)]
+    noisy.sort(key=lambda r: r["own SQNR (dB)"])
+    parts = [] if outputs is None else [f"outputs {outputs:.1f} dB"]
+    worst = [f"{r['node']} ({r['own SQNR (dB)']:.1f} dB)" for r in noisy[:3]]
+    parts += [f"most noise enters at {', '.join(worst)}"] if worst else []
+    flagged = [r["node"] for r in rows if r["note"]]
+    parts += [f"badly used grids: {', '.join(flagged)}"] if flagged else []
+    return f"compare: {'; '.join(parts)}"

@@ -1,0 +1,130 @@
+"""Bias correction without data, from what norms know of the inputs of products."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.transforms.correct_bias.lockstep import Found
+from jaxmet.transforms.correct_bias.places import Place, fits
+from jaxmet.transforms.layouts import dense, join, matrix, wide
+from jaxmet.transforms.statistics import Network
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.quantizers import Quantizers
+
+Leaves = Mapping[str, Any]
+
+
+def correct_by_statistics(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    places: Sequence[Place],
+    reference: Any,
+) -> tuple[Any, dict[str, Found]]:
+    """The tree with every bias corrected, and by site what was found there.
+
+    All sites are corrected at once: what enters each of them has the means of the
+    reference, since that is what its corrected predecessors give it.
+    """
+    exact, leaves = named_leaves(reference), named_leaves(params)
+    places = [p for p in places if p.why is None]
+    left = {p.site.name: _unfit(graph, p, exact, leaves) for p in places}
+    free = [p for p in places if left[p.site.name] is None]
+
+    def solve(exact: Leaves, leaves: Leaves) -> tuple[Leaves, dict[str, Found]]:
+        network = Network(graph, exact)
+        for place in free:
+            inputs = network.into(place.site)
+            if isinstance(inputs, str):
+                left[place.site.name] = inputs
+        known = [p for p in free if left[p.site.name] is None]
+        return _corrections(network, quantizers, known, leaves)
+
+    arrays = [
+        {k: v for k, v in x.items() if hasattr(v, "dtype")} for x in (exact, leaves)
+    ]
+    new, found = jax.jit(solve)(*arrays)
+    unknown = {name: Found(why=why) for name, why in left.items() if why is not None}
+    return replace_leaves(params, new), {**found, **unknown}
+
+
+def _unfit(graph: Graph, place: Place, exact: Leaves, leaves: Leaves) -> str | None:
+    """Why a site with a place cannot be corrected without data, as far as shapes say."""
+    weight, norm = place.site.weight, graph[place.at].norm
+    assert weight is not None
+    if weight.name is None:
+        return "its weight is computed from parameters"
+    leaf = leaves[weight.name]
+    if weight.name not in exact or tuple(exact[weight.name].shape) != tuple(leaf.shape):
+        return f"the reference has no {weight.name!r} of this shape"
+    if norm is not None and (norm.variance is None or norm.variance not in leaves):
+        return f"the variance of {place.at!r} is no parameter"
+    if not fits(leaves[place.into].shape, [leaf.shape[i] for i in weight.out_axes]):
+        return f"{place.into!r} has not one number a channel"
+    return None
+
+
+def _corrections(
+    network: Network, quantizers: Quantizers, places: Sequence[Place], leaves: Leaves
+) -> tuple[dict[str, Any], dict[str, Found]]:
+    """The new biases of sites whose mean inputs are known, and what was found."""
+    found, new = {}, {}
+    for place in places:
+        shift = _mean_error(network, quantizers, place.site, leaves)
+        if place.at != place.site.name:
+            shift = shift * _gain(network.graph[place.at], leaves)
+        tensor = network.known[place.at]
+        out, variance = network.member(place.site.name, "out"), None
+        if out is not None and not isinstance(tensor, str):
+            made = join(out.layout, tensor)
+            variance = None if made is None else made.variance
+        found[place.site.name] = Found(shift, variance)
+        new[place.into] = _minus(leaves[place.into], shift)
+    return new, found
+
+
+def _mean_error(
+    network: Network, quantizers: Quantizers, site: Node, leaves: Leaves
+) -> jax.Array:
+    r"""$\sum_i (\sum_{window} \hat W_{io} - W_{io}) E[x_i]$ for every output o.
+
+    Of an input that is dilated, most places that a window meets are empty.
+    """
+    inputs, weight = network.into(site), site.weight
+    assert (
+        not isinstance(inputs, str) and weight is not None and weight.name is not None
+    )
+    name, members = weight.name, network.members[site.name]
+    rounded = matrix(members, quantizers.weights[name](dense(leaves[name])))
+    error = rounded - matrix(members, network.leaves[name]).astype(rounded.dtype)
+    error = jnp.sum(error, axis=3)  # (groups, ins, outs)
+    mean = inputs.mean.reshape(error.shape[:2]).astype(error.dtype)
+    shift = jnp.einsum("gio,gi->go", error, mean, precision="highest").reshape(-1)
+    for step in site.convolution.input_dilation if site.convolution else ():
+        shift = shift / step
+    return shift
+
+
+def _gain(node: Node, leaves: Leaves) -> jax.Array:
+    """What a norm with stored statistics multiplies by."""
+    norm = node.norm
+    assert norm is not None and norm.variance is not None
+    variance = jnp.asarray(dense(leaves[norm.variance])).reshape(-1)
+    gain = jax.lax.rsqrt(variance.astype(wide(variance.dtype)) + norm.epsilon)
+    if norm.scale is None:
+        return gain
+    scale = jnp.asarray(dense(leaves[norm.scale])).reshape(-1)
+    return scale.astype(gain.dtype) * gain
+
+
+def _minus(leaf: Any, shift: jax.Array) -> Any:
+    array = jnp.asarray(dense(leaf))
+    dtype = wide(array.dtype)
+    new = array.astype(dtype) - shift.astype(dtype).reshape(array.shape)
+    new = new.astype(array.dtype)
+    return leaf.replace(weight=new) if is_compressed(leaf) else new

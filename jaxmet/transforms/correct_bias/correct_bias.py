@@ -1,0 +1,211 @@
+r"""Take back the mean error that rounded weights leave in every channel.
+
+Rounding a weight shifts the mean of what it makes by $E[(\hat W - W)\,x]$, which is rarely
+zero: the error of one weight meets every example with the same sign.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from jaxmet.engine.graph import Graph, leaves_of, trace
+from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
+from jaxmet.transforms.correct_bias.lockstep import (
+    Copy,
+    Found,
+    correct_in_lockstep,
+    quantized_copy,
+)
+from jaxmet.transforms.correct_bias.places import Place, find_places
+from jaxmet.transforms.reference import float_model
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.table import Table
+
+CALLER = "correct_bias"
+
+
+@overload
+def correct_bias(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batches: Any = ...,
+    *,
+    of: str = ...,
+    reference: Any = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    store: str = ...,
+    progress: bool = ...,
+    with_report: Literal[False] = ...,
+    **kwargs: Any,
+) -> Any: ...
+@overload
+def correct_bias(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batches: Any = ...,
+    *,
+    of: str = ...,
+    reference: Any = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    store: str = ...,
+    progress: bool = ...,
+    with_report: Literal[True],
+    **kwargs: Any,
+) -> tuple[Any, Table]: ...
+def correct_bias(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batches: Any = None,
+    *,
+    of: str = "weights",
+    reference: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    store: str = "device",
+    progress: bool = True,
+    with_report: bool = False,
+    **kwargs: Any,
+) -> Any:
+    r"""The same tree with biases that make the quantized model right on average.
+
+    With `batches`, site after site in the order of the run: the mean over examples and
+    positions of quantized minus float output is subtracted from the site's bias, a channel
+    at a time, and the sites behind it see the corrected output. The float model and the
+    quantized one each run over the data once, in pieces that are compiled once; what is
+    alive between two pieces is kept for all batches, in the device's memory or, with
+    `store='host'`, in the host's. `of='weights'` rounds weights alone, as the paper does;
+    `of='both'` puts activations on their grids too, a site's own output after its mean is
+    measured.
+
+    Without `batches` the mean inputs come from the statistics of batch norms,
+    $b_o \leftarrow b_o - \sum_i \big(\sum_{window} \hat W_{io} - W_{io}\big) E[x_i]$.
+    Zeros that pad are not taken into account: the sum is that of the interior. Fold batch
+    norms first.
+
+    A site without a bias gives its shift to the bias of the norm that alone reads it. That
+    norm's bias remains the mean of what the tree computes in float; on the grids the mean is
+    what it was before. So take data-free ranges and other data-free steps before this one.
+    Sites with neither, with weights that are shared or stacked, and those inside loops and
+    branches are left alone; the report says so, with the largest shift of each site and
+    that in standard deviations of its channel.
+
+    `reference` is what counts as float: the tree from before rounding or adaptive rounding,
+    or `(apply, params)` of another model with the same node names; by default `params`
+    itself. A second correction needs the tree from before the first one as `reference`, or
+    it takes the same shift again. Equalize before correcting rather than after. Keyword
+    arguments go to the model.
+
+    Raises ValueError for unknown options, a site that `graph.only` named and that cannot be
+    corrected, statistics that reach no site where there is no data, a reference whose
+    channels are scaled in another way, and what `calibrate` refuses of batches.
+
+    Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
+    Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.2 and appendix D.
+
+    >>> params = jm.correct_bias(params, graph, quantizers, batches)
+    """
+    leaves_of(params, graph, CALLER)
+    _check_options(quantizers, batches, of, store)
+    places = find_places(graph, quantizers)
+    model = float_model(reference, params, graph, quantizers, CALLER)
+    free = {p.at: p for p in places if p.why is None}
+    found: dict[str, Found] = {}
+    if batches is None:
+        params, found = correct_by_statistics(
+            params, graph, quantizers, places, model[1]
+        )
+        _check_found(free, found)
+    elif free:
+        read = as_batches(batches, CALLER, inputs=inputs)
+        other = graph
+        if model[0] is not graph.apply:
+            other = trace(*model, *read.first, **kwargs)
+            _check_nodes(other, tuple(free))
+        exact = Copy(other, model[1], tuple(free), kwargs, store == "host")
+        noisy = quantized_copy(graph, params, quantizers, exact, both=of == "both")
+        params, found = correct_in_lockstep(
+            params,
+            free,
+            exact,
+            noisy,
+            read,
+            spread=with_report,
+            progress=progress,
+        )
+    return (params, _report(places, found)) if with_report else params
+
+
+def _check_options(quantizers: Any, batches: Any, of: str, store: str) -> None:
+    if not isinstance(quantizers, Quantizers):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the quantizers are of type {type(quantizers).__name__}. "
+            "Pass what jm.calibrate returned, after params and graph."
+        )
+    for name, value, known in (
+        ("of", of, ("weights", "both")),
+        ("store", store, ("device", "host")),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"jaxmet.{CALLER}: {name} is {value!r}. Use {known[0]!r} or {known[1]!r}."
+            )
+    if batches is None and of == "both":
+        raise ValueError(
+            f"jaxmet.{CALLER}: of='both' needs batches: statistics of norms say nothing "
+            "about what activation grids do. Give batches, or use of='weights'."
+        )
+
+
+def _check_nodes(graph: Graph, cuts: Sequence[str]) -> None:
+    names = {n.name for n in graph.nodes}
+    missing = [cut for cut in cuts if cut not in names]
+    if missing:
+        raise ValueError(
+            f"jaxmet.{CALLER}: the reference model has no node {missing[0]!r} to compare "
+            "with. Give a model with the same node names, or a tree of this one."
+        )
+
+
+def _check_found(free: Mapping[str, Place], found: Mapping[str, Found]) -> None:
+    """Refuse where nothing at all is known: a correction of nothing would be silent."""
+    if not free or any(seen.why is None for seen in found.values()):
+        return
+    listed = "; ".join(f"{name}: {seen.why}" for name, seen in list(found.items())[:5])
+    raise ValueError(
+        f"jaxmet.{CALLER}: there is no data, and no site's inputs are known without "
+        f"({listed}). Give batches, or fold batch norms first with jm.fold_batch_norm."
+    )
+
+
+def _report(places: Sequence[Place], found: dict[str, Found]) -> Table:
+    rows, done = [], 0
+    for place in places:
+        seen = found.get(place.site.name, Found())
+        why = place.why or seen.why
+        done += why is None
+        rows.append(
+            {
+                "site": place.site.name,
+                "into": place.into if why is None else None,
+                "largest shift": _largest(seen.shift, 1.0),
+                "in deviations": _largest(seen.shift, seen.variance),
+                "note": None if why is None else f"left alone: {why}",
+            }
+        )
+    columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
+    return Table(columns, title=f"bias corrected at {done} of {len(places)} sites")
+
+
+def _largest(shift: Any, variance: Any) -> float | None:
+    """The largest shift in deviations of its channel; dead channels do not count."""
+    if shift is None or variance is None or not is_concrete(shift):
+        return None
+    size = np.abs(np.asarray(shift, np.float64))
+    unit = np.broadcast_to(np.sqrt(np.asarray(variance, np.float64)), size.shape)
+    alive = unit > 1e-3 * np.max(unit, initial=0.0)
+    return float(np.max(size[alive] / unit[alive], initial=0.0))
