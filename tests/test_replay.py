@@ -7,7 +7,6 @@ tap at every node.
 
 import functools
 import importlib
-import re
 import sys
 import time
 from collections import Counter, namedtuple
@@ -972,90 +971,3 @@ def test_bounds_without_their_clip_are_refused(leaf):
     tree = replace_leaves(p, {leaf: Compressed(p[leaf], upper=jnp.ones(6))})
     with pytest.raises(ValueError, match=rf"^jaxmet\..*'{leaf}' states bounds"):
         replayed(clipped)(tree, X)
-
-
-# The CPU formulation of a depthwise convolution.
-
-DEPTHWISE = {
-    "same": {},
-    "valid": {"padding": "VALID"},
-    "strided": {"window_strides": (2, 2)},
-    "strided, valid": {"window_strides": (2, 1), "padding": "VALID"},
-    "dilated": {"rhs_dilation": (2, 2)},
-    "dilated and strided": {"rhs_dilation": (1, 2), "window_strides": (2, 2)},
-    "lopsided": {"padding": ((2, 0), (0, 3))},
-    "channels first": {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
-    "mixed layouts": {"dimension_numbers": ("NHWC", "OIHW", "NCHW")},
-    "wide window": {"window": (5, 3)},
-    "window of one": {"window": (1, 1)},
-    "multiplier": {"multiplier": 2},  # left alone
-}
-
-
-def depthwise(window=(3, 3), multiplier=1, **kw):
-    """A depthwise convolution of 6 channels as a model, with its arrays."""
-    options = {
-        "window_strides": (1, 1),
-        "padding": "SAME",
-        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
-        **kw,
-    }
-    size = {"N": 2, "H": 9, "W": 8, "C": 6, "I": 1, "O": 6 * multiplier}
-    left, right, _ = options["dimension_numbers"]
-    rng = np.random.default_rng(4)
-    x = rng.normal(size=[size[c] for c in left])
-    size |= dict(zip("HW", window, strict=True))
-    w = rng.normal(size=[size[c] for c in right])
-
-    def apply(p, x):
-        return jax.lax.conv_general_dilated(x, p["w"], feature_group_count=6, **options)
-
-    return apply, cast({"w": jnp.asarray(w)}, jnp.float32), jnp.asarray(x, jnp.float32)
-
-
-def compiled(f, *args):
-    """What it returns, and how many convolutions the program holds."""
-    program = f.lower(*args).compile()
-    found = re.findall(r'= \S+ convolution\(|call_target="[^"]*conv', program.as_text())
-    return program(*args), len(found)
-
-
-@pytest.mark.parametrize("name", DEPTHWISE)
-def test_the_depthwise_formulation_is_the_convolution(name):
-    apply, p, x = depthwise(**DEPTHWISE[name])
-    expected, plain = compiled(with_gradient(apply), p, x)
-    found, left = compiled(with_gradient(replayed(apply)), p, x)
-    close(found, expected, 1e-4, 1e-4)
-    if jax.default_backend() != "cpu" or name == "multiplier":
-        assert bits(found) == bits(expected) and left == plain
-    else:
-        assert left == 0
-        assert plain > 0 or name == "window of one"  # a product to the compiler
-
-
-@pytest.mark.parametrize("name", ["same", "strided, valid", "channels first"])
-def test_the_depthwise_formulation_is_switched_off(name):
-    apply, p, x = depthwise(**DEPTHWISE[name])
-    switched_off = replayed(apply, cpu_formulations=False)
-    found, left = compiled(with_gradient(switched_off), p, x)
-    expected, plain = compiled(with_gradient(apply), p, x)
-    assert bits(found) == bits(expected) and left == plain > 0
-
-
-def test_a_model_with_the_formulation_is_equal_to_rounding():
-    apply, params, inputs = model("inverted_residual", "linen")
-    found = with_gradient(replayed(apply))(params, *inputs)
-    close(found, with_gradient(apply)(params, *inputs), 1e-4, 1e-4)
-
-
-def test_grouped_convolutions_and_multipliers_are_left_alone():
-    apply, params, inputs = model("grouped", "linen")
-    found, expected = (jax.jit(f)(params, *inputs) for f in (replayed(apply), apply))
-    assert bits(found) == bits(expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
-def test_other_dtypes_keep_the_convolution(dtype):
-    apply, p, x = depthwise()
-    p, x = jax.tree.map(lambda a: (10 * a).astype(dtype), (p, x))
-    assert bits(jax.jit(replayed(apply))(p, x)) == bits(jax.jit(apply)(p, x))

@@ -14,10 +14,14 @@ are made of those: a graph, which keeps what is static, and replays, which run t
     naming        what each node is called
     analyse       all of the above, in order
     node, describe, channels, graph     what is static about nodes, and `trace`
+    elementwise   an activation as a function of numbers
+    arrivals      where a constant arrives that an activation's channels lose
+    origins       where the operands of nodes come from
     replay        run a program again with a hook at every node
     collect       what a hook observes, merged over many batches
     segments      the same program cut behind named nodes
+    offset        what the padding of a convolution holds instead of zero
     lift          run trees with `Compressed` leaves
-    depthwise     what XLA:CPU does badly, said otherwise
+    cpu           what XLA:CPU does badly, said otherwise
     nnx           the one file that knows flax
 """

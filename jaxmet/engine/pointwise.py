@@ -1,5 +1,6 @@
 """Activations: the largest cones of pointwise equations of one value."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from jaxmet.engine import compat
@@ -29,9 +30,12 @@ def activations(region: Region) -> Iterable[Cluster]:
         if len(sources) == 1 and (source := sources.pop()).inexact:
             root[equation.results[0]] = source
             members.setdefault(source, []).append(equation)
+    sizes = _sizes_of_calls(region.equations)
     for source, equations in members.items():
         for start, chain in _closed_cones(source, equations):
-            yield from _segments(start, chain, _own_calls(region, chain), order)
+            inside = _sizes_of_calls(chain)
+            own = {call for call, size in inside.items() if size == sizes[call]}
+            yield from _segments(start, chain, own, order)
 
 
 def _pointwise(equation: Equation) -> bool:
@@ -58,14 +62,9 @@ def _is_linear(equation: Equation) -> bool:
     return False
 
 
-def _own_calls(region: Region, equations: list[Equation]) -> set[int]:
-    """The calls that hold equations of this group alone."""
-    inside = set(equations)
-    own = {n for e in equations for n, _ in e.calls}
-    for equation in region.equations:
-        if equation.kind == DATA and equation not in inside:
-            own -= {n for n, _ in equation.calls}
-    return own
+def _sizes_of_calls(equations: Iterable[Equation]) -> Counter[int]:
+    """How many of these equations each call holds."""
+    return Counter(n for e in equations if e.kind == DATA for n, _ in e.calls)
 
 
 def _closed_cones(

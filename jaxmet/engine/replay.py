@@ -17,9 +17,10 @@ from jaxmet.engine import compat
 from jaxmet.engine.analyse import Analysis, analyse
 from jaxmet.engine.calls import Apply, make_call
 from jaxmet.engine.cluster import Cluster
-from jaxmet.engine.depthwise import convolution
+from jaxmet.engine.cpu import convolution
 from jaxmet.engine.describe import describe
 from jaxmet.engine.node import Node
+from jaxmet.engine.offset import offsets_of, padded
 from jaxmet.engine.program import Equation, Region, Value
 from jaxmet.tree.leaves import is_compressed
 
@@ -60,11 +61,13 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     Under `lax.scan` statistics are stacked along a new leading axis. Under `lax.cond` they
     come as `Counted(value, count)`, zero where the branch was not taken; under
     `lax.while_loop` asking for any raises. Each call traces `apply` again: wrap the result
-    in `jax.jit`. `cpu_formulations=False` keeps depthwise convolutions as they are on CPU,
-    where a faster equal formulation replaces them otherwise. `Compressed` leaves run as what
-    they stand for, their bounds in place of the following clip's own.
+    in `jax.jit`. `cpu_formulations=False` keeps convolutions as they are on CPU, where faster
+    formulations, equal to rounding, replace some of them otherwise. `Compressed` leaves run
+    as what they stand for, their bounds in place of the following clip's own, their offset
+    in place of the zeros that a convolution pads with.
 
-    Raises ValueError for a leaf with bounds that no clip follows.
+    Raises ValueError for a leaf with bounds that no clip follows, or with an offset that
+    belongs to no convolution.
 
     >>> def hook(node, run, operands):
     ...     y = run(*operands)
@@ -85,7 +88,9 @@ def replay(
     """Run an analysed call on its own arrays."""
     nodes = describe(analysis)
     leaves = dict(zip(analysis.call.names, analysis.call.leaves, strict=True))
-    machine = Machine(nodes, hook, bounds_of(nodes.values(), leaves), cpu_formulations)
+    bounds = bounds_of(nodes.values(), leaves)
+    offsets = offsets_of(nodes.values(), leaves)
+    machine = Machine(nodes, hook, bounds, cpu_formulations, offsets=offsets)
     arrays = [dense(leaf) for leaf in leaves.values()] + list(analysis.call.inputs)
     environment: Environment = dict(zip(analysis.region.inputs, arrays, strict=True))
     for cluster in analysis.clusters:
@@ -152,6 +157,7 @@ class Machine:
     cpu_formulations: bool = True
     iteration: tuple[Any, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
+    offsets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, environment: Environment, value: Value) -> Any:
         if value in environment:
@@ -175,12 +181,17 @@ class Machine:
         else:
             self.bind(equation, environment)
 
-    def bind(self, equation: Equation, environment: Environment) -> None:
+    def bind(
+        self, equation: Equation, environment: Environment, offset: Any = None
+    ) -> None:
         operands = [self.read(environment, v) for v in equation.operands]
+        params = equation.params
+        if offset is not None and equation.name == "conv_general_dilated":
+            params, operands[0] = padded(params, operands[0], offset)
         if self.cpu_formulations and equation.name == "conv_general_dilated":
-            results = [convolution(equation.primitive, equation.params, *operands)]
+            results = [convolution(equation.primitive, params, *operands)]
         else:
-            results = compat.bind(equation.primitive, equation.params, operands)
+            results = compat.bind(equation.primitive, params, operands)
         environment.update(zip(equation.results, results, strict=True))
 
     def visit(self, cluster: Cluster, environment: Environment) -> None:
@@ -194,7 +205,7 @@ class Machine:
             inside.update(zip(cluster.operands, operands, strict=True))
             with jax.named_scope(node.name):
                 for equation in cluster.equations:
-                    self.bind(equation, inside)
+                    self.bind(equation, inside, self.offsets.get(node.name))
             return self.read(inside, cluster.exit)
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)

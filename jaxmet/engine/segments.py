@@ -13,6 +13,7 @@ from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.describe import describe
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
+from jaxmet.engine.offset import offsets_of
 from jaxmet.engine.program import NOISE, Equation, Region, Value
 from jaxmet.engine.replay import Environment, Hook, Machine, bounds_of, dense
 from jaxmet.tree.names import named_leaves, suggestion
@@ -235,7 +236,10 @@ class Segment:
         plan = self.plan
         leaves = named_leaves(params)
         bounds = bounds_of(plan.nodes.values(), leaves)
-        machine = Machine(plan.nodes, self.hook, bounds, self.cpu_formulations)
+        offsets = offsets_of(plan.nodes.values(), leaves)
+        machine = Machine(
+            plan.nodes, self.hook, bounds, self.cpu_formulations, offsets=offsets
+        )
         values: Environment = _Aliased(plan)
         for name, value in plan.analysis.leaves.items():
             values[value] = dense(leaves[name])
