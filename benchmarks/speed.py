@@ -132,7 +132,7 @@ class Bench:
         x = jax.device_put(self.images(size))
         ways, compiling, peak = {}, {}, {}
         for name, (f, params) in self.programs(self.quantizers).items():
-            lowered = jax.jit(f).lower(params, x)
+            lowered = jax.jit(lambda *a, f=f: f(*a)).lower(params, x)
             start = time.perf_counter()
             compiled = lowered.compile()
             compiling[name] = time.perf_counter() - start
