@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxmet.engine.cpu import computed_once
 from jaxmet.engine.replay import evaluate
 from zoo import CASES
 
@@ -206,3 +207,19 @@ def test_a_model_is_equal_to_rounding(name):
     apply, params, inputs = CASES[name].make["linen"](jax.random.key(0))
     found = jax.jit(replayed(apply))(params, *inputs)
     close(found, jax.jit(apply)(params, *inputs))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+def test_computing_once_changes_no_bit_and_no_gradient(dtype):
+    special = [0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-42, 3.0]
+    x = jnp.asarray([3, -1, 0] if dtype == jnp.int32 else special, dtype)
+    for f in (computed_once, jax.jit(computed_once), jax.vmap(computed_once)):
+        assert np.asarray(f(x)).tobytes() == np.asarray(x).tobytes()
+    if dtype != jnp.int32:
+        gradient = jax.grad(lambda x: jnp.sum(computed_once(x)).astype(jnp.float32))(x)
+        assert np.array_equal(gradient, np.ones(len(x)))
+    # What keeps fusion from repeating it is there, and on CPU alone.
+    count = [
+        lowered(computed_once, x, platform=p).count("divide") for p in ("cpu", "tpu")
+    ]
+    assert count == [dtype != jnp.int32, 0]

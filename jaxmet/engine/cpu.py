@@ -4,6 +4,9 @@ A convolution with a window of one is a dot over channels. One with few inputs t
 (depthwise, small groups, a stem over colours) is a sum of shifted inputs times one number
 a channel. On XLA:CPU both are several times faster than the convolution primitive; other
 platforms keep the primitive. The choice is made when the program is lowered.
+
+XLA:CPU also computes a value again in every fusion that uses it, a depthwise sum included,
+where that looks cheap. `computed_once` makes it look expensive.
 """
 
 import functools
@@ -13,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
@@ -48,6 +52,24 @@ def _either(x: Any, kernel: Any, *, primitive: Any, params: tuple) -> Any:
     if said is shift_and_multiply and p["feature_group_count"] == 1:
         otherwise = _derived_from(plain, otherwise)
     return lax.platform_dependent(x, kernel, cpu=otherwise, default=plain)
+
+
+@jax.jit
+def computed_once(x: Any) -> Any:
+    """`x` to the bit, computed once on CPU however many uses it has.
+
+    Fusion repeats no division: the value is chosen, at run time, over its reciprocal. For
+    what a hook both observes and returns.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+
+    def chosen(x):
+        always = lax.optimization_barrier(np.True_)
+        reciprocal = lax.div(lax.full_like(x, 1), lax.stop_gradient(x))
+        return lax.select(always, x, reciprocal)
+
+    return lax.platform_dependent(x, cpu=chosen, default=lambda x: x)
 
 
 def _formulation(p: Params, x: Any, kernel: Any) -> Callable | None:

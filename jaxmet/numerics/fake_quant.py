@@ -56,10 +56,13 @@ def fake_quant(
     return fake_quant_p.bind(x, *grid, axis=axis, block=block)
 
 
-def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> jax.Array:
-    a = lax.convert_element_type(a, dtype)
+def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> Any:
+    if not isinstance(a, jax.Array):  # known now: nothing to trace
+        a = np.asarray(a, dtype)
+    a = a if a.dtype == dtype else lax.convert_element_type(a, dtype)
     if a.ndim == 0:
-        return lax.broadcast(a, (1,) * x.ndim)
+        one = (1,) * x.ndim
+        return a.reshape(one) if isinstance(a, np.ndarray) else lax.broadcast(a, one)
     fits = a.ndim == x.ndim and all(
         n in (1, m) or (block is not None and n * block == m)
         for n, m in zip(a.shape, x.shape, strict=True)
@@ -113,7 +116,7 @@ def _abstract(x: Any, *grid: Any, **params: Any) -> Any:
 
 
 def _jvp(
-    primals: Sequence[jax.Array], tangents: Sequence[Any], *, axis: Any, block: Any
+    primals: Sequence[Any], tangents: Sequence[Any], *, axis: Any, block: Any
 ) -> tuple[jax.Array, Any]:
     x, *grid = primals
     out = fake_quant_p.bind(x, *grid, axis=axis, block=block)

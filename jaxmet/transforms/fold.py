@@ -16,6 +16,7 @@ import numpy as np
 from jaxmet.engine.channels import Layout, Member, layout_size
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node, Norm
+from jaxmet.engine.once import run_once
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import is_compressed
@@ -59,13 +60,22 @@ def fold_batch_norm(params: Any, graph: Graph, *, with_report: bool = False) -> 
     plans = [_plan(graph, node) for node in graph.nodes if node.kind == "norm"]
     for plan in plans:
         _check(graph, plan, leaves)
-    work, notes = _Work(leaves), {}
-    for side in ("before", "behind"):
-        for plan in plans:
-            if plan.why is None and plan.side == side:
-                notes[plan.node.name] = _fold(work, plan)
-    folded = replace_leaves(params, work.results(), caller=CALLER)
-    return (folded, _table(plans, notes)) if with_report else folded
+    used = {name: leaves[name] for p in plans if p.why is None for name in p.parameters}
+
+    def solve(used: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        work, kept = _Work(used), {}
+        for side in ("before", "behind"):
+            for plan in plans:
+                if plan.why is None and plan.side == side:
+                    kept[plan.node.name] = _fold(work, plan)
+        return work.results(), kept
+
+    new, kept = run_once(solve, used)
+    _check_overflow(new)
+    for name in filter(lambda name: is_compressed(leaves[name]), new):
+        new[name] = leaves[name].replace(weight=new[name])
+    folded = replace_leaves(params, new, caller=CALLER)
+    return (folded, _table(plans, kept)) if with_report else folded
 
 
 # What can be folded into what
@@ -99,6 +109,11 @@ class _Plan:
     def norm(self) -> Norm:
         assert self.node.norm is not None
         return self.node.norm
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Those of the norm, and those that take its gain."""
+        return (*_roles(self.norm).values(), *(p.parameter for p in self.places))
 
 
 def _plan(graph: Graph, node: Node) -> _Plan:
@@ -328,26 +343,26 @@ class _Work:
         self.values[name] = value.reshape(self.leaves[name].shape)
 
     def results(self) -> dict[str, Any]:
-        """The new leaves, in their own dtypes."""
-        out = {}
-        for name, value in self.values.items():
-            leaf, array = self.leaves[name], value.astype(self.dtypes[name])
-            if is_concrete(array) and not jnp.all(jnp.isfinite(array)):
-                raise ValueError(
-                    f"jaxmet.{CALLER}: parameter {name!r} overflows {array.dtype} with "
-                    "the gain of its norm folded in. Store it in float32, or leave the "
-                    "norm alone with graph.without."
-                )
-            out[name] = leaf.replace(weight=array) if is_compressed(leaf) else array
-        return out
+        """The new arrays, in their own dtypes."""
+        return {n: v.astype(self.dtypes[n]) for n, v in self.values.items()}
+
+
+def _check_overflow(new: Mapping[str, Any]) -> None:
+    for name, array in new.items():
+        if is_concrete(array) and not np.all(np.isfinite(np.asarray(array))):
+            raise ValueError(
+                f"jaxmet.{CALLER}: parameter {name!r} overflows {array.dtype} with "
+                "the gain of its norm folded in. Store it in float32, or leave the "
+                "norm alone with graph.without."
+            )
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
-def _fold(work: _Work, plan: _Plan) -> str | None:
-    """Move the gain of one norm; what there is to say about it."""
+def _fold(work: _Work, plan: _Plan) -> jax.Array:
+    """Move the gain of one norm; which channels keep it."""
     norm, roles = plan.norm, _roles(plan.norm)
     old = {role: work.read(name).reshape(plan.sizes) for role, name in roles.items()}
     none = jnp.zeros_like(old["variance"])
@@ -362,7 +377,7 @@ def _fold(work: _Work, plan: _Plan) -> str | None:
         kernel = work.read(place.parameter)
         factor = _spread(moved.factor, place, kernel.shape)
         work.write(place.parameter, kernel * factor)
-    return _note(norm, moved.kept)
+    return moved.kept
 
 
 def _spread(factor: jax.Array, place: _Place, shape: tuple[int, ...]) -> jax.Array:
@@ -395,9 +410,9 @@ def _note(norm: Norm, kept: jax.Array) -> str | None:
     return "; ".join(notes) or None
 
 
-def _table(plans: Sequence[_Plan], notes: Mapping[str, str | None]) -> Table:
+def _table(plans: Sequence[_Plan], kept: Mapping[str, jax.Array]) -> Table:
     rows = [
-        (p.node.name, _listed(p.products), p.side, notes[p.node.name])
+        (p.node.name, _listed(p.products), p.side, _note(p.norm, kept[p.node.name]))
         if p.why is None
         else (p.node.name, None, None, f"left alone: {p.why}")
         for p in plans
@@ -406,7 +421,7 @@ def _table(plans: Sequence[_Plan], notes: Mapping[str, str | None]) -> Table:
     names = ("norm", "into", "side", "note")
     return Table(
         dict(zip(names, columns, strict=True)),
-        title=f"{len(notes)} of {len(plans)} norms folded",
+        title=f"{len(kept)} of {len(plans)} norms folded",
     )
 
 

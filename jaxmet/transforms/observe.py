@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.collect import Observer, collect, statistics_of
+from jaxmet.engine.cpu import computed_once
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Counted, Hook, Run
@@ -111,6 +112,7 @@ def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:
         settings = by_node.get(node.name)
         if settings is None:
             return result, None
+        result = computed_once(result)
         wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
         values = result.astype(wide)
         if settings.calibrator == "minmax":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
+from jaxmet.engine.once import run_once
 from jaxmet.transforms.correct_bias.lockstep import Found
 from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.layouts import dense, join, matrix, wide
@@ -48,7 +49,7 @@ def correct_by_statistics(
     arrays = [
         {k: v for k, v in x.items() if hasattr(v, "dtype")} for x in (exact, leaves)
     ]
-    new, found = jax.jit(solve)(*arrays)
+    new, found = run_once(solve, *arrays)
     unknown = {name: Found(why=why) for name, why in left.items() if why is not None}
     return replace_leaves(params, new), {**found, **unknown}
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxmet.engine.channels import Group
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
+from jaxmet.engine.once import run_once
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
 from jaxmet.transforms.equalize.channels import (
@@ -129,7 +130,7 @@ def equalize(
         seen = measured(graph, params, task.weights, read, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise
-    new, found = jax.jit(solve)(arrays, seen)
+    new, found = run_once(solve, arrays, seen)
     result = replace_leaves(params, new, caller="equalize")
     return (result, task.report(found)) if with_report else result
 

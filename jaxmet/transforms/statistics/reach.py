@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.once import run_once
 from jaxmet.numerics.moments import N_SIGMA, Moments
 from jaxmet.transforms.layouts import Tensor
 from jaxmet.transforms.statistics.network import Network
@@ -25,7 +26,7 @@ def node_moments(
         known = Network(graph, leaves, n_sigma).known
         return {n: _in_a_row(t) for n, t in known.items() if not isinstance(t, str)}
 
-    return jax.jit(solve)(_arrays(params, graph))
+    return run_once(solve, _arrays(params, graph))
 
 
 def input_moments(
@@ -47,7 +48,7 @@ def input_moments(
                 found[node.name] = network.implied(node)
         return {name: x for name, x in found.items() if not isinstance(x, str)}
 
-    return jax.jit(solve)(_arrays(params, graph))
+    return run_once(solve, _arrays(params, graph))
 
 
 def unreached(graph: Graph, params: Any) -> dict[str, str]:
