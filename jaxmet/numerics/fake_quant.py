@@ -77,7 +77,7 @@ def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> Any:
     return a
 
 
-def _along(a: jax.Array, shape: Sequence[Any], block: int | None) -> jax.Array:
+def _along(a: Any, shape: Sequence[Any], block: int | None) -> jax.Array:
     """An operand of the grid repeated to the shape of the values."""
     if block is not None:
         for i, (n, m) in enumerate(zip(a.shape, shape, strict=True)):
@@ -90,7 +90,7 @@ def _along(a: jax.Array, shape: Sequence[Any], block: int | None) -> jax.Array:
 
 
 def _integers(
-    x: jax.Array, grid: Sequence[jax.Array], block: int | None
+    x: Any, grid: Sequence[Any], block: int | None
 ) -> tuple[jax.Array, ...]:
     """Wide x, the grid at the shape of x, x/s, and its integer before clipping."""
     s, z, low, high = (_along(a, x.shape, block) for a in grid)
@@ -101,7 +101,7 @@ def _integers(
 
 
 def _compute(
-    x: jax.Array, *grid: jax.Array, axis: tuple[int, ...] | None, block: int | None
+    x: Any, *grid: Any, axis: tuple[int, ...] | None, block: int | None
 ) -> jax.Array:
     del axis
     s, z, low, high, _, q = _integers(x, grid, block)
@@ -143,7 +143,7 @@ def _jvp(
 
 
 def _batch(
-    args: Sequence[jax.Array],
+    args: Sequence[Any],
     dims: Sequence[int | None],
     *,
     axis: tuple[int, ...] | None,
@@ -157,7 +157,7 @@ def _batch(
     return fake_quant_p.bind(x, *grid, axis=shifted, block=block), 0
 
 
-def _to_front(a: jax.Array, dim: int | None) -> jax.Array:
+def _to_front(a: Any, dim: int | None) -> jax.Array:
     if dim is None:
         return lax.expand_dims(a, (0,))
     return lax.transpose(a, (dim, *(i for i in range(a.ndim) if i != dim)))

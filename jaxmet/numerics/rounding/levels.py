@@ -1,0 +1,67 @@
+r"""The grid of a layer, and its integers.
+
+$\hat W = s\,(\mathrm{clip}(\mathrm{round}(W/s) + z,\ l,\ h) - z)$, as `fake_quant`. Here the
+levels $k = q - z$ stand for the integers: $\hat W = s k$ with $l - z \le k \le h - z$.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Num
+
+Number: TypeAlias = Num[Array, ""] | float | int
+
+
+class Grid(NamedTuple):
+    """Scale and zero point for each block of inputs to an output; one block: per channel.
+
+    The blocks have equal length and follow each other along the inputs.
+    """
+
+    scale: Float[Array, "groups blocks outs"]
+    zero_point: Float[Array, "groups blocks outs"]
+    low: Number
+    high: Number
+
+
+class Steps(NamedTuple):
+    """What each weight may become: `step` times an integer between `lower` and `upper`."""
+
+    step: Float[Array, "groups ins outs"]
+    lower: Float[Array, "groups ins outs"]
+    upper: Float[Array, "groups ins outs"]
+
+
+def steps_of(grid: Grid, ins: int) -> Steps:
+    """The grid, repeated for each input."""
+    low, high = (jnp.asarray(end, grid.scale.dtype) for end in (grid.low, grid.high))
+    bounds = low - grid.zero_point, high - grid.zero_point
+    return Steps(*(along_inputs(v, ins) for v in (grid.scale, *bounds)))
+
+
+def along_inputs(
+    v: Float[Array, "groups blocks outs"], ins: int
+) -> Float[Array, "groups {ins} outs"]:
+    """What belongs to blocks, repeated for each input."""
+    groups, blocks, outs = v.shape
+    split = (groups, blocks, ins // blocks, outs)
+    return lax.broadcast_in_dim(v, split, (0, 1, 3)).reshape(groups, ins, outs)
+
+
+def nearest_levels(
+    weight: Float[Array, "groups ins outs"], steps: Steps
+) -> Float[Array, "groups ins outs"]:
+    """The levels that plain rounding gives."""
+    ratio = lax.div(weight, steps.step)
+    return jnp.clip(jnp.round(ratio), steps.lower, steps.upper)
+
+
+@jax.jit
+def nearest(
+    weight: Float[Array, "groups ins outs"], grid: Grid
+) -> Float[Array, "groups ins outs"]:
+    """The weight as plain rounding leaves it."""
+    steps = steps_of(grid, weight.shape[1])
+    return steps.step * nearest_levels(weight, steps)
