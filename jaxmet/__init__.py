@@ -30,6 +30,8 @@ from jaxmet.transforms.equalize import equalize as equalize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
 from jaxmet.transforms.plan import plan as plan
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
+from jaxmet.transforms.rounding import adaround as adaround
+from jaxmet.transforms.rounding import search_scales as search_scales
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
 from jaxmet.tree.batches import stacked as stacked

@@ -530,8 +530,10 @@ def test_what_a_convolution_says():
     def found(name, node):
         return traced(name)[node].convolution
 
-    plain = Convolution(1, (1, 1), (1, 1), (1, 1), True)
-    assert found("conv_bn_relu", "stem") == plain
+    plain = Convolution(
+        1, (1, 1), (1, 1), (1, 1), ((1, 1), (1, 1)), (0, 3, 1, 2), (3, 2, 0, 1)
+    )
+    assert found("conv_bn_relu", "stem") == plain and plain.pads
     assert found("grouped", "grouped").groups == 2
     assert found("grouped", "depthwise").groups == 8
     assert found("strided", "second").strides == (2, 1)

@@ -20,6 +20,7 @@ are made of those: a graph, which keeps what is static, and replays, which run t
     replay        run a program again with a hook at every node
     collect       what a hook observes, merged over many batches
     once          a program that runs once
+    rows          a product as one of matrices
     segments      the same program cut behind named nodes
     offset        what the padding of a convolution holds instead of zero
     lift          run trees with `Compressed` leaves

@@ -20,7 +20,7 @@ from jaxmet.engine.cluster import (
 from jaxmet.engine.elementwise import formula_of
 from jaxmet.engine.grouping import REDUCTIONS
 from jaxmet.engine.naming import carries
-from jaxmet.engine.node import Convolution, Node, Norm, Weight
+from jaxmet.engine.node import Convolution, Dot, Node, Norm, Weight
 from jaxmet.engine.origins import Origins
 from jaxmet.engine.program import (
     DATA,
@@ -168,7 +168,7 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
     weight, bias = cluster.details["weight"], cluster.details["bias"]
     first, p = equation.operands[0], equation.params
     numbers = p["dimension_numbers"]
-    convolution = None
+    convolution = dot = None
     if cluster.function == "conv":
         out_axes, in_axes = (numbers.rhs_spec[0],), (numbers.rhs_spec[1],)
         in_features = (numbers.lhs_spec[1],)
@@ -177,13 +177,20 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
             tuple(p["window_strides"]),
             tuple(p["lhs_dilation"]),
             tuple(p["rhs_dilation"]),
-            any(side for pair in p["padding"] for side in pair),
+            tuple((int(low), int(high)) for low, high in p["padding"]),
+            tuple(numbers.lhs_spec),
+            tuple(numbers.rhs_spec),
+            p["batch_group_count"],
         )
     else:
         (lc, rc), (lb_, rb) = numbers
         summed, batched = (lc, lb_) if weight is first else (rc, rb)
         out_axes = tuple(i for i in range(weight.ndim) if i not in (*summed, *batched))
         in_axes, in_features = tuple(summed), tuple(rc if weight is first else lc)
+        pairs = [
+            (l, r)[:: -1 if weight is first else 1] for l, r in ((lc, rc), (lb_, rb))
+        ]
+        dot = Dot(*(tuple(zip(data, own, strict=True)) for data, own in pairs))
     leaf = leaf_of(weight)
     bias_leaf = leaf_of(bias) if bias is not None else None
     return {
@@ -191,6 +198,7 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
         "bias": bias_leaf.value.name if bias_leaf else None,
         "derived_bias": bias is not None and bias_leaf is None,
         "convolution": convolution,
+        "dot": dot,
         "features": cluster.details["features"],
         "in_features": in_features,
     }

@@ -41,13 +41,36 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """What a convolution's equation says apart from its sizes."""
+    """What a convolution's equation says apart from its sizes.
+
+    `padding` is that of the traced size. `input_axes` are batch, channels and window of the
+    input, `kernel_axes` outputs, inputs and window of the kernel, as the equation reads them.
+    """
 
     groups: int
     strides: tuple[int, ...]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
-    pads: bool
+    padding: tuple[tuple[int, int], ...]
+    input_axes: tuple[int, ...]
+    kernel_axes: tuple[int, ...]
+    batch_groups: int = 1
+
+    @property
+    def pads(self) -> bool:
+        """Whether anything is padded or cut."""
+        return any(side for pair in self.padding for side in pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """The axes of data and weight, as a dot's equation reads them, that meet pairwise.
+
+    Those that are summed over, and those that run along both (one product each).
+    """
+
+    summed: tuple[tuple[int, int], ...]
+    batched: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +117,7 @@ class Node:
     bias: str | None = None
     derived_bias: bool = False
     convolution: Convolution | None = None
+    dot: Dot | None = None
     norm: Norm | None = None
     features: tuple[int, ...] = ()
     in_features: tuple[int, ...] = ()

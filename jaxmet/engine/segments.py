@@ -15,7 +15,14 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.offset import offsets_of
 from jaxmet.engine.program import NOISE, Equation, Region, Value
-from jaxmet.engine.replay import Environment, Hook, Machine, bounds_of, dense
+from jaxmet.engine.replay import (
+    Environment,
+    Hook,
+    Machine,
+    Statistics,
+    bounds_of,
+    dense,
+)
 from jaxmet.tree.names import named_leaves, suggestion
 
 Live = dict[str, Any]
@@ -233,6 +240,10 @@ class Segment:
         )
 
     def __call__(self, params: Any, environment: Live) -> Live:
+        return self.run(params, environment)[0]
+
+    def run(self, params: Any, environment: Live) -> tuple[Live, Statistics]:
+        """The next environment, and what the hook returned besides."""
         plan = self.plan
         leaves = named_leaves(params)
         bounds = bounds_of(plan.nodes.values(), leaves)
@@ -250,7 +261,7 @@ class Segment:
                 machine.visit(step, values)
             else:
                 machine.step(step, values)
-        return {plan.keys[v]: values[v] for v in self.live}
+        return {plan.keys[v]: values[v] for v in self.live}, machine.statistics
 
 
 class _Aliased(dict):

@@ -89,9 +89,7 @@ def _along(a: Any, shape: Sequence[Any], block: int | None) -> jax.Array:
     return lax.broadcast_in_dim(a, shape, range(a.ndim))
 
 
-def _integers(
-    x: Any, grid: Sequence[Any], block: int | None
-) -> tuple[jax.Array, ...]:
+def _integers(x: Any, grid: Sequence[Any], block: int | None) -> tuple[jax.Array, ...]:
     """Wide x, the grid at the shape of x, x/s, and its integer before clipping."""
     s, z, low, high = (_along(a, x.shape, block) for a in grid)
     wide = lax.convert_element_type(x, s.dtype)

@@ -56,12 +56,16 @@ class GramData(NamedTuple):
 class RowData(NamedTuple):
     """Inputs of the quantized network, what the float one makes of its own, and the bias.
 
-    The target and the product with the bias both go through the activation.
+    The target and the product with the bias both go through the activation, and between
+    the bounds that are given. The loss is divided by `unit`.
     """
 
     inputs: Float[Array, "groups rows ins"]
     target: Float[Array, "groups rows outs"]
     bias: Float[Array, "groups outs"]
+    unit: Float[Array, ""] | None = None
+    lower: Float[Array, "groups outs"] | None = None
+    upper: Float[Array, "groups outs"] | None = None
 
 
 class State(NamedTuple):
@@ -141,13 +145,21 @@ def row_error(
     weight: Weight,
     data: RowData,
     activation: Callable[[jax.Array], jax.Array] | None = None,
-) -> Float[Array, " groups"]:
+    *,
+    by_output: bool = False,
+) -> Float[Array, " groups"] | Float[Array, "groups outs"]:
     """The mean over rows of the squared distance of outputs, summed over outputs."""
     output = jnp.matmul(data.inputs, weight) + data.bias[:, None]
     target = data.target
     if activation is not None:
         output, target = activation(output), activation(target)
-    return jnp.sum(jnp.mean(jnp.square(output - target), axis=1), axis=1)
+    if data.lower is not None:
+        output, target = (jnp.maximum(v, data.lower[:, None]) for v in (output, target))
+    if data.upper is not None:
+        output, target = (jnp.minimum(v, data.upper[:, None]) for v in (output, target))
+    error = jnp.mean(jnp.square(output - target), axis=1)
+    error = error if data.unit is None else error / data.unit
+    return error if by_output else jnp.sum(error, axis=1)
 
 
 def start_adaround(weight: Weight, grid: Grid, key: Key[Array, ""]) -> State:
@@ -204,4 +216,4 @@ def _drawn(data: RowData, batch: int, key: jax.Array) -> RowData:
         return data
     index = jax.random.randint(key, (batch,), 0, rows)
     inputs, target = (jnp.take(v, index, axis=1) for v in (data.inputs, data.target))
-    return RowData(inputs, target, data.bias)
+    return data._replace(inputs=inputs, target=target)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.once import run_once
-from jaxmet.transforms.correct_bias.lockstep import Found
 from jaxmet.transforms.correct_bias.places import Place, fits
+from jaxmet.transforms.correct_bias.sequential import Found
 from jaxmet.transforms.layouts import dense, join, matrix, wide
 from jaxmet.transforms.statistics import Network
 from jaxmet.tree.leaves import is_compressed

@@ -11,13 +11,9 @@ import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of, trace
 from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
-from jaxmet.transforms.correct_bias.lockstep import (
-    Copy,
-    Found,
-    correct_in_lockstep,
-    quantized_copy,
-)
 from jaxmet.transforms.correct_bias.places import Place, find_places
+from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
+from jaxmet.transforms.lockstep import Copy, quantized_copy
 from jaxmet.transforms.reference import float_model
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
@@ -126,7 +122,7 @@ def correct_bias(
         if model[0] is not graph.apply:
             other = trace(*model, *read.first, **kwargs)
             _check_nodes(other, tuple(free))
-        exact = Copy(other, model[1], tuple(free), kwargs, store == "host")
+        exact = Copy(CALLER, other, model[1], tuple(free), kwargs, store == "host")
         noisy = quantized_copy(graph, params, quantizers, exact, both=of == "both")
         params, found = correct_in_lockstep(
             params,

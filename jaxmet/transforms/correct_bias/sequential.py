@@ -1,0 +1,130 @@
+"""The mean error of one site after the other, each behind corrected predecessors."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxmet.transforms.correct_bias.places import Place, fits
+from jaxmet.transforms.layouts import dense, wide
+from jaxmet.transforms.lockstep import Copy
+from jaxmet.tree.batches import Batches
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.names import named_leaves, replace_leaves
+
+
+class Found(NamedTuple):
+    """What was seen at a site: the mean error of each channel, and its own variance."""
+
+    shift: Any = None
+    variance: Any = None
+    why: str | None = None
+
+
+def correct_in_lockstep(
+    params: Any,
+    places: dict[str, Place],
+    reference: Copy,
+    noisy: Copy,
+    batches: Batches,
+    *,
+    spread: bool,
+    progress: bool,
+) -> tuple[Any, dict[str, Found]]:
+    """The tree with every bias corrected, and by site what was found there.
+
+    `places` are keyed by the node at which a site's mean is kept. With `spread` the channels'
+    variances are found too.
+    """
+    for batch in batches:
+        reference.read(batch)
+        noisy.read(batch)
+    noisy.order = reference.order
+    compare = jax.jit(_seen, static_argnums=(3, 4))
+    correct = jax.jit(_corrected, static_argnums=(2, 3))
+    found: dict[str, Found] = {}
+    for i, name in enumerate(
+        tqdm(reference.order, desc="correct_bias", disable=not progress)
+    ):
+        features, seen, shape = tuple(sorted(noisy.graph[name].features)), None, ()
+        for k in range(len(noisy.lives)):
+            results = reference.advance(k, i), noisy.advance(k, i)
+            seen = compare(*results, seen, features, spread)
+            shape = results[1].shape
+        assert seen is not None
+        kept = tuple(n if axis in features else 1 for axis, n in enumerate(shape))
+        place = places[name]
+        leaf, why = named_leaves(params)[place.into], None
+        if not fits(leaf.shape, kept):
+            why = f"{place.into!r} has not one number a channel"
+        new, noisy.shift, reference.shift = correct(leaf, seen.error, kept, why is None)
+        params = replace_leaves(params, {place.into: new})
+        noisy.params = replace_leaves(noisy.params, {place.into: new})
+        found[place.site.name] = Found(seen.error, seen.variance, why)
+    return params, found
+
+
+class Seen(NamedTuple):
+    """Of a site's channels the mean error, and mean and square of the exact values."""
+
+    number: jax.Array
+    error: jax.Array
+    mean: jax.Array | None = None
+    square: jax.Array | None = None
+
+    @property
+    def variance(self) -> np.ndarray | None:
+        """That of the exact values, if they were looked at."""
+        if self.mean is None or not is_concrete(self.mean):
+            return None
+        mean, square = (np.asarray(v, np.float64) for v in (self.mean, self.square))
+        return np.maximum(square - mean * mean, 0.0)
+
+
+def _seen(
+    exact: jax.Array,
+    noisy: jax.Array,
+    before: Seen | None,
+    features: tuple[int, ...],
+    spread: bool,
+) -> Seen:
+    """What was seen of the batches before, and of this one."""
+    dtype = wide(exact.dtype)
+    exact, noisy = exact.astype(dtype), noisy.astype(dtype)
+    rest = tuple(i for i in range(exact.ndim) if i not in features)
+    values = [noisy - exact] + ([exact, jnp.square(exact)] if spread else [])
+    means = [_mean(v, rest).reshape(-1) for v in values]
+    number = jnp.asarray(exact.size / max(1, means[0].size), dtype)
+    if before is None:
+        return Seen(number, *means)
+    total = before.number + number
+    old = [v for v in before[1:] if v is not None]
+    share = number / total
+    pairs = zip(old, means, strict=True)
+    return Seen(total, *(one + (two - one) * share for one, two in pairs))
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean, of each example first: a sum over all at once rounds too often."""
+    return jnp.mean(jnp.mean(x, axes[1:], keepdims=True), axes[:1], keepdims=True)
+
+
+def _corrected(
+    leaf: Any, error: jax.Array, kept: tuple[int, ...], fit: bool
+) -> tuple[Any, jax.Array, jax.Array]:
+    """The new bias, and what it takes from the quantized and from the float result.
+
+    What a narrow bias cannot hold stays in the network, where later sites see it.
+    """
+    bias = jnp.asarray(dense(leaf))
+    dtype = wide(bias.dtype)
+    none = jnp.zeros(kept, dtype)
+    if not fit:
+        return leaf, none, none
+    new = bias.astype(dtype) - error.astype(dtype).reshape(bias.shape)
+    new = new.astype(bias.dtype)
+    taken = (bias.astype(dtype) - new.astype(dtype)).reshape(kept)
+    return (leaf.replace(weight=new) if is_compressed(leaf) else new), taken, none

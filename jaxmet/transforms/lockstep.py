@@ -1,0 +1,138 @@
+"""A float and a quantized copy of a model, run side by side from piece to piece."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxmet.engine.collect import refused
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.engine.replay import Hook, Run
+from jaxmet.engine.segments import Segment, Segments, segments
+from jaxmet.transforms.layouts import wide
+from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
+from jaxmet.tree.quantizers import Quantizers
+
+Live = dict[str, Any]
+Finish = Callable[[Node, Any], Any]
+
+
+@dataclasses.dataclass
+class Copy:
+    """One copy of a model, cut at the same nodes as the other, and where it stands.
+
+    `lives` are the live values of each batch, `shift` is what is still to be taken from the
+    result of the last cut node, `finish` what is done to it behind that.
+    """
+
+    caller: str
+    graph: Graph
+    params: Any
+    cuts: tuple[str, ...]
+    kwargs: dict[str, Any]
+    host: bool = False
+    hook: Hook | None = None
+    finish: Finish | None = None
+    steps: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
+    pieces: dict[Any, list[Segment]] = dataclasses.field(default_factory=dict)
+    order: list[str] = dataclasses.field(default_factory=list)
+    lives: list[tuple[Any, Live]] = dataclasses.field(default_factory=list)
+    shift: Any = None
+
+    def read(self, batch: tuple[Any, ...]) -> None:
+        """Begin with one batch; the first one of its shape makes the pieces for it."""
+        leaves, structure = jax.tree.flatten(batch)
+        key = (structure, *((x.shape, str(x.dtype)) for x in leaves))
+        if key not in self.steps:
+            pieces = self._cut(batch)
+            self.order = [p.name for p in pieces if p.name is not None]
+            self.pieces[key] = list(pieces)
+            self.steps[key] = [pieces.begin, *self._steps(list(pieces))]
+        self.lives.append((key, self.steps[key][0](*batch, **self.kwargs)))
+
+    def _cut(self, batch: tuple[Any, ...]) -> Segments:
+        options = {"cuts": self.cuts, "hook": self.hook, **self.kwargs}
+        try:
+            return segments(self.graph, self.params, *batch, **options)
+        except (TypeError, ValueError, AttributeError) as error:
+            if str(error).startswith("jaxmet."):
+                raise
+            raise ValueError(refused(self.caller, batch, error)) from error
+
+    def _steps(self, pieces: Sequence[Segment]) -> list[Any]:
+        before = [None, *(self.graph[name] for name in self.order)]
+        both = zip(pieces, before, strict=True)
+        return [jax.jit(self._step(p.__call__, n)) for p, n in both]
+
+    def advance(self, batch: int, piece: int) -> Any:
+        """Run one batch through its next piece: the result of the node that ends it."""
+        key, live = self.lives[batch]
+        live = self.steps[key][1 + piece](self.params, live, self.shift)
+        self.lives[batch] = key, jax.device_get(live) if self.host else live
+        return live[self.order[piece]] if piece < len(self.order) else None
+
+    def observer(self, batch: int, piece: int, watch: Callable[[Hook], Hook]) -> Any:
+        """`f(params, live, shift)`: what a hook around this copy's own sees in a piece."""
+        own = self.pieces[self.lives[batch][0]][piece]
+        watched = dataclasses.replace(own, hook=watch(own.hook))
+        before = self.graph[self.order[piece - 1]] if piece else None
+        step = self._step(watched.run, before)
+        return lambda *args: step(*args)[1]
+
+    def _step(self, run: Callable, before: Node | None) -> Callable:
+        """A piece that first takes the shift from the result of the node before it."""
+        finish = self.finish
+
+        def step(params: Any, live: Live, shift: Any) -> Any:
+            if before is not None and before.name in live:
+                result = live[before.name]
+                if shift is not None:
+                    dtype = wide(result.dtype, shift.dtype)
+                    moved = result.astype(dtype) - shift.astype(dtype)
+                    result = moved.astype(result.dtype)
+                result = finish(before, result) if finish else result
+                live = {**live, before.name: result}
+            return run(params, live)
+
+        return step
+
+
+def quantized_copy(
+    graph: Graph,
+    params: Any,
+    quantizers: Quantizers,
+    reference: Copy,
+    *,
+    both: bool,
+) -> Copy:
+    """The copy with rounded weights, and with `both` with activations on their grids.
+
+    Where only parameters are rounded it runs the compiled pieces of the reference.
+    """
+    weights = {n: q for n, q in quantizers.weights.items() if q.product is None}
+    rounded = dataclasses.replace(quantizers, weights=weights)
+    cuts = set(reference.cuts)
+
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
+        result = run(*round_derived(node, operands, rounded))
+        # What ends a piece is corrected before it is put on its grid.
+        keep = not both or node.name in cuts
+        return (result if keep else put_on_grid(node, run, result, rounded)), None
+
+    def finish(node: Node, result: Any) -> Any:
+        return put_on_grid(node, Run(lambda: result), result, rounded)
+
+    copy = dataclasses.replace(
+        reference,
+        graph=graph,
+        params=jax.jit(round_weights)(params, rounded),
+        lives=[],
+    )
+    if both or rounded.derived or reference.graph is not graph:
+        finisher = finish if both else None
+        return dataclasses.replace(
+            copy, steps={}, pieces={}, hook=hook, finish=finisher
+        )
+    return copy

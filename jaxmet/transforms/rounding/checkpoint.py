@@ -1,0 +1,77 @@
+"""What was found so far, a file a wave, so that a run that was killed goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+ABOUT = "about.json"
+
+
+class Checkpoint:
+    """A folder with a file for each finished wave; None keeps nothing."""
+
+    def __init__(self, path: Any, caller: str, told: Iterable[Any]) -> None:
+        self.path = None if path is None else Path(path)
+        if self.path is None:
+            return
+        if self.path.is_file():
+            raise ValueError(
+                f"jaxmet.{caller}: checkpoint {str(self.path)!r} is a file. Name a folder, "
+                "which need not exist."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        about, mark = self.path / ABOUT, {"of": fingerprint(told)}
+        if about.exists() and json.loads(about.read_text()) != mark:
+            raise ValueError(
+                f"jaxmet.{caller}: the folder {str(self.path)!r} holds a run on another "
+                "tree, data, key or options. Name another folder, or delete this one."
+            )
+        write(about, json.dumps(mark).encode())
+
+    def load(self, wave: int) -> dict[str, np.ndarray] | None:
+        """What a wave came to, None if it did not get so far."""
+        if self.path is None or not (file := self.path / f"{wave:04}.npz").exists():
+            return None
+        with np.load(file) as found:
+            return dict(found)
+
+    def save(self, wave: int, arrays: Mapping[str, Any]) -> None:
+        """Keep what a wave came to; a file is whole or is not there."""
+        if self.path is None:
+            return
+        part = self.path / "part"
+        with part.open("wb") as file:
+            np.savez(file, **{n: np.asarray(v) for n, v in arrays.items()})
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path / f"{wave:04}.npz")
+
+
+def write(path: Path, content: bytes) -> None:
+    """A file that is whole or is not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def fingerprint(told: Iterable[Any]) -> str:
+    """A number for arrays and everything else that prints itself."""
+    found = hashlib.sha256()
+    for one in jax.tree.leaves(list(told)):
+        if isinstance(one, jax.Array) and jax.dtypes.issubdtype(
+            one.dtype, jax.dtypes.prng_key
+        ):
+            one = jax.random.key_data(one)
+        if hasattr(one, "dtype"):
+            array = np.asarray(one)
+            found.update(f"{array.shape}{array.dtype}".encode())
+            found.update(array.tobytes())
+        else:
+            found.update(repr(one).encode())
+    return found.hexdigest()

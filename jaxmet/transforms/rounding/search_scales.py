@@ -1,0 +1,122 @@
+"""Weight scales by the outputs that they give: sequential MSE."""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import jax
+
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.transforms.rounding.adaround import ROWS, report, results
+from jaxmet.transforms.rounding.checkpoint import Checkpoint
+from jaxmet.transforms.rounding.layers import find_layers
+from jaxmet.transforms.rounding.options import (
+    check_key,
+    check_number,
+    check_quantizers,
+    check_word,
+)
+from jaxmet.transforms.rounding.sequential import Run
+from jaxmet.transforms.rounding.solvers import Options
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.table import Table
+
+CALLER = "search_scales"
+
+
+@overload
+def search_scales(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batches: Any,
+    *,
+    candidates: int = ...,
+    of: str = ...,
+    rows: int | None = ...,
+    store: str = ...,
+    key: Any = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    progress: bool = ...,
+    with_report: Literal[False] = ...,
+    **kwargs: Any,
+) -> Quantizers: ...
+@overload
+def search_scales(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batches: Any,
+    *,
+    candidates: int = ...,
+    of: str = ...,
+    rows: int | None = ...,
+    store: str = ...,
+    key: Any = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    progress: bool = ...,
+    with_report: Literal[True],
+    **kwargs: Any,
+) -> tuple[Quantizers, Table]: ...
+def search_scales(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batches: Any,
+    *,
+    candidates: int = 20,
+    of: str = "weights",
+    rows: int | None = ROWS,
+    store: str = "device",
+    key: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+    with_report: bool = False,
+    **kwargs: Any,
+) -> Any:
+    r"""Quantizers whose weight scales give the least error of each layer's outputs.
+
+    Layer after layer, of the `candidates` K shares k/K of the range from the smallest to
+    the largest weight, the one is pinned whose rounding to nearest has the least
+    $E|xW - \hat x\hat W|^2$: for each channel or block, or for the tensor, as the
+    quantizer shares its scale. $x$ is what the float model reads there. $\hat x$ is that
+    too with `of='float'`; with 'weights' it is what a model reads whose earlier layers are
+    rounded, and with 'both' one whose activations are on their grids besides. All
+    candidates are tried at once, on Gram matrices, exact over the rows that are looked at
+    (at most `rows` a layer, drawn by `key`; None: all).
+
+    Scales that are numbers already are searched anew. Raises ValueError for quantizers of
+    another model, unknown options and what `calibrate` refuses of batches.
+
+    Sequential MSE as in AIMET; Choukroun et al., [Low-bit Quantization of Neural Networks
+    for Efficient Inference](https://arxiv.org/abs/1902.06822), ICCVW 2019.
+
+    >>> quantizers = jm.search_scales(params, graph, quantizers, batches)
+    """
+    leaves_of(params, graph, CALLER)
+    check_quantizers(quantizers, CALLER)
+    check_word(CALLER, of=(of, ("weights", "both", "float")))
+    check_word(CALLER, store=(store, ("device", "host")))
+    check_number(
+        CALLER, candidates=(candidates, 1), rows=(1 if rows is None else rows, 1)
+    )
+    options = Options("search", "search", candidates=int(candidates), damping=0.0)
+    read = as_batches(batches, CALLER, inputs=inputs)
+    run = Run(
+        CALLER,
+        graph,
+        params,
+        quantizers,
+        find_layers(graph, quantizers, CALLER),
+        options,
+        rows,
+        store,
+        of == "both",
+        False,
+        check_key(jax.random.key(0) if key is None else key, CALLER),
+        kwargs,
+        apart=of == "float",
+    )
+    found = run.go(run.begin(read), Checkpoint(None, CALLER, ()), progress)
+    _, pinned = results(run, found)
+    return (pinned, report(run.layers, found)) if with_report else pinned

@@ -1,0 +1,327 @@
+"""Wave after wave: each layer is chosen for inputs that come from chosen layers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxmet.engine.elementwise import Formula, compute
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.engine.replay import bounds_of
+from jaxmet.transforms.lockstep import Copy, quantized_copy
+from jaxmet.transforms.rounding.checkpoint import Checkpoint
+from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
+from jaxmet.transforms.rounding.layers import (
+    Layer,
+    LeafGrid,
+    Sharing,
+    Views,
+    array_of,
+    grid_in_blocks,
+    grid_of_leaf,
+    sharing,
+)
+from jaxmet.transforms.rounding.solvers import Kind, Options, Problem, Solution, solve
+from jaxmet.transforms.rounding.waves import Wave, find_waves
+from jaxmet.tree.batches import Batches
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.quantizers import Quantizers
+
+
+class Chosen(NamedTuple):
+    """A layer's new leaves and grid, and its losses."""
+
+    weight: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+    loss: np.ndarray
+    nearest_loss: np.ndarray
+    shift: np.ndarray
+    curve: np.ndarray
+
+
+@dataclasses.dataclass
+class Run:
+    """One call: what is rounded, how, and both copies of the model."""
+
+    caller: str
+    graph: Graph
+    params: Any
+    quantizers: Quantizers
+    layers: tuple[Layer, ...]
+    options: Options
+    rows: int | None
+    store: str
+    both: bool
+    bias: bool
+    key: jax.Array
+    kwargs: dict[str, Any]
+    apart: bool = False  # every layer sees float inputs
+    formulas: dict[Formula, Callable] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.leaves = named_leaves(self.params)
+
+    def begin(self, batches: Batches) -> tuple[Wave, ...]:
+        """Read the data and cut both copies."""
+        first = batches.first
+        self.views = Views(
+            self.graph,
+            self.params,
+            [layer for layer in self.layers if layer.why is None],
+            first,
+            **self.kwargs,
+        )
+        self.layers = tuple(
+            dataclasses.replace(layer, why="its product reads a part of it")
+            if layer.why is None and not self.views.whole[layer.node.name]
+            else layer
+            for layer in self.layers
+        )
+        waves = find_waves(self.graph, self.layers)
+        cuts = tuple(w.cut for w in waves if w.cut is not None)
+        exact = Copy(
+            self.caller,
+            self.graph,
+            self.params,
+            cuts,
+            self.kwargs,
+            self.store == "host",
+        )
+        self.noisy = dataclasses.replace(exact, lives=[])
+        if not self.apart:
+            self.noisy = quantized_copy(
+                self.graph, self.params, self.quantizers, exact, both=self.both
+            )
+        self.exact = exact
+        number = 0
+        for batch in batches:
+            number += max(
+                (x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), default=1
+            )
+            exact.read(batch)
+            self.noisy.read(batch)
+        self.noisy.order = exact.order
+        self.most = None if self.rows is None else max(1, self.rows // max(1, number))
+        return waves
+
+    def go(
+        self, waves: Sequence[Wave], checkpoint: Checkpoint, progress: bool
+    ) -> dict[str, Chosen]:
+        """All waves; what each of their layers came to."""
+        found: dict[str, Chosen] = {}
+        total = sum(len(w.layers) for w in waves)
+        with tqdm(total=total, desc=self.caller, disable=not progress) as bar:
+            for number, wave in enumerate(waves):
+                kept = checkpoint.load(number)
+                if kept is None:
+                    new = self.choose(number, wave, bar)
+                    checkpoint.save(number, _flat(new))
+                else:
+                    new = {x.node.name: _unflat(kept, x.node.name) for x in wave.layers}
+                    bar.update(len(wave.layers))
+                found |= new
+                self.put(wave, new)
+                if number + 1 < len(waves):
+                    for batch in range(len(self.exact.lives)):
+                        self.exact.advance(batch, number)
+                        self.noisy.advance(batch, number)
+        return found
+
+    def choose(self, number: int, wave: Wave, bar: Any) -> dict[str, Chosen]:
+        """Look at the inputs of a wave and choose its weights."""
+        keep = self.options.method == "adam"
+        offsets = {
+            layer.node.name: leaf.input_offset
+            for layer in wave.layers
+            if is_compressed(leaf := self.leaves[layer.parameter])
+            and leaf.input_offset is not None
+        }
+        look = Look(self.exact, self.noisy, wave.layers, offsets, self.most, keep=keep)
+        seen: dict[str, Inputs] = {}
+        rows: dict[str, list[Rows]] = {}
+        key = jax.random.fold_in(self.key, number)
+        merge = jax.jit(merged)
+        for batch in range(len(self.exact.lives)):
+            found, own = look(batch, number, jax.random.fold_in(key, batch))
+            for name, one in found.items():
+                seen[name] = merge(seen[name], one) if name in seen else one
+            for name, one in own.items():
+                rows.setdefault(name, []).append(one)
+        self.check(seen)
+        groups: dict[Any, list[tuple[Layer, Problem]]] = {}
+        for layer in wave.layers:
+            kind, problem = self.problem(layer, seen, rows)
+            shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(problem))
+            structure = jax.tree.structure(problem)
+            groups.setdefault((kind, shapes, structure), []).append((layer, problem))
+        new: dict[str, Chosen] = {}
+        for turn, ((kind, _, _), same) in enumerate(groups.items()):
+            solutions = solve(
+                [problem for _, problem in same],
+                kind,
+                self.options,
+                jax.random.fold_in(key, 2**20 + turn),
+                partial(_tick, bar, len(same)),
+            )
+            for (layer, _), solution in zip(same, solutions, strict=True):
+                new[layer.node.name] = self.read(layer, solution)
+        return {layer.node.name: new[layer.node.name] for layer in wave.layers}
+
+    def check(self, seen: Mapping[str, Inputs]) -> None:
+        for name, one in seen.items():
+            if not (np.isfinite(one.mean).all() and np.isfinite(one.float_mean).all()):
+                raise ValueError(
+                    f"jaxmet.{self.caller}: the inputs of {name!r} hold NaN or infinity. "
+                    "Look at the batches, and at the layers before it with jm.compare."
+                )
+
+    def problem(
+        self,
+        layer: Layer,
+        seen: Mapping[str, Inputs],
+        rows: Mapping[str, list[Rows]],
+    ) -> tuple[Kind, Problem]:
+        """A layer in terms of its matrix."""
+        name = layer.node.name
+        leaf = np.asarray(array_of(self.leaves[layer.parameter]))
+        leaf = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+        quantizer = self.quantizers.weights[layer.parameter]
+        grid = LeafGrid.of(quantizer, leaf)
+        how: Sharing = sharing(self.views, name, grid, leaf.shape)
+        weight = self.views.matrix(name, leaf)
+        bias = self.bias_of(layer, weight.shape)
+        problem = Problem(
+            jnp.asarray(weight),
+            jax.tree.map(
+                jnp.float32,
+                grid_in_blocks(self.views, name, grid, leaf.shape, how.blocks),
+            ),
+            seen[name],
+            jnp.zeros((weight.shape[0], weight.shape[2]), weight.dtype)
+            if bias is None
+            else jnp.asarray(bias),
+        )
+        activation = None
+        if rows:
+            parts = [[v.reshape(-1, *v.shape[-2:]) for v in one] for one in rows[name]]
+            both = [jnp.concatenate(v, axis=1) for v in zip(*parts, strict=True)]
+            activation, bounds = self.activation(layer.node, problem.bias.shape)
+            problem = problem._replace(rows=tuple(both), bounds=bounds)
+        kind = Kind(
+            quantizer.symmetric,
+            *how,
+            centred=bias is not None,
+            free=quantizer.scale is None or self.options.method == "search",
+            activation=activation,
+        )
+        return kind, problem
+
+    def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
+        """The site's own bias as (groups, outs), None where no mean can be put."""
+        name = layer.node.bias
+        if not self.bias or name is None or name in layer.node.shared:
+            return None
+        bias = np.asarray(array_of(self.leaves[name]))
+        if (
+            bias.size != shape[0] * shape[2]
+            or layer.node.name not in self.graph.selected
+        ):
+            return None
+        wide = np.promote_types(bias.dtype, np.float32)
+        return bias.astype(wide).reshape(shape[0], shape[2])
+
+    def activation(
+        self, node: Node, shape: Sequence[int]
+    ) -> tuple[Callable | None, tuple[Any, Any]]:
+        """What alone reads a site and acts on each number, and its bounds by output."""
+        readers = node.only_readers or ()
+        nothing = None, (None, None)
+        after = self.graph[readers[0]] if len(readers) == 1 else None
+        if after is None or after.kind != "activation" or after.formula is None:
+            return nothing
+        if after.bounds is not None:
+            stated = bounds_of(self.graph.nodes, self.leaves)
+            own = stated.get(after.carrier or "", (None, None))
+            pair = zip(own, after.bounds, strict=True)
+            bounds = [
+                np.broadcast_to(np.reshape(b if s is None else s, -1), np.prod(shape))
+                for s, b in pair
+            ]
+            return None, tuple(jnp.float32(b.reshape(tuple(shape))) for b in bounds)
+        if after.formula not in self.formulas:
+            self.formulas[after.formula] = partial(compute, after.formula)
+        return self.formulas[after.formula], (None, None)
+
+    def read(self, layer: Layer, solution: Solution) -> Chosen:
+        """A solution in terms of the leaves; weights exactly on the grid of the leaf."""
+        name, quantizer = layer.node.name, self.quantizers.weights[layer.parameter]
+        leaf = np.asarray(array_of(self.leaves[layer.parameter]))
+        wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+        old = LeafGrid.of(quantizer, wide)
+        grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape)
+        weight = self.views.leaf(name, np.asarray(solution.weight), leaf.shape)
+        pinned = dataclasses.replace(
+            quantizer,
+            scale=jnp.asarray(grid.scale),
+            zero_point=None if quantizer.symmetric else jnp.asarray(grid.zero_point),
+        )
+        weight = np.asarray(pinned(jnp.asarray(weight.astype(wide.dtype))))
+        curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
+        arrays = (solution.loss, solution.nearest_loss, solution.shift)
+        return Chosen(
+            weight, grid.scale, grid.zero_point, *map(np.asarray, arrays), curve
+        )
+
+    def put(self, wave: Wave, new: Mapping[str, Chosen]) -> None:
+        """Give the quantized copy what was chosen."""
+        if self.apart:
+            return
+        leaves = {}
+        for layer in wave.layers:
+            leaves |= self.updated(layer, new[layer.node.name])
+        self.noisy.params = replace_leaves(self.noisy.params, leaves)
+
+    def updated(self, layer: Layer, chosen: Chosen) -> dict[str, Any]:
+        """The leaves of a layer that change."""
+        old = self.leaves[layer.parameter]
+        weight = jnp.asarray(chosen.weight).astype(array_of(old).dtype)
+        new = {
+            layer.parameter: old.replace(weight=weight)
+            if is_compressed(old)
+            else weight
+        }
+        if self.bias_of(layer, self.views.index[layer.node.name].shape) is not None:
+            assert layer.node.bias is not None
+            leaf = self.leaves[layer.node.bias]
+            bias = jnp.asarray(array_of(leaf))
+            wide = jnp.promote_types(bias.dtype, chosen.shift.dtype)
+            moved = bias.astype(wide) + chosen.shift.reshape(bias.shape).astype(wide)
+            moved = moved.astype(bias.dtype)
+            new[layer.node.bias] = (
+                leaf.replace(weight=moved) if is_compressed(leaf) else moved
+            )
+        return new
+
+
+def _tick(bar: Any, layers: int, share: float) -> None:
+    bar.update(share * layers)
+
+
+def _flat(found: Mapping[str, Chosen]) -> dict[str, np.ndarray]:
+    return {
+        f"{field}:{name}": value
+        for name, one in found.items()
+        for field, value in one._asdict().items()
+    }
+
+
+def _unflat(arrays: Mapping[str, np.ndarray], name: str) -> Chosen:
+    return Chosen(*(arrays[f"{field}:{name}"] for field in Chosen._fields))
