@@ -32,6 +32,7 @@ def test_each_step_wins_back_what_it_should(table):
     assert found["W8A8 per tensor, the same without data"] > corrected - 8
     four = found["W4A8 per channel, fold + correct"]
     assert four > found["W4A8 per channel, fold"] + 1
+    assert found["W4A8 per channel, fold + adaround"] > four + 1
     assert found["W4A8 per channel, fold"] < found["W8A8 per channel, fold"] - 10
 
 

@@ -93,3 +93,31 @@ def test_an_iterator_that_can_be_read_once_is_refused(case: Any) -> None:
     apply, trained, batches = case
     with pytest.raises(ValueError, match=r"jaxmet\.ptq: .*read once"):
         jm.ptq(apply, trained, iter(batches))
+
+
+def test_few_bits_are_rounded_by_the_data(case: Any) -> None:
+    apply, trained, batches = case
+    config = jm.QuantConfig(weight_bits=4)
+    with pytest.raises(ValueError, match="jaxmet.ptq: .*less than 8 bits.*key"):
+        jm.ptq(apply, trained, batches, config, progress=False)
+    params, quantizers, table = jm.ptq(
+        apply, trained, batches, config, key=jax.random.key(0), progress=False
+    )
+    assert table["step"][-1] == "adaround"
+    assert table["SQNR (dB)"][-1] > table["SQNR (dB)"][1] + 2
+    np.testing.assert_allclose(
+        table["SQNR (dB)"][-1], decibels(case, params, quantizers), atol=1e-2
+    )
+    kept = [q.scale is not None for q in quantizers.weights.values()]
+    assert all(kept)
+    shape = jax.ShapeDtypeStruct(batches[0][0].shape, jnp.float32)
+    _, _, blind = jm.ptq(apply, trained, shape, config, progress=False)
+    assert blind["step"][-1] == "correct_bias"
+
+
+def test_weight_grids_of_another_model_are_not_kept(case: Any) -> None:
+    apply, trained, batches = case
+    graph = jm.trace(apply, trained, *batches[0])
+    strange = jm.Quantizers({"elsewhere": jm.Quantizer(scale=jnp.float32(1.0))})
+    with pytest.raises(ValueError, match="jaxmet.calibrate.*elsewhere"):
+        jm.calibrate(trained, graph, batches, weights=strange, progress=False)

@@ -9,11 +9,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.engine.calls import Apply
-from jaxmet.engine.graph import trace
+from jaxmet.engine.graph import Graph, trace
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
+from jaxmet.transforms.rounding import adaround
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.config import QuantConfig
@@ -35,19 +36,21 @@ def ptq(
 ) -> tuple[Any, Quantizers, Table]:
     """Quantize a trained model: `(params, quantizers, table)`.
 
-    Folds batch norms, equalizes, calibrates on `batches` and corrects biases; the model is not
-    touched. Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row
-    a step: the signal-to-noise ratio of the quantized outputs against the float ones over
+    Folds batch norms, equalizes, calibrates on `batches` and corrects biases, or, where
+    weights have less than 8 bits, rounds them by `adaround`, which corrects biases too and
+    draws by `key`; the model is not touched. Run the result with
+    `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step: the signal-to-noise ratio of the quantized outputs against the float ones over
     `batches`, 10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
     params)`, or another tree of the same model, is what counts as float there. Static keyword
-    arguments (`train=False`) go to the model. No step is random yet, so `key` is unused.
+    arguments (`train=False`) go to the model.
 
     With `jax.ShapeDtypeStruct`s of the inputs in place of batches no data is needed: ranges,
     scales and mean errors come from the batch norms (data-free quantization), what they do not
     tell stays in float, and the table has no ratios.
 
-    The data is read several times a step: a one-shot iterator is refused. Raises what `trace`,
-    `fold_batch_norm`, `equalize`, `calibrate` and `correct_bias` raise.
+    The data is read several times a step: a one-shot iterator is refused. Raises ValueError
+    where rounding needs a key and there is none, and what `trace`, `fold_batch_norm`,
+    `equalize`, `calibrate`, `correct_bias` and `adaround` raise.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019.
@@ -55,17 +58,24 @@ def ptq(
     >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.stacked(images))
     >>> print(table)
     """
-    del key
     config = config or QuantConfig()
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
     graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
+    rounds = data is not None and _is_coarse(graph, config)
+    if rounds and key is None:
+        raise ValueError(
+            "jaxmet.ptq: weights of less than 8 bits are rounded by jm.adaround, which "
+            "draws rows at random. Give key=jax.random.key(0)."
+        )
     options: dict[str, Any] = {"inputs": inputs, "progress": progress}
     exact = _float_model(reference, graph.apply, params)
     rows: list[dict[str, Any]] = []
 
-    def measure(step: str, params: Any, what: str) -> Quantizers:
-        found = calibrate(params, graph, data, config, **options)
+    def measure(
+        step: str, params: Any, what: str, weights: Quantizers | None = None
+    ) -> Quantizers:
+        found = calibrate(params, graph, data, config, weights=weights, **options)
         ratio = None
         if data is not None:
             again = as_batches(data, "ptq", inputs=inputs)
@@ -82,12 +92,25 @@ def ptq(
         params, graph, config=config, batches=data, with_report=True, **options
     )
     quantizers = measure("equalize", params, _summary(report, "scale min"))
-    params, report = correct_bias(
-        params, graph, quantizers, data, with_report=True, **options
-    )
-    quantizers = measure("correct_bias", params, _summary(report, "into"))
+    if rounds:
+        params, weights, report = adaround(
+            params, graph, quantizers, data, key=key, with_report=True, **options
+        )
+        quantizers = measure("adaround", params, _summary(report, "loss"), weights)
+    else:
+        params, report = correct_bias(
+            params, graph, quantizers, data, with_report=True, **options
+        )
+        quantizers = measure("correct_bias", params, _summary(report, "into"))
     table = Table({k: [r[k] for r in rows] for k in rows[0]}, title="ptq")
     return params, quantizers, table
+
+
+def _is_coarse(graph: Graph, config: QuantConfig) -> bool:
+    """Whether any weight is to have less than 8 bits."""
+    weights = (site.weight for site in graph.sites)
+    found = (config.resolve(w.name, "weight") for w in weights if w and w.name)
+    return any(one.quantize and one.bits < 8 for one in found)
 
 
 def _float_model(reference: Any, apply: Apply, params: Any) -> tuple[Apply, Any]:

@@ -37,6 +37,14 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
         quantizers = jm.calibrate(params, graph, data, config, progress=False)
         return jm.correct_bias(params, graph, quantizers, data, progress=False)
 
+    def rounded(params: Any, config: jm.QuantConfig) -> tuple[Any, jm.Quantizers]:
+        quantizers = jm.calibrate(params, graph, batches, config, progress=False)
+        key = jax.random.key(0)
+        return jm.adaround(
+            params, graph, quantizers, batches, key=key, progress=progress
+        )
+
+    adapted, weights = rounded(folded, four)
     fixed, blind = (corrected(equalized, tensor, data) for data in (batches, None))
     variants: list[tuple[str, Any, jm.QuantConfig, Any]] = [
         ("W8A8 per tensor, fold", folded, tensor, batches),
@@ -53,6 +61,7 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
             four,
             batches,
         ),
+        ("W4A8 per channel, fold + adaround", adapted, four, batches),
     ]
     bar = tqdm(total=len(variants) + 1, desc="variants", disable=not progress)
     no_grids = jm.simulate(apply, jm.Quantizers())
@@ -60,10 +69,13 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
     rows = [_row("float", float_logits, float_logits, labels)]
     bar.update()
     for name, params, config, data in variants:
-        quantizers = jm.calibrate(params, graph, data, config, progress=False)
-        rounded = jm.round_weights(params, quantizers)
+        keep = weights if params is adapted else None
+        quantizers = jm.calibrate(
+            params, graph, data, config, weights=keep, progress=False
+        )
+        coarse = jm.round_weights(params, quantizers)
         device = jm.simulate(apply, quantizers, weights=False)
-        rows.append(_row(name, _logits(device, rounded, images), float_logits, labels))
+        rows.append(_row(name, _logits(device, coarse, images), float_logits, labels))
         bar.update()
     bar.close()
     return jm.Table(

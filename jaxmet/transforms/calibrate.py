@@ -29,6 +29,7 @@ def calibrate(
     *,
     inputs: Callable[[Any], Any] | None = None,
     samples: int | None = SAMPLES,
+    weights: Quantizers | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Quantizers:
@@ -50,6 +51,9 @@ def calibrate(
     What no norm tells, as the model's input, stays in float and is listed in
     `quantizers.left`. Weights need no data.
 
+    `weights`, quantizers of the same model, keeps the grids of its weights: activations of a
+    tree that `jm.adaround` made are calibrated with what it returned.
+
     Raises ValueError, before any pass over the data, for a rule that means nothing, a tree
     that is not the graph's, NaN or infinity in parameters or in the first batch, empty
     batches, a bare array, and no batches where no norm tells any range; after the first
@@ -65,9 +69,10 @@ def calibrate(
     config = config or QuantConfig()
     leaves = leaves_of(params, graph, "calibrate")
     placement = place(graph, config, "calibrate")
-    weights = {w.name: _weight_quantizer(w, leaves) for w in placement.weights}
+    grids = {w.name: _weight_quantizer(w, leaves) for w in placement.weights}
+    grids |= _kept(weights, grids)
     for bias in placement.biases:
-        weights[bias.name] = Quantizer(bits=32, product=bias.product)
+        grids[bias.name] = Quantizer(bits=32, product=bias.product)
     check_samples(samples)
     if batches is not None:
         batches = as_batches(batches, "calibrate", inputs=inputs, abstract=True)
@@ -93,7 +98,7 @@ def calibrate(
     owners = {name: name for name in placement.activations} | placement.shared
     never = {n: absent for n, o in owners.items() if o not in ranges}
     shared = tuple((n, o) for n, o in placement.shared.items() if n not in never)
-    quantizers = Quantizers(weights, activations, shared)
+    quantizers = Quantizers(grids, activations, shared)
     for name, q in quantizers.weights.items():
         if q.product is None:
             continue
@@ -101,10 +106,29 @@ def calibrate(
             never[name] = f"{q.product[1]!r} has no grid: {absent}"
         elif not _fits_int32(name, quantizers, leaves):
             never[name] = "it does not fit int32 at the product of its scales"
-    weights = {name: q for name, q in weights.items() if name not in never}
+    grids = {name: q for name, q in grids.items() if name not in never}
     left = tuple((placement.left | never).items())
     derived = tuple(w.name for w in placement.weights if w.name not in leaves)
-    return dataclasses.replace(quantizers, weights=weights, left=left, derived=derived)
+    return dataclasses.replace(quantizers, weights=grids, left=left, derived=derived)
+
+
+def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, Any]:
+    """The grids of weights that are taken over."""
+    if weights is None:
+        return {}
+    if not isinstance(weights, Quantizers):
+        raise ValueError(
+            f"jaxmet.calibrate: weights is of type {type(weights).__name__}. Pass the "
+            "Quantizers whose weight grids are to be kept."
+        )
+    kept = {n: q for n, q in weights.weights.items() if q.product is None}
+    strange = [name for name in kept if name not in grids]
+    if strange:
+        raise ValueError(
+            f"jaxmet.calibrate: weights= has a grid for {strange[0]!r}, which this "
+            "configuration does not quantize. Pass quantizers of this model."
+        )
+    return kept
 
 
 def _fits_int32(name: str, quantizers: Quantizers, leaves: dict[str, Any]) -> bool:

@@ -139,7 +139,7 @@ def _lower(
     new: jax.Array, old: jax.Array, shared: tuple[int, ...]
 ) -> Bool[Array, "groups outs"]:
     """Which outputs have a lower error, all that share a scale together."""
-    axes = tuple(axis // 2 for axis in shared)  # of (groups, blocks, outs)
+    axes = tuple(axis // 2 for axis in shared if axis != 1)  # of (groups, blocks, outs)
     gained = jnp.sum(new, axes, keepdims=True) < jnp.sum(old, axes, keepdims=True)
     return jnp.broadcast_to(gained, new.shape)
 

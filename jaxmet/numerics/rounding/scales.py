@@ -31,7 +31,7 @@ def refit_scales(
         cut = lambda v, n, axis: lax.dynamic_slice_in_dim(v, b * n, n, axis)
         k = cut(levels, length, 1)
         product = jnp.matmul(cut(gram, length, 2), k, precision="highest")
-        sums = lambda v: jnp.sum(v, axis=(1, *shared), keepdims=True)
+        sums = lambda v: jnp.sum(v, axis=tuple({1, *shared}), keepdims=True)
         gain = sums(k * cut(residual, length, 1))
         curvature = sums(k * cut(product, length, 1))
         old = cut(scale, 1, 1)

@@ -13,6 +13,7 @@ from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
     METHODS,
     SCALES,
+    check_concrete,
     check_key,
     check_number,
     check_quantizers,
@@ -160,6 +161,7 @@ def adaround(
     >>> params, quantizers = jm.adaround(params, graph, quantizers, batches, key=key)
     """
     leaves_of(params, graph, CALLER)
+    check_concrete(params, CALLER)
     check_quantizers(quantizers, CALLER)
     check_word(CALLER, method=(method, METHODS), of=(of, ("weights", "both")))
     check_word(CALLER, store=(store, ("device", "host")))
@@ -255,6 +257,6 @@ def report(layers: Sequence[Layer], found: Mapping[str, Chosen]) -> Table:
         note = None if layer.why is None else f"rounded to nearest: {layer.why}"
         rows.append((layer.node.name, loss, plain, ratio, note))
     names = ("site", "loss", "nearest loss", "ratio", "note")
-    columns = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}
+    columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}
     middle = f", {np.median(ratios):.3g} of nearest in the median" if ratios else ""
     return Table(columns, title=f"{len(ratios)} of {len(rows)} weights rounded{middle}")

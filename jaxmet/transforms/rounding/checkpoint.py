@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmet.engine.compat import is_key
+
 ABOUT = "about.json"
 
 
@@ -47,7 +49,8 @@ class Checkpoint:
             return
         part = self.path / "part"
         with part.open("wb") as file:
-            np.savez(file, **{n: np.asarray(v) for n, v in arrays.items()})
+            every: dict[str, Any] = {n: np.asarray(v) for n, v in arrays.items()}
+            np.savez(file, **every)
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.path / f"{wave:04}.npz")
@@ -64,9 +67,7 @@ def fingerprint(told: Iterable[Any]) -> str:
     """A number for arrays and everything else that prints itself."""
     found = hashlib.sha256()
     for one in jax.tree.leaves(list(told)):
-        if isinstance(one, jax.Array) and jax.dtypes.issubdtype(
-            one.dtype, jax.dtypes.prng_key
-        ):
+        if isinstance(one, jax.Array) and is_key(one):
             one = jax.random.key_data(one)
         if hasattr(one, "dtype"):
             array = np.asarray(one)

@@ -68,8 +68,10 @@ def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Laye
 
 def _unfit(site: Node, quantizers: Quantizers) -> str | None:
     weight = site.weight
-    if weight is None or (why := why_no_rows(site)) is not None:
-        return why if weight is not None else "it has no weight"
+    if weight is None:
+        return "it has no weight"
+    if (why := why_no_rows(site)) is not None:
+        return why
     quantizer = quantizers.weights.get(weight.name or site.name)
     if quantizer is None or not quantizer.active:
         return "its weight is not quantized"
@@ -113,7 +115,7 @@ class Views:
         }
         size = max((math.prod(s) for s in shapes.values()), default=1)
         digits = jax.jit(_reader(graph, params, self.layers, batch, kwargs))
-        self.index = {n: np.zeros((), np.int64) for n in self.layers}
+        self.index: dict[str, np.ndarray] = {n: np.array(0) for n in self.layers}
         unit = 1
         while unit < size:
             given = {
@@ -236,7 +238,7 @@ def grid_in_blocks(
 ) -> Grid:
     """The grid of a leaf as that of its matrix."""
 
-    def own(v: np.ndarray) -> np.ndarray:
+    def own(v: np.ndarray) -> Any:
         m = views.matrix(site, spread(v.astype(np.float32), shape))
         return m.reshape(m.shape[0], blocks, -1, m.shape[2])[:, :, 0]
 
@@ -247,11 +249,12 @@ def grid_of_leaf(
     views: Views, site: str, new: Grid, old: LeafGrid, shape: Sequence[int]
 ) -> LeafGrid:
     """The grid of a matrix as that of its leaf."""
-    groups, ins, outs = views.index[site].shape
+    index = views.index[site]
+    ins = index.shape[1]
 
     def back(v: Any) -> np.ndarray:
         v = np.asarray(v, np.float32)
-        wide = np.repeat(v, ins // v.shape[1], axis=1).reshape(groups, ins, outs)
+        wide = np.repeat(v, ins // v.shape[1], axis=1).reshape(index.shape)
         return gathered(views.leaf(site, wide, shape), old.scale.shape)
 
     return LeafGrid(back(new.scale), back(new.zero_point), old.ends)

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmet.engine.compat import is_key
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.quantizers import Quantizers
 
 METHODS = ("coordinate", "adam", "gram")
@@ -20,6 +22,15 @@ def check_quantizers(quantizers: Any, caller: str) -> None:
         )
 
 
+def check_concrete(params: Any, caller: str) -> None:
+    """Refuse traced trees: layers are looked at one after the other."""
+    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            f"jaxmet.{caller}: the parameters are traced. Call it outside of jax.jit: it "
+            "compiles what it runs by itself."
+        )
+
+
 def check_word(caller: str, **words: tuple[Any, tuple[str, ...]]) -> None:
     """Refuse words that are not among those known."""
     for name, (value, known) in words.items():
@@ -30,7 +41,7 @@ def check_word(caller: str, **words: tuple[Any, tuple[str, ...]]) -> None:
             )
 
 
-def check_number(caller: str, **numbers: tuple[Any, float]) -> None:
+def check_number(caller: str, **numbers: tuple[Any, float | int]) -> None:
     """Refuse what is no number, or below its least value."""
     for name, (value, least) in numbers.items():
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -47,7 +58,7 @@ def check_key(key: Any, caller: str) -> jax.Array:
             f"jaxmet.{caller}: there is no key, and rows are drawn at random. Give "
             "key=jax.random.key(0)."
         )
-    if jnp.issubdtype(getattr(key, "dtype", jnp.float32), jax.dtypes.prng_key):
+    if hasattr(key, "dtype") and is_key(key):
         return key
     try:
         return jax.random.wrap_key_data(jnp.asarray(key))

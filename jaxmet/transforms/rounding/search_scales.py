@@ -10,6 +10,7 @@ from jaxmet.transforms.rounding.adaround import ROWS, report, results
 from jaxmet.transforms.rounding.checkpoint import Checkpoint
 from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.options import (
+    check_concrete,
     check_key,
     check_number,
     check_quantizers,
@@ -94,6 +95,7 @@ def search_scales(
     >>> quantizers = jm.search_scales(params, graph, quantizers, batches)
     """
     leaves_of(params, graph, CALLER)
+    check_concrete(params, CALLER)
     check_quantizers(quantizers, CALLER)
     check_word(CALLER, of=(of, ("weights", "both", "float")))
     check_word(CALLER, store=(store, ("device", "host")))

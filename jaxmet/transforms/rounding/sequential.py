@@ -1,6 +1,7 @@
 """Wave after wave: each layer is chosen for inputs that come from chosen layers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -213,12 +214,12 @@ class Run:
         if rows:
             parts = [[v.reshape(-1, *v.shape[-2:]) for v in one] for one in rows[name]]
             both = [jnp.concatenate(v, axis=1) for v in zip(*parts, strict=True)]
-            activation, bounds = self.activation(layer.node, problem.bias.shape)
+            activation, bounds = self.activation(layer.node, problem.bias.shape, bias)
             problem = problem._replace(rows=tuple(both), bounds=bounds)
         kind = Kind(
             quantizer.symmetric,
             *how,
-            centred=bias is not None,
+            centred=self.bias and bias is not None,
             free=quantizer.scale is None or self.options.method == "search",
             activation=activation,
         )
@@ -227,7 +228,7 @@ class Run:
     def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
         """The site's own bias as (groups, outs), None where no mean can be put."""
         name = layer.node.bias
-        if not self.bias or name is None or name in layer.node.shared:
+        if name is None or name in layer.node.shared:
             return None
         bias = np.asarray(array_of(self.leaves[name]))
         if (
@@ -239,11 +240,13 @@ class Run:
         return bias.astype(wide).reshape(shape[0], shape[2])
 
     def activation(
-        self, node: Node, shape: Sequence[int]
+        self, node: Node, shape: Sequence[int], bias: Any
     ) -> tuple[Callable | None, tuple[Any, Any]]:
         """What alone reads a site and acts on each number, and its bounds by output."""
         readers = node.only_readers or ()
         nothing = None, (None, None)
+        if node.derived_bias or (node.bias is not None and bias is None):
+            return nothing
         after = self.graph[readers[0]] if len(readers) == 1 else None
         if after is None or after.kind != "activation" or after.formula is None:
             return nothing
@@ -252,7 +255,7 @@ class Run:
             own = stated.get(after.carrier or "", (None, None))
             pair = zip(own, after.bounds, strict=True)
             bounds = [
-                np.broadcast_to(np.reshape(b if s is None else s, -1), np.prod(shape))
+                np.broadcast_to(np.reshape(b if s is None else s, -1), math.prod(shape))
                 for s, b in pair
             ]
             return None, tuple(jnp.float32(b.reshape(tuple(shape))) for b in bounds)
@@ -275,10 +278,9 @@ class Run:
         )
         weight = np.asarray(pinned(jnp.asarray(weight.astype(wide.dtype))))
         curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
-        arrays = (solution.loss, solution.nearest_loss, solution.shift)
-        return Chosen(
-            weight, grid.scale, grid.zero_point, *map(np.asarray, arrays), curve
-        )
+        losses = np.asarray(solution.loss), np.asarray(solution.nearest_loss)
+        shift = np.asarray(solution.shift)
+        return Chosen(weight, grid.scale, grid.zero_point, *losses, shift, curve)
 
     def put(self, wave: Wave, new: Mapping[str, Chosen]) -> None:
         """Give the quantized copy what was chosen."""
@@ -298,7 +300,8 @@ class Run:
             if is_compressed(old)
             else weight
         }
-        if self.bias_of(layer, self.views.index[layer.node.name].shape) is not None:
+        shape = self.views.index[layer.node.name].shape
+        if self.bias and self.bias_of(layer, shape) is not None:
             assert layer.node.bias is not None
             leaf = self.leaves[layer.node.bias]
             bias = jnp.asarray(array_of(leaf))

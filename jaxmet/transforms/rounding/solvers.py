@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmet.engine import compat
 from jaxmet.numerics.rounding.adaround import (
     GramData,
     RowData,
@@ -128,7 +129,9 @@ def _known(problem: Problem, kind: Kind) -> Products:
     return centred(products, inputs.mean, inputs.float_mean)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "options"))
+@functools.partial(
+    jax.jit, static_argnames=("kind", "options"), compiler_options=compat.QUICK
+)
 @_layers
 def _by_coordinates(problem: Problem, *, kind: Kind, options: Options) -> Solution:
     products = _known(problem, kind)

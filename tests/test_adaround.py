@@ -1,0 +1,516 @@
+"""Adaptive rounding on whole models: oracles in float64, bad input, interruptions."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxmet as jm
+from jaxmet.transforms.rounding.layers import Views, array_of, find_layers
+from jaxmet.transforms.rounding.waves import find_waves
+from jaxmet.tree.names import named_leaves
+from zoo import CASES
+
+KEY = jax.random.key(0)
+W3 = jm.QuantConfig(weight_bits=3, activation_bits=32)
+METHODS = ("coordinate", "gram", "adam")
+QUICK = {"coordinate": {}, "gram": {"iterations": 300}, "adam": {"iterations": 300}}
+
+
+def spec(q):
+    return {n: np.asarray(w.scale) for n, w in q.weights.items() if w.scale is not None}
+
+
+def mlp(seed=0, sizes=(12, 16, 8), act=jax.nn.relu, rows=256):
+    """Two dense layers on inputs that hang together, so that rounding has what to win."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(sizes[0], sizes[0])) * np.linspace(2, 0.05, sizes[0])
+    x = (rng.normal(size=(rows, sizes[0])) @ mix + 0.5).astype(np.float32)
+    params = {
+        f"l{i}": {
+            "w": rng.normal(size=(n, m)).astype(np.float32) / np.sqrt(n),
+            "b": rng.normal(size=m).astype(np.float32),
+        }
+        for i, (n, m) in enumerate(itertools.pairwise(sizes))
+    }
+
+    def apply(p, x):
+        h = act(x @ p["l0"]["w"] + p["l0"]["b"][None])
+        return h @ p["l1"]["w"] + p["l1"]["b"][None]
+
+    return apply, jax.tree.map(jnp.asarray, params), jnp.asarray(x)
+
+
+def prepared(apply, params, *inputs, config=W3):
+    graph = jm.trace(apply, params, *inputs)
+    return graph, jm.calibrate(params, graph, [inputs], config, progress=False)
+
+
+def run(apply, params, inputs, *, config=W3, method="coordinate", **more):
+    graph, quantizers = prepared(apply, params, *inputs, config=config)
+    options = {**QUICK[method], **more}
+    return jm.adaround(
+        params, graph, quantizers, [inputs], key=KEY, method=method,
+        progress=False, with_report=True, **options,
+    )  # fmt: skip
+
+
+def error(apply, params, quantizers, inputs, exact):
+    y = jm.simulate(apply, quantizers)(params, *inputs)
+    pairs = zip(jax.tree.leaves(y), jax.tree.leaves(exact), strict=True)
+    return sum(float(jnp.sum(jnp.square(a - b))) for a, b in pairs)
+
+
+MODELS = {
+    "dense": lambda: mlp(),
+    "inverted_residual": None,
+    "grouped": None,
+    "transposed": None,
+    "concatenation": None,
+}
+
+
+def model(name):
+    if MODELS[name] is not None:
+        apply, params, x = MODELS[name]()
+        return apply, params, (x,)
+    apply, params, inputs = CASES[name].make["linen"](jax.random.key(1))
+    graph = jm.trace(apply, params, *inputs)
+    params = jm.fold_batch_norm(params, graph)
+    many = tuple(
+        jax.random.normal(jax.random.key(2), (16, *x.shape[1:]), x.dtype)
+        for x in inputs
+    )
+    return jm.lift(apply), params, many
+
+
+@pytest.mark.parametrize("name,method", [
+    ("dense", "coordinate"), ("dense", "gram"), ("dense", "adam"),
+    ("inverted_residual", "coordinate"), ("inverted_residual", "adam"),
+    ("grouped", "coordinate"), ("transposed", "gram"), ("concatenation", "adam"),
+])  # fmt: skip
+def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
+    apply, params, inputs = model(name)
+    graph, before = prepared(apply, params, *inputs)
+    new, after, report = run(apply, params, inputs, method=method)
+    exact = apply(params, *inputs)
+    gained = error(apply, new, after, inputs, exact)
+    assert gained < 0.8 * error(apply, params, before, inputs, exact)
+    ratios = [r for r in report["ratio"] if r is not None]
+    assert len(ratios) == len(graph.sites) and max(ratios) <= 1 + 1e-6
+    assert np.median(ratios) < 0.97 and min(ratios) < 0.85
+    old, found = named_leaves(params), named_leaves(new)
+    for site in graph.sites:
+        weight = site.weight.name
+        q = after.weights[weight]
+        leaf = array_of(found[weight])
+        assert q.scale is not None
+        np.testing.assert_array_equal(q(leaf), leaf)  # rounding again changes nothing
+        if method != "coordinate":
+            scale = np.asarray(before.weights[weight].grid(array_of(old[weight]))[0])
+            np.testing.assert_array_equal(np.asarray(q.scale), scale)
+            inside = np.abs(np.asarray(array_of(old[weight])) / scale) <= q.ends[1]
+            moved = np.abs(np.asarray(leaf - array_of(old[weight]))) / scale
+            assert moved[inside].max() <= 1 + 1e-5
+    untouched = set(found) - {p for s in graph.sites for p in s.parameters}
+    for name in untouched:
+        np.testing.assert_array_equal(array_of(found[name]), array_of(old[name]))
+
+
+@pytest.mark.parametrize("bits,symmetric", [(2, True), (3, False)])
+def test_coordinate_descent_is_near_the_best_of_all_roundings(bits, symmetric):
+    """Every pattern of up and down and beyond, by float64 on the rows themselves."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(64, 4)) @ rng.normal(size=(4, 4))
+    w = rng.normal(size=(4, 3)).astype(np.float32)
+    apply = lambda p, x: x @ p["w"]
+    config = jm.QuantConfig(bits, 32, symmetric_weights=symmetric)
+    inputs = (jnp.asarray(x, jnp.float32),)
+    new, q, _ = run(apply, {"w": jnp.asarray(w)}, inputs, config=config, scales="given",
+                    damping=0.0, bias=False)  # fmt: skip
+    grid = q.weights["w"]
+    scale, zero = (np.asarray(v, np.float64) for v in grid.grid(None))
+    low, high = grid.ends
+    every = np.array(list(itertools.product(range(low, high + 1), repeat=4)))
+    best = np.array([
+        min(np.sum((x @ (s * (every[k] - z) - w[:, o])) ** 2) for k in range(len(every)))
+        for o, (s, z) in enumerate(zip(scale[0], np.broadcast_to(zero, (1, 3))[0], strict=True))
+    ])  # fmt: skip
+    mine = np.sum((x @ (np.asarray(new["w"], np.float64) - w)) ** 2, axis=0)
+    near = np.sum((x @ (np.asarray(grid(jnp.asarray(w)), np.float64) - w)) ** 2, axis=0)
+    assert np.all(mine >= best * (1 - 1e-4)) and np.all(mine <= near * (1 + 1e-5))
+    assert mine.sum() <= 1.15 * best.sum() < near.sum()
+
+
+@pytest.mark.parametrize("of", ["weights", "both"])
+def test_losses_are_those_of_the_copies_run_by_hand(of):
+    """The second layer reads what the rounded first one makes; the bias takes the mean."""
+    apply, params, x = mlp()
+    config = jm.QuantConfig(3, 6) if of == "both" else W3
+    graph, before = prepared(apply, params, x, config=config)
+    new, after, report = run(apply, params, (x,), config=config, of=of)
+    f64 = lambda v: np.asarray(v, np.float64)
+    first, second = graph.sites
+
+    def reads(tree, quantizers):
+        seen = {}
+
+        def hook(node, run_, operands):
+            seen[node.name] = operands[0]
+            return run_(*operands), None
+
+        own = quantizers
+        if of == "weights":
+            own = dataclasses.replace(quantizers, activations={}, shared=())
+        rounded = jm.round_weights(tree, own)
+        jm.evaluate(jm.simulate(apply, own, weights=False), hook)(rounded, x)
+        return seen
+
+    exact = {}
+
+    def watch(node, run_, operands):
+        exact[node.name] = operands[0]
+        return run_(*operands), None
+
+    jm.evaluate(apply, watch)(params, x)
+    seen = reads(new, after)
+    for i, site in enumerate((first, second)):
+        w, b = (f64(params[f"l{i}"][k]) for k in "wb")
+        y = f64(exact[site.name]) @ w + b
+        read = f64(seen[site.name])
+        z = read @ f64(new[f"l{i}"]["w"]) + f64(new[f"l{i}"]["b"])
+        np.testing.assert_allclose(np.mean(z - y, 0), 0, atol=3e-5 * np.abs(y).max())
+        loss = np.sum(np.mean((z - y) ** 2, 0))
+        np.testing.assert_allclose(report["loss"][i], loss, rtol=2e-3)
+        near = read @ f64(before.weights[site.weight.name](params[f"l{i}"]["w"]))
+        near = near - near.mean(0) + y.mean(0)
+        plain = np.sum(np.mean((near - y) ** 2, 0))
+        np.testing.assert_allclose(report["nearest loss"][i], plain, rtol=2e-3)
+    assert np.any(np.asarray(seen[second.name]) != np.asarray(exact[second.name]))
+
+
+@pytest.mark.parametrize("act", [jax.nn.relu, jax.nn.gelu, lambda x: jnp.clip(x, 0, 1)])
+def test_adam_counts_what_the_activation_lets_through(act):
+    apply, params, x = mlp(act=act)
+    new, _, report = run(apply, params, (x,), method="adam", bias=False)
+    f = lambda w: np.asarray(act(x @ w + params["l0"]["b"][None]), np.float64)
+    loss = np.sum(np.mean((f(new["l0"]["w"]) - f(params["l0"]["w"])) ** 2, 0))
+    np.testing.assert_allclose(report["loss"][0], loss, rtol=1e-3)
+
+
+def test_scales_that_are_numbers_are_kept_and_others_searched():
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    pinned = q.pin(params)
+    _, kept = jm.adaround(params, graph, pinned, [(x,)], key=KEY, progress=False)
+    _, free = jm.adaround(params, graph, q, [(x,)], key=KEY, progress=False)
+    for name, scale in spec(pinned).items():
+        np.testing.assert_array_equal(kept.weights[name].scale, scale)
+        assert np.any(np.asarray(free.weights[name].scale) != scale)
+
+
+@pytest.mark.parametrize("config", [
+    jm.QuantConfig(4, 32, per_channel=False),
+    jm.QuantConfig(4, 32, block=4),
+    jm.QuantConfig(4, 32, symmetric_weights=False),
+])  # fmt: skip
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_grid(config, method):
+    apply, params, x = mlp()
+    _, before = prepared(apply, params, x, config=config)
+    new, after, report = run(apply, params, (x,), config=config, method=method)
+    exact = apply(params, x)
+    found = error(apply, new, after, (x,), exact)
+    assert found < 0.85 * error(apply, params, before, (x,), exact)
+    for name, old in before.weights.items():
+        q = after.weights[name]
+        assert np.shape(q.scale) == np.shape(old.grid(named_leaves(params)[name])[0])
+    assert max(report["ratio"]) <= 1
+
+
+def test_layers_of_a_scan_are_rounded_side_by_side():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(3, 8, 8)) / 3, jnp.float32)
+    b = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+    v = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8)), jnp.float32)
+
+    def apply(p, x):
+        body = lambda h, wb: (jnp.tanh(h @ wb[0] + wb[1][None]), None)
+        return lax.scan(body, x, (p["w"], p["b"]))[0] @ p["v"]
+
+    params = {"w": w, "b": b, "v": v}
+    graph, before = prepared(apply, params, x)
+    new, after, report = run(apply, params, (x,))
+    assert report["note"] == (None, None) or list(report["note"]) == [None, None]
+    exact = apply(params, x)
+    found = error(apply, new, after, (x,), exact)
+    assert found < 0.8 * error(apply, params, before, (x,), exact)
+    np.testing.assert_array_equal(after.weights["w"](new["w"]), new["w"])
+    assert all(np.any(np.asarray(new["w"][i]) != np.asarray(w[i])) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    "name", ["scan", "einsum_heads", "transposed", "grouped", "haiku_conv"]
+)
+def test_matrices_lead_back_to_leaves(name):
+    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
+    graph = jm.trace(apply, params, *inputs)
+    q = jm.calibrate(params, graph, [inputs], W3, progress=False)
+    layers = [x for x in find_layers(graph, q, "adaround") if x.why is None]
+    views = Views(graph, params, layers, inputs)
+    leaves = named_leaves(params)
+    for layer in layers:
+        leaf = np.asarray(array_of(leaves[layer.parameter]))
+        site = layer.node.name
+        assert views.whole[site]
+        matrix = views.matrix(site, leaf)
+        np.testing.assert_array_equal(views.leaf(site, matrix, leaf.shape), leaf)
+        weight = layer.node.weight
+        sizes = [
+            np.prod([leaf.shape[i] for i in axes]) for axes in (weight.out_axes, ())
+        ]
+        assert matrix.size == leaf.size and sizes[0] % matrix.shape[2] == 0
+
+
+def test_what_does_not_wait_for_another_is_one_wave():
+    def apply(p, x):
+        h = jax.nn.relu(x @ p["stem"])
+        return h @ p["q"], h @ p["k"], jax.nn.relu(h @ p["v"]) @ p["o"]
+
+    params = {n: jnp.ones((4, 4)) for n in ("stem", "q", "k", "v", "o")}
+    graph, quantizers = prepared(apply, params, jnp.ones((2, 4)))
+    waves = find_waves(graph, find_layers(graph, quantizers, "adaround"))
+    assert [{x.node.name for x in w.layers} for w in waves] == [
+        {"stem"}, {"q", "k", "v"}, {"o"},
+    ]  # fmt: skip
+
+
+def test_same_key_same_bits():
+    apply, params, x = mlp()
+    one, two, other = (
+        jm.adaround(params, *prepared(apply, params, x), [(x,)], key=jax.random.key(k),
+                    method="adam", iterations=60, batch=16, progress=False)[0]
+        for k in (0, 0, 1)
+    )  # fmt: skip
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_iterations_it_is_nearest_rounding(method):
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    new, after, _ = run(apply, params, (x,), method=method, iterations=0)
+    wanted = jm.round_weights(params, q)
+    assert jax.tree.all(jax.tree.map(np.array_equal, new, wanted))
+    assert all(w.scale is not None for w in after.weights.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fill", [0.0, 2.0])
+def test_constant_inputs_and_layers_that_nothing_reaches(method, fill):
+    apply, params, x = mlp()
+    x = jnp.full_like(x, fill)
+    dead = {**params, "l0": {"w": params["l0"]["w"], "b": params["l0"]["b"] - 100.0}}
+    new, q, report = run(apply, dead, (x,), method=method)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+    assert max(report["ratio"]) <= 1
+    exact, y = apply(dead, x), jm.simulate(apply, q)(new, x)
+    np.testing.assert_allclose(y, exact, atol=1e-3)
+
+
+def test_bad_input_is_refused():
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    good = {"key": KEY, "progress": False}
+    other, tree, _ = mlp(sizes=(12, 16, 8))
+    renamed = {"a": tree["l0"], "c": tree["l1"]}
+    moved = lambda p, x: other({"l0": p["a"], "l1": p["c"]}, x)
+    _, foreign = prepared(moved, renamed, x)
+    rooted, _, _ = mlp(act=jnp.sqrt)  # of what is negative it is NaN
+    trap, broken = jm.trace(rooted, params, x), q
+    cases = [
+        ("Calibrate", (params, graph, foreign, [(x,)]), good),
+        ("there is no key", (params, graph, q, [(x,)]), {"key": None}),
+        ("method is 'best'", (params, graph, q, [(x,)]), good | {"method": "best"}),
+        ("scales is", (params, graph, q, [(x,)]), good | {"scales": "all"}),
+        ("iterations is -1", (params, graph, q, [(x,)]), good | {"iterations": -1}),
+        ("rows is 0", (params, graph, q, [(x,)]), good | {"rows": 0}),
+        ("'l1'.*NaN", (params, trap, broken, [(x,)]), good),
+    ]
+    for match, args, options in cases:
+        with pytest.raises(ValueError, match=match):
+            jm.adaround(*args, **options)
+
+
+def test_traced_trees_are_refused():
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    for call in (
+        lambda p: jm.adaround(p, graph, q, [(x,)], key=KEY),
+        lambda p: jm.search_scales(p, graph, q, [(x,)]),
+    ):
+        with pytest.raises(ValueError, match="traced"):
+            jax.jit(call)(params)
+
+
+def test_a_site_asked_for_by_name_and_not_roundable_is_refused():
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    with pytest.raises(ValueError, match="'l0'.*not quantized.*without"):
+        jm.adaround(params, graph.only("l0"), q.set("l0/w", enabled=False), [(x,)],
+                    key=KEY, progress=False)  # fmt: skip
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax, numpy as np, jaxmet as jm
+import jaxmet.transforms.rounding.sequential as sequential
+from test_adaround import W3, prepared, deep
+apply, params, x = deep()
+graph, q = prepared(apply, params, x)
+solve = sequential.solve
+def counted(problems, *a, **k):
+    for _ in problems: print("solved", flush=True)
+    return solve(problems, *a, **k)
+sequential.solve = counted
+print("begin", flush=True)
+new, q = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5), method="adam",
+                     iterations=40, batch=32, checkpoint={path!r}, progress=False)
+np.savez({out!r}, *jax.tree.leaves(new))
+"""
+
+
+def deep():
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=(8, 8)) / 2, jnp.float32) for _ in range(6)]
+    x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+
+    def apply(p, x):
+        for w in p:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    return apply, params, x
+
+
+def start(tmp_path, out):
+    path, tests = str(tmp_path / "run"), os.path.dirname(__file__)
+    text = PROGRAM.format(tests=tests, path=path, out=str(tmp_path / out))
+    environment = {**os.environ, "JAXMET_TYPECHECK": "0", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path):
+    """Killed behind so many solved layers, at instants in between; each solved about once."""
+    solved = 0
+    for number, wait in ((1, 0.0), (2, 0.15)):
+        process = start(tmp_path, "never.npz")
+        for line in process.stdout:
+            solved += line.strip() == "solved"
+            number -= line.strip() == "solved"
+            if number == 0:
+                time.sleep(wait)
+                break
+        process.send_signal(signal.SIGKILL)
+        rest, _ = process.communicate()
+        solved += rest.count("solved")
+    process = start(tmp_path, "resumed.npz")
+    rest, _ = process.communicate()
+    assert process.returncode == 0
+    solved += rest.count("solved")
+    assert (
+        rest.count("solved") < 6 <= solved <= 6 + 2
+    )  # at most the one in work is lost
+    apply, params, x = deep()
+    graph, q = prepared(apply, params, x)
+    plain, _ = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5), method="adam",
+                           iterations=40, batch=32, progress=False)  # fmt: skip
+    with np.load(tmp_path / "resumed.npz") as found:
+        for one, two in zip(found.values(), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    apply, params, x = deep()
+    graph, q = prepared(apply, params, x)
+    call = lambda p, **k: jm.adaround(
+        p, graph, q, [(x,)], key=KEY, checkpoint=tmp_path / "c", progress=False, **k
+    )
+    call(params)
+    again, _ = call(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, call(params)[0]))
+    for other in ({"damping": 0.5}, {"method": "gram"}):
+        with pytest.raises(ValueError, match="another"):
+            call(params, **other)
+    with pytest.raises(ValueError, match="another"):
+        call([2.0 * w for w in params])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        jm.adaround(params, graph, q, [(x,)], key=KEY, checkpoint=tmp_path / "file")
+
+
+# Scales
+
+
+@pytest.mark.parametrize("config,shared", [
+    (jm.QuantConfig(4, 32), (0,)),
+    (jm.QuantConfig(4, 32, per_channel=False), (0, 1)),
+    (jm.QuantConfig(4, 32, symmetric_weights=False), (0,)),
+])  # fmt: skip
+def test_the_scales_found_are_the_best_of_all_candidates(config, shared):
+    """Each share of the range, by float64 on the rows themselves."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6))
+    w = rng.standard_t(1, size=(6, 4)).astype(np.float32)
+    apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.asarray(w)}
+    graph, q = prepared(apply, params, jnp.asarray(x, jnp.float32), config=config)
+    found = jm.search_scales(
+        params,
+        graph,
+        q,
+        [(jnp.asarray(x, jnp.float32),)],
+        candidates=10,
+        progress=False,
+    )
+    base = q.weights["w"]
+    errors, scales = [], []
+    for k in range(1, 11):
+        part = base.grid(jnp.asarray(w) * (k / 10))
+        one = dataclasses.replace(
+            base, scale=part[0], zero_point=None if base.symmetric else part[1]
+        )
+        e = np.asarray(one(jnp.asarray(w)), np.float64) - w
+        errors.append(np.sum((x @ e) ** 2, axis=tuple({0, *shared}), keepdims=True))
+        scales.append(np.asarray(part[0]))
+    best = np.argmin(np.stack(errors), axis=0)
+    wanted = np.take_along_axis(
+        np.stack(scales), np.broadcast_to(best, (1, *scales[0].shape)), axis=0
+    )[0]
+    np.testing.assert_allclose(found.weights["w"].scale, wanted, rtol=1e-5)
+
+
+def test_scales_of_later_layers_see_rounded_ones():
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    losses = {}
+    for of in ("float", "weights"):
+        _, report = jm.search_scales(
+            params, graph, q, [(x,)], of=of, progress=False, with_report=True
+        )
+        losses[of] = report["nearest loss"]
+    assert losses["float"][0] == losses["weights"][0]
+    assert losses["float"][1] < losses["weights"][1]
