@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
+from jaxmet.transforms.rounding import sequential, solvers
 from jaxmet.transforms.rounding.layers import Views, array_of, find_layers
 from jaxmet.transforms.rounding.waves import find_waves
 from jaxmet.tree.names import named_leaves
@@ -293,6 +294,39 @@ def test_what_does_not_wait_for_another_is_one_wave():
     assert [{x.node.name for x in w.layers} for w in waves] == [
         {"stem"}, {"q", "k", "v"}, {"o"},
     ]  # fmt: skip
+
+
+def test_one_program_for_layers_of_one_shape(monkeypatch):
+    """Side by side where they can be, one after the other without compiling again."""
+    apply, params, x = deep()
+    before = solvers._by_coordinates._cache_size()
+    graph, q = prepared(apply, params, x)
+    jm.adaround(params, graph, q, [(x,)], key=KEY, progress=False)
+    assert solvers._by_coordinates._cache_size() == before + 1
+
+    def heads(p, x):
+        return [x @ w for w in p]
+
+    sizes, plain = [], sequential.solve
+    counted = lambda problems, *a: sizes.append(len(problems)) or plain(problems, *a)
+    monkeypatch.setattr(sequential, "solve", counted)
+    graph, q = prepared(heads, params, x)
+    apart = [
+        jm.adaround(params, graph.only(s.name), q, [(x,)], key=KEY, progress=False)[0]
+        for s in graph.sites[:2]
+    ]
+    new, _ = jm.adaround(params, graph, q, [(x,)], key=KEY, progress=False)
+    assert sizes == [1, 1, 6]
+    for i in (0, 1):  # what stands beside a layer does not change it
+        np.testing.assert_array_equal(new[i], apart[i][i])
+
+
+def test_too_little_memory_is_said_before_any_look(monkeypatch):
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    monkeypatch.setattr(sequential, "free_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="'l0' takes .* GiB.*rows="):
+        jm.adaround(params, graph, q, [(x,)], key=KEY, method="adam", progress=False)
 
 
 def test_same_key_same_bits():

@@ -97,7 +97,7 @@ def adaround(
     scales: str | None = None,
     of: str = "weights",
     bias: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.2,
     rows: int | None = ROWS,
     store: str = "device",
     learning_rate: float = 1e-2,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -145,6 +146,7 @@ class Run:
             if is_compressed(leaf := self.leaves[layer.parameter])
             and leaf.input_offset is not None
         }
+        self.check_memory(wave, keep)
         look = Look(self.exact, self.noisy, wave.layers, offsets, self.most, keep=keep)
         seen: dict[str, Inputs] = {}
         rows: dict[str, list[Rows]] = {}
@@ -175,6 +177,24 @@ class Run:
             for (layer, _), solution in zip(same, solutions, strict=True):
                 new[layer.node.name] = self.read(layer, solution)
         return {layer.node.name: new[layer.node.name] for layer in wave.layers}
+
+    def check_memory(self, wave: Wave, keep: bool) -> None:
+        """Refuse, before looking, what the device cannot hold."""
+        needed = 0
+        for layer in wave.layers:
+            groups, ins, outs = self.views.index[layer.node.name].shape
+            needed += 4 * 3 * groups * ins * ins
+            if keep and self.rows is not None:
+                needed += 4 * self.rows * groups * (2 * ins + outs)
+        free = free_memory()
+        if free is not None and needed > free:
+            names = ", ".join(repr(layer.node.name) for layer in wave.layers)
+            raise ValueError(
+                f"jaxmet.{self.caller}: what has to be known of {names} takes "
+                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free. Ask for fewer "
+                "rows=, take another method, or leave the largest layers out with "
+                "graph.without."
+            )
 
     def check(self, seen: Mapping[str, Inputs]) -> None:
         for name, one in seen.items():
@@ -314,8 +334,24 @@ class Run:
         return new
 
 
-def _tick(bar: Any, layers: int, share: float) -> None:
+def free_memory() -> int | None:
+    """Bytes that the default device has left, None where that is not known."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if hasattr(device, "memory_stats") else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
+        if all(name in os.sysconf_names for name in names):
+            pages, size = map(os.sysconf, names)
+            return pages * size
+    return None
+
+
+def _tick(bar: Any, layers: int, share: float, loss: Any) -> None:
     bar.update(share * layers)
+    if not bar.disable:
+        bar.set_postfix(loss=f"{float(loss):.3g}")
 
 
 def _flat(found: Mapping[str, Chosen]) -> dict[str, np.ndarray]:

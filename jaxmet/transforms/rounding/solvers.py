@@ -94,13 +94,13 @@ def solve(
     kind: Kind,
     options: Options,
     key: jax.Array,
-    tick: Callable[[float], None],
+    tick: Callable[[float, Any], None],
 ) -> list[Solution]:
     """Layers of one kind and shape, side by side."""
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *problems)
     if options.method in ("coordinate", "search"):
         found = _by_coordinates(stacked, kind=kind, options=options)
-        tick(1.0)
+        tick(1.0, jnp.sum(found.loss))
     else:
         found = _by_adam(stacked, kind, options, key, tick)
     return [jax.tree.map(lambda v, i=i: v[i], found) for i in range(len(problems))]
@@ -200,7 +200,7 @@ def _by_adam(
     kind: Kind,
     options: Options,
     key: jax.Array,
-    tick: Callable[[float], None],
+    tick: Callable[[float, Any], None],
 ) -> Solution:
     schedule = Schedule(
         options.iterations,
@@ -225,7 +225,7 @@ def _by_adam(
             batch=options.batch,
         )
         curve.append(error * unit)
-        tick(steps / options.iterations)
+        tick(steps / options.iterations, jnp.sum(curve[-1]))
     found = _finished(problem, data, state, kind=kind)
     return found._replace(curve=jnp.stack(curve, axis=1) if curve else None)
 

