@@ -39,8 +39,9 @@ def ptq(
     Folds batch norms, equalizes, calibrates on `batches` and corrects biases, or, where
     weights have less than 8 bits, rounds them by `adaround`, which corrects biases too and
     draws by `key`; the model is not touched. Run the result with
-    `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step: the signal-to-noise ratio of the quantized outputs against the float ones over
-    `batches`, 10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
+    `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step: the
+    signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
+    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
     params)`, or another tree of the same model, is what counts as float there. Static keyword
     arguments (`train=False`) go to the model.
 
