@@ -1,6 +1,7 @@
 """Rescale channels so that coarse grids fit them; the function stays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
@@ -12,8 +13,10 @@ from jaxmet.engine.channels import Group
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.once import run_once
+from jaxmet.numerics.chance import DRAWS, least_of_draws
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
+from jaxmet.transforms.equalize.chance import foreseen, grids, plain, tried
 from jaxmet.transforms.equalize.channels import (
     Channels,
     Weight,
@@ -25,7 +28,7 @@ from jaxmet.transforms.equalize.channels import (
     with_bounds,
 )
 from jaxmet.transforms.equalize.expected import expected
-from jaxmet.transforms.equalize.measured import Seen, measured
+from jaxmet.transforms.equalize.measured import Seen, measured, some_images
 from jaxmet.transforms.equalize.noise import noisy_layers
 from jaxmet.transforms.equalize.plan import (
     Plan,
@@ -34,7 +37,7 @@ from jaxmet.transforms.equalize.plan import (
     check_options,
     make_plan,
 )
-from jaxmet.transforms.equalize.statistics import predicted
+from jaxmet.transforms.equalize.statistics import Observed, predicted
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.names import replace_leaves
@@ -123,14 +126,15 @@ def equalize(
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params
     config = config or QuantConfig(per_channel=False)
-    task = Task(plan, Channels(graph, plan.free), config, max_scale)
-    seen = None
+    task = Task(plan, Channels(graph, plan.free), config, max_scale, params)
+    seen = images = None
     if objective == "noise" and batches is not None:
         read = as_batches(batches, "equalize", inputs=inputs)
+        images = some_images(read)
         seen = measured(graph, params, task.weights, read, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise
-    new, found = run_once(solve, arrays, seen)
+    new, found = run_once(solve, arrays, seen, images)
     result = replace_leaves(params, new, caller="equalize")
     return (result, task.report(found)) if with_report else result
 
@@ -141,7 +145,8 @@ class Outcome(NamedTuple):
     x: jax.Array
     gap: jax.Array
     sweeps: jax.Array
-    noise: tuple[jax.Array, ...] = ()  # logs of the objective: before, 'range', now
+    # Logs of the objective before, with 'range' and now; rounded weights at the minimum, now
+    noise: tuple[jax.Array, ...] = ()
     informed: jax.Array | None = None  # which channels the objective chose
 
 
@@ -153,6 +158,7 @@ class Task:
     channels: Channels
     config: QuantConfig
     max_scale: float
+    params: Any
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -160,38 +166,67 @@ class Task:
         return find_weights(self.channels)
 
     def by_ranges(
-        self, old: Mapping[str, Any], seen: None = None
+        self, old: Mapping[str, Any], seen: None, images: None
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with equal ranges on both sides of every channel."""
-        del seen
+        del seen, images
         found = self.balanced(self.layers(old))
         return self.applied(old, found.x), Outcome(*found)
 
     def by_noise(
-        self, old: Mapping[str, Any], seen: dict[str, Seen] | None
+        self, old: Mapping[str, Any], seen: dict[str, Seen] | None, images: Any
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with little rounding noise."""
         layers = self.layers(old)
-        known = self.foreseen(old) if seen is None else seen
+        known, observed = seen, None
+        if known is None:
+            observed = predicted(self.channels, old, self.weights)
+            known = expected(self.channels, self.weights, old, observed)
         informed = jnp.asarray(self.informed(known))
         noisy = noisy_layers(self.channels, self.weights, old, known, self.config)
         ranges = self.balanced(layers)
         zero = jnp.zeros_like(ranges.x)
         free = informed & alive(layers, zero)
         mixed = jnp.where(free, zero, ranges.x)
-        before, level = log_noise(noisy, zero), log_noise(noisy, ranges.x)
+        value = functools.partial(log_noise, noisy)
+        before, level, other = jax.lax.map(value, jnp.stack([zero, ranges.x, mixed]))
         # Convex in log s: where the search begins decides only how soon it ends.
-        start = jnp.where(level < log_noise(noisy, mixed), ranges.x, mixed)
+        start = jnp.where(level < other, ranges.x, mixed)
         best = minimise_noise(noisy, start, free, limit=self.max_scale)
         x = self.common_factors(best.x, ranges.x, free)
-        noise = (before, level, best.log_noise)
+        x, chances = self.luckiest(old, known, observed, images, x, free)
+        noise = (before, level, value(x), *chances)
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
 
-    def foreseen(self, old: Mapping[str, Any]) -> dict[str, Seen]:
-        """What the norms tell."""
-        observed = predicted(self.channels, old, self.weights)
-        return expected(self.channels, self.weights, old, observed)
+    def luckiest(
+        self,
+        old: Mapping[str, Any],
+        known: Mapping[str, Seen],
+        observed: Mapping[str, Observed] | None,
+        images: Any,
+        x: jax.Array,
+        free: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Log scales near the minimum with which weights happen to round well.
+
+        With the noise there at the minimum and now, where any weight counts.
+        """
+        counted = plain([w for w in self.weights if w.node.name in known], self.config)
+        if not counted:
+            return x, ()
+        if observed is None:
+            applied = functools.partial(self.applied, old)
+            quantizers = grids(counted, self.config)
+            value = tried(
+                self.channels.graph, self.params, old, applied, quantizers, images
+            )
+        else:
+            weights = tuple(counted.values())
+            value = foreseen(self.channels, weights, old, known, observed, self.config)
+        limit = float(np.log(self.max_scale))
+        drawn = least_of_draws(value, x, free, limit=limit)
+        return drawn.x, (drawn.first, drawn.value)
 
     def common_factors(
         self, x: jax.Array, ranges: jax.Array, free: jax.Array
@@ -253,10 +288,18 @@ class Task:
         """One row a group."""
         title = f"Equalized: objective='range', {int(found.sweeps)} sweeps"
         if found.noise:
-            before, ranges, now = (float(np.exp(np.float64(v))) for v in found.noise)
+            before, ranges, now = (
+                float(np.exp(np.float64(v))) for v in found.noise[:3]
+            )
             title = (
                 f"Equalized: objective='noise', {before:.4g} before, {ranges:.4g} with "
                 f"objective='range', {now:.4g} now"
+            )
+        if len(found.noise) > 3:
+            first, best = (float(v) for v in found.noise[3:])
+            title += (
+                f"; weights as they round add {best:.4g}, {first:.4g} before {DRAWS} "
+                "draws of scales nearby"
             )
         rows = {g.index: self.row(g, found) for g in self.plan.free}
         return self.plan.table(rows, title)

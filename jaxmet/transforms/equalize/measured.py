@@ -12,11 +12,14 @@ from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import evaluate
 from jaxmet.transforms.equalize.channels import Weight, dense
-from jaxmet.tree.batches import Batches
+from jaxmet.tree.batches import Batches, Stacked
 
 LOOPS = ("scan", "while", "cond")
 IMAGES = 64
 """How many images are differentiated, if there are as many, spread evenly over the data."""
+
+TRIED = 16
+"""How many images rounded weights are tried on, likewise."""
 
 
 class Seen(NamedTuple):
@@ -109,6 +112,34 @@ def measured(
                 sums.low[name], sums.high[name], cost, gain / sums.number
             )
     return found
+
+
+def some_images(batches: Batches) -> Any:
+    """Images one by one on a new leading axis, all of one shape, from all over the data.
+
+    From the first batch alone where batches cannot be picked, or are taken whole.
+    """
+    source, number = batches.source, 0
+    if len({x.shape[:1] for x in jax.tree.leaves(batches.first)}) == 1:
+        if isinstance(source, Stacked) and source.full is not None:
+            number = jax.tree.leaves(source.full)[0].shape[0]
+        elif isinstance(source, list):
+            number = len(source)
+
+    def part(i: int) -> Any:
+        if isinstance(source, Stacked):
+            return jax.tree.map(lambda x: x[i], source.full)
+        return source[i]
+
+    parts = min(number, TRIED)
+    some = [batches.arguments(part(i * number // parts)) for i in range(parts)]
+    some = some or [batches.first]
+    rows = [_chosen(batch, -(-TRIED // len(some)))[0] for batch in some]
+    shapes = [[x.shape[1:] for x in jax.tree.leaves(one)] for one in rows]
+    same = [one for one, s in zip(rows, shapes, strict=True) if s == shapes[0]]
+    number = sum(jax.tree.leaves(one)[0].shape[0] for one in same)
+    index = np.arange(min(number, TRIED)) * number // min(number, TRIED)
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *same)
 
 
 def _chosen(batch: tuple[Any, ...], number: int) -> tuple[Any, float]:
