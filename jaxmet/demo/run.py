@@ -64,8 +64,12 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
         ("W4A8 per channel, fold + adaround", adapted, four, batches),
     ]
     bar = tqdm(total=len(variants) + 1, desc="variants", disable=not progress)
-    no_grids = jm.simulate(apply, jm.Quantizers())
-    float_logits = _logits(no_grids, trained, images)
+
+    @jax.jit
+    def device(quantizers: jm.Quantizers, params: Any, images: Any) -> Any:
+        return jm.simulate(apply, quantizers, weights=False)(params, images)
+
+    float_logits = _logits(device, jm.Quantizers(), trained, images)
     rows = [_row("float", float_logits, float_logits, labels)]
     bar.update()
     for name, params, config, data in variants:
@@ -74,8 +78,8 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
             params, graph, data, config, weights=keep, progress=False
         )
         coarse = jm.round_weights(params, quantizers)
-        device = jm.simulate(apply, quantizers, weights=False)
-        rows.append(_row(name, _logits(device, coarse, images), float_logits, labels))
+        logits = _logits(device, quantizers, coarse, images)
+        rows.append(_row(name, logits, float_logits, labels))
         bar.update()
     bar.close()
     return jm.Table(
@@ -84,10 +88,12 @@ def run(*, test_images: int | None = None, progress: bool = True) -> jm.Table:
     )
 
 
-def _logits(apply: Callable, params: Any, images: jax.Array) -> np.ndarray:
-    forward = jax.jit(apply)
+def _logits(
+    device: Callable, quantizers: jm.Quantizers, params: Any, images: jax.Array
+) -> np.ndarray:
     parts = [
-        forward(params, images[i : i + BATCH]) for i in range(0, len(images), BATCH)
+        device(quantizers, params, images[i : i + BATCH])
+        for i in range(0, len(images), BATCH)
     ]
     return np.asarray(jnp.concatenate(parts))
 
