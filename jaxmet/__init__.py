@@ -26,8 +26,10 @@ from jaxmet.numerics.fake_quant import fake_quant as fake_quant
 from jaxmet.transforms.absorb_bias import absorb_bias as absorb_bias
 from jaxmet.transforms.calibrate import calibrate as calibrate
 from jaxmet.transforms.correct_bias import correct_bias as correct_bias
+from jaxmet.transforms.dynamic import dynamic as dynamic
 from jaxmet.transforms.equalize import equalize as equalize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
+from jaxmet.transforms.labels import optimizer_labels as optimizer_labels
 from jaxmet.transforms.plan import plan as plan
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
 from jaxmet.transforms.rounding import adaround as adaround

@@ -200,7 +200,7 @@ def _weight_use(params: Any, quantizers: Quantizers) -> dict[str, Use]:
     found = {}
     leaves = named_leaves(params)
     for name, quantizer in quantizers.weights.items():
-        fixed = quantizer.scale is not None and quantizer.block is None
+        fixed = not quantizer.follows and quantizer.block is None
         if name in leaves and fixed and quantizer.active and quantizer.product is None:
             leaf = leaves[name]
             found[name] = _use(leaf.weight if is_compressed(leaf) else leaf, quantizer)

@@ -48,6 +48,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             cluster.function,
             tuple(origins.edges(cluster)),
             parameters,
+            batch=_batch_axes(cluster.exit),
             only_readers=_only_readers(cluster.exit, named),
             shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
             region=tuple(e.name for e in place),
@@ -66,6 +67,11 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
 
 def _parameters(value: Value) -> list[str]:
     return [leaf.name for leaf in leaves_under(value) if leaf.name]
+
+
+def _batch_axes(value: Value) -> tuple[int, ...]:
+    axes = enumerate(value.axes or ())
+    return tuple(i for i, axis in axes if lb.carries_batch(axis))
 
 
 Place = tuple[Equation, ...]

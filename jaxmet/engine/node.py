@@ -98,7 +98,8 @@ class Node:
     `kind` is one of input, product, matmul, lookup, norm, activation, add, multiply,
     concat, pool, resize, output; `function` says which. `features` are the axes of the
     result that the weight makes, `in_features` the axes of the first operand that it sums
-    over; of a norm, `features` are the axes along which its parameters differ.
+    over; of a norm, `features` are the axes along which its parameters differ. `batch` are
+    the axes of the result that run over examples.
     `only_readers` are the nodes that use the result as it is, None where anything else
     uses it too; `shared` are those of its parameters that something else reads too.
     `bounds` are those of a clip, `carrier` the product whose leaf may hold other
@@ -121,6 +122,7 @@ class Node:
     norm: Norm | None = None
     features: tuple[int, ...] = ()
     in_features: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
     only_readers: tuple[str, ...] | None = None
     shared: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None

@@ -69,7 +69,7 @@ def calibrate(
     config = config or QuantConfig()
     leaves = leaves_of(params, graph, "calibrate")
     placement = place(graph, config, "calibrate")
-    grids = {w.name: _weight_quantizer(w, leaves) for w in placement.weights}
+    grids = {w.name: weight_quantizer(w, leaves) for w in placement.weights}
     grids |= _kept(weights, grids)
     for bias in placement.biases:
         grids[bias.name] = Quantizer(bits=32, product=bias.product)
@@ -139,12 +139,13 @@ def _fits_int32(name: str, quantizers: Quantizers, leaves: dict[str, Any]) -> bo
     if not is_concrete(bias) or q_x is None:
         return True
     s_w, _ = quantizers.weights[weight].grid(dense(leaves[weight]))
-    s_x = q_x.scale.astype(s_w.dtype)
+    s_x = q_x.grid(None)[0].astype(s_w.dtype)
     scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
     return bool(jnp.all(jnp.abs(bias).astype(scale.dtype) < 2.0**31 * scale))
 
 
-def _weight_quantizer(place: WeightPlace, leaves: dict[str, Any]) -> Quantizer:
+def weight_quantizer(place: WeightPlace, leaves: dict[str, Any]) -> Quantizer:
+    """What quantizes a weight, following it."""
     s = place.settings
     if s.block is not None and place.block_axis is not None and place.name in leaves:
         split_shape(leaves[place.name].shape, place.block_axis, s.block)

@@ -13,9 +13,11 @@ from jaxmet.engine.replay import Run
 from jaxmet.engine.segments import INLINED, Live, Segments, segments
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
+from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 CALLER = "reestimate_batch_norm"
@@ -28,6 +30,7 @@ def reestimate_batch_norm(
     graph: Graph,
     batches: Any,
     *,
+    quantizers: Quantizers | None = ...,
     inputs: Callable[[Any], Any] | None = ...,
     store: str = ...,
     progress: bool = ...,
@@ -40,6 +43,7 @@ def reestimate_batch_norm(
     graph: Graph,
     batches: Any,
     *,
+    quantizers: Quantizers | None = ...,
     inputs: Callable[[Any], Any] | None = ...,
     store: str = ...,
     progress: bool = ...,
@@ -51,6 +55,7 @@ def reestimate_batch_norm(
     graph: Graph,
     batches: Any,
     *,
+    quantizers: Quantizers | None = None,
     inputs: Callable[[Any], Any] | None = None,
     store: str = "host",
     progress: bool = True,
@@ -72,6 +77,9 @@ def reestimate_batch_norm(
     A folded norm is measured as well. It then has a gain again wherever its old variance
     was not that of the data, as the same norm would have had before folding; the report
     says so, and `fold_batch_norm` moves it once more.
+
+    With `quantizers` each norm is measured in the quantized model, weights and activations
+    on their grids: what training beside the norms, unfolded, wants before it folds them.
 
     `inputs` picks from a batch what the model takes; keyword arguments go to the model. With
     `with_report` also a Table: how far each norm's statistics moved, or why it was left
@@ -95,10 +103,14 @@ def reestimate_batch_norm(
     read = as_batches(batches, CALLER, inputs=inputs)
     rows = [{"norm": n, "note": f"left alone: {why}"} for n, why in left.items()]
     if norms:
-        waiting = _Waiting(graph, norms, params, read, store, kwargs)
+        quantizers = quantizers or Quantizers()
+        # Weights do not change while norms are measured, so they are rounded once.
+        rounded = round_weights(params, quantizers)
+        waiting = _Waiting(graph, norms, rounded, read, store, kwargs, quantizers)
         for number, node in enumerate(tqdm(norms, desc=CALLER, disable=not progress)):
-            found = waiting.measured(params, number)
+            found = waiting.measured(rounded, number)
             new, row = _stored(node, leaves, found)
+            rounded = replace_leaves(rounded, new, caller=CALLER)
             params = replace_leaves(params, new, caller=CALLER)
             rows.append(row)
     return (params, _table(rows)) if with_report else params
@@ -167,7 +179,9 @@ class _Waiting:
         batches: Any,
         store: str,
         kwargs: dict[str, Any],
+        quantizers: Quantizers,
     ) -> None:
+        self.quantizers = quantizers
         self.graph, self.kwargs, self.store = graph, kwargs, store
         self.norms = [n.name for n in norms]
         self.cuts = [_before(graph, name) for name in self.norms]
@@ -195,7 +209,8 @@ class _Waiting:
     def hook(self, node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
         if node.name in self.norms:
             self.seen[node.name] = measure(operands[0], node.features)
-        return run(*operands), None
+        operands = round_derived(node, operands, self.quantizers)
+        return put_on_grid(node, run, run(*operands), self.quantizers), None
 
     def step(self, pieces: Segments, number: int) -> Callable:
         """From values before one norm's cut to those before the next, and its moments."""

@@ -76,8 +76,8 @@ def _check_scale(
 
 def _step(new: np.ndarray, quantizer: Quantizer) -> np.ndarray:
     """The step of a weight's grid, or the largest that it can be."""
-    if quantizer.scale is not None:
-        scale = np.asarray(quantizer.scale)
+    if not quantizer.follows:
+        scale = np.asarray(quantizer.grid(None)[0])
         return np.max(scale) if quantizer.block is not None else scale
     rest = tuple(i for i in range(new.ndim) if i not in (quantizer.axis or ()))
     low, high = quantizer.ends

@@ -1,40 +1,61 @@
 """The model as an integer device would compute it: every grid in its place."""
 
-import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.calls import Apply
+from jaxmet.engine.graph import Graph, trace
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
+from jaxmet.transforms.dynamic import Dynamic
+from jaxmet.transforms.fold.grids import folded_and_back
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import named_leaves, replace_leaves, suggestion
 from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers
 
 
 def simulate(
     apply: Apply,
-    quantizers: Quantizers,
+    quantizers: Quantizers | Dynamic,
     *,
     grids: Grids | None = None,
     weights: bool = True,
+    fold: Graph | None = None,
 ) -> Apply:
-    """The same model with weights and activations on the grids of `quantizers`.
+    r"""The same model with weights and activations on the grids of `quantizers`.
 
-    The result is called like `apply`, gives what `apply` gives (any pytree), and is
-    differentiable: rounding passes gradients straight through to `params`, and to the scales
-    and zero points in `quantizers`. It runs trees with `Compressed` leaves. `grids` (from
+    The result is called like `apply`, gives what `apply` gives (any pytree), and trains:
+    rounding passes gradients straight through to `params` where nothing is clipped, and the
+    grids get theirs as `Quantizer.learn` says. It runs trees with `Compressed` leaves.
+    `grids` (from
     `jm.grids`) overrides grid ends and switches as data, so that a sweep over bit-widths
     compiles once. `weights=False` expects a tree of `jm.round_weights` and rounds
     no parameter again. Each call traces `apply` again: wrap the result in `jax.jit`.
 
-    Raises ValueError where `quantizers` names a node that the model does not run.
+    `fold`, the graph in inference mode, rounds each weight as it will be when its norm is
+    folded into it: $Q(W g)/g$ with $g = \gamma/\sqrt{\sigma^2+\varepsilon}$ from the
+    running variance. The norm itself runs as the model says, on batch statistics in
+    training. `quantizers` are those of the folded tree then.
+
+    `jm.dynamic(bits=8)` in place of quantizers finds every range on the fly.
+
+    Raises ValueError where `quantizers` names a node that the model does not run, where a
+    grid holds NaN, and, with `fold`, where statistics are missing in `params`.
+
+    Jacob et al., [Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018;
+    Krishnamoorthi, [Quantizing Deep Convolutional Networks for Efficient
+    Inference](https://arxiv.org/abs/1806.08342), 2018, section 3.2, for `fold`.
 
     >>> device = jax.jit(jm.simulate(model.apply, quantizers))
     >>> logits = device(params, images)
     """
-
-    if not isinstance(quantizers, Quantizers) or not callable(apply):
+    if not isinstance(quantizers, Quantizers | Dynamic) or not callable(apply):
         raise ValueError(
             f"jaxmet.simulate: got a {type(apply).__name__} and a "
             f"{type(quantizers).__name__}. Pass apply first, then the Quantizers."
@@ -44,21 +65,32 @@ def simulate(
             f"jaxmet.simulate: grids is of type {type(grids).__name__}. Pass what "
             "jm.grids(quantizers) returns."
         )
+    if fold is not None and not isinstance(fold, Graph):
+        raise ValueError(
+            f"jaxmet.simulate: fold is of type {type(fold).__name__}. Pass what jm.trace "
+            "returned for the model in inference mode."
+        )
+    if isinstance(quantizers, Quantizers):
+        _check_stated(quantizers)
 
     def simulated(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         seen: set[str] = set()
+        found = quantizers
+        if isinstance(found, Dynamic):
+            graph = trace(apply, params, *inputs, **kwargs)
+            found = found.quantizers(graph, named_leaves(params))
 
         def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
             seen.add(node.name)
-            operands = round_derived(node, operands, quantizers, grids)
-            return put_on_grid(node, run, run(*operands), quantizers, grids), None
+            operands = round_derived(node, operands, found, grids)
+            return put_on_grid(node, run, run(*operands), found, grids), None
 
         if weights:
-            params = _rounded(params, quantizers, grids)
+            params = _rounded(params, found, grids, fold)
         outputs, _ = evaluate(apply, hook)(params, *inputs, **kwargs)
         known = seen | named_leaves(params).keys()
-        missing = [name for name in quantizers.activations if name not in seen]
-        missing += [name for name in quantizers.weights if name not in known]
+        missing = [name for name in found.activations if name not in seen]
+        missing += [name for name in found.weights if name not in known]
         for name in missing[:1]:
             raise ValueError(
                 f"jaxmet.simulate: the quantizers have one for {name!r}, which this "
@@ -69,20 +101,29 @@ def simulate(
     return simulated
 
 
+def _check_stated(quantizers: Quantizers) -> None:
+    """Refuse grids that training has lost, where their numbers are known."""
+    for group in (quantizers.weights, quantizers.activations):
+        for name, q in group.items():
+            leaves = [a for a in jax.tree.leaves(q) if is_concrete(a)]
+            if any(np.any(np.isnan(np.asarray(a))) for a in leaves):
+                raise ValueError(
+                    f"jaxmet.simulate: the grid of {name!r} is NaN, as a step with NaN "
+                    "gradients leaves it. Go back to a checkpoint, and wrap the optimizer "
+                    "in optax.apply_if_finite."
+                )
+
+
 def quantizer_at(node: Node, run: Run, quantizers: Quantizers) -> Quantizer | None:
     """What quantizes a node's result, in a loop over layers the one of this layer."""
     owner = quantizers.owner(node.name)
     if owner is None:
         return None
     quantizer: Quantizer = quantizers.activations[owner]
-    if node.layers and quantizer.scale is not None and jax.numpy.ndim(quantizer.scale):
-        here = run.iteration[-1]
-        scale = quantizer.scale[here]
-        zero_point = (
-            None if quantizer.zero_point is None else quantizer.zero_point[here]
-        )
-        quantizer = dataclasses.replace(quantizer, scale=scale, zero_point=zero_point)
-    return quantizer
+    if not node.layers:
+        return quantizer
+    here = run.iteration[-1]
+    return jax.tree.map(lambda a: a[here] if jnp.ndim(a) else a, quantizer)
 
 
 def put_on_grid(
@@ -96,7 +137,8 @@ def put_on_grid(
     quantizer, owner = quantizer_at(node, run, quantizers), quantizers.owner(node.name)
     if quantizer is None or owner is None:
         return result
-    return quantizer(result, grids and grids.activations[owner])
+    examples = math.prod(result.shape[axis] for axis in node.batch)
+    return quantizer(result, grids and grids.activations[owner], examples=examples)
 
 
 def round_derived(
@@ -116,11 +158,15 @@ def round_derived(
 
 
 def round_weights(
-    params: Any, quantizers: Quantizers, *, grids: Grids | None = None
+    params: Any,
+    quantizers: Quantizers,
+    *,
+    grids: Grids | None = None,
+    fold: Graph | None = None,
 ) -> Any:
     """The same tree with every quantized parameter on its grid.
 
-    What `simulate` does at each call, done once: pass the result to
+    What `simulate` does at each call, with `fold` too, done once: pass the result to
     `simulate(…, weights=False)`. Weights that the model derives from several parameters
     are not in the tree and are still rounded where they are used.
 
@@ -136,11 +182,17 @@ def round_weights(
                 f"jaxmet.round_weights: the tree has no parameter {name!r} to round. "
                 f"{suggestion(name, leaves)} Pass the tree that the quantizers are of."
             )
-    return _rounded(params, quantizers, grids)
+    return _rounded(params, quantizers, grids, fold)
 
 
-def _rounded(params: Any, quantizers: Quantizers, grids: Grids | None) -> Any:
+def _rounded(
+    params: Any, quantizers: Quantizers, grids: Grids | None, fold: Graph | None = None
+) -> Any:
     leaves = named_leaves(params)
-    quantized = quantizers.quantize_weights(leaves, grids)
+    quantize = functools.partial(quantizers.quantize_weights, grids=grids)
+    if fold is None:
+        quantized = quantize(leaves)
+    else:
+        quantized = folded_and_back(fold, leaves, quantize, "simulate")
     held = {name: quantized[name] for name in quantizers.weights if name in leaves}
     return replace_leaves(params, held)

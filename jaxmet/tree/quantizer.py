@@ -12,9 +12,18 @@ from jax import lax
 from jaxmet.numerics.calibrators import CALIBRATORS, is_percentile, range_of
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, grid_ends
-from jaxmet.numerics.ranges import grid_between, regrid, round_through
+from jaxmet.numerics.learned_ranges import (
+    gradient_times,
+    grid_of_learned_range,
+    lsq_factor,
+    positive,
+    zero_point_on,
+)
+from jaxmet.numerics.ranges import grid_between, regrid
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import suggestion
+
+LEARN = ("lsq", "minmax", None)
 
 
 class Grid(NamedTuple):
@@ -27,10 +36,10 @@ class Grid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantizer:
-    """One grid. Scale and zero point are leaves, everything else is static.
+    """One grid. What states it are leaves, everything else is static.
 
-    A `scale` of `None` follows the tensor: it is recomputed from what is quantized, by
-    `calibrator` (a search, but for 'minmax' and 'percentile': `Quantizers.pin` does it
+    Neither `scale` nor `maximum`: it follows the tensor, recomputed from what is quantized,
+    by `calibrator` (a search, but for 'minmax' and 'percentile': `Quantizers.pin` does it
     once), and no gradient goes through it. Scales are scalars, or have the rank of the
     tensor with size 1 on the axes they do not tell apart. `axis` are the axes with
     scales of their own, and on `block_axis` each scale
@@ -38,10 +47,18 @@ class Quantizer:
     asymmetric grid always starts at 0. With 32 bits nothing is rounded, and the scale
     remembers its range as a 16 bit grid would hold it. `product` names the weight and
     the activation whose scales multiply to that of an int32 bias.
+
+    `learn` says what trains: 'lsq' the scale and zero point, with the gradient scaled as
+    in LSQ; 'minmax' the ends of the range, which are the leaves then (a symmetric grid
+    has no `minimum`); None nothing, gradients are zero. Whatever an optimizer makes of the
+    leaves is a valid grid: scales count as |scale|, zero points as the nearest integer of
+    the grid, and ranges include zero.
     """
 
     scale: Any = None
     zero_point: Any = None
+    minimum: Any = None
+    maximum: Any = None
     bits: int = 8
     symmetric: bool = True
     signed: bool = True
@@ -53,6 +70,12 @@ class Quantizer:
     percentile: float | int = 99.99
     product: tuple[str, str] | None = None
     enabled: bool = True
+    learn: str | None = "lsq"
+
+    @property
+    def follows(self) -> bool:
+        """Whether the grid is recomputed from the tensor."""
+        return self.scale is None and self.maximum is None
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -73,7 +96,7 @@ class Quantizer:
         moves with them.
         """
         low, high = self.ends if ends is None else (ends.low, ends.high)
-        if self.scale is None:
+        if self.follows:
             extremes = range_of(
                 lax.stop_gradient(jnp.asarray(x)),
                 low,
@@ -86,40 +109,71 @@ class Quantizer:
                 block_axis=self.block_axis,
             )
             return grid_between(*extremes, low, high, symmetric=self.symmetric)
-        scale = jnp.asarray(self.scale)
-        if self.zero_point is None:
-            zero_point = jnp.zeros_like(scale)
-        else:
-            zero_point = jnp.asarray(self.zero_point, scale.dtype)
-        if ends is not None:
-            scale, zero_point = regrid(
-                scale, zero_point, self.ends, (low, high), symmetric=self.symmetric
-            )
-        return scale, round_through(zero_point)
+        scale, zero_point = self._stated(ends)
+        if self.learn is None:
+            return lax.stop_gradient(scale), lax.stop_gradient(zero_point)
+        return scale, zero_point
 
-    def __call__(self, x: Any, grid: Grid | None = None) -> Any:
-        """`x` on the grid; with `grid` its ends and switch are those, as data."""
+    def _stated(self, ends: Grid | None) -> tuple[jax.Array, jax.Array]:
+        """The grid that the leaves state, or the same real range with other ends."""
+        if self.maximum is not None:
+            least = None if self.minimum is None else jnp.asarray(self.minimum)
+            low, high = self.ends if ends is None else (ends.low, ends.high)
+            return grid_of_learned_range(least, jnp.asarray(self.maximum), low, high)
+        scale = positive(jnp.asarray(self.scale))
+        zero_point = jnp.zeros_like(scale)
+        if self.zero_point is not None:
+            zero_point = jnp.asarray(self.zero_point, scale.dtype)
+            zero_point = zero_point_on(zero_point, *self.ends)
+        if ends is None:
+            return scale, zero_point
+        return regrid(scale, zero_point, self.ends, ends[:2], symmetric=self.symmetric)
+
+    def holding(self, scale: Any, zero_point: Any = None) -> "Quantizer":
+        """A copy whose leaves state this grid, in the form that `learn` says."""
+        none = dict.fromkeys(("scale", "zero_point", "minimum", "maximum"))
+        zero_point = None if self.symmetric else zero_point
+        if self.learn != "minmax":
+            return dataclasses.replace(
+                self, **none | {"scale": scale, "zero_point": zero_point}
+            )
+        low, high = self.ends
+        least = None if zero_point is None else scale * (low - zero_point)
+        most = scale * (high - (0 if zero_point is None else zero_point))
+        return dataclasses.replace(self, **none | {"minimum": least, "maximum": most})
+
+    def __call__(self, x: Any, grid: Grid | None = None, *, examples: int = 1) -> Any:
+        """`x` on the grid; with `grid` its ends and switch are those, as data.
+
+        `examples` is how many of a batch `x` holds: LSQ counts the values of one.
+        """
         if grid is None and (not self.enabled or self.bits == 32):
             return x
         x = jnp.asarray(x)
         low, high = self.ends if grid is None else grid[:2]
+        scale, zero_point = self.grid(x, grid)
+        if self.learn == "lsq" and not self.follows:
+            factor = lsq_factor(x.size // (examples * max(scale.size, 1)), high)
+            scale, zero_point = (gradient_times(a, factor) for a in (scale, zero_point))
         quantized = fake_quant(
-            x, *self.grid(x, grid), low, high, axis=self.axis, block=self.block
+            x, scale, zero_point, low, high, axis=self.axis, block=self.block
         )
         return quantized if grid is None else jnp.where(grid.enabled, quantized, x)
 
     def set(self, **fields: Any) -> "Quantizer":
         """A copy with some fields changed; a known real range stays what it is."""
         check_fields(fields)
-        if "scale" in fields and fields["scale"] is None:
-            fields["zero_point"] = None
-        for name in ("scale", "zero_point"):
-            if fields.get(name) is not None:
-                fields[name] = jnp.asarray(fields[name], jnp.float32)
+        given = {name: fields.pop(name) for name in _LEAVES if name in fields}
+        given = {
+            n: a if a is None else jnp.asarray(a, jnp.float32) for n, a in given.items()
+        }
         if fields.get("axis") is not None:
             fields["axis"] = tuple(fields["axis"])
-        new = dataclasses.replace(self, **fields)
-        if self.scale is None or "scale" in fields:
+        none = dict.fromkeys(_LEAVES)
+        new = dataclasses.replace(self, **fields | none)
+        if given:
+            return _holding(self, new, given)
+        if self.follows:
             return new
         changed = {name for name in fields if fields[name] != getattr(self, name)}
         if changed & {"axis", "block", "block_axis"}:
@@ -128,8 +182,8 @@ class Quantizer:
                 f"{granularity(self)}, so axis and block cannot change alone. Give "
                 "scale= too (None follows the weight again), or calibrate again."
             )
-        if not changed & {"bits", "symmetric", "signed", "narrow"}:
-            return new
+        if not changed & {"bits", "symmetric", "signed", "narrow", "learn"}:
+            return dataclasses.replace(self, **fields)
         return _on_new_grid(self, new)
 
     def __repr__(self) -> str:
@@ -138,8 +192,27 @@ class Quantizer:
         return f"Quantizer({what}{'' if self.enabled else ', off'})"
 
 
-_META = [f.name for f in dataclasses.fields(Quantizer)][2:]
-jax.tree_util.register_dataclass(Quantizer, ["scale", "zero_point"], _META)
+_LEAVES = ["scale", "zero_point", "minimum", "maximum"]
+_META = [f.name for f in dataclasses.fields(Quantizer) if f.name not in _LEAVES]
+jax.tree_util.register_dataclass(Quantizer, _LEAVES, _META)
+
+
+def _holding(old: Quantizer, new: Quantizer, given: Mapping[str, Any]) -> Quantizer:
+    """`new` with the leaves that were given, in its own form."""
+    if given.get("maximum") is not None:
+        most = given["maximum"]
+        least = given.get("minimum")
+        least = -most if least is None else least
+        grid = grid_between(least, most, *new.ends, symmetric=new.symmetric)
+        return new.holding(*grid)
+    if given.get("scale") is not None:
+        zero_point = given.get("zero_point")
+        if zero_point is None and not new.symmetric:
+            zero_point = jnp.zeros_like(given["scale"])
+        return new.holding(given["scale"], zero_point)
+    if given.get("zero_point") is not None and not old.follows:
+        return new.holding(old.grid(None)[0], given["zero_point"])
+    return new  # every leaf is None: it follows the tensor
 
 
 def _on_new_grid(old: Quantizer, new: Quantizer) -> Quantizer:
@@ -155,8 +228,7 @@ def _on_new_grid(old: Quantizer, new: Quantizer) -> Quantizer:
         scale, zero_point = grid_between(
             least, most, *new.ends, symmetric=new.symmetric
         )
-    zero_point = None if new.symmetric else zero_point
-    return dataclasses.replace(new, scale=scale, zero_point=zero_point)
+    return new.holding(scale, zero_point)
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
@@ -170,6 +242,11 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             )
     if "bits" in fields:
         check_bits(fields["bits"], caller="Quantizers.set")
+    if fields.get("learn") not in LEARN:
+        raise ValueError(
+            f"jaxmet.Quantizers.set: learn is {fields['learn']!r}. It is one of "
+            f"{', '.join(map(repr, LEARN))}: what of a grid trains."
+        )
     if fields.get("calibrator", "minmax") not in CALIBRATORS:
         raise ValueError(
             f"jaxmet.Quantizers.set: calibrator is {fields['calibrator']!r}. It is one of "
@@ -195,9 +272,11 @@ def scale_text(q: Quantizer, kind: str = "weight") -> str:
         return f"product of {q.product[0]} and {q.product[1]}"
     if q.bits == 32:
         return "float"
-    if q.scale is None:
+    if q.follows:
         return "follows the weight" if kind == "weight" else "on the fly"
-    if not hasattr(q.scale, "dtype") or not is_concrete(q.scale):
+    stated = q.scale if q.maximum is None else q.maximum
+    if not hasattr(stated, "dtype") or not is_concrete(stated):
         return "traced"
-    least, most = np.min(q.scale), np.max(q.scale)
+    scale = stated if q.maximum is None else q.grid(None)[0]
+    least, most = np.min(scale), np.max(scale)
     return f"{least:.4g}" if least == most else f"{least:.4g} .. {most:.4g}"

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxmet.numerics.fake_quant import fake_quant
+from jaxmet.numerics.grid import check_bits
 from jaxmet.numerics.ranges import SCALE_FLOOR
 from jaxmet.tree.leaves import is_compressed
 from jaxmet.tree.names import named_leaves, select
@@ -108,12 +110,10 @@ class Quantizers:
         leaves = named_leaves(params)
 
         def pinned(name: str, q: Quantizer) -> Quantizer:
-            follows = q.scale is None and q.product is None and q.bits != 32
-            if not follows or name not in leaves:
+            open_ = q.follows and q.product is None and q.bits != 32
+            if not open_ or name not in leaves:
                 return q
-            scale, zero_point = q.grid(_weight(leaves[name]))
-            zero_point = None if q.symmetric else zero_point
-            return dataclasses.replace(q, scale=scale, zero_point=zero_point)
+            return q.holding(*q.grid(_weight(leaves[name])))
 
         weights = {name: pinned(name, q) for name, q in self.weights.items()}
         return dataclasses.replace(self, weights=weights)
@@ -156,14 +156,15 @@ class Quantizers:
             ends = (*by_name, grids.activations[owner])
         elif not all(q.active for q in parts):
             return params[name]
-        if q_x.scale is None:
+        if q_x.follows:
             return params[name]
         bias = jnp.asarray(_weight(params[name]))
         s_w, _ = q_w.grid(_weight(params[weight_name]), ends[1])
         s_x, _ = q_x.grid(None, ends[2])
         s_x = s_x.astype(s_w.dtype)
         product = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
-        scale = jnp.maximum(jnp.broadcast_to(product, bias.shape), SCALE_FLOOR**2)
+        product = lax.stop_gradient(jnp.broadcast_to(product, bias.shape))
+        scale = jnp.maximum(product, SCALE_FLOOR**2)
         rounded = fake_quant(bias, scale, jnp.zeros_like(scale), *INT32_ENDS)
         for grid in ends:
             if grid is not None:
@@ -199,22 +200,54 @@ jax.tree_util.register_dataclass(
 )
 
 
-def grids(quantizers: Quantizers) -> Grids:
-    """Grid ends and switches as a tree of data, to change without recompiling.
+def grids(
+    quantizers: Quantizers,
+    *,
+    weights: Any = True,
+    activations: Any = True,
+    weight_bits: Any = None,
+    activation_bits: Any = None,
+) -> Grids:
+    r"""Grid ends and switches as a tree of data, to change without recompiling.
 
     `simulate(…, grids=…)` takes it. With other ends a grid covers the same real range
     in coarser or finer steps.
+
+    `weights` and `activations` switch a kind on or off, `weight_bits` and `activation_bits`
+    give all grids of a kind this width: 2 to 16, or more for no rounding, fractions rounded
+    up. All of them may be traced numbers, so that any function of the training step (an
+    optax schedule) drives them. An int32 bias keeps its width.
+
+    >>> late = jm.grids(quantizers, activations=step >= 500)
+    >>> apply = jm.simulate(model.apply, quantizers, grids=late)
     """
 
-    def grid(q: Quantizer) -> Grid:
-        ends = q.ends if q.product is None else INT32_ENDS
-        low, high = (jnp.asarray(end, jnp.float32) for end in ends)
-        return Grid(low, high, jnp.asarray(q.active))
+    def grid(q: Quantizer, on: Any, bits: Any) -> Grid:
+        on = jnp.logical_and(q.active, jnp.asarray(on))
+        if q.product is not None or bits is None:
+            ends = q.ends if q.product is None else INT32_ENDS
+            low, high = (jnp.asarray(end, jnp.float32) for end in ends)
+            return Grid(low, high, on)
+        if isinstance(bits, int):
+            check_bits(bits, caller="grids")
+        width = jnp.ceil(jnp.asarray(bits, jnp.float32))
+        return Grid(*_ends_of(q, jnp.clip(width, 2, 16)), on & (width <= 16))
 
     return Grids(
-        {name: grid(q) for name, q in quantizers.weights.items()},
-        {name: grid(q) for name, q in quantizers.activations.items()},
+        {n: grid(q, weights, weight_bits) for n, q in quantizers.weights.items()},
+        {
+            n: grid(q, activations, activation_bits)
+            for n, q in quantizers.activations.items()
+        },
     )
+
+
+def _ends_of(q: Quantizer, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`Quantizer.ends` for a width that is data."""
+    if not (q.symmetric and q.signed):
+        return jnp.float32(0), jnp.exp2(bits) - 1
+    half = jnp.exp2(bits - 1)
+    return (1 - half if q.narrow else -half), half - 1
 
 
 def along_bias(scale: jax.Array, bias: jax.Array, name: str) -> jax.Array:

@@ -235,11 +235,8 @@ def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:
             continue
         chosen, old = found[layer.node.name], weights[layer.parameter]
         leaves |= run.updated(layer, chosen)
-        weights[layer.parameter] = dataclasses.replace(
-            old,
-            scale=jnp.asarray(chosen.scale),
-            zero_point=None if old.symmetric else jnp.asarray(chosen.zero_point),
-        )
+        grid = jnp.asarray(chosen.scale), jnp.asarray(chosen.zero_point)
+        weights[layer.parameter] = old.holding(*grid)
     new = replace_leaves(run.params, leaves, caller=run.caller)
     return new, dataclasses.replace(run.quantizers, weights=weights)
 

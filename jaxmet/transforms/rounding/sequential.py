@@ -240,7 +240,7 @@ class Run:
             quantizer.symmetric,
             *how,
             centred=self.bias and bias is not None,
-            free=quantizer.scale is None or self.options.method == "search",
+            free=quantizer.follows or self.options.method == "search",
             activation=activation,
         )
         return kind, problem
@@ -291,10 +291,8 @@ class Run:
         old = LeafGrid.of(quantizer, wide)
         grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape)
         weight = self.views.leaf(name, np.asarray(solution.weight), leaf.shape)
-        pinned = dataclasses.replace(
-            quantizer,
-            scale=jnp.asarray(grid.scale),
-            zero_point=None if quantizer.symmetric else jnp.asarray(grid.zero_point),
+        pinned = quantizer.holding(
+            jnp.asarray(grid.scale), jnp.asarray(grid.zero_point)
         )
         weight = np.asarray(pinned(jnp.asarray(weight.astype(wide.dtype))))
         curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)

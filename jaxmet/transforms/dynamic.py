@@ -1,0 +1,62 @@
+"""Quantizers without calibration: every range is that of the tensor at hand."""
+
+import dataclasses
+from typing import Any
+
+from jaxmet.engine.graph import Graph
+from jaxmet.numerics.grid import check_bits
+from jaxmet.transforms.calibrate import weight_quantizer
+from jaxmet.transforms.placement import place
+from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.quantizers import Quantizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """What `simulate` takes in place of `Quantizers`: where they would be, and no ranges."""
+
+    config: QuantConfig
+
+    def quantizers(self, graph: Graph, leaves: dict[str, Any]) -> Quantizers:
+        """The quantizers of one traced call, all of which follow their tensor."""
+        placement = place(graph, self.config, "dynamic")
+        return Quantizers(
+            {w.name: weight_quantizer(w, leaves) for w in placement.weights},
+            {name: _on_the_fly(s) for name, s in placement.activations.items()},
+            tuple(placement.shared.items()),
+            tuple(placement.left.items()),
+            tuple(w.name for w in placement.weights if w.name not in leaves),
+        )
+
+
+def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
+    """Weights and activations of `bits` bits whose ranges are found at every call.
+
+    For `simulate` in place of `Quantizers`: no calibration and no tree beside `params`. Each
+    range is that of the whole tensor at hand, the batch included, so results depend on the
+    batch; no gradient goes through it. `config` says the rest, its bits aside.
+
+    Raises ValueError for impossible bit-widths.
+
+    >>> loss = cross_entropy(jm.simulate(model.apply, jm.dynamic(bits=8))(params, images))
+    """
+    check_bits(bits, caller="dynamic")
+    config = config or QuantConfig()
+    if not isinstance(config, QuantConfig):
+        raise ValueError(
+            f"jaxmet.dynamic: config is of type {type(config).__name__}. Give a "
+            "jm.QuantConfig, for example jm.QuantConfig(per_channel=False)."
+        )
+    return Dynamic(dataclasses.replace(config, weight_bits=bits, activation_bits=bits))
+
+
+def _on_the_fly(s: Settings) -> Quantizer:
+    return Quantizer(
+        bits=s.bits,
+        symmetric=s.symmetric,
+        signed=s.symmetric,
+        narrow=False,
+        calibrator=s.calibrator,
+        percentile=s.percentile,
+    )
