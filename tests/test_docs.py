@@ -55,10 +55,50 @@ def test_examples_run_as_printed(page, tmp_path, monkeypatch):
     assert 0 < error < 0.05 * jnp.mean(jnp.square(expected)) or page == "docs/guide.md"
 
 
+class Trained(nn.Module):
+    """What the page on training trains."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Conv(8, (3, 3), use_bias=False, name="stem")(x)
+        x = nn.relu6(nn.BatchNorm(not train, name="stem_bn")(x))
+        return nn.Dense(4, name="head")(jnp.mean(x, (1, 2)))
+
+
+class TrainedTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)
+        self.stem_bn = nnx.BatchNorm(8, rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu6(self.stem_bn(self.stem(x)))
+        return self.head(jnp.mean(x, (1, 2)))
+
+
+def test_training_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    model, twin = Trained(), TrainedTwin(nnx.Rngs(0))
+    variables = model.init(jax.random.key(1), images)
+    scope = {"model": model, "variables": variables, "images": images}
+    scope |= {"nnx_model": twin, "labels": jnp.arange(16) % 4}
+    mean = jnp.copy(twin.stem_bn.mean[...])
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    with jax.numpy_dtype_promotion("standard"):
+        for block in BLOCK.findall(text):
+            exec(block, scope)
+    before, after = variables["params"], scope["params"]
+    assert jnp.any(before["stem"]["kernel"] != after["stem"]["kernel"])
+    assert jnp.any(twin.stem_bn.mean[...] != mean) and jnp.isfinite(scope["value"])
+    restored = jax.tree.leaves(scope["saved"].params["state"])
+    assert len(restored) == len(jax.tree.leaves(scope["state"]))
+
+
 def test_every_public_name_is_in_the_docs():
     text = "".join(
         (ROOT / page).read_text(encoding="utf-8")
-        for page in ("README.md", "docs/guide.md")
+        for page in ("README.md", "docs/guide.md", "docs/training.md")
     )
     source = (ROOT / "jaxmet/__init__.py").read_text(encoding="utf-8")
     public = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
