@@ -99,6 +99,7 @@ def model(name):
     ("inverted_residual", "coordinate"), ("inverted_residual", "adam"),
     ("grouped", "coordinate"), ("transposed", "gram"), ("concatenation", "adam"),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
     apply, params, inputs = model(name)
     graph, before = prepared(apply, params, *inputs)
@@ -200,6 +201,7 @@ def test_losses_are_those_of_the_copies_run_by_hand(of):
 
 
 @pytest.mark.parametrize("act", [jax.nn.relu, jax.nn.gelu, lambda x: jnp.clip(x, 0, 1)])
+@pytest.mark.slow
 def test_adam_counts_what_the_activation_lets_through(act):
     apply, params, x = mlp(act=act)
     new, _, report = run(apply, params, (x,), method="adam", bias=False)
@@ -225,6 +227,7 @@ def test_scales_that_are_numbers_are_kept_and_others_searched():
     jm.QuantConfig(4, 32, symmetric_weights=False),
 ])  # fmt: skip
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_kind_of_grid(config, method):
     apply, params, x = mlp()
     _, before = prepared(apply, params, x, config=config)
@@ -238,6 +241,7 @@ def test_every_kind_of_grid(config, method):
     assert max(report["ratio"]) <= 1
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_are_rounded_side_by_side():
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(3, 8, 8)) / 3, jnp.float32)
@@ -296,6 +300,7 @@ def test_what_does_not_wait_for_another_is_one_wave():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_program_for_layers_of_one_shape(monkeypatch):
     """Side by side where they can be, one after the other without compiling again."""
     apply, params, x = deep()
@@ -448,6 +453,7 @@ def start(tmp_path, out):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path):
     """Killed behind so many solved layers, at instants in between; each solved about once."""
     solved = 0

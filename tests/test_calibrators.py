@@ -398,6 +398,7 @@ def calibrated(name, batches, method, **options):
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.slow
 def test_percentiles_of_every_node_over_all_batches(name):
     x = rows(name, 7)
     batches = [x[:3], x[3:6], x[6:]]

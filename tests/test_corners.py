@@ -43,6 +43,7 @@ class WithDropout(nnx.Module):
         return self.head(self.drop(x).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_random_state_in_the_tree_is_left_alone():
     apply, params, merge = jm.functional(WithDropout(nnx.Rngs(0)))
     params["norm"]["var"][...] = jnp.full(4, 0.3)

@@ -7,6 +7,8 @@ import pytest
 
 from jaxmet.demo.run import run
 
+pytestmark = pytest.mark.slow  # a hundred seconds of compilation
+
 
 @pytest.fixture(scope="module")
 def table():

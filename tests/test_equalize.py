@@ -216,6 +216,7 @@ def difference(one: Any, two: Any) -> float:
 
 
 @pytest.mark.parametrize("name", CASES_WITH_SITES)
+@pytest.mark.slow
 def test_scrambled_networks_get_equal_ranges_back(name: str) -> None:
     apply, params, inputs, graph = model(name)
     start = scrambled(params, graph, seed=1)

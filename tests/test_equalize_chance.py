@@ -180,6 +180,7 @@ def only_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.slow
 def test_the_draw_rounds_better_on_inputs_it_has_not_seen(
     per_channel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +201,7 @@ def test_the_draw_rounds_better_on_inputs_it_has_not_seen(
 
 
 @pytest.mark.parametrize("how", ["batches", "norms"])
+@pytest.mark.slow
 def test_weights_in_float_leave_the_minimum_alone(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

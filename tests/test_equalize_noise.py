@@ -217,6 +217,7 @@ def test_less_noise_than_before_and_than_equal_ranges(config: QuantConfig) -> No
                 ) > (0.985 * now)
 
 
+@pytest.mark.slow
 def test_scrambling_changes_neither_the_noise_nor_the_minimum() -> None:
     params, batches = mobile_params(), images()
     graph = trace(mobile, params, batches[0][0])
@@ -231,6 +232,7 @@ def test_scrambling_changes_neither_the_noise_nor_the_minimum() -> None:
     np.testing.assert_allclose(found, wanted, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_forms_of_data_give_the_same() -> None:
     params, batches = mobile_params(), images()
     graph = trace(mobile, params, batches[0][0])
@@ -256,6 +258,7 @@ def test_a_dead_unit_is_not_listened_to() -> None:
     assert all(np.all(np.isfinite(w)) for w in jax.tree.leaves(out))
 
 
+@pytest.mark.slow
 def test_inputs_that_are_not_rounded_cost_nothing() -> None:
     """W8 alone: only weight steps count; and rules reach single tensors."""
     params, batches = mobile_params(), images()
@@ -280,6 +283,7 @@ def test_without_statistics_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["mobile", "conv_bn_relu"])
+@pytest.mark.slow
 def test_norms_stand_in_for_data(name: str) -> None:
     apply, params, inputs, graph = model(name)
     out, report = equalize(params, graph, **NOISE, with_report=True)
@@ -339,6 +343,7 @@ def test_squared_gradients_are_those_of_the_jacobian() -> None:
         assert abs(jnp.mean(ratio) - 1) < 0.15 and jnp.max(ratio) < 2
 
 
+@pytest.mark.slow
 def test_prediction_is_near_what_rounding_does() -> None:
     params, batches = mobile_params(), images(8)
     graph = trace(mobile, params, batches[0][0])

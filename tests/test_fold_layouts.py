@@ -443,6 +443,7 @@ def any_norms(draw):
 
 @hypothesis.settings(max_examples=80)
 @hypothesis.given(any_norms(), st.sampled_from([0.0, 1e-12, 1e-3]), st.booleans())
+@pytest.mark.slow
 def test_any_numbers_stay_finite_and_mean_the_same(norm, epsilon, behind):
     """Norm and product together are W·g, W·bias and the mean: in float64, each channel."""
     channels = norm["var"].size

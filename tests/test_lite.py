@@ -49,6 +49,7 @@ def tiny() -> tuple[Any, Any, jax.Array]:
     return model, variables, x
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_are_twins(tiny: Any) -> None:
     model, variables, x = tiny
     module = network.nnx_of(TINY, variables)

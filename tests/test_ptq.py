@@ -95,6 +95,7 @@ def test_an_iterator_that_can_be_read_once_is_refused(case: Any) -> None:
         jm.ptq(apply, trained, iter(batches))
 
 
+@pytest.mark.slow
 def test_few_bits_are_rounded_by_the_data(case: Any) -> None:
     apply, trained, batches = case
     config = jm.QuantConfig(weight_bits=4)

@@ -355,6 +355,7 @@ def test_descent_is_the_same_for_each_group_alone():
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.slow
 def test_refit_scales_are_least_squares(blocks):
     weight, x = layer(7, rows=300)
     gram, grid = mean_product(x, x), grid_for(weight, 4, blocks=blocks, share=0.8)
@@ -505,6 +506,7 @@ def test_search_towards_a_target_is_the_search_with_cross():
     assert not np.array_equal(one.best, search().best)
 
 
+@pytest.mark.slow
 def test_search_in_parts_is_the_search_at_once(monkeypatch):
     weight, x = layer(13)
     low, high = grid_ends(4, signed=True)

@@ -43,6 +43,7 @@ def sums(node, rows, matrix, y):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.slow
 def test_every_product_of_the_zoo_is_one_of_matrices(name):
     apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(1))
     for node, rows, matrix, y, _ in seen(apply, params, *inputs).values():

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 
 import jaxmet as jm
 from test_training import COARSE, images, start
@@ -67,6 +68,7 @@ def run(folder, steps):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     steps = 60
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -34,7 +34,7 @@ def fold_grids(
 ) -> Quantizers:
     """The quantizers with every pinned weight scale multiplied by the gain that moved."""
     weights = dict(quantizers.weights)
-    for name in pinned_weights(quantizers) & gains.keys():
+    for name in sorted(pinned_weights(quantizers) & gains.keys()):
         weights[name] = _scaled(name, weights[name], gains[name], caller)
     return dataclasses.replace(quantizers, weights=weights)
 
