@@ -182,6 +182,30 @@ def table(bench: Bench, chosen: list[Row]) -> None:
         print(f"  {row.name}: {seconds:.0f} s", file=sys.stderr)
 
 
+def sites(bench: Bench, row: Row, most: int = 8) -> None:
+    """Where the error of a row is: weights or activations, and which nodes."""
+    params, quantizers = bench.quantized(row)
+    steps = tuple(step for step in row.steps if step != "correct")
+    before, _ = bench.quantized(row._replace(steps=steps))
+    only = functools.partial(dataclasses.replace, quantizers)
+    # A correction makes up for rounded weights, so it has no place where they are not.
+    parts = {
+        "weights alone": (only(activations={}, shared=()), params),
+        "activations alone": (only(weights={}), before),
+    }
+    print(f"\n{row.name}")
+    for name, part in parts.items():
+        found = outcome(bench.logits(*part), bench.reference)
+        sqnr = Resampled(len(bench.evaluation)).sqnr(found)
+        print(f"  {name}: {interval(sqnr)} dB")
+    batch = bench.evaluation[: bench.size]
+    found = jm.compare(params, bench.graph, quantizers, batch, reference=before)
+    columns = ("node", "SQNR (dB)", "own SQNR (dB)")
+    rows = zip(*(found[c] for c in columns), strict=True)
+    rows = sorted((r for r in rows if r[2] is not None), key=lambda r: float(r[2]))
+    print(jm.Table(dict(zip(columns, zip(*rows[:most], strict=True), strict=True))))
+
+
 def labelled(apply: Any, params: Any, folder: Path, pixels: int) -> None:
     """How many pictures with known classes the float model gets right."""
     images, labels = read_labelled(folder, pixels)
@@ -202,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--front-end", choices=["linen", "nnx"], default="linen")
     parser.add_argument("--rows", nargs="+", default=["*"], help="globs")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--sites", action="store_true", help="where the error enters")
     args = parser.parse_args(arguments)
     every = list(rows())
     chosen = [r for r in every if any(fnmatch.fnmatch(r.name, g) for g in args.rows)]
@@ -227,7 +252,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"measure on; {jax.devices()[0].device_kind}, {versions}, "
         f"Python {platform.python_version()}\n"
     )
-    table(bench, chosen)
+    if not args.sites:
+        return table(bench, chosen)
+    for row in chosen:
+        sites(bench, row)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def _check_scale(
         rest = tuple(i for i in range(new.ndim) if i not in axes)
         # Rounding moves what is two steps or more by half of it at most.
         known = np.max(np.maximum(new, old) - 2 * step, axis=rest) >= 0
-        ratio = (
-            np.sum(new * old, axis=rest)[known] / np.sum(old * old, axis=rest)[known]
-        )
+        power = np.sum(old * old, axis=rest)
+        known &= power > 0  # a dead channel tells no scale
+        ratio = np.sum(new * old, axis=rest)[known] / power[known]
         scaled |= bool(known.any() and np.mean((ratio < 0.5) | (ratio > 2)) > 0.25)
     if scaled:
         raise ValueError(
