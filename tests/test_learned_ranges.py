@@ -168,6 +168,15 @@ def test_the_form_changes_and_the_grid_stays(symmetric):
     assert Quantizer(learn="minmax").follows
 
 
+@pytest.mark.parametrize("learn", ["lsq", "minmax"])
+def test_a_scale_alone_keeps_the_zero_point(learn):
+    q = quantizer(False, learn)
+    scale, zero_point = q.set(scale=2 * q.grid(None)[0]).grid(None)
+    np.testing.assert_allclose(scale, 2 * q.grid(None)[0], rtol=1e-6)
+    np.testing.assert_array_equal(zero_point, q.grid(None)[1])
+    assert float(zero_point[0, 0]) == 7
+
+
 def test_bad_forms_are_refused():
     quantizers = jm.Quantizers({"w": Quantizer()})
     with pytest.raises(ValueError, match="learn is 'min'"):

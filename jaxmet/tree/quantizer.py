@@ -209,6 +209,8 @@ def _holding(old: Quantizer, new: Quantizer, given: Mapping[str, Any]) -> Quanti
         zero_point = given.get("zero_point")
         if zero_point is None and not new.symmetric:
             zero_point = jnp.zeros_like(given["scale"])
+            if not (old.follows or old.symmetric):
+                zero_point = old.grid(None)[1]
         return new.holding(given["scale"], zero_point)
     if given.get("zero_point") is not None and not old.follows:
         return new.holding(old.grid(None)[0], given["zero_point"])
