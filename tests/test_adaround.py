@@ -16,8 +16,9 @@ from jax import lax
 
 import jaxmet as jm
 from jaxmet.transforms.rounding import sequential, solvers
-from jaxmet.transforms.rounding.layers import Views, array_of, find_layers
+from jaxmet.transforms.rounding.layers import Views, find_layers
 from jaxmet.transforms.rounding.waves import find_waves
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from zoo import CASES
 
@@ -114,18 +115,18 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
     for site in graph.sites:
         weight = site.weight.name
         q = after.weights[weight]
-        leaf = array_of(found[weight])
+        leaf = dense(found[weight])
         assert q.scale is not None
         np.testing.assert_array_equal(q(leaf), leaf)  # rounding again changes nothing
         if method != "coordinate":
-            scale = np.asarray(before.weights[weight].grid(array_of(old[weight]))[0])
+            scale = np.asarray(before.weights[weight].grid(dense(old[weight]))[0])
             np.testing.assert_array_equal(np.asarray(q.scale), scale)
-            inside = np.abs(np.asarray(array_of(old[weight])) / scale) <= q.ends[1]
-            moved = np.abs(np.asarray(leaf - array_of(old[weight]))) / scale
+            inside = np.abs(np.asarray(dense(old[weight])) / scale) <= q.ends[1]
+            moved = np.abs(np.asarray(leaf - dense(old[weight]))) / scale
             assert moved[inside].max() <= 1 + 1e-5
     untouched = set(found) - {p for s in graph.sites for p in s.parameters}
     for name in untouched:
-        np.testing.assert_array_equal(array_of(found[name]), array_of(old[name]))
+        np.testing.assert_array_equal(dense(found[name]), dense(old[name]))
 
 
 @pytest.mark.parametrize("bits,symmetric", [(2, True), (3, False)])
@@ -275,7 +276,7 @@ def test_matrices_lead_back_to_leaves(name):
     views = Views(graph, params, layers, inputs)
     leaves = named_leaves(params)
     for layer in layers:
-        leaf = np.asarray(array_of(leaves[layer.parameter]))
+        leaf = np.asarray(dense(leaves[layer.parameter]))
         site = layer.node.name
         assert views.whole[site]
         matrix = views.matrix(site, leaf)

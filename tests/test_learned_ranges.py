@@ -209,3 +209,18 @@ def test_switches_and_widths_are_data():
     assert not off.weights["w"].enabled and not off.activations["a"].enabled
     with pytest.raises(ValueError, match=r"jaxmet\.grids: bits is 1"):
         jm.grids(quantizers, weight_bits=1)
+
+
+@pytest.mark.parametrize(
+    "fields, low, high",
+    [
+        ({}, lambda n: 1 - 2 ** (n - 1), lambda n: 2 ** (n - 1) - 1),
+        ({"narrow": False}, lambda n: -(2 ** (n - 1)), lambda n: 2 ** (n - 1) - 1),
+        ({"symmetric": False}, lambda n: 0, lambda n: 2**n - 1),
+    ],
+)
+def test_ends_of_a_width_that_is_data_are_exact_integers(fields, low, high):
+    quantizers = jm.Quantizers(weights={"w": jm.Quantizer(**fields)})
+    ends = jax.jit(lambda n: jm.grids(quantizers, weight_bits=n).weights["w"][:2])
+    for n in range(2, 17):
+        assert tuple(map(float, ends(jnp.int32(n)))) == (low(n), high(n))

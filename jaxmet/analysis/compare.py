@@ -20,7 +20,7 @@ from jaxmet.transforms.simulate import (
     round_weights,
 )
 from jaxmet.tree.batches import Stacked, as_batches
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
@@ -203,7 +203,7 @@ def _weight_use(params: Any, quantizers: Quantizers) -> dict[str, Use]:
         fixed = not quantizer.follows and quantizer.block is None
         if name in leaves and fixed and quantizer.active and quantizer.product is None:
             leaf = leaves[name]
-            found[name] = _use(leaf.weight if is_compressed(leaf) else leaf, quantizer)
+            found[name] = _use(dense(leaf), quantizer)
     return found
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 
 Squares = dict[str, Any]
@@ -77,7 +77,7 @@ def _real(outputs: Any) -> list[jax.Array]:
 
 
 def _array(leaf: Any) -> jax.Array:
-    return jnp.asarray(leaf.weight if is_compressed(leaf) else leaf)
+    return jnp.asarray(dense(leaf))
 
 
 def _squared(x: jax.Array) -> jax.Array:

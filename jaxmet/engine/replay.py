@@ -22,7 +22,7 @@ from jaxmet.engine.describe import describe
 from jaxmet.engine.node import Node
 from jaxmet.engine.offset import offsets_of, padded
 from jaxmet.engine.program import Equation, Region, Value
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 
 Statistics = dict[str, Any]
 Environment = dict[Value, Any]
@@ -103,11 +103,6 @@ def replay(
     outputs = [machine.read(environment, v) for v in analysis.region.outputs]
     tree = jax.tree_util.tree_structure(analysis.output_shape)
     return tree.unflatten(outputs), machine.statistics
-
-
-def dense(leaf: Any) -> Any:
-    """The array that a leaf stands for, its bounds aside."""
-    return leaf.weight if is_compressed(leaf) else leaf
 
 
 def bounds_of(

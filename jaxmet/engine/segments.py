@@ -21,8 +21,8 @@ from jaxmet.engine.replay import (
     Machine,
     Statistics,
     bounds_of,
-    dense,
 )
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, suggestion
 
 Live = dict[str, Any]

@@ -24,8 +24,12 @@ def grid_ends(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, in
     grid is symmetric about zero. Unsigned: $0 \dots 2^b-1$. With 32 bits nothing is
     rounded in practice and the ends are only nominal.
     """
-    bits = check_bits(bits)
+    return ends_of_width(check_bits(bits), signed=signed, narrow=narrow)
+
+
+def ends_of_width(bits: Any, *, signed: bool, narrow: bool) -> tuple[Any, Any]:
+    """`grid_ends` for a width that may be an integer array, exactly."""
     if not signed:
-        return 0, 2**bits - 1
-    half = 2 ** (bits - 1)
+        return 0 * bits, (1 << bits) - 1
+    half = 1 << (bits - 1)
     return (1 - half if narrow else -half), half - 1

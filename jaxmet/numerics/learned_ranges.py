@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmet.numerics.ranges import SCALE_FLOOR, Extremes, Numbers
+from jaxmet.numerics.ranges import SCALE_FLOOR, Extremes, Numbers, through
 
 SCALE_CEILING = 2.0**100
 """No scale is larger: with 16 bits the end of its grid is still a float32."""
@@ -35,20 +35,6 @@ def positive(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def _(primals: Any, tangents: Any) -> Any:
     (scale,), (moved,) = primals, tangents
     return positive(scale), jnp.where(scale < 0, -moved, moved)
-
-
-@jax.custom_jvp
-def through(
-    x: Float[Array, "*shape"], value: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """`value`, with the gradient going to `x` as if it were `x`."""
-    del x
-    return value
-
-
-@through.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return through(*primals), tangents[0]
 
 
 @jax.custom_jvp

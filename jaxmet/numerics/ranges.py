@@ -84,13 +84,23 @@ def regrid(
     if symmetric:
         return scale * (high / new_high), zero_point
     finer = (new_high - new_low) / (high - low)
-    moved = round_through(new_low + (zero_point - low) * finer)
+    moved = new_low + (zero_point - low) * finer
+    moved = through(moved, jnp.round(moved))
     return scale * ((high - low) / (new_high - new_low)), moved
 
 
-def round_through(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The nearest integer, with the gradient of the identity."""
-    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+@jax.custom_jvp
+def through(
+    x: Float[Array, "*shape"], value: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """`value`, with the gradient going to `x` as if it were `x`."""
+    del x
+    return value
+
+
+@through.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return through(*primals), tangents[0]
 
 
 def minmax(

@@ -19,10 +19,10 @@ from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node, Norm
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
-from jaxmet.transforms.layouts import dense, how_often, matrix, split, spread, wide
+from jaxmet.transforms.layouts import how_often, matrix, split, spread, wide
 from jaxmet.transforms.statistics import LOOPS, Network
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import Compressed, is_compressed
+from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 

@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.replay import dense
-from jaxmet.numerics.ranges import grid_of_range, split_shape
+from jaxmet.numerics.ranges import grid_between, split_shape
 from jaxmet.transforms.foresee import WHY, foreseen_ranges
 from jaxmet.transforms.observe import Range, check_samples, is_signed, observed_ranges
 from jaxmet.transforms.placement import WeightPlace, place
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias
 
 SAMPLES = 2**14
@@ -91,7 +91,7 @@ def calibrate(
             **kwargs,
         )
     activations = {
-        name: _activation_quantizer(ranges[name], settings)
+        name: _of_range(ranges[name], settings)
         for name, settings in placement.activations.items()
         if name in ranges
     }
@@ -161,15 +161,9 @@ def weight_quantizer(place: WeightPlace, leaves: dict[str, Any]) -> Quantizer:
     )
 
 
-def _activation_quantizer(extremes: Range, s: Settings) -> Quantizer:
-    low, high = (jnp.asarray(e, jnp.float32) for e in extremes)
-    signed = is_signed(s, extremes[0])
-    scale, zero_point = grid_of_range(
-        low, high, bits=s.bits, symmetric=s.symmetric, signed=signed, narrow=False
-    )
+def activation_quantizer(s: Settings, *, signed: bool = True) -> Quantizer:
+    """What quantizes an activation, following it until it holds a range."""
     return Quantizer(
-        scale,
-        None if s.symmetric else zero_point,
         bits=s.bits,
         symmetric=s.symmetric,
         signed=signed and s.symmetric,
@@ -177,3 +171,10 @@ def _activation_quantizer(extremes: Range, s: Settings) -> Quantizer:
         calibrator=s.calibrator,
         percentile=s.percentile,
     )
+
+
+def _of_range(extremes: Range, s: Settings) -> Quantizer:
+    low, high = (jnp.asarray(e, jnp.float32) for e in extremes)
+    quantizer = activation_quantizer(s, signed=is_signed(s, extremes[0]))
+    ends = quantizer.ends
+    return quantizer.holding(*grid_between(low, high, *ends, symmetric=s.symmetric))

@@ -5,10 +5,9 @@ from typing import Any
 
 from jaxmet.engine.graph import Graph
 from jaxmet.numerics.grid import check_bits
-from jaxmet.transforms.calibrate import weight_quantizer
+from jaxmet.transforms.calibrate import activation_quantizer, weight_quantizer
 from jaxmet.transforms.placement import place
-from jaxmet.tree.config import QuantConfig, Settings
-from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.quantizers import Quantizers
 
 
@@ -23,7 +22,7 @@ class Dynamic:
         placement = place(graph, self.config, "dynamic")
         return Quantizers(
             {w.name: weight_quantizer(w, leaves) for w in placement.weights},
-            {name: _on_the_fly(s) for name, s in placement.activations.items()},
+            {n: activation_quantizer(s) for n, s in placement.activations.items()},
             tuple(placement.shared.items()),
             tuple(placement.left.items()),
             tuple(w.name for w in placement.weights if w.name not in leaves),
@@ -49,14 +48,3 @@ def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
             "jm.QuantConfig, for example jm.QuantConfig(per_channel=False)."
         )
     return Dynamic(dataclasses.replace(config, weight_bits=bits, activation_bits=bits))
-
-
-def _on_the_fly(s: Settings) -> Quantizer:
-    return Quantizer(
-        bits=s.bits,
-        symmetric=s.symmetric,
-        signed=s.symmetric,
-        narrow=False,
-        calibrator=s.calibrator,
-        percentile=s.percentile,
-    )

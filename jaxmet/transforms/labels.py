@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.transforms.stored import check_mode
 from jaxmet.tree.leaves import Compressed, flatten, is_compressed
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.paths import has_collections, path_parts
@@ -59,14 +60,8 @@ def optimizer_labels(
 
 
 def _statistics(node: Any) -> tuple[str, ...]:
-    norm = node.norm
-    if norm.over == "batch":
-        raise ValueError(
-            f"jaxmet.{CALLER}: norm {node.name!r} computes its statistics from the batch, so "
-            "the graph does not say where they are kept. Trace the model in inference mode, "
-            "with train=False or use_running_average=True."
-        )
-    return tuple(n for n in (norm.mean, norm.variance) if n is not None)
+    check_mode(node, CALLER)
+    return tuple(n for n in (node.norm.mean, node.norm.variance) if n is not None)
 
 
 def _label(name: str, leaf: Any, label: str) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.channels import Joined, Layout, Member, Span, layout_size
 from jaxmet.numerics.moments import Moments
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense
 
 Tensor = dict[int, Moments]  # by channel group
 
@@ -101,11 +101,6 @@ def matrix(members: Sequence[Member], leaf: Any) -> jax.Array:
     weight = jnp.transpose(weight, (*axes, *outs, *rest))
     weight = weight.reshape(number, groups, made // groups, -1)
     return jnp.moveaxis(weight.astype(wide(weight.dtype)), 1, 0)
-
-
-def dense(leaf: Any) -> Any:
-    """The array of a leaf."""
-    return leaf.weight if is_compressed(leaf) else leaf
 
 
 def wide(*dtypes: Any) -> Any:

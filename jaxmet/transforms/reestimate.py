@@ -14,6 +14,7 @@ from jaxmet.engine.segments import INLINED, Live, Segments, segments
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
+from jaxmet.transforms.stored import check_mode, check_stored
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
@@ -106,13 +107,15 @@ def reestimate_batch_norm(
         quantizers = quantizers or Quantizers()
         # Weights do not change while norms are measured, so they are rounded once.
         rounded = round_weights(params, quantizers)
+        stored: dict[str, Any] = {}
         waiting = _Waiting(graph, norms, rounded, read, store, kwargs, quantizers)
         for number, node in enumerate(tqdm(norms, desc=CALLER, disable=not progress)):
             found = waiting.measured(rounded, number)
             new, row = _stored(node, leaves, found)
             rounded = replace_leaves(rounded, new, caller=CALLER)
-            params = replace_leaves(params, new, caller=CALLER)
+            stored |= new
             rows.append(row)
+        params = replace_leaves(params, stored, caller=CALLER)
     return (params, _table(rows)) if with_report else params
 
 
@@ -129,12 +132,7 @@ def _unfit(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
     assert norm is not None
     if node.name not in graph.selected:
         return "not selected"
-    if norm.over == "batch":
-        raise ValueError(
-            f"jaxmet.{CALLER}: norm {node.name!r} computes its statistics from the batch, "
-            "as in training. Trace the model in inference mode, with train=False or "
-            "use_running_average=True."
-        )
+    check_mode(node, CALLER)
     if norm.over == "data":
         return "a norm over the data"
     if norm.over == "constant":
@@ -145,13 +143,7 @@ def _unfit(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
         return f"it runs inside a {inside[-1]}"
     if {norm.mean, norm.variance} & set(node.shared):
         return "its statistics are used elsewhere too"
-    for name in (norm.mean, norm.variance):
-        if name not in leaves:
-            raise ValueError(
-                f"jaxmet.{CALLER}: the tree has no {name!r}, a statistic of norm "
-                f"{node.name!r}. Pass the whole variables that the graph was traced with "
-                "({'params': …, 'batch_stats': …}), not the trained parameters alone."
-            )
+    check_stored(node, leaves, CALLER)
     if len(node.features) > 1:
         return "its statistics run along several axes"
     return None

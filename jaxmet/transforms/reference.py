@@ -10,7 +10,7 @@ from jaxmet.engine.calls import Apply
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Weight
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
@@ -52,7 +52,7 @@ def _check_scale(
     """Refuse a weight that is not a rounded one of the reference's, but a rescaled one."""
     name = weight.name or ""
     leaves = (ours[name], theirs[name])
-    arrays = [leaf.weight if is_compressed(leaf) else leaf for leaf in leaves]
+    arrays = [dense(leaf) for leaf in leaves]
     if not all(is_concrete(a) and hasattr(a, "shape") for a in arrays):
         return
     new, old = (np.abs(np.asarray(jnp.asarray(a, jnp.float32))) for a in arrays)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.graph import Graph, trace
@@ -14,7 +13,7 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.transforms.dynamic import Dynamic
 from jaxmet.transforms.fold.grids import folded_and_back
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import has_any, is_concrete
 from jaxmet.tree.names import named_leaves, replace_leaves, suggestion
 from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers
 
@@ -106,7 +105,7 @@ def _check_stated(quantizers: Quantizers) -> None:
     for group in (quantizers.weights, quantizers.activations):
         for name, q in group.items():
             leaves = [a for a in jax.tree.leaves(q) if is_concrete(a)]
-            if any(np.any(np.isnan(np.asarray(a))) for a in leaves):
+            if any(has_any("isnan", a) for a in leaves):
                 raise ValueError(
                     f"jaxmet.simulate: the grid of {name!r} is NaN, as a step with NaN "
                     "gradients leaves it. Go back to a checkpoint, and wrap the optimizer "

@@ -124,6 +124,16 @@ def is_compressed(leaf: Any) -> bool:
     return isinstance(leaf, Compressed)
 
 
+def dense(leaf: Any) -> Any:
+    """The array of a leaf, whatever else it states."""
+    return leaf.weight if is_compressed(leaf) else leaf
+
+
+def with_weight(leaf: Any, array: Any) -> Any:
+    """The leaf with another array, everything else it states kept."""
+    return leaf.replace(weight=array) if is_compressed(leaf) else array
+
+
 def flatten(params: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
     """Paths, leaves and tree structure, with a compressed leaf counted as one."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
@@ -153,7 +163,7 @@ def densify(params: Any) -> Any:
     what the model computes.
     """
 
-    def dense(path: tuple[Any, ...], leaf: Any) -> Any:
+    def plain(path: tuple[Any, ...], leaf: Any) -> Any:
         if not is_compressed(leaf):
             return leaf
         if more := sorted(set(leaf.stated()) - {"weight"}):
@@ -164,4 +174,4 @@ def densify(params: Any) -> Any:
             )
         return leaf.weight
 
-    return jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_compressed)
+    return jax.tree_util.tree_map_with_path(plain, params, is_leaf=is_compressed)

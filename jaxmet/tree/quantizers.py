@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmet.numerics.fake_quant import fake_quant
-from jaxmet.numerics.grid import check_bits
+from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.numerics.ranges import SCALE_FLOOR
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, select
 from jaxmet.tree.quantizer import (
     Grid,
@@ -113,7 +113,7 @@ class Quantizers:
             open_ = q.follows and q.product is None and q.bits != 32
             if not open_ or name not in leaves:
                 return q
-            return q.holding(*q.grid(_weight(leaves[name])))
+            return q.holding(*q.grid(dense(leaves[name])))
 
         weights = {name: pinned(name, q) for name, q in self.weights.items()}
         return dataclasses.replace(self, weights=weights)
@@ -129,8 +129,8 @@ class Quantizers:
             if q.product is not None:
                 out[name] = self._int32_bias(name, params, grids)
             else:
-                quantized = q(_weight(params[name]), grids and grids.weights[name])
-                out[name] = _with_weight(params[name], quantized)
+                quantized = q(dense(params[name]), grids and grids.weights[name])
+                out[name] = with_weight(params[name], quantized)
         return out
 
     def _int32_bias(
@@ -158,8 +158,8 @@ class Quantizers:
             return params[name]
         if q_x.follows:
             return params[name]
-        bias = jnp.asarray(_weight(params[name]))
-        s_w, _ = q_w.grid(_weight(params[weight_name]), ends[1])
+        bias = jnp.asarray(dense(params[name]))
+        s_w, _ = q_w.grid(dense(params[weight_name]), ends[1])
         s_x, _ = q_x.grid(None, ends[2])
         s_x = s_x.astype(s_w.dtype)
         product = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
@@ -169,7 +169,7 @@ class Quantizers:
         for grid in ends:
             if grid is not None:
                 rounded = jnp.where(grid.enabled, rounded, bias)
-        return _with_weight(params[name], rounded)
+        return with_weight(params[name], rounded)
 
     def __repr__(self) -> str:
         rows = [(n, "weight", q) for n, q in self.weights.items()]
@@ -231,7 +231,13 @@ def grids(
         if isinstance(bits, int):
             check_bits(bits, caller="grids")
         width = jnp.ceil(jnp.asarray(bits, jnp.float32))
-        return Grid(*_ends_of(q, jnp.clip(width, 2, 16)), on & (width <= 16))
+        ends = ends_of_width(
+            jnp.clip(width, 2, 16).astype(jnp.int32),
+            signed=q.symmetric and q.signed,
+            narrow=q.narrow,
+        )
+        low, high = (end.astype(jnp.float32) for end in ends)
+        return Grid(low, high, on & (width <= 16))
 
     return Grids(
         {n: grid(q, weights, weight_bits) for n, q in quantizers.weights.items()},
@@ -240,14 +246,6 @@ def grids(
             for n, q in quantizers.activations.items()
         },
     )
-
-
-def _ends_of(q: Quantizer, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`Quantizer.ends` for a width that is data."""
-    if not (q.symmetric and q.signed):
-        return jnp.float32(0), jnp.exp2(bits) - 1
-    half = jnp.exp2(bits - 1)
-    return (1 - half if q.narrow else -half), half - 1
 
 
 def along_bias(scale: jax.Array, bias: jax.Array, name: str) -> jax.Array:
@@ -269,11 +267,3 @@ def along_bias(scale: jax.Array, bias: jax.Array, name: str) -> jax.Array:
         f"jaxmet.quantize_weights: the bias {name!r} of shape {bias.shape} cannot take "
         f"a product with scales of shape {scale.shape}. Use bias='float' for it."
     )
-
-
-def _weight(leaf: Any) -> Any:
-    return leaf.weight if is_compressed(leaf) else leaf
-
-
-def _with_weight(leaf: Any, weight: Any) -> Any:
-    return leaf.replace(weight=weight) if is_compressed(leaf) else weight

@@ -11,9 +11,9 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.once import run_once
 from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.correct_bias.sequential import Found
-from jaxmet.transforms.layouts import dense, join, matrix, wide
+from jaxmet.transforms.layouts import join, matrix, wide
 from jaxmet.transforms.statistics import Network
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 

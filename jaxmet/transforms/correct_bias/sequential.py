@@ -8,11 +8,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.transforms.correct_bias.places import Place, fits
-from jaxmet.transforms.layouts import dense, wide
+from jaxmet.transforms.layouts import wide
 from jaxmet.transforms.lockstep import Copy
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 
 

@@ -13,7 +13,7 @@ from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, layout_s
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.numerics.scaling import Layers, log_ranges
-from jaxmet.tree.leaves import Compressed, is_compressed
+from jaxmet.tree.leaves import Compressed, dense, is_compressed
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
 
@@ -235,11 +235,6 @@ def same_scale(index: np.ndarray) -> Same:
 def wide(*dtypes: Any) -> Any:
     """What to compute in: the widest of these, at least float32."""
     return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: d.itemsize)
-
-
-def dense(leaf: Any) -> Any:
-    """The array of a leaf."""
-    return leaf.weight if is_compressed(leaf) else leaf
 
 
 def rescaled(

@@ -11,8 +11,9 @@ from jaxmet.engine.gradients import energies, squared_gradients
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import evaluate
-from jaxmet.transforms.equalize.channels import Weight, dense
+from jaxmet.transforms.equalize.channels import Weight
 from jaxmet.tree.batches import Batches, Stacked
+from jaxmet.tree.leaves import dense
 
 LOOPS = ("scan", "while", "cond")
 IMAGES = 64

@@ -17,9 +17,10 @@ from jaxmet.engine.node import Norm
 from jaxmet.engine.once import run_once
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
-from jaxmet.transforms.fold.plans import Plan, listed, plan_of, roles_of, spread
+from jaxmet.transforms.fold.plans import Plan, listed, plan_of, spread
+from jaxmet.transforms.stored import check_stored, roles_of
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -133,12 +134,7 @@ def _check(graph: Graph, plan: Plan, leaves: Mapping[str, Any]) -> None:
 
 def _check_statistics(graph: Graph, plan: Plan, leaves: Mapping[str, Any]) -> None:
     name, norm = plan.node.name, plan.norm
-    if norm.over == "batch":
-        raise ValueError(
-            f"jaxmet.{CALLER}: norm {name!r} computes its statistics from the batch, "
-            "as in training. Trace the model in inference mode, with train=False or "
-            "use_running_average=True."
-        )
+    check_stored(plan.node, leaves, CALLER)
     maker = plan.node.inputs[0].node
     layer = norm.scale or norm.bias or (maker and graph[maker].kind == "product")
     if norm.over == "constant" and layer:
@@ -150,15 +146,6 @@ def _check_statistics(graph: Graph, plan: Plan, leaves: Mapping[str, Any]) -> No
             "        return model.apply(variables, x)\n"
             f"Or leave the norm alone: graph.without({name!r})."
         )
-    if norm.over != "stored":
-        return
-    for role, parameter in roles_of(norm).items():
-        if parameter not in leaves:
-            raise ValueError(
-                f"jaxmet.{CALLER}: the tree has no {parameter!r}, the {role} of norm "
-                f"{name!r}. Pass the whole variables that the graph was traced with "
-                "({'params': …, 'batch_stats': …}), not the trained parameters alone."
-            )
 
 
 # Folding
@@ -179,7 +166,7 @@ class _Work:
         """A parameter in the precision of the arithmetic."""
         if name not in self.values:
             leaf = self.leaves[name]
-            array = leaf.weight if is_compressed(leaf) else leaf
+            array = dense(leaf)
             if not (_is_array(array) and jnp.issubdtype(array.dtype, jnp.floating)):
                 raise ValueError(
                     f"jaxmet.{CALLER}: parameter {name!r} is a {type(array).__name__} "

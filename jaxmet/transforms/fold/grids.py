@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import dense
 from jaxmet.numerics.norm import SMALLEST, norm_gain
-from jaxmet.transforms.fold.plans import plan_of, roles_of, spread
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.transforms.fold.plans import plan_of, spread
+from jaxmet.transforms.stored import check_stored, roles_of
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 
@@ -71,7 +70,7 @@ def gains_of(
         if node.kind != "norm" or node.norm is None:
             continue
         plan = plan_of(graph, node)
-        _check_stored(node, leaves, caller)
+        check_stored(node, leaves, caller, where=" of fold=")
         if plan.why is not None:
             continue
         roles = {role: leaves[name] for role, name in roles_of(node.norm).items()}
@@ -84,23 +83,6 @@ def gains_of(
             factor = spread(gain, place, kernel.shape)
             found[place.parameter] = found.get(place.parameter, 1.0) * factor
     return found
-
-
-def _check_stored(node: Node, leaves: Mapping[str, Any], caller: str) -> None:
-    norm = node.norm
-    assert norm is not None
-    if norm.over == "batch":
-        raise ValueError(
-            f"jaxmet.{caller}: norm {node.name!r} of fold= computes its statistics from the "
-            "batch. Trace the graph for fold= in inference mode (train=False)."
-        )
-    missing = [n for n in roles_of(norm).values() if n not in leaves]
-    if norm.over == "stored" and missing:
-        raise ValueError(
-            f"jaxmet.{caller}: the tree has no {missing[0]!r}, which norm {node.name!r} "
-            "stores. Pass the whole variables ({'params': …, 'batch_stats': …}), not the "
-            "trained parameters alone."
-        )
 
 
 def folded_and_back(
@@ -124,14 +106,10 @@ def folded_and_back(
 
 def _times(leaf: Any, factor: jax.Array) -> Any:
     array = jnp.asarray(dense(leaf))
-    return _like(leaf, (array.astype(factor.dtype) * factor).astype(array.dtype))
+    return with_weight(leaf, (array.astype(factor.dtype) * factor).astype(array.dtype))
 
 
 def _where(faint: jax.Array, leaf: Any, other: Any) -> Any:
     kept = jnp.asarray(dense(leaf))
     shape = jnp.broadcast_to(faint, kept.shape)
-    return _like(other, jnp.where(shape, kept, dense(other)))
-
-
-def _like(leaf: Any, array: jax.Array) -> Any:
-    return leaf.replace(weight=array) if is_compressed(leaf) else array
+    return with_weight(other, jnp.where(shape, kept, dense(other)))

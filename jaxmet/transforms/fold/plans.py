@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxmet.engine.channels import Layout, Member, layout_size
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node, Norm
+from jaxmet.transforms.stored import roles_of
 
 LOOPS = ("scan", "while", "cond")
 
@@ -81,11 +82,6 @@ def _members(graph: Graph, node: Node, parameter: str, role: str = "") -> list[M
         if m.node == node.name and m.parameter == parameter and role in ("", m.role)
     ]
     return sorted(found, key=lambda m: m.axis)
-
-
-def roles_of(norm: Norm) -> dict[str, str]:
-    names = {r: getattr(norm, r) for r in ("mean", "variance", "scale", "bias")}
-    return {role: name for role, name in names.items() if name is not None}
 
 
 def _unfit(node: Node, channels: tuple[Layout, ...] | None) -> str | None:

@@ -18,7 +18,7 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.engine.rows import matrix_of, why_no_rows
 from jaxmet.numerics.rounding.levels import Grid
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
@@ -86,11 +86,6 @@ def _unfit(site: Node, quantizers: Quantizers) -> str | None:
     return None
 
 
-def array_of(leaf: Any) -> Any:
-    """The array of a leaf."""
-    return leaf.weight if is_compressed(leaf) else leaf
-
-
 DIGIT = 256  # integers below are exact in every float that models compute in
 
 
@@ -110,9 +105,7 @@ class Views:
     ) -> None:
         self.layers = {layer.node.name: layer for layer in layers}
         leaves = named_leaves(params)
-        shapes = {
-            n: array_of(leaves[x.parameter]).shape for n, x in self.layers.items()
-        }
+        shapes = {n: dense(leaves[x.parameter]).shape for n, x in self.layers.items()}
         size = max((math.prod(s) for s in shapes.values()), default=1)
         digits = jax.jit(_reader(graph, params, self.layers, batch, kwargs))
         self.index: dict[str, np.ndarray] = {n: np.array(0) for n in self.layers}
@@ -163,7 +156,7 @@ def _reader(
         new = {}
         for name, array in numbers.items():
             leaf = leaves[name]
-            array = jnp.asarray(array).astype(array_of(leaf).dtype)
+            array = jnp.asarray(array).astype(dense(leaf).dtype)
             new[name] = leaf.replace(weight=array) if is_compressed(leaf) else array
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         return evaluate(graph.apply, hook)(

@@ -24,7 +24,6 @@ from jaxmet.transforms.rounding.layers import (
     LeafGrid,
     Sharing,
     Views,
-    array_of,
     grid_in_blocks,
     grid_of_leaf,
     sharing,
@@ -32,7 +31,7 @@ from jaxmet.transforms.rounding.layers import (
 from jaxmet.transforms.rounding.solvers import Kind, Options, Problem, Solution, solve
 from jaxmet.transforms.rounding.waves import Wave, find_waves
 from jaxmet.tree.batches import Batches
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -212,7 +211,7 @@ class Run:
     ) -> tuple[Kind, Problem]:
         """A layer in terms of its matrix."""
         name = layer.node.name
-        leaf = np.asarray(array_of(self.leaves[layer.parameter]))
+        leaf = np.asarray(dense(self.leaves[layer.parameter]))
         leaf = leaf.astype(np.promote_types(leaf.dtype, np.float32))
         quantizer = self.quantizers.weights[layer.parameter]
         grid = LeafGrid.of(quantizer, leaf)
@@ -250,7 +249,7 @@ class Run:
         name = layer.node.bias
         if name is None or name in layer.node.shared:
             return None
-        bias = np.asarray(array_of(self.leaves[name]))
+        bias = np.asarray(dense(self.leaves[name]))
         if (
             bias.size != shape[0] * shape[2]
             or layer.node.name not in self.graph.selected
@@ -286,7 +285,7 @@ class Run:
     def read(self, layer: Layer, solution: Solution) -> Chosen:
         """A solution in terms of the leaves; weights exactly on the grid of the leaf."""
         name, quantizer = layer.node.name, self.quantizers.weights[layer.parameter]
-        leaf = np.asarray(array_of(self.leaves[layer.parameter]))
+        leaf = np.asarray(dense(self.leaves[layer.parameter]))
         wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
         old = LeafGrid.of(quantizer, wide)
         grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape)
@@ -312,7 +311,7 @@ class Run:
     def updated(self, layer: Layer, chosen: Chosen) -> dict[str, Any]:
         """The leaves of a layer that change."""
         old = self.leaves[layer.parameter]
-        weight = jnp.asarray(chosen.weight).astype(array_of(old).dtype)
+        weight = jnp.asarray(chosen.weight).astype(dense(old).dtype)
         new = {
             layer.parameter: old.replace(weight=weight)
             if is_compressed(old)
@@ -322,7 +321,7 @@ class Run:
         if self.bias and self.bias_of(layer, shape) is not None:
             assert layer.node.bias is not None
             leaf = self.leaves[layer.node.bias]
-            bias = jnp.asarray(array_of(leaf))
+            bias = jnp.asarray(dense(leaf))
             wide = jnp.promote_types(bias.dtype, chosen.shift.dtype)
             moved = bias.astype(wide) + chosen.shift.reshape(bias.shape).astype(wide)
             moved = moved.astype(bias.dtype)

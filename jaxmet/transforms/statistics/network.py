@@ -29,8 +29,8 @@ from jaxmet.numerics.moments import (
     normal,
     through,
 )
-from jaxmet.transforms.layouts import Tensor, dense, join, matrix, split, wide
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.transforms.layouts import Tensor, join, matrix, split, wide
+from jaxmet.tree.leaves import dense, is_compressed
 
 LOOPS = ("scan", "while", "cond")
 KEEPING = (
