@@ -198,6 +198,16 @@ def test_losses_are_those_of_the_copies_run_by_hand(of):
         near = near - near.mean(0) + y.mean(0)
         plain = np.sum(np.mean((near - y) ** 2, 0))
         np.testing.assert_allclose(report["nearest loss"][i], plain, rtol=2e-3)
+        r, e = read - read.mean(0), y - y.mean(0)
+        gram = r.T @ r / len(r)
+        held = gram + 0.2 * np.mean(np.diag(gram)) * np.eye(len(gram))
+        best = w + np.linalg.solve(held, r.T @ (e - r @ w) / len(r))
+        inherited = np.sum(np.mean((r @ best - e) ** 2, 0))
+        tiny = 1e-5 * plain
+        np.testing.assert_allclose(report["inherited"][i], inherited, 2e-3, tiny)
+        ratio = (loss - inherited) / (plain - inherited)
+        np.testing.assert_allclose(report["ratio"][i], max(ratio, 0), 0.01, 1e-4)
+        assert i == 0 or of == "both" or inherited > 10 * tiny
     assert np.any(np.asarray(seen[second.name]) != np.asarray(exact[second.name]))
 
 

@@ -145,9 +145,11 @@ def adaround(
     is worse than nearest rounding by its loss on the data, and weights stay on the grid, at
     most a step from the float weight with 'adam' and 'gram' where it lies in range. With
     `checkpoint`, a folder, a run that was killed goes on behind the last finished layer and
-    ends in the same bits. The report has a row a site: its loss, the loss of nearest
-    rounding and their ratio. Weights that are shared, computed from parameters, used again
-    in a loop or not quantized are rounded to nearest, and the report says so.
+    ends in the same bits. The report has a row a site: its loss, the loss of nearest rounding,
+    what is inherited from earlier layers (the loss of the best real weights, $W^*$) and what
+    rounding adds to that, as a ratio to what nearest rounding adds. Weights that are shared,
+    computed from parameters, used again in a loop or not quantized are rounded to nearest, and
+    the report says so.
 
     Raises ValueError for quantizers of another model, a site that `graph.only` named and
     whose weight cannot be chosen, NaN in the inputs of a layer (named), a missing key,
@@ -246,14 +248,17 @@ def report(layers: Sequence[Layer], found: Mapping[str, Chosen]) -> Table:
     rows, ratios = [], []
     for layer in layers:
         chosen = found.get(layer.node.name)
-        loss = plain = ratio = None
+        loss = plain = least = ratio = None
         if chosen is not None:
-            loss, plain = float(chosen.loss.sum()), float(chosen.nearest_loss.sum())
-            ratio = loss / plain if plain > 0 else 1.0
+            sums = (chosen.loss, chosen.nearest_loss, chosen.inherited)
+            loss, plain, least = (float(v.sum()) for v in sums)
+            ratio = max(loss - least, 0.0) / (plain - least) if plain > least else 1.0
             ratios.append(ratio)
         note = None if layer.why is None else f"rounded to nearest: {layer.why}"
-        rows.append((layer.node.name, loss, plain, ratio, note))
-    names = ("site", "loss", "nearest loss", "ratio", "note")
+        rows.append((layer.node.name, loss, plain, least, ratio, note))
+    names = ("site", "loss", "nearest loss", "inherited", "ratio", "note")
     columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}
-    middle = f", {np.median(ratios):.3g} of nearest in the median" if ratios else ""
+    middle = (
+        f", {np.median(ratios):.3g} of nearest's error in the median" if ratios else ""
+    )
     return Table(columns, title=f"{len(ratios)} of {len(rows)} weights rounded{middle}")

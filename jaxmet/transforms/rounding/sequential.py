@@ -44,6 +44,7 @@ class Chosen(NamedTuple):
     zero_point: np.ndarray
     loss: np.ndarray
     nearest_loss: np.ndarray
+    inherited: np.ndarray
     shift: np.ndarray
     curve: np.ndarray
 
@@ -295,7 +296,9 @@ class Run:
         )
         weight = np.asarray(pinned(jnp.asarray(weight.astype(wide.dtype))))
         curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
-        losses = np.asarray(solution.loss), np.asarray(solution.nearest_loss)
+        losses = map(
+            np.asarray, (solution.loss, solution.nearest_loss, solution.inherited)
+        )
         shift = np.asarray(solution.shift)
         return Chosen(weight, grid.scale, grid.zero_point, *losses, shift, curve)
 

@@ -78,6 +78,7 @@ class Problem(NamedTuple):
 class Solution(NamedTuple):
     """Weights on a grid, what the bias gains, and the losses by output: (groups, outs).
 
+    `inherited` is the loss of the best real weights, which no rounding can take away;
     `curve` holds the loss of the optimisation after each chunk of steps, by group.
     """
 
@@ -86,6 +87,7 @@ class Solution(NamedTuple):
     shift: jax.Array
     loss: jax.Array
     nearest_loss: jax.Array
+    inherited: jax.Array
     curve: Any = None
 
 
@@ -156,7 +158,7 @@ def _by_coordinates(problem: Problem, *, kind: Kind, options: Options) -> Soluti
             zero_point=jnp.broadcast_to(grid.zero_point, shape),
         )
     if options.method == "search":
-        return _chosen(problem, kind, products, nearest(weight, grid), grid)
+        return _chosen(problem, kind, options, nearest(weight, grid), grid)
     found = coordinate_descent(
         weight,
         grid,
@@ -168,13 +170,14 @@ def _by_coordinates(problem: Problem, *, kind: Kind, options: Options) -> Soluti
         refit=free and options.scales == "refit",
         shared=kind.shared or (),
     )
-    return _chosen(problem, kind, products, found.weight, found.grid)
+    return _chosen(problem, kind, options, found.weight, found.grid)
 
 
 def _chosen(
-    problem: Problem, kind: Kind, products: Products, rounded: jax.Array, grid: Grid
+    problem: Problem, kind: Kind, options: Options, rounded: jax.Array, grid: Grid
 ) -> Solution:
     """What was found, or nearest rounding where that is no worse, output by output."""
+    products = _known(problem, kind)
     weight, plain = problem.weight, nearest(problem.weight, problem.grid)
     after = output_error(weight, rounded, products)
     before = output_error(weight, plain, products)
@@ -192,7 +195,10 @@ def _chosen(
     if kind.centred:
         means = problem.inputs.mean, problem.inputs.float_mean
         shift = bias_correction(weight, rounded, *means)
-    return Solution(rounded, grid, shift, jnp.where(gained, after, before), before)
+    best = best_weight(weight, products, options.damping)
+    inherited = output_error(weight, best, products)
+    loss = jnp.where(gained, after, before)
+    return Solution(rounded, grid, shift, loss, before, inherited)
 
 
 def _by_adam(
@@ -226,7 +232,7 @@ def _by_adam(
         )
         curve.append(error * unit)
         tick(steps / options.iterations, jnp.sum(curve[-1]))
-    found = _finished(problem, data, state, kind=kind)
+    found = _finished(problem, data, state, kind=kind, options=options)
     return found._replace(curve=jnp.stack(curve, axis=1) if curve else None)
 
 
@@ -305,18 +311,20 @@ def _stepped(
     return state, jnp.sum(trace.error[-1])
 
 
-@functools.partial(jax.jit, static_argnames=("kind",))
+@functools.partial(jax.jit, static_argnames=("kind", "options"))
 @_layers
-def _finished(problem: Problem, data: Any, state: State, *, kind: Kind) -> Solution:
+def _finished(
+    problem: Problem, data: Any, state: State, *, kind: Kind, options: Options
+) -> Solution:
     """The hard weights; in terms of the rows where there are rows."""
-    products = _known(problem, kind)
     rounded = hard_weight(problem.weight, problem.grid, state.alpha)
     if problem.rows is None:
-        return _chosen(problem, kind, products, rounded, problem.grid)
+        return _chosen(problem, kind, options, rounded, problem.grid)
     plain = nearest(problem.weight, problem.grid)
-    after, before = (
+    best = best_weight(problem.weight, _known(problem, kind), options.damping)
+    after, before, inherited = (
         row_error(w, data._replace(unit=None), kind.activation, by_output=True)
-        for w in (rounded, plain)
+        for w in (rounded, plain, best)
     )
     gained = after < before
     rounded = jnp.where(gained[:, None], rounded, plain)
@@ -325,4 +333,4 @@ def _finished(problem: Problem, data: Any, state: State, *, kind: Kind) -> Solut
         means = problem.inputs.mean, problem.inputs.float_mean
         shift = bias_correction(problem.weight, rounded, *means)
     loss = jnp.where(gained, after, before)
-    return Solution(rounded, problem.grid, shift, loss, before)
+    return Solution(rounded, problem.grid, shift, loss, before, inherited)
