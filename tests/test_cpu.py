@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxmet.engine.cpu import computed_once
 from jaxmet.engine.replay import evaluate
+from jaxmet.engine.shifts import multiply_and_shift, place_by_place, shift_and_multiply
 from zoo import CASES
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -131,6 +132,28 @@ def test_it_is_the_convolution(name):
     assert text.count("stablehlo.convolution") == 0
     wrap = jax.jit if name.startswith("sweep") else with_gradient
     close(wrap(replayed(apply))(p, x), wrap(apply)(p, x))
+
+
+SHIFTS = [multiply_and_shift, place_by_place, shift_and_multiply]
+
+
+@pytest.mark.parametrize("name", [n for n in SAID if not n.startswith("1x1")])
+def test_three_ways_to_say_the_sum(name):
+    """Derivatives are transposes of the other two."""
+    apply, p, x = conv(**SAID[name])
+    equations = jax.make_jaxpr(apply)(p, x).eqns
+    (found,) = [e for e in equations if e.primitive.name == "conv_general_dilated"]
+    ways = jax.jit(lambda x, w: [say(found.params, x, w) for say in SHIFTS])
+    plain = jax.jit(lambda x, w: apply({"w": w}, x))
+    w = jax.random.normal(jax.random.key(3), p["w"].shape)
+    close(ways(x, w), [plain(x, w)] * 3)
+
+
+def test_the_gradient_of_a_kernel_keeps_one_copy_of_the_input():
+    shape = {"groups": 8, "inputs": 8, "outputs": 8, "window": (5, 5), "size": (40, 40)}
+    apply, p, x = conv(**shape, padding="SAME")
+    compiled = with_gradient(replayed(apply)).lower(p, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * x.nbytes
 
 
 @pytest.mark.parametrize("name", LEFT)

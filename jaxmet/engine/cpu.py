@@ -9,10 +9,9 @@ XLA:CPU also computes a value again in every fusion that uses it, a depthwise su
 where that looks cheap. `computed_once` makes it look expensive.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +21,14 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxmet.engine import compat
+from jaxmet.engine.shifts import (
+    closed,
+    multiply_and_shift,
+    opened,
+    place_by_place,
+    shift_and_multiply,
+    window,
+)
 
 TERMS = 50  # products to an output, a 7x7 depthwise window: more take long to compile
 COLOURS = 3  # inputs to an output where all channels are mixed
@@ -36,7 +43,7 @@ def convolution(primitive: Any, params: Params, x: Any, kernel: Any) -> Any:
     return _either(x, kernel, primitive=primitive, params=tuple(params.items()))
 
 
-@functools.partial(jax.jit, static_argnames=("primitive", "params"))
+@partial(jax.jit, static_argnames=("primitive", "params"))
 def _either(x: Any, kernel: Any, *, primitive: Any, params: tuple) -> Any:
     """Under `jit`, so that layers of one shape are traced and lowered once."""
     p = dict(params)
@@ -49,8 +56,11 @@ def _either(x: Any, kernel: Any, *, primitive: Any, params: tuple) -> Any:
     def otherwise(x, kernel):
         return said(p, x, kernel)
 
-    if said is shift_and_multiply and p["feature_group_count"] == 1:
-        otherwise = _derived_from(plain, otherwise)
+    if said is shift_and_multiply:
+        ways = plain, plain
+        if p["feature_group_count"] > 1:
+            ways = partial(multiply_and_shift, p), partial(place_by_place, p)
+        otherwise = _derived_from(otherwise, *ways)
     return lax.platform_dependent(x, kernel, cpu=otherwise, default=plain)
 
 
@@ -91,17 +101,17 @@ def _formulation(p: Params, x: Any, kernel: Any) -> Callable | None:
     return None
 
 
-def _derived_from(plain: Callable, otherwise: Callable) -> Callable:
-    """`otherwise` with the derivatives of `plain`, to which it is equal."""
+def _derived_from(otherwise: Callable, in_x: Callable, in_kernel: Callable) -> Callable:
+    """`otherwise` with its derivatives from two functions that are equal to it."""
     said = jax.custom_jvp(otherwise)
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         (x, kernel), (dx, dkernel) = primals, tangents
         moved = []
         if not isinstance(dx, SymbolicZero):
-            moved.append(plain(dx, kernel))
+            moved.append(in_x(dx, kernel))
         if not isinstance(dkernel, SymbolicZero):
-            moved.append(plain(x, dkernel))
+            moved.append(in_kernel(x, dkernel))
         y = said(x, kernel)
         return y, sum(moved[1:], moved[0]) if moved else lax.full_like(y, 0)
 
@@ -112,77 +122,10 @@ def _derived_from(plain: Callable, otherwise: Callable) -> Callable:
 def pointwise(p: Params, x: Any, kernel: Any) -> Any:
     """A convolution with a window of one as a dot over channels."""
     out, inside, *space = p["dimension_numbers"].rhs_spec
-    x, strides = _opened(p, x), p["window_strides"]
+    x, strides = opened(p, x), p["window_strides"]
     size = [(n - 1) // s + 1 for n, s in zip(x.shape[1:-1], strides, strict=True)]
-    x = _window(x, [0] * len(size), size, strides)
+    x = window(x, [0] * len(size), size, strides)
     weight = lax.transpose(kernel, (inside, out, *space))
     weight = lax.reshape(weight, weight.shape[:2])
     contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return _closed(p, lax.dot_general(x, weight, contract, precision=p["precision"]))
-
-
-def shift_and_multiply(p: Params, x: Any, kernel: Any) -> Any:
-    """A convolution as a sum of shifted, strided and scaled inputs.
-
-    Each group reads its own input channels; a term is one place of the window and one of
-    the channels, as wide as the output.
-    """
-    spec = p["dimension_numbers"].rhs_spec
-    x = _opened(p, x)
-    taps = lax.transpose(kernel, (*spec[2:], spec[1], spec[0]))
-    *window, inputs, channels = taps.shape
-    taps = lax.reshape(taps, (math.prod(window) * inputs, channels))
-    scales = iter(lax.split(taps, (1,) * taps.shape[0]))
-    strides, dilation = p["window_strides"], p["rhs_dilation"]
-    sides = list(zip(x.shape[1:-1], window, strides, dilation, strict=True))
-    size = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sides]
-    places = itertools.product(*(range(0, k * d, d) for _, k, _, d in sides))
-    total = None
-    for start in places:
-        shifted = _window(x, start, size, strides)
-        for i in range(inputs):
-            part = _spread(shifted, i, inputs, channels)
-            axes = (0, x.ndim - 1)
-            term = lax.mul(part, lax.broadcast_in_dim(next(scales), part.shape, axes))
-            total = term if total is None else lax.add(total, term)
-    return _closed(p, total)
-
-
-def _spread(x: Any, i: int, inputs: int, channels: int) -> Any:
-    """Input channel `i` of every group, once for each output channel of the group."""
-    if inputs > 1:
-        x = lax.slice_in_dim(x, i, None, inputs, axis=-1)
-    groups = x.shape[-1]
-    if groups == channels:
-        return x
-    if groups == 1:
-        return lax.broadcast_in_dim(x, (*x.shape[:-1], channels), range(x.ndim))
-    wide = (*x.shape, channels // groups)
-    wide = lax.broadcast_in_dim(x, wide, range(x.ndim))
-    return lax.reshape(wide, (*x.shape[:-1], channels))
-
-
-def _opened(p: Params, x: Any) -> Any:
-    """The input with its channels last and padded."""
-    batch, channels, *space = p["dimension_numbers"].lhs_spec
-    x = lax.transpose(x, (batch, *space, channels))
-    if not any(side for pair in p["padding"] for side in pair):
-        return x
-    sides = [(low, high, 0) for low, high in p["padding"]]
-    return lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
-
-
-def _closed(p: Params, y: Any) -> Any:
-    """The output with its axes where the convolution puts them."""
-    batch, channels, *space = p["dimension_numbers"].out_spec
-    return lax.transpose(y, np.argsort((batch, *space, channels)))
-
-
-def _window(
-    x: Any, start: Sequence[Any], size: Sequence[Any], strides: Sequence[int]
-) -> Any:
-    """`size` entries of each spatial axis from `start` on, `strides` apart."""
-    places = zip(start, size, strides, strict=True)
-    stop = [b + (n - 1) * s + 1 for b, n, s in places]
-    stop = (x.shape[0], *stop, x.shape[-1])
-    return lax.slice(x, (0, *start, 0), stop, (1, *strides, 1))
+    return closed(p, lax.dot_general(x, weight, contract, precision=p["precision"]))

@@ -13,10 +13,13 @@ Esser et al., [Learned Step Size Quantization](https://arxiv.org/abs/1902.08153)
 2020; Jain et al., [Trained Quantization Thresholds](https://arxiv.org/abs/1903.08066).
 
 A primitive keeps the operation whole: there is one place for its gradients, and who
-exports or prints a program sees `fake_quant`, not its pieces.
+exports or prints a program sees `fake_quant`, not its pieces. Its tangent is a primitive
+too: so a training step keeps nothing but `x` for the gradient and computes the rest again.
 """
 
+import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -30,6 +33,7 @@ from jaxtyping import Array, Float, Num
 Numbers: TypeAlias = Num[Array, "..."] | Num[np.ndarray, "..."] | float | int
 
 fake_quant_p = Primitive("fake_quant")
+tangent_p = Primitive("fake_quant_tangent")
 
 
 def fake_quant(
@@ -107,10 +111,9 @@ def _compute(
     return lax.convert_element_type(rounded, x.dtype)
 
 
-def _abstract(x: Any, *grid: Any, **params: Any) -> Any:
+def _abstract(compute: Any, *args: Any, **params: Any) -> Any:
     # What the implementation's own trace says, sharding and varying axes included.
-    traced = jax.make_jaxpr(lambda *args: _compiled(*args, **params))(x, *grid)
-    return traced.out_avals[0]
+    return jax.make_jaxpr(partial(compute, **params))(*args).out_avals[0]
 
 
 def _jvp(
@@ -118,41 +121,108 @@ def _jvp(
 ) -> tuple[jax.Array, Any]:
     x, *grid = primals
     out = fake_quant_p.bind(x, *grid, axis=axis, block=block)
+    moved = tangents[:3]  # the ends of the grid get no gradient
+    of = tuple(type(t) is not ad.Zero for t in moved)
+    if not any(of):
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
+    some = [_like(t, x, grid[0].dtype, block) for t in moved if type(t) is not ad.Zero]
+    wide = tangent_p.bind(*some, x, *grid, of=of, axis=axis, block=block)
+    return out, lax.convert_element_type(wide, x.dtype)
+
+
+def _like(t: Any, x: Any, dtype: Any, block: int | None) -> jax.Array:
+    """A tangent repeated to the shape of x, and on a mesh laid out as x is."""
+    t = _along(lax.convert_element_type(t, dtype), x.shape, block)
+    zero = lax.full_like(x, 0, dtype)
+    return t if jax.typeof(t) == jax.typeof(zero) else lax.add(t, zero)
+
+
+# The tangent: linear in its first operands, those of x, scale and zero point that `of` says,
+# all of the shape of x.
+
+
+def _factors(x: Any, grid: Sequence[Any], block: int | None) -> list[Any]:
+    """The derivatives by x, scale and zero point, as maps of what they multiply."""
     s, z, low, high, ratio, q = _integers(x, grid, block)
     inside = lax.bitwise_and(lax.ge(q, low), lax.le(q, high))
     # The residual and the end of the grid are constants of the surrogate, also when it
     # is differentiated again.
     residual = lax.stop_gradient(lax.sub(lax.sub(q, z), ratio))
     level = lax.sub(lax.stop_gradient(lax.clamp(low, q, high)), z)
-    one = lax.convert_element_type(inside, s.dtype)
-    outside = lax.convert_element_type(lax.bitwise_not(inside), s.dtype)
-    factors = (one, lax.select(inside, residual, level), lax.neg(lax.mul(outside, s)))
-    moved = None
-    for t, factor in zip(tangents, factors, strict=False):
-        if type(t) is ad.Zero:
-            continue
-        t = _along(lax.convert_element_type(t, s.dtype), x.shape, block)
-        moved = (
-            lax.mul(t, factor) if moved is None else lax.add(moved, lax.mul(t, factor))
-        )
-    if moved is None:
-        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
-    return out, lax.convert_element_type(moved, x.dtype)
+    zero = lax.full_like(s, 0)
+    return [
+        lambda t: lax.select(inside, t, zero),
+        lambda t: lax.mul(t, lax.select(inside, residual, level)),
+        lambda t: lax.neg(lax.mul(t, lax.select(inside, zero, s))),
+    ]
+
+
+def _tangent(*args: Any, of: tuple[bool, ...], axis: Any, block: Any) -> jax.Array:
+    del axis
+    *some, x, s, z, low, high = args
+    factors = _factors(x, (s, z, low, high), block)
+    used = [f for f, has in zip(factors, of, strict=True) if has]
+    terms = [factor(t) for t, factor in zip(some, used, strict=True)]
+    return functools.reduce(lax.add, terms)
+
+
+def _tangent_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[jax.Array, Any]:
+    number = sum(params["of"])
+    out = tangent_p.bind(*primals, **params)
+    if any(type(t) is not ad.Zero for t in tangents[number:]):
+        full = [ad.instantiate_zeros(t) for t in tangents]
+        return out, jax.jvp(partial(_tangent, **params), primals, full)[1]
+    moved = [ad.instantiate_zeros(t) for t in tangents[:number]]
+    return out, tangent_p.bind(*moved, *primals[number:], **params)
+
+
+def _transpose(
+    ct: Any, *args: Any, of: tuple[bool, ...], axis: Any, block: Any
+) -> list[Any]:
+    del axis
+    number = sum(of)
+    some, (x, *grid) = args[:number], args[number:]
+    nothing = [None] * (len(args) - number)
+    if type(ct) is ad.Zero:
+        return [ad.Zero(t.aval) for t in some] + nothing
+    factors = _factors(_awaited(x, ct), grid, block)
+    return [f(ct) for f, has in zip(factors, of, strict=True) if has] + nothing
+
+
+@jax.jit
+def _awaited(x: Any, other: Any) -> Any:
+    """`x` to the bit, on CPU not before `other` is there.
+
+    What is computed from x alone for the backward pass would be computed in the forward
+    pass, and kept: XLA:CPU heeds no barrier. A choice that is made at run time it does.
+    """
+
+    def chosen(x: Any, other: Any) -> Any:
+        always = lax.optimization_barrier(np.True_)
+        other = lax.convert_element_type(lax.stop_gradient(other), x.dtype)
+        return lax.select(always, x, other)
+
+    return lax.platform_dependent(x, other, cpu=chosen, default=lambda x, other: x)
 
 
 def _batch(
+    primitive: Primitive,
     args: Sequence[Any],
     dims: Sequence[int | None],
     *,
     axis: tuple[int, ...] | None,
-    block: int | None,
+    **params: Any,
 ) -> tuple[jax.Array, int]:
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    x, *grid = (_to_front(a, d) for a, d in zip(args, dims, strict=True))
-    if dims[0] is None:
-        x = lax.broadcast_in_dim(x, (size, *x.shape[1:]), range(x.ndim))
+    args = [_to_front(a, d) for a, d in zip(args, dims, strict=True)]
+    for i in range(sum(params.get("of", ())) + 1):  # x, and tangents before it
+        if dims[i] is None:
+            full = (size, *args[i].shape[1:])
+            args[i] = lax.broadcast_in_dim(args[i], full, range(args[i].ndim))
     shifted = None if axis is None else tuple(a + 1 for a in axis)
-    return fake_quant_p.bind(x, *grid, axis=shifted, block=block), 0
+    return primitive.bind(*args, axis=shifted, **params), 0
 
 
 def _to_front(a: Any, dim: int | None) -> jax.Array:
@@ -161,9 +231,16 @@ def _to_front(a: Any, dim: int | None) -> jax.Array:
     return lax.transpose(a, (dim, *(i for i in range(a.ndim) if i != dim)))
 
 
-_compiled = jax.jit(_compute, static_argnames=("axis", "block"))
-fake_quant_p.def_impl(_compiled)
-fake_quant_p.def_abstract_eval(_abstract)
+for primitive, compute, static in (
+    (fake_quant_p, _compute, ("axis", "block")),
+    (tangent_p, _tangent, ("of", "axis", "block")),
+):
+    compiled = jax.jit(compute, static_argnames=static)
+    primitive.def_impl(compiled)
+    primitive.def_abstract_eval(partial(_abstract, compiled))
+    batching.primitive_batchers[primitive] = partial(_batch, primitive)
+    lowering = mlir.lower_fun(compute, multiple_results=False)
+    mlir.register_lowering(primitive, lowering)
 ad.primitive_jvps[fake_quant_p] = _jvp
-batching.primitive_batchers[fake_quant_p] = _batch
-mlir.register_lowering(fake_quant_p, mlir.lower_fun(_compute, multiple_results=False))
+ad.primitive_jvps[tangent_p] = _tangent_jvp
+ad.primitive_transposes[tangent_p] = _transpose

@@ -296,11 +296,19 @@ class Run:
         )
         weight = np.asarray(pinned(jnp.asarray(weight.astype(wide.dtype))))
         curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
-        losses = map(
-            np.asarray, (solution.loss, solution.nearest_loss, solution.inherited)
-        )
+        sums = solution.loss, solution.nearest_loss, solution.inherited
+        loss, plain, inherited = (np.asarray(v) for v in sums)
         shift = np.asarray(solution.shift)
-        return Chosen(weight, grid.scale, grid.zero_point, *losses, shift, curve)
+        return Chosen(
+            weight,
+            grid.scale,
+            grid.zero_point,
+            loss,
+            plain,
+            inherited,
+            shift,
+            curve,
+        )
 
     def put(self, wave: Wave, new: Mapping[str, Chosen]) -> None:
         """Give the quantized copy what was chosen."""
