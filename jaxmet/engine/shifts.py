@@ -91,7 +91,7 @@ def multiply_and_shift(p: Params, x: Any, kernel: Any) -> Any:
         one = padded(how.term(x, lax.squeeze(tap, (0,))), sides)
         total = one if total is None else lax.add(total, one)
     ends = [
-        (low - r, high - r, 0)
+        (int(low) - r, int(high) - r, 0)
         for r, (low, high) in zip(how.reach, p["padding"], strict=True)
     ]
     total = padded(total, ends)
