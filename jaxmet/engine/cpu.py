@@ -111,7 +111,9 @@ def _derived_from(otherwise: Callable, in_x: Callable, in_kernel: Callable) -> C
         if not isinstance(dx, SymbolicZero):
             moved.append(in_x(dx, kernel))
         if not isinstance(dkernel, SymbolicZero):
-            moved.append(in_kernel(x, dkernel))
+            # Through its own derivative: older JAX transposes no other loops.
+            along = jax.jvp(partial(in_kernel, x), (kernel,), (dkernel,))
+            moved.append(along[1])
         y = said(x, kernel)
         return y, sum(moved[1:], moved[0]) if moved else lax.full_like(y, 0)
 

@@ -64,7 +64,7 @@ def place_by_place(p: Params, x: Any, kernel: Any) -> Any:
 
     @jax.checkpoint
     def turn(total: Any, one: tuple[Any, Any]) -> tuple[Any, None]:
-        start, tap = one
+        tap, start = one
         span = [(n - 1) * s + 1 for n, s in zip(size, how.strides, strict=True)]
         sizes = (x.shape[0], *span, x.shape[-1])
         shifted = lax.dynamic_slice(x, (0, *start, 0), sizes)
@@ -72,7 +72,7 @@ def place_by_place(p: Params, x: Any, kernel: Any) -> Any:
         return lax.add(total, how.term(shifted, tap)), None
 
     nothing = lax.full((x.shape[0], *size, how.channels), 0, x.dtype)
-    return closed(p, lax.scan(turn, nothing, (np.array(how.places), taps))[0])
+    return closed(p, lax.scan(turn, nothing, (taps, np.array(how.places)))[0])
 
 
 def multiply_and_shift(p: Params, x: Any, kernel: Any) -> Any:
