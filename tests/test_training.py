@@ -166,6 +166,63 @@ def test_adamw_with_labels_leaves_bounds_and_statistics():
     assert np.any(np.asarray(named_leaves(loose)["bn1/var"]) != old["bn1/var"])
 
 
+@standard
+def test_warm_start_from_adaround_with_an_average_and_a_schedule():
+    """The first loss is that of the rounded model, a schedule of widths traces once, and the
+    average of the trees is the sum of its parts."""
+    model, params, graph = start()
+    params = jm.fold_batch_norm(params, graph)
+    before = jm.calibrate(params, graph, [images()], COARSE, progress=False)
+    key = jax.random.key(0)
+    params, quantizers = jm.adaround(
+        params, graph, before, [images()], key=key, progress=False
+    )
+    rounded = jm.round_weights(params, quantizers)
+    same(rounded, jax.tree.map(jnp.asarray, params))  # on its grid already
+    target = jax.jit(model.apply)(start()[1], images())
+    traces = []
+
+    def loss(params, quantizers, number):
+        traces.append(1)
+        bits = optax.linear_schedule(8.0, 4.0, 6)(number)
+        grids = jm.grids(quantizers, weight_bits=bits, activations=number >= 2)
+        logits = jm.simulate(model.apply, quantizers, grids=grids)(params, images())
+        return jnp.mean((logits - target) ** 2)
+
+    tree, decay = (params, quantizers), 0.7
+    each = {"weights": optax.sgd(1e-2), "ranges": optax.sgd(1e-4)}
+    each |= dict.fromkeys(("statistics", "bounds"), optax.set_to_zero())
+    parts = jm.optimizer_labels(params, graph, quantizers)
+    optimizer = optax.multi_transform(each, parts)
+    state, average = optimizer.init(tree), tree
+
+    @jax.jit
+    def step(tree, state, average, number):
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(*tree, number)
+        updates, state = optimizer.update(grads, state, tree)
+        tree = optax.apply_updates(tree, updates)
+        return tree, state, optax.incremental_update(tree, average, 1 - decay), value
+
+    trees, losses = [tree], []
+    for number in range(12):
+        tree, state, average, value = step(tree, state, average, number)
+        trees.append(tree)
+        losses.append(float(value))
+    assert len(traces) == 1
+
+    def final(tree):
+        logits = jax.jit(jm.simulate(model.apply, tree[1]))(tree[0], images())
+        return float(jnp.mean((logits - target) ** 2))
+
+    weights = [decay**12, *((1 - decay) * decay ** (12 - i) for i in range(1, 13))]
+    parts = [jax.tree.map(lambda a, w=w: w * a, t) for w, t in zip(weights, trees)]
+    close(average, jax.tree.map(lambda *a: sum(a), *parts), rtol=1e-4, atol=1e-5)
+    nearest = before.pin(start_folded := jm.fold_batch_norm(start()[1], graph))
+    assert final(trees[0]) < final((start_folded, nearest))
+    assert final(tree) < final(trees[0])
+    np.testing.assert_allclose(losses[-1], final(trees[-2]), rtol=1e-3)
+
+
 def test_bad_trees_are_refused():
     model, params, graph = start()
     training = jm.trace(
