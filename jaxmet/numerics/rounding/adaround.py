@@ -178,14 +178,15 @@ def adaround(
     *,
     steps: int,
     learning_rate: Scalar = LEARNING_RATE,
-    batch: int = 1024,
+    batch: int = 256,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[State, Trace]:
     """So many steps of Adam, in one loop on the device; steps in parts are the same steps.
 
-    From rows, each step draws `batch` of them, the same for all groups; all are taken if
-    there are no more. Groups never meet: layers side by side learn what they learn alone.
-    An `activation` is part of what is compiled: give the same function again.
+    From rows, each step draws `batch` neighbours, the same for all groups; all are taken if
+    there are no more. Rows that lie in no order make each a fair sample. Groups never meet:
+    layers side by side learn what they learn alone. An `activation` is part of what is
+    compiled: give the same function again.
     """
     adam = optax.scale_by_adam()
 
@@ -214,6 +215,9 @@ def _drawn(data: RowData, batch: int, key: jax.Array) -> RowData:
     rows = data.inputs.shape[1]
     if rows <= batch:
         return data
-    index = jax.random.randint(key, (batch,), 0, rows)
-    inputs, target = (jnp.take(v, index, axis=1) for v in (data.inputs, data.target))
-    return data._replace(inputs=inputs, target=target)
+    which, shift = jax.random.split(key)
+    number = rows // batch
+    first = batch * jax.random.randint(which, (), 0, number)
+    first += jax.random.randint(shift, (), 0, rows - number * batch + 1)
+    cut = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=batch, axis=1)
+    return data._replace(inputs=cut(data.inputs), target=cut(data.target))

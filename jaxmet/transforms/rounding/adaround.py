@@ -27,7 +27,7 @@ from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 CALLER = "adaround"
-ROWS = 2**16
+ROWS = {"adam": 2**14, "gram": 2**16, "coordinate": 2**16}
 ITERATIONS = {"adam": 2000, "gram": 2000, "coordinate": 20}
 
 
@@ -98,13 +98,13 @@ def adaround(
     of: str = "weights",
     bias: bool = True,
     damping: float = 0.2,
-    rows: int | None = ROWS,
+    rows: int | None = None,
     store: str = "device",
     learning_rate: float = 1e-2,
     regularisation: float = 0.01,
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: float = 0.2,
-    batch: int = 1024,
+    batch: int = 256,
     checkpoint: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = True,
@@ -134,12 +134,13 @@ def adaround(
     `jm.search_scales` does; 'refit', searched and then fitted to the integers ('refit' is
     for 'coordinate', where it is the default; the others keep the given ones). Scales that
     `quantizers` hold already as numbers are always kept. `rows` bounds how many rows of a
-    layer's inputs are looked at, in all (None: every one), and `store='host'` keeps
-    activations between layers in the host's memory: on the device there is one batch, and
-    of 'adam' the rows. The error of what few data do not see is held by `damping`, a share
-    of the mean of the Gram matrix's diagonal. `learning_rate`, `regularisation`,
-    `beta_range` and `warm_start` are AdaRound's; the loss is counted in units in which the
-    regulariser of all weights weighs four times what nearest rounding costs.
+    layer's inputs are looked at, in all (65,536; of 'adam', which keeps them, 16,384), and
+    `store='host'` keeps activations between layers in the host's memory: on the device
+    there is one batch, and of 'adam' the rows. The error of what few data do not see is
+    held by `damping`, a share of the mean of the Gram matrix's diagonal. `learning_rate`,
+    `regularisation`, `beta_range` and `warm_start` are AdaRound's; the loss is counted in
+    units in which the regulariser of all weights weighs four times what nearest rounding
+    costs.
 
     Returns the tree and the quantizers, with the scales of these weights pinned. No layer
     is worse than nearest rounding by its loss on the data, and weights stay on the grid, at
@@ -177,7 +178,8 @@ def adaround(
         )
     number = ITERATIONS[method] if iterations is None else iterations
     check_number(CALLER, iterations=(number, 0), damping=(damping, 0))
-    check_number(CALLER, rows=(1 if rows is None else rows, 1), batch=(batch, 1))
+    rows = ROWS[method] if rows is None else rows
+    check_number(CALLER, rows=(rows, 1), batch=(batch, 1))
     check_number(CALLER, learning_rate=(learning_rate, 0), warm_start=(warm_start, 0))
     check_number(CALLER, regularisation=(regularisation, 0))
     key = check_key(key, CALLER)

@@ -34,7 +34,7 @@ def search_scales(
     *,
     candidates: int = ...,
     of: str = ...,
-    rows: int | None = ...,
+    rows: int = ...,
     store: str = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
@@ -51,7 +51,7 @@ def search_scales(
     *,
     candidates: int = ...,
     of: str = ...,
-    rows: int | None = ...,
+    rows: int = ...,
     store: str = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
@@ -67,7 +67,7 @@ def search_scales(
     *,
     candidates: int = 20,
     of: str = "weights",
-    rows: int | None = ROWS,
+    rows: int = ROWS["coordinate"],
     store: str = "device",
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
@@ -84,7 +84,7 @@ def search_scales(
     too with `of='float'`; with 'weights' it is what a model reads whose earlier layers are
     rounded, and with 'both' one whose activations are on their grids besides. All
     candidates are tried at once, on Gram matrices, exact over the rows that are looked at
-    (at most `rows` a layer, drawn by `key`; None: all).
+    (at most `rows` a layer, drawn by `key`).
 
     Scales that are numbers already are searched anew. Raises ValueError for quantizers of
     another model, unknown options and what `calibrate` refuses of batches.
@@ -99,9 +99,7 @@ def search_scales(
     check_quantizers(quantizers, CALLER)
     check_word(CALLER, of=(of, ("weights", "both", "float")))
     check_word(CALLER, store=(store, ("device", "host")))
-    check_number(
-        CALLER, candidates=(candidates, 1), rows=(1 if rows is None else rows, 1)
-    )
+    check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
     options = Options("search", "search", candidates=int(candidates), damping=0.0)
     read = as_batches(batches, CALLER, inputs=inputs)
     run = Run(

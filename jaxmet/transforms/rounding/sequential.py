@@ -59,7 +59,7 @@ class Run:
     quantizers: Quantizers
     layers: tuple[Layer, ...]
     options: Options
-    rows: int | None
+    rows: int
     store: str
     both: bool
     bias: bool
@@ -111,7 +111,7 @@ class Run:
             exact.read(batch)
             self.noisy.read(batch)
         self.noisy.order = exact.order
-        self.most = None if self.rows is None else max(1, self.rows // max(1, number))
+        self.most = max(1, self.rows // max(1, number))
         return waves
 
     def go(
@@ -184,7 +184,7 @@ class Run:
         for layer in wave.layers:
             groups, ins, outs = self.views.index[layer.node.name].shape
             needed += 4 * 3 * groups * ins * ins
-            if keep and self.rows is not None:
+            if keep:
                 needed += 4 * self.rows * groups * (2 * ins + outs)
         free = free_memory()
         if free is not None and needed > free:

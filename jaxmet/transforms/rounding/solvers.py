@@ -50,7 +50,7 @@ class Options:
     regularisation: float = 0.01
     beta_range: tuple[float, float] = (20.0, 2.0)
     warm_start: float = 0.2
-    batch: int = 1024
+    batch: int = 256
 
 
 class Kind(NamedTuple):
@@ -214,8 +214,8 @@ def _by_adam(
         *options.beta_range,
         options.regularisation,
     )
-    data, unit = _data(problem, kind=kind, options=options)
-    state = _started(problem, key)
+    state, keys = _started(problem, key)
+    data, unit = _data(problem, keys, kind=kind, options=options)
     size = max(1, -(-options.iterations // CHUNKS))
     curve = []
     for first in range(0, options.iterations, size):
@@ -238,7 +238,9 @@ def _by_adam(
 
 @functools.partial(jax.jit, static_argnames=("kind", "options"))
 @_layers
-def _data(problem: Problem, *, kind: Kind, options: Options) -> tuple[Any, jax.Array]:
+def _data(
+    problem: Problem, key: jax.Array, *, kind: Kind, options: Options
+) -> tuple[Any, jax.Array]:
     """What Adam sees, scaled so that its loss and the regulariser can be added up.
 
     In units in which nearest rounding costs as much as a quarter of the regulariser of all
@@ -252,7 +254,7 @@ def _data(problem: Problem, *, kind: Kind, options: Options) -> tuple[Any, jax.A
         plain = nearest(problem.weight, problem.grid) - target
         level = jnp.sum(plain * jnp.matmul(gram, plain, precision="highest"))
     else:
-        data = _rows(problem, kind)
+        data = _rows(problem, kind, key)
         plain = nearest(problem.weight, problem.grid)
         level = jnp.sum(row_error(plain, data, kind.activation))
     worth = 0.25 * options.regularisation * problem.weight.size
@@ -262,10 +264,14 @@ def _data(problem: Problem, *, kind: Kind, options: Options) -> tuple[Any, jax.A
     return data._replace(unit=unit), unit
 
 
-def _rows(problem: Problem, kind: Kind) -> RowData:
-    """Rows, with the mean of the inputs taken out where the bias makes good for it."""
+def _rows(problem: Problem, kind: Kind, key: jax.Array) -> RowData:
+    """Rows, with the mean of the inputs taken out where the bias makes good for it.
+
+    They are shuffled, so that a step may take neighbours: rows of one image are much alike.
+    """
     assert problem.rows is not None
-    inputs, floats = problem.rows
+    order = jax.random.permutation(key, problem.rows[0].shape[1])
+    inputs, floats = (jnp.take(v, order, axis=1) for v in problem.rows)
     weight, bias, lower, upper = problem.weight, problem.bias, *problem.bounds
     target = jnp.matmul(floats, weight, precision="highest") + bias[:, None]
     if kind.centred:
@@ -276,10 +282,11 @@ def _rows(problem: Problem, kind: Kind) -> RowData:
 
 
 @jax.jit
-def _started(problem: Problem, key: jax.Array) -> State:
+def _started(problem: Problem, key: jax.Array) -> tuple[State, jax.Array]:
+    """The states before the first step, and a key a layer for what comes before it."""
     number = problem.weight.shape[0]
-    keys = jax.random.split(key, number)
-    return jax.vmap(start_adaround)(problem.weight, problem.grid, keys)
+    keys, others = jax.random.split(key, (2, number))
+    return jax.vmap(start_adaround)(problem.weight, problem.grid, keys), others
 
 
 @functools.partial(
