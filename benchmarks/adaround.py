@@ -14,6 +14,7 @@ images; `--curves FILE` draws the loss of rounding it against time.
 """
 
 import argparse
+import dataclasses
 import fnmatch
 import platform
 import sys
@@ -34,6 +35,8 @@ from jaxmet.demo import data
 from jaxmet.demo.network import Network
 
 ENDS = (jm.Rule("stem", weight_bits=8), jm.Rule("classifier", weight_bits=8))
+# The layers that `--sites` names on calibration pictures: 0.1 % of the weights.
+NARROW = (jm.Rule("block0/*", weight_bits=8), jm.Rule("block1/*", weight_bits=8))
 
 
 class Row(NamedTuple):
@@ -69,6 +72,9 @@ def rows() -> list[Row]:
         found.append(
             Row(f"{at}, first and last 8 bits: coordinate", ends, "coordinate")
         )
+        narrow = dataclasses.replace(skew, rules=NARROW)
+        name = f"{at}, asymmetric, blocks 0 and 1 with 8 bits: coordinate"
+        found.append(Row(name, narrow, "coordinate"))
     eight = jm.QuantConfig(placement="products")
     tensor = jm.QuantConfig(per_channel=False, placement="products")
     found += [
@@ -180,7 +186,7 @@ def alone(bench: Bench, params: Any) -> None:
 
     On 64 pictures of those that were rounded by: it says where error enters, not how much.
     """
-    x, run = bench.calibration[:64], jax.jit(bench.graph.apply)
+    x, run = bench.calibration[:64], jax.jit(jm.lift(bench.graph.apply))
     exact = np.asarray(run(bench.folded, x), np.float64)
     old, tree = jax.tree.flatten(bench.folded)
     new = jax.tree.leaves(params)
