@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 
 Squares = dict[str, Any]
@@ -37,7 +37,7 @@ def squared_gradients(
 
     def squares(params: Any, units: Sequence[jax.Array], *inputs: Any) -> tuple:
         leaves = named_leaves(params)
-        free = {name: _array(leaves[name]) for name in parameters}
+        free = {name: jnp.asarray(dense(leaves[name])) for name in parameters}
         totals = {name: jnp.zeros(size, jnp.float32) for name, size in sites.items()}
 
         def projected(free: Squares, totals: Squares) -> jax.Array:
@@ -47,12 +47,7 @@ def squared_gradients(
                     operands = (x, *operands[1:])
                 return run(*operands), None
 
-            new = {
-                name: leaves[name].replace(weight=array)
-                if is_compressed(leaves[name])
-                else array
-                for name, array in free.items()
-            }
+            new = {n: with_weight(leaves[n], array) for n, array in free.items()}
             tree = replace_leaves(params, new, caller="equalize")
             return _projection(evaluate(apply, tapping)(tree, *inputs)[0], units)
 
@@ -74,10 +69,6 @@ def _real(outputs: Any) -> list[jax.Array]:
         for y in jax.tree.leaves(outputs)
         if jnp.issubdtype(y.dtype, jnp.floating)
     ]
-
-
-def _array(leaf: Any) -> jax.Array:
-    return jnp.asarray(dense(leaf))
 
 
 def _squared(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jaxmet.numerics.moments import Moments
 from jaxmet.transforms.layouts import how_often, matrix, split, spread, wide
 from jaxmet.transforms.statistics import LOOPS, Network
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import Compressed, dense, is_compressed
+from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 
@@ -366,8 +366,7 @@ def _plus(leaf: Any, change: jax.Array) -> Any:
     array = jnp.asarray(dense(leaf))
     dtype = wide(array.dtype, change.dtype)
     new = array.astype(dtype) + change.astype(dtype).reshape(array.shape)
-    new = new.astype(array.dtype)
-    return leaf.replace(weight=new) if is_compressed(leaf) else new
+    return with_weight(leaf, new.astype(array.dtype))
 
 
 def _as_compressed(leaf: Any) -> Compressed:

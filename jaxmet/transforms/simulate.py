@@ -13,7 +13,7 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.transforms.dynamic import Dynamic
 from jaxmet.transforms.fold.grids import folded_and_back
-from jaxmet.tree.checks import has_any, is_concrete
+from jaxmet.tree.checks import is_concrete, tested
 from jaxmet.tree.names import named_leaves, replace_leaves, suggestion
 from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers
 
@@ -105,7 +105,7 @@ def _check_stated(quantizers: Quantizers) -> None:
     for group in (quantizers.weights, quantizers.activations):
         for name, q in group.items():
             leaves = [a for a in jax.tree.leaves(q) if is_concrete(a)]
-            if any(has_any("isnan", a) for a in leaves):
+            if any(tested("isnan", a).any() for a in leaves):
                 raise ValueError(
                     f"jaxmet.simulate: the grid of {name!r} is NaN, as a step with NaN "
                     "gradients leaves it. Go back to a checkpoint, and wrap the optimizer "

@@ -25,7 +25,7 @@ def check_finite(leaves: Mapping[str, Any], caller: str) -> None:
             if not hasattr(part, "dtype") or not is_concrete(part):
                 continue
             inexact = jnp.issubdtype(part.dtype, jnp.inexact)
-            if inexact and (has_any("isnan", part) or has_any("isinf", part)):
+            if inexact and not tested("isfinite", part).all():
                 bad.append(name)
     if bad:
         raise ValueError(
@@ -34,9 +34,9 @@ def check_finite(leaves: Mapping[str, Any], caller: str) -> None:
         )
 
 
-def has_any(test: str, x: Any) -> bool:
-    """Whether a concrete array has a value that is `'isnan'` or `'isinf'`."""
+def tested(test: str, x: Any) -> Any:
+    """`'isfinite'` or `'isnan'` of each value of a concrete array."""
     # On the host nothing is compiled for each shape; what is spread over hosts stays there.
     if getattr(x, "is_fully_addressable", True):
-        return bool(getattr(np, test)(np.asarray(x)).any())
-    return bool(getattr(jnp, test)(x).any())
+        return getattr(np, test)(np.asarray(x))
+    return getattr(jnp, test)(x)

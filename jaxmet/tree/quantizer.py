@@ -131,7 +131,7 @@ class Quantizer:
 
     def holding(self, scale: Any, zero_point: Any = None) -> "Quantizer":
         """A copy whose leaves state this grid, in the form that `learn` says."""
-        none = dict.fromkeys(("scale", "zero_point", "minimum", "maximum"))
+        none = dict.fromkeys(_LEAVES)
         zero_point = None if self.symmetric else zero_point
         if self.learn != "minmax":
             return dataclasses.replace(

@@ -13,7 +13,7 @@ from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.correct_bias.sequential import Found
 from jaxmet.transforms.layouts import join, matrix, wide
 from jaxmet.transforms.statistics import Network
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -127,5 +127,4 @@ def _minus(leaf: Any, shift: jax.Array) -> Any:
     array = jnp.asarray(dense(leaf))
     dtype = wide(array.dtype)
     new = array.astype(dtype) - shift.astype(dtype).reshape(array.shape)
-    new = new.astype(array.dtype)
-    return leaf.replace(weight=new) if is_compressed(leaf) else new
+    return with_weight(leaf, new.astype(array.dtype))

@@ -12,7 +12,7 @@ from jaxmet.transforms.layouts import wide
 from jaxmet.transforms.lockstep import Copy
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 
 
@@ -127,4 +127,4 @@ def _corrected(
     new = bias.astype(dtype) - error.astype(dtype).reshape(bias.shape)
     new = new.astype(bias.dtype)
     taken = (bias.astype(dtype) - new.astype(dtype)).reshape(kept)
-    return (leaf.replace(weight=new) if is_compressed(leaf) else new), taken, none
+    return with_weight(leaf, new), taken, none

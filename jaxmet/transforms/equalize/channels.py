@@ -13,7 +13,7 @@ from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, layout_s
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.numerics.scaling import Layers, log_ranges
-from jaxmet.tree.leaves import Compressed, dense, is_compressed
+from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
 
@@ -306,8 +306,7 @@ def _times(leaf: Any, factor: jax.Array, power: int) -> Any:
     new, factor = array.astype(dtype), factor.astype(dtype)
     for _ in range(abs(power)):
         new = new * factor if power > 0 else new / factor
-    new = new.astype(array.dtype)
-    return leaf.replace(weight=new) if is_compressed(leaf) else new
+    return with_weight(leaf, new.astype(array.dtype))
 
 
 def _gain_kept(

@@ -20,7 +20,7 @@ from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
 from jaxmet.transforms.fold.plans import Plan, listed, plan_of, spread
 from jaxmet.transforms.stored import check_stored, roles_of
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -104,9 +104,8 @@ def fold_batch_norm(
 
     new, kept, gains = run_once(solve, used)
     _check_overflow(new)
-    for name in filter(lambda name: is_compressed(leaves[name]), new):
-        new[name] = leaves[name].replace(weight=new[name])
-    results: list[Any] = [replace_leaves(params, new, caller=CALLER)]
+    whole = {name: with_weight(leaves[name], array) for name, array in new.items()}
+    results: list[Any] = [replace_leaves(params, whole, caller=CALLER)]
     if quantizers is not None:
         results.append(fold_grids(quantizers, gains, CALLER))
     if with_report:

@@ -18,7 +18,7 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.engine.rows import matrix_of, why_no_rows
 from jaxmet.numerics.rounding.levels import Grid
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
@@ -157,7 +157,7 @@ def _reader(
         for name, array in numbers.items():
             leaf = leaves[name]
             array = jnp.asarray(array).astype(dense(leaf).dtype)
-            new[name] = leaf.replace(weight=array) if is_compressed(leaf) else array
+            new[name] = with_weight(leaf, array)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         return evaluate(graph.apply, hook)(
             replace_leaves(params, new), *zeros, **kwargs

@@ -31,7 +31,7 @@ from jaxmet.transforms.rounding.layers import (
 from jaxmet.transforms.rounding.solvers import Kind, Options, Problem, Solution, solve
 from jaxmet.transforms.rounding.waves import Wave, find_waves
 from jaxmet.tree.batches import Batches
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, is_compressed, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -323,11 +323,7 @@ class Run:
         """The leaves of a layer that change."""
         old = self.leaves[layer.parameter]
         weight = jnp.asarray(chosen.weight).astype(dense(old).dtype)
-        new = {
-            layer.parameter: old.replace(weight=weight)
-            if is_compressed(old)
-            else weight
-        }
+        new = {layer.parameter: with_weight(old, weight)}
         shape = self.views.index[layer.node.name].shape
         if self.bias and self.bias_of(layer, shape) is not None:
             assert layer.node.bias is not None
@@ -335,10 +331,7 @@ class Run:
             bias = jnp.asarray(dense(leaf))
             wide = jnp.promote_types(bias.dtype, chosen.shift.dtype)
             moved = bias.astype(wide) + chosen.shift.reshape(bias.shape).astype(wide)
-            moved = moved.astype(bias.dtype)
-            new[layer.node.bias] = (
-                leaf.replace(weight=moved) if is_compressed(leaf) else moved
-            )
+            new[layer.node.bias] = with_weight(leaf, moved.astype(bias.dtype))
         return new
 
 

@@ -158,7 +158,7 @@ def _by_coordinates(problem: Problem, *, kind: Kind, options: Options) -> Soluti
             zero_point=jnp.broadcast_to(grid.zero_point, shape),
         )
     if options.method == "search":
-        return _chosen(problem, kind, options, nearest(weight, grid), grid)
+        return _chosen(problem, kind, target, nearest(weight, grid), grid)
     found = coordinate_descent(
         weight,
         grid,
@@ -170,13 +170,16 @@ def _by_coordinates(problem: Problem, *, kind: Kind, options: Options) -> Soluti
         refit=free and options.scales == "refit",
         shared=kind.shared or (),
     )
-    return _chosen(problem, kind, options, found.weight, found.grid)
+    return _chosen(problem, kind, target, found.weight, found.grid)
 
 
 def _chosen(
-    problem: Problem, kind: Kind, options: Options, rounded: jax.Array, grid: Grid
+    problem: Problem, kind: Kind, best: jax.Array, rounded: jax.Array, grid: Grid
 ) -> Solution:
-    """What was found, or nearest rounding where that is no worse, output by output."""
+    """What was found, or nearest rounding where that is no worse, output by output.
+
+    `best` are the real weights that the rounded ones approach.
+    """
     products = _known(problem, kind)
     weight, plain = problem.weight, nearest(problem.weight, problem.grid)
     after = output_error(weight, rounded, products)
@@ -195,7 +198,6 @@ def _chosen(
     if kind.centred:
         means = problem.inputs.mean, problem.inputs.float_mean
         shift = bias_correction(weight, rounded, *means)
-    best = best_weight(weight, products, options.damping)
     inherited = output_error(weight, best, products)
     loss = jnp.where(gained, after, before)
     return Solution(rounded, grid, shift, loss, before, inherited)
@@ -325,8 +327,8 @@ def _finished(
 ) -> Solution:
     """The hard weights; in terms of the rows where there are rows."""
     rounded = hard_weight(problem.weight, problem.grid, state.alpha)
-    if problem.rows is None:
-        return _chosen(problem, kind, options, rounded, problem.grid)
+    if isinstance(data, GramData):
+        return _chosen(problem, kind, data.target, rounded, problem.grid)
     plain = nearest(problem.weight, problem.grid)
     best = best_weight(problem.weight, _known(problem, kind), options.damping)
     after, before, inherited = (
