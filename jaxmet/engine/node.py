@@ -135,5 +135,10 @@ class Node:
     formula: Formula | None = None
 
     @property
+    def loops(self) -> tuple[str, ...]:
+        """Of `region`, what may run the node another number of times than once."""
+        return tuple(r for r in self.region if r in ("scan", "while", "cond"))
+
+    @property
     def is_site(self) -> bool:
         return self.kind in ("product", "lookup")

@@ -76,7 +76,7 @@ def _check_cuts(cuts: Sequence[str], nodes: Mapping[Cluster, Node]) -> None:
                 f"jaxmet.segments: there is no node {cut!r} to cut behind. "
                 f"{suggestion(cut, by_name)}"
             )
-        loops = [r for r in by_name[cut].region if r not in INLINED]
+        loops = by_name[cut].loops
         if loops:
             raise ValueError(
                 f"jaxmet.segments: {cut!r} runs inside a {loops[0]} body and cannot end a "

@@ -20,7 +20,7 @@ from jaxmet.engine.node import Node, Norm
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
 from jaxmet.transforms.layouts import how_often, matrix, split, spread, wide
-from jaxmet.transforms.statistics import LOOPS, Network
+from jaxmet.transforms.statistics import Network
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 from jaxmet.tree.names import replace_leaves
@@ -179,7 +179,7 @@ def _unfit(graph: Graph, node: Node, rectifier: Node) -> str | None:
         return "its norm is not (x − mean)·scale/√(variance + epsilon) + bias"
     if norm.bias is None or norm.variance is None:
         return "its norm has no bias"
-    if inside := [r for r in (*node.region, *rectifier.region) if r in LOOPS]:
+    if inside := (*node.loops, *rectifier.loops):
         return f"it runs inside a {inside[0]}"
     if node.shared:
         return f"{node.shared[0]!r} is used elsewhere too"
@@ -217,7 +217,7 @@ def _reader(graph: Graph, norm: Node, product: Node) -> _Reader | str:
         return f"the weight of {name} is computed from parameters"
     if product.shared or weight.stacked:
         return f"the weight of {name} is stacked or used elsewhere too"
-    if inside := [r for r in product.region if r in LOOPS]:
+    if inside := product.loops:
         return f"{name} runs inside a {inside[0]}"
     if product.convolution is not None:
         if any(d != 1 for d in product.convolution.input_dilation):

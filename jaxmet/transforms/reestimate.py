@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node, Norm
 from jaxmet.engine.replay import Run
-from jaxmet.engine.segments import INLINED, Live, Segments, segments
+from jaxmet.engine.segments import Live, Segments, segments
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
@@ -139,7 +139,7 @@ def _unfit(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
         return "its statistics are constants that apply closes over"
     if not norm.plain or norm.mean is None or norm.variance is None:
         return "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
-    if inside := [r for r in node.region if r not in INLINED]:
+    if inside := node.loops:
         return f"it runs inside a {inside[-1]}"
     if {norm.mean, norm.variance} & set(node.shared):
         return "its statistics are used elsewhere too"
@@ -240,9 +240,7 @@ class _Waiting:
 
 def _before(graph: Graph, norm: str) -> str:
     """The last node before a norm behind which the program can be cut."""
-    before: Iterator[str] = (
-        n.name for n in graph.nodes if not [r for r in n.region if r not in INLINED]
-    )
+    before: Iterator[str] = (n.name for n in graph.nodes if not n.loops)
     found = ""
     for name in before:
         if name == norm:

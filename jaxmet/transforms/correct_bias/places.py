@@ -7,8 +7,6 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.tree.quantizers import Quantizers
 
-LOOPS = ("scan", "while", "cond")
-
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -64,7 +62,7 @@ def _unfit(quantizers: Quantizers, site: Node) -> str | None:
     quantizer = quantizers.weights.get(weight.name or site.name)
     if quantizer is None or not quantizer.active:
         return "its weight is not quantized"
-    if inside := [region for region in site.region if region in LOOPS]:
+    if inside := site.loops:
         return f"inside a {inside[-1]}"
     if weight.stacked:
         return "its weight is stacked"

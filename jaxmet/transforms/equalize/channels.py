@@ -13,6 +13,7 @@ from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, layout_s
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.numerics.scaling import Layers, log_ranges
+from jaxmet.transforms.layouts import wide
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
@@ -230,11 +231,6 @@ def same_scale(index: np.ndarray) -> Same:
     if unique.shape[1] == index.shape[2]:
         return Same(index, None)
     return Same(unique[:, None], of.reshape(-1))
-
-
-def wide(*dtypes: Any) -> Any:
-    """What to compute in: the widest of these, at least float32."""
-    return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: d.itemsize)
 
 
 def rescaled(

@@ -15,7 +15,6 @@ from jaxmet.transforms.equalize.channels import Weight
 from jaxmet.tree.batches import Batches, Stacked
 from jaxmet.tree.leaves import dense
 
-LOOPS = ("scan", "while", "cond")
 IMAGES = 64
 """How many images are differentiated, if there are as many, spread evenly over the data."""
 
@@ -58,7 +57,7 @@ def measured(
 
     Errors count as a share of the energy of the output that they disturb.
     """
-    wanted = {w.node.name: w for w in weights if not set(w.node.region) & set(LOOPS)}
+    wanted = {w.node.name: w for w in weights if not w.node.loops}
     leaves = leaves_of(params, graph, "equalize")
     wanted = {n: w for n, w in wanted.items() if _is_float(leaves[w.parameter])}
     sites = {name: w.inputs[0].size for name, w in wanted.items()}

@@ -11,8 +11,6 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node, Norm
 from jaxmet.transforms.stored import roles_of
 
-LOOPS = ("scan", "while", "cond")
-
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -96,7 +94,7 @@ def _unfit(node: Node, channels: tuple[Layout, ...] | None) -> str | None:
         }[norm.over]
     if not norm.plain:
         return "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
-    if inside := [name for name in node.region if name in LOOPS]:
+    if inside := node.loops:
         return f"inside a {inside[-1]}"
     if node.shared:
         return f"{node.shared[0]!r} is used elsewhere too"
@@ -161,7 +159,7 @@ def _stiff(product: Node) -> str | None:
         return f"the weight of {name!r} is computed from parameters"
     if weight.stacked:
         return f"the weight of {name!r} is stacked"
-    if inside := [region for region in product.region if region in LOOPS]:
+    if inside := product.loops:
         return f"{name!r} runs inside a {inside[-1]}"
     if product.shared:
         return f"{product.shared[0]!r} is used elsewhere too"

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from jaxmet.engine.graph import Graph
 from jaxmet.transforms.rounding.layers import Layer
 
-LOOPS = ("scan", "while", "cond")
-
 
 @dataclasses.dataclass(frozen=True)
 class Wave:
@@ -75,6 +73,6 @@ def _cut(
     first = max(order[one.node.name] for one in current)
     last = order[behind.node.name] if behind is not None else len(graph.nodes)
     for node in graph.nodes[first:last]:
-        if not set(node.region) & set(LOOPS) and node.kind not in ("input", "output"):
+        if not node.loops and node.kind not in ("input", "output"):
             return node.name
     return None

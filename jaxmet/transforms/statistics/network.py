@@ -32,7 +32,6 @@ from jaxmet.numerics.moments import (
 from jaxmet.transforms.layouts import Tensor, join, matrix, split, wide
 from jaxmet.tree.leaves import dense, is_compressed
 
-LOOPS = ("scan", "while", "cond")
 KEEPING = (
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split",
     "pad", "rev", "copy", "convert_element_type", "reduce_precision", "stop_gradient",
@@ -77,7 +76,7 @@ class Network:
 
     def settle(self, node: Node) -> Tensor | str:
         """What is known of a node's result."""
-        if set(node.region) & set(LOOPS):
+        if node.loops:
             return f"{node.name} runs inside a {node.region[-1]}"
         try:
             told = self.told(node)
@@ -153,7 +152,7 @@ class Network:
     def told(self, node: Node) -> Tensor | None:
         """What a norm that reads the node says of its result."""
         reader = self.norms.get(node.name)
-        if reader is None or reader.norm is None or set(reader.region) & set(LOOPS):
+        if reader is None or reader.norm is None or reader.loops:
             return None
         mean = self.vector(reader.norm.mean)
         variance = self.vector(reader.norm.variance)
