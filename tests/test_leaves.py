@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxmet.tree.files import load, save
 from jaxmet.tree.leaves import (
     Compressed,
     densify,
@@ -20,6 +21,7 @@ from jaxmet.tree.leaves import (
     is_compressed,
     to_state,
 )
+from jaxmet.tree.structures import Keep, LowRank, Pruned
 
 
 def leaf(**fields):
@@ -157,3 +159,42 @@ def test_densify_gives_arrays_or_says_why_not():
     np.testing.assert_array_equal(dense["params"]["a"], np.ones(2))
     with pytest.raises(ValueError, match=r"jaxmet\.densify: 'stem/kernel'.*upper"):
         densify(params())
+
+
+def structured():
+    pair = LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), "weight", (2, 3), (0,), (1,))
+    bounded = Compressed(jnp.ones((2, 2)), upper=jnp.full(2, 6.0))
+    return {
+        "params": {
+            "a": {"kernel": Compressed(pair)},
+            "b": {"kernel": Compressed(Pruned(bounded, (Keep(1, 3, (0, 2)),)))},
+        }
+    }
+
+
+def test_structured_leaves_survive_every_way_of_writing(tmp_path):
+    tree = structured()
+    assert tree["params"]["a"]["kernel"].shape == (2, 3)
+    assert tree["params"]["b"]["kernel"].shape == (2, 3)
+    save(tmp_path / "tree.npz", params=tree)
+    for again in (
+        load(tmp_path / "tree.npz").params,
+        load(tmp_path / "tree.npz", like=tree).params,
+        flax.serialization.from_bytes(tree, flax.serialization.to_bytes(tree)),
+        pickle.loads(pickle.dumps(tree)),
+        jax.tree.map(lambda a: a, tree),
+    ):
+        assert jax.tree.structure(again) == jax.tree.structure(tree)
+        jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_densify_multiplies_and_puts_back():
+    tree = structured()
+    np.testing.assert_array_equal(
+        densify({"a": tree["params"]["a"]})["a"]["kernel"], np.ones((2, 3))
+    )
+    with pytest.raises(ValueError, match=r"jaxmet\.densify: 'b/kernel'.*upper"):
+        densify(tree)
+    part = tree["params"]["b"]["kernel"].weight.part.weight
+    plain = {"b": Compressed(Pruned(part, (Keep(1, 3, (0, 2)),)))}
+    np.testing.assert_array_equal(densify(plain)["b"], [[1, 0, 1], [1, 0, 1]])

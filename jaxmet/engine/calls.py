@@ -43,16 +43,23 @@ class Call:
         return jax.make_jaxpr(self.run, return_shape=True)(abstract, list(self.inputs))
 
 
-def make_call(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+def make_call(
+    apply: Apply,
+    params: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    whole: bool = False,
+) -> Call:
     """Tell the arrays of a call from its static arguments.
 
     Arrays, tracers and `jax.ShapeDtypeStruct`s are traced; everything else (flags, strings,
-    Python numbers, functions) is static. A `Compressed` leaf counts as one array.
+    Python numbers, functions) is static. A `Compressed` leaf counts as one array, a
+    structured one as each of its parts, or with `whole` as the array it stands for.
     """
-    paths, all_leaves, tree = flatten(params)
-    del paths
+    _, all_leaves, tree = flatten(params, whole=whole)
     which = [i for i, leaf in enumerate(all_leaves) if is_array(leaf)]
-    names = parameter_names(params)
+    names = parameter_names(params, whole=whole)
     pairs, call_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     dynamic = [i for i, (_, leaf) in enumerate(pairs) if is_array(leaf)]
 

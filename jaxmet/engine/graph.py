@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmet.engine.analyse import Analysis, analyse
-from jaxmet.engine.calls import Apply, is_array, make_call
+from jaxmet.engine.calls import Apply, is_array
 from jaxmet.engine.channels import (
     Group,
     Member,
@@ -14,6 +14,7 @@ from jaxmet.engine.channels import (
     layout_size,
 )
 from jaxmet.engine.describe import describe
+from jaxmet.engine.expand import call_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.program import CONST, DATA, PRODUCTS
 from jaxmet.tree.checks import check_finite
@@ -205,7 +206,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
             "module, or what jm.functional(module) returns for an nnx one."
         )
-    analysis = analyse(make_call(apply, params, inputs, kwargs))
+    analysis = analyse(call_of(apply, params, inputs, kwargs))
     nodes = describe(analysis)
     if not any(node.is_site for node in nodes.values()):
         raise ValueError(

@@ -21,7 +21,7 @@ def lift(apply: Apply) -> Apply:
     """
 
     def lifted(params: Any, *inputs: Any, **kwargs: Any) -> Any:
-        if not any(is_compressed(leaf) for leaf in flatten(params)[1]):
+        if not any(is_compressed(leaf) for leaf in flatten(params, whole=True)[1]):
             return apply(params, *inputs, **kwargs)
         return evaluate(apply, _idle)(params, *inputs, **kwargs)[0]
 

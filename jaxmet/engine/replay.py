@@ -15,10 +15,11 @@ from jax import lax
 
 from jaxmet.engine import compat
 from jaxmet.engine.analyse import Analysis, analyse
-from jaxmet.engine.calls import Apply, make_call
+from jaxmet.engine.calls import Apply
 from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.cpu import convolution
 from jaxmet.engine.describe import describe
+from jaxmet.engine.expand import call_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.offset import offsets_of, padded
 from jaxmet.engine.program import Equation, Region, Value
@@ -76,7 +77,7 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     """
 
     def evaluated(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Statistics]:
-        call = make_call(apply, params, inputs, kwargs)
+        call = call_of(apply, params, inputs, kwargs)
         return replay(analyse(call), hook, cpu_formulations=cpu_formulations)
 
     return evaluated

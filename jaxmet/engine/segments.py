@@ -11,6 +11,7 @@ from jaxmet.engine.analyse import Analysis, analyse
 from jaxmet.engine.calls import make_call
 from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.describe import describe
+from jaxmet.engine.expand import call_of
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.offset import offsets_of
@@ -57,7 +58,7 @@ def segments(
     >>> logits = pieces.finish(environment)
     """
     cuts = [cuts] if isinstance(cuts, str) else cuts
-    analysis = analyse(make_call(graph.apply, params, inputs, kwargs))
+    analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
     nodes = describe(analysis)
     _check_cuts(cuts, nodes)
     return Segments(_Plan(analysis, nodes, set(cuts)), hook or _idle, cpu_formulations)

@@ -20,11 +20,13 @@ from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.structures import STRUCTURES
 from jaxmet.tree.table import Table
 
 FORMAT = "jaxmet"
 VERSION = 1
-TYPES = {cls.__name__: cls for cls in (Compressed, Quantizer, Quantizers)}
+STORED = (Compressed, *STRUCTURES, Quantizer, Quantizers)
+TYPES = {cls.__name__: cls for cls in STORED}
 """Dataclasses that are stored field by field; a new leaf type is one entry more."""
 
 
@@ -117,14 +119,14 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
 
 
 def _fill(like: Any, leaves: Mapping[str, Any]) -> Any:
-    names = parameter_names(like)
+    names = parameter_names(like, whole=True)
     if set(names) != set(leaves):
         lost, extra = (sorted(a - b) for a, b in _both_ways(set(names), set(leaves)))
         raise ValueError(
             f"jaxmet.load: the file and like= differ: the file lacks {lost or 'none'} "
             f"and like lacks {extra or 'none'}. Give the tree of the same model."
         )
-    return flatten(like)[2].unflatten([leaves[name] for name in names])
+    return flatten(like, whole=True)[2].unflatten([leaves[name] for name in names])
 
 
 def _both_ways(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
@@ -134,10 +136,10 @@ def _both_ways(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
 
 def _encode_tree(params: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Leaves in order, their names, and the tree with numbers where its leaves are."""
-    _, leaves, treedef = flatten(params)
+    _, leaves, treedef = flatten(params, whole=True)
     numbered = treedef.unflatten(range(len(leaves)))
     return {
-        "names": parameter_names(params),
+        "names": parameter_names(params, whole=True),
         "leaves": [_encode(leaf, arrays) for leaf in leaves],
         "tree": _encode_containers(numbered, in_dict=False),
     }
@@ -186,8 +188,9 @@ def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return value
     if isinstance(value, Mapping):
         return {"dict": [[_key(k), _encode(v, arrays)] for k, v in value.items()]}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_encode(v, arrays) for v in value]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(v, arrays) for v in value]}
     if type(value).__name__ in TYPES:
         fields = {
             f.name: _encode(getattr(value, f.name), arrays)

@@ -15,6 +15,13 @@ import jax
 import numpy as np
 
 from jaxmet.tree.paths import path_name
+from jaxmet.tree.structures import (
+    STRUCTURES,
+    LowRank,
+    multiplied,
+    parts_of,
+    scattered,
+)
 
 
 class NotAnArrayError(TypeError, AttributeError):
@@ -36,9 +43,11 @@ def _refusal(use: str) -> NotAnArrayError:
 class Compressed:
     """One parameter together with what was done to it; fields of `None` say nothing.
 
-    `weight` is the array itself (or an object that stands for one); `lower` and `upper`
+    `weight` is the array itself, or a structure that stands for one: `LowRank` factors, or
+    what `Pruned` left. `lower` and `upper`
     bound, channel by channel, the activation that follows the site; `input_offset` is
     what the padding before a convolution holds instead of zero, a number an input channel.
+    Beside a structure nothing else is stated: its parts are leaves and state their own.
     Nothing is checked on construction, since tree functions put arbitrary objects into
     leaves.
     """
@@ -124,6 +133,16 @@ def is_compressed(leaf: Any) -> bool:
     return isinstance(leaf, Compressed)
 
 
+def is_structured(leaf: Any) -> bool:
+    """Whether this is a compressed leaf whose weight consists of other leaves."""
+    return is_compressed(leaf) and isinstance(leaf.weight, STRUCTURES)
+
+
+def is_stated(leaf: Any) -> bool:
+    """Whether this is a compressed leaf that holds its array itself."""
+    return is_compressed(leaf) and not is_structured(leaf)
+
+
 def dense(leaf: Any) -> Any:
     """The array of a leaf, whatever else it states."""
     return leaf.weight if is_compressed(leaf) else leaf
@@ -134,33 +153,73 @@ def with_weight(leaf: Any, array: Any) -> Any:
     return leaf.replace(weight=array) if is_compressed(leaf) else array
 
 
-def flatten(params: Any) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
-    """Paths, leaves and tree structure, with a compressed leaf counted as one."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+def flatten(
+    params: Any, *, whole: bool = False
+) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
+    """Paths, leaves and tree structure; of a structured leaf each part is one.
+
+    With `whole` it counts as one itself.
+    """
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=is_compressed if whole else is_stated
+    )
     return [path for path, _ in pairs], [leaf for _, leaf in pairs], treedef
 
 
-def to_state(leaf: Compressed) -> dict[str, Any]:
-    """The stated fields as a dict, for serializers that know only dicts and arrays."""
-    return leaf.stated()
+def to_state(leaf: Any) -> dict[str, Any]:
+    """What a leaf states as nested dicts, for serializers that know only those and arrays."""
+    if is_compressed(leaf):
+        fields = leaf.stated()
+    else:
+        own = dataclasses.fields(leaf)
+        fields = {"type": type(leaf).__name__} | {
+            f.name: getattr(leaf, f.name) for f in own
+        }
+    return {name: _to_plain(value) for name, value in fields.items()}
 
 
-def from_state(leaf: Compressed, state: dict[str, Any]) -> Compressed:
+def _to_plain(value: Any) -> Any:
+    if is_compressed(value) or isinstance(value, STRUCTURES):
+        return to_state(value)
+    if isinstance(value, tuple):
+        return {str(i): _to_plain(item) for i, item in enumerate(value)}
+    return value
+
+
+def from_state(leaf: Any, state: dict[str, Any]) -> Any:
     """The inverse of `to_state`; what the state does not mention is unstated."""
-    known = {field.name for field in dataclasses.fields(leaf)}
+    del leaf
+    known = {field.name for field in dataclasses.fields(Compressed)}
     if unknown := sorted(set(state) - known):
         raise ValueError(
             f"jaxmet.load: a compressed leaf has the unknown fields {unknown}. It was "
             "written by a newer version: update jaxmet."
         )
-    return Compressed(**state)
+    return Compressed(**{name: _from_plain(value) for name, value in state.items()})
+
+
+def _from_plain(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "type" in value:
+        cls = next(c for c in STRUCTURES if c.__name__ == value["type"])
+        fields = {k: _from_plain(v) for k, v in value.items() if k != "type"}
+        return cls(**fields)
+    if "weight" in value:
+        return from_state(None, value)
+    return tuple(_from_plain(value[str(i)]) for i in range(len(value)))
 
 
 def densify(params: Any) -> Any:
     """Plain arrays in place of compressed leaves, where arrays can say the same.
 
-    A leaf that states more than its weight raises: dropping the statement would change
-    what the model computes.
+    Factors are multiplied, and what was pruned is zero again: the dense tree computes what
+    the compressed one does, at the price of the model as it was.
+
+    A leaf that states more than its weight raises ValueError: dropping the statement would
+    change what the model computes.
+
+    >>> dense = jm.densify(jm.factorize(params, graph, ratios=0.5))
     """
 
     def plain(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -172,6 +231,11 @@ def densify(params: Any) -> Any:
                 f"{' and '.join(more)}, which no plain array can hold. Keep the leaf "
                 "and run the model through jm.lift(apply)."
             )
-        return leaf.weight
+        if not is_structured(leaf):
+            return leaf.weight
+        parts = [plain(path, part) for part in parts_of(leaf.weight).values()]
+        if isinstance(leaf.weight, LowRank):
+            return multiplied(leaf.weight, *parts)
+        return scattered(parts[0], leaf.weight.keep)
 
     return jax.tree_util.tree_map_with_path(plain, params, is_leaf=is_compressed)

@@ -12,13 +12,13 @@ from jaxmet.tree.leaves import flatten
 from jaxmet.tree.paths import has_collections, path_name, path_parts
 
 
-def parameter_names(params: Any) -> list[str]:
-    """The name of every leaf, in the order of the leaves.
+def parameter_names(params: Any, *, whole: bool = False) -> list[str]:
+    """The name of every leaf, in the order of the leaves of `flatten`.
 
     A name is the path without the collection. Should two collections use one name, the
     trained parameter keeps it and the others say their collection.
     """
-    paths, _, _ = flatten(params)
+    paths, _, _ = flatten(params, whole=whole)
     names = [path_name(path, params) for path in paths]
     count = Counter(names)
     if has_collections(params):

@@ -5,13 +5,29 @@ from typing import Any
 
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from jaxmet.tree.structures import PARTS
+
 
 def path_parts(path: tuple[Any, ...]) -> list[str]:
     """One text a key, without the `value` that an nnx variable adds to its path.
 
     That key is told by its type (an attribute behind a dictionary key), so a parameter
-    that is itself called 'value' keeps its name.
+    that is itself called 'value' keeps its name. The factors of a leaf 'stem/kernel' are
+    'stem/in/kernel' and 'stem/out/kernel'.
     """
+    factors: list[str] = []
+    while len(path) > 2 and path[-2] == _WEIGHT and (part := _part(path[-1])) in PARTS:
+        path, factor = path[:-2], PARTS[part]
+        factors[:0] = [factor] if factor is not None else []
+    parts = _own_parts(path)
+    where = max(len(parts) - 1, 1)
+    return [*parts[:where], *factors, *parts[where:]]
+
+
+_WEIGHT = GetAttrKey("weight")
+
+
+def _own_parts(path: tuple[Any, ...]) -> list[str]:
     if len(path) > 1 and path[-1] == GetAttrKey("value"):
         path = path[:-1] if isinstance(path[-2], DictKey) else path
     return [_part(key) for key in path]

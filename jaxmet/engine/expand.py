@@ -1,0 +1,238 @@
+"""The program that a factorized or pruned tree stands for.
+
+The model is traced with dense shapes, as it was written. Its equations are then run with the
+leaves as they are: a product with factors becomes two products, and what was pruned is not
+computed. Traced again, that is an ordinary program over the parts of the leaves, which
+grouping, names, hooks and every transform read like any other.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxmet.engine import compat
+from jaxmet.engine.calls import Apply, Call, make_call
+from jaxmet.engine.partial import Partial, Uniform, taken, whole
+from jaxmet.engine.partial_rules import RULES
+from jaxmet.engine.program import Equation, Region, Value, flatten
+from jaxmet.engine.views import CASTS
+from jaxmet.tree.leaves import dense, is_structured
+from jaxmet.tree.leaves import flatten as flatten_tree
+from jaxmet.tree.structures import LowRank, Pruned, multiplied
+
+
+def call_of(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    """A call over the parts of the leaves, of the program that they stand for."""
+    if not any(map(is_structured, flatten_tree(params, whole=True)[1])):
+        return make_call(apply, params, args, kwargs)
+    return make_call(expanded(apply), params, args, kwargs)
+
+
+def expanded(apply: Apply) -> Apply:
+    """The model on trees with factorized or pruned leaves."""
+
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        call = make_call(apply, params, args, kwargs, whole=True)
+        jaxpr, shape = call.jaxpr()
+        region = flatten(jaxpr)
+        machine = Expansion()
+        leaves = [opened(leaf) for leaf in call.leaves]
+        environment = dict(zip(region.inputs, (*leaves, *call.inputs), strict=True))
+        machine.run(region, environment)
+        outputs = [whole(machine.read(environment, v)) for v in region.outputs]
+        return jax.tree.structure(shape).unflatten(outputs)
+
+    return run
+
+
+def opened(leaf: Any) -> Any:
+    """A leaf as the equations meet it: an array, a part of one, or two factors."""
+    weight = dense(leaf)
+    if isinstance(weight, Pruned):
+        return Partial(opened(weight.part), weight.keep)
+    return weight
+
+
+class Expansion:
+    """Runs equations on arrays, parts and factors."""
+
+    def read(self, environment: Mapping[Value, Any], value: Value) -> Any:
+        return environment[value] if value in environment else value.constant
+
+    def run(self, region: Region, environment: dict[Value, Any]) -> None:
+        for equation in region.equations:
+            operands = [self.read(environment, v) for v in equation.operands]
+            results = self.step(equation, operands)
+            environment.update(zip(equation.results, results, strict=True))
+
+    def step(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
+        if not any(isinstance(x, Partial | Uniform | LowRank) for x in operands):
+            if equation.name == "broadcast_in_dim" and len(operands) == 1:
+                results = RULES["broadcast_in_dim"](equation, operands)
+                if results is not None:
+                    return results
+            return self.plain(equation, operands)
+        if equation.name in compat.REMAT:
+            return self.remat(equation, operands)
+        if any(isinstance(x, LowRank) for x in operands):
+            results = self.factors(equation, operands)
+            if results is not None:
+                return results
+            operands = [multiply(x) if isinstance(x, LowRank) else x for x in operands]
+            return self.step(equation, operands)
+        if equation.name in compat.CUSTOM:
+            results = self.custom(equation, operands)
+        else:
+            rule = RULES.get(equation.name)
+            results = rule(equation, operands) if rule is not None else None
+        if results is not None:
+            return results
+        return self.plain(equation, [whole(x) for x in operands])
+
+    def plain(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
+        return compat.bind(equation.primitive, equation.params, operands)
+
+    def factors(self, equation: Equation, operands: list[Any]) -> list[Any] | None:
+        """What can be done with factors as they are."""
+        if equation.name in CASTS and len(operands) == 1:
+            x = operands[0]
+            first, second = (
+                self.step(equation, [part])[0] for part in (x.first, x.second)
+            )
+            return [_with_factors(x, first, second)]
+        if equation.name == "conv_general_dilated" and isinstance(operands[1], LowRank):
+            return self.two_convolutions(equation, *operands)
+        if equation.name == "dot_general" and isinstance(operands[1], LowRank):
+            return self.two_dots(equation, *operands)
+        return None
+
+    def two_convolutions(
+        self, equation: Equation, x: Any, kernel: LowRank
+    ) -> list[Any] | None:
+        p, numbers = equation.params, equation.params["dimension_numbers"]
+        out, inside, *space = numbers.rhs_spec
+        if (kernel.in_axes, kernel.out_axes) != ((inside,), (out,)):
+            return None
+        one, two = dict(p), dict(p)
+        idle: dict[str, Any] = {
+            "window_strides": 1,
+            "padding": (0, 0),
+            "rhs_dilation": 1,
+            "lhs_dilation": 1,
+        }
+        for n, axis in enumerate(space):
+            first = kernel.method == "spatial" and axis == min(space)
+            other = two if first else one
+            for key, value in idle.items():
+                other[key] = (*other[key][:n], value, *other[key][n + 1 :])
+        for params, factor in (
+            (one, opened(kernel.first)),
+            (two, opened(kernel.second)),
+        ):
+            x = self.convolve(equation, params, x, factor)
+        return [x]
+
+    def convolve(self, equation: Equation, p: dict, x: Any, kernel: Any) -> Any:
+        step = dataclasses.replace(equation, params=p)
+        if isinstance(x, Partial) or isinstance(kernel, Partial):
+            results = RULES["conv_general_dilated"](step, [x, kernel])
+            if results is not None:
+                return results[0]
+        return compat.bind(equation.primitive, p, [whole(x), whole(kernel)])[0]
+
+    def two_dots(self, equation: Equation, x: Any, weight: LowRank) -> list[Any] | None:
+        (lc, rc), (lb, rb) = equation.params["dimension_numbers"]
+        free = tuple(i for i in range(len(weight.shape)) if i not in rc)
+        if lb or rb or tuple(sorted(rc)) != weight.in_axes or free != weight.out_axes:
+            return None
+        first, second = opened(weight.first), opened(weight.second)
+        middle, stay = weight.out_axes[:-1], weight.in_axes[:-1]
+        first = self.squeezed(first, middle)
+        second = self.squeezed(second, stay)
+        shifted = tuple(i - sum(m < i for m in middle) for i in rc)
+        x = self.dot(equation, x, first, ((lc, shifted), ((), ())))
+        last = len(_shape(x)) - 1
+        inner = weight.in_axes[-1] - len(stay)
+        return [self.dot(equation, x, second, (((last,), (inner,)), ((), ())))]
+
+    def squeezed(self, x: Any, axes: tuple[int, ...]) -> Any:
+        if not axes:
+            return x
+        keep = x.keep if isinstance(x, Partial) else ()
+        moved = tuple(
+            k._replace(axis=k.axis - sum(a < k.axis for a in axes)) for k in keep
+        )
+        part = lax.squeeze(x.part if isinstance(x, Partial) else x, axes)
+        return Partial(part, moved, x.fill) if isinstance(x, Partial) else part
+
+    def dot(self, equation: Equation, x: Any, weight: Any, numbers: Any) -> Any:
+        p = dict(equation.params) | {"dimension_numbers": numbers}
+        if isinstance(x, Partial) or isinstance(weight, Partial):
+            step = dataclasses.replace(equation, params=p)
+            results = RULES["dot_general"](step, [x, weight])
+            if results is not None:
+                return results[0]
+        return compat.bind(equation.primitive, p, [whole(x), whole(weight)])[0]
+
+    def remat(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
+        body, p = equation.bodies[0] if equation.bodies else None, equation.params
+        if body is None:
+            return self.plain(equation, [whole(_dense(x)) for x in operands])
+
+        def inner(*operands: Any) -> list[Any]:
+            environment = dict(zip(body.inputs, operands, strict=True))
+            self.run(body, environment)
+            return [self.read(environment, v) for v in body.outputs]
+
+        again = jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])
+        return again(*operands)
+
+    def custom(self, equation: Equation, operands: list[Any]) -> list[Any] | None:
+        """An elementwise function with a derivative of its own, on a part."""
+        if len(operands) != 1 or not isinstance(operands[0], Partial):
+            return None
+        x = operands[0]
+        body = flatten(compat.call_body(equation.params))
+
+        def run(part: Any) -> Any:
+            environment = {body.inputs[0]: Partial(part, x.keep, x.fill)}
+            self.run(body, environment)
+            return self.read(environment, body.outputs[0])
+
+        result = run(x.part)
+        if len(body.outputs) != 1 or not isinstance(result, Partial):
+            return None
+        if result.keep != x.keep:
+            return None
+        wrapped = jax.custom_jvp(lambda part: run(part).part)
+
+        @wrapped.defjvp
+        def rule(primals: Any, tangents: Any) -> Any:
+            full = whole(Partial(primals[0], x.keep, x.fill))
+            moved = whole(Partial(tangents[0], x.keep))
+            _, along = jax.jvp(
+                lambda a: self.plain(equation, [a])[0], (full,), (moved,)
+            )
+            return run(primals[0]).part, taken(along, x.keep)
+
+        return [Partial(wrapped(x.part), x.keep, result.fill)]
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _with_factors(x: LowRank, first: Any, second: Any) -> LowRank:
+    return LowRank(first, second, x.method, x.shape, x.in_axes, x.out_axes)
+
+
+def _dense(x: Any) -> Any:
+    return multiply(x) if isinstance(x, LowRank) else x
+
+
+def multiply(x: LowRank) -> Any:
+    """The weight that two factors stand for."""
+    return multiplied(x, *(whole(opened(part)) for part in (x.first, x.second)))
