@@ -9,4 +9,5 @@ norm         the gain of a norm with stored statistics, and how it moves
 scaling      scales that move range from one layer to the next
 moments      mean, variance and range: measured, merged, and through activations
 absorb       what a rectifier never takes away, moved behind it
+low_rank     a matrix as a product of two thin ones, best for given inputs
 """

@@ -1,0 +1,166 @@
+r"""A matrix as a product of two thin ones, which serves given inputs best.
+
+For inputs $x$ with $G = E\,x^T x$ the error of a matrix $\hat M$ of rank $r$ in the place
+of $M$ is
+
+$$E\,|x (M - \hat M)|^2 = |G^{1/2} (M - \hat M)|^2,$$
+
+so the best one cuts the singular value decomposition $G^{1/2} M = U S V^T$ off:
+$\hat M = G^{-1/2} U_r S_r V_r^T = M V_r V_r^T$. In the last form nothing is inverted, and
+at full rank it is $M$ whatever the inputs were.
+
+Eckart and Young, The Approximation of One Matrix by Another of Lower Rank, 1936; with
+inputs, Wang et al., [SVD-LLM](https://arxiv.org/abs/2403.07378), ICLR 2025, section 3.1.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxmet.numerics.rounding.quadratic import damped_cholesky
+
+DAMPING = 1e-6
+
+
+class Spectrum(NamedTuple):
+    """M V, S and the transpose of V: the first r of each make the best matrix of rank r.
+
+    The error of that matrix is the sum of the squares of all other `values`.
+    """
+
+    left: Float[Array, "*g m q"]
+    values: Float[Array, "*g q"]
+    right: Float[Array, "*g q n"]
+
+
+@jax.jit
+def spectrum(
+    matrix: Float[Array, "*g m n"],
+    gram: Float[Array, "*g m m"] | None = None,
+    *,
+    damping: float | Float[Array, ""] = DAMPING,
+) -> Spectrum:
+    r"""The decomposition that holds the best matrices of all ranks.
+
+    In the place of the Gram matrix stands $G + \delta I$, with $\delta$ so much of the mean
+    of the diagonal as `damping` says: what the inputs never ask for costs next to nothing,
+    yet comes in its own order behind all the rest.
+    """
+    with jax.default_matmul_precision("highest"):
+        core, across = matrix, None
+        if matrix.shape[-2] < matrix.shape[-1]:
+            # All of V then lies in the rows of M, also where the weighting would lose it.
+            across, upper = jnp.linalg.qr(_transposed(matrix))
+            core = _transposed(upper)
+        weighted = core if gram is None else _root(gram, damping) @ core
+        _, values, right = jnp.linalg.svd(weighted, full_matrices=False)
+        left = core @ _transposed(right)
+        right = right if across is None else right @ _transposed(across)
+    return Spectrum(left, values, right)
+
+
+@partial(jax.jit, static_argnames="rank")
+def low_rank(
+    matrix: Float[Array, "*g m n"],
+    rank: int,
+    gram: Float[Array, "*g m m"] | None = None,
+    *,
+    damping: float | Float[Array, ""] = DAMPING,
+) -> tuple[Float[Array, "*g m {rank}"], Float[Array, "*g {rank} n"]]:
+    r"""Two factors L and R of the matrix of this rank that minimises $E\,|x (M - L R)|^2$.
+
+    $L = M V_r / c$ and $R = c V_r^T$ with $c_k = \sqrt{|M v_k|}$: each column of L has the
+    norm of its row of R. Without inputs they are $U_r \sqrt{S_r}$ and $\sqrt{S_r} V_r^T$.
+    """
+    parts = spectrum(matrix, gram, damping=damping)
+    left, right = parts.left[..., :rank], parts.right[..., :rank, :]
+    share = jnp.sqrt(jnp.linalg.norm(left, axis=-2, keepdims=True))
+    left = left / jnp.where(share > 0, share, 1.0)
+    return left, right * _transposed(share)
+
+
+@jax.jit
+def masked(parts: Spectrum, rank: int | Int[Array, ""]) -> Float[Array, "*g m n"]:
+    """The product of the factors of `low_rank`, for a rank that need not be known before."""
+    left = parts.left
+    used = jnp.arange(left.shape[-1]) < rank
+    used = used.reshape((1,) * (left.ndim - 1) + used.shape)
+    return jnp.matmul(jnp.where(used, left, 0.0), parts.right, precision="highest")
+
+
+@jax.jit
+def refit(
+    gram: Float[Array, "*g k k"],
+    target: Float[Array, "*g k n"],
+    basis: Float[Array, "*g k q"],
+    start: Float[Array, "*g q n"],
+    *,
+    damping: float | Float[Array, ""] = DAMPING,
+) -> Float[Array, "*g q n"]:
+    r"""The second factor that is best beside a given first one.
+
+    $H$ minimises $\mathrm{tr}\,(W - B H)^T G\,(W - B H)$ and stays near `start` where the
+    inputs do not say: with $A = B^T G B$ and $D$ its diagonal,
+    $H = H_0 + (A + \lambda D)^{-1} B^T G\,(W - B H_0)$. An output that rounding errors
+    leave with a larger error than before keeps its start.
+    """
+    product = partial(jnp.matmul, precision="highest")
+    groups = math.prod(gram.shape[:-2])
+    flat = lambda v: v.reshape(groups, *v.shape[-2:])
+    pull = product(gram, basis)
+    inner = flat(product(_transposed(basis), pull))
+    scale = _positive(jnp.sqrt(jnp.diagonal(inner, axis1=1, axis2=2)))[:, :, None]
+    factor = damped_cholesky(inner / scale / _transposed(scale), damping)
+    right = flat(product(_transposed(pull), target - product(basis, start))) / scale
+    lower = partial(lax.linalg.triangular_solve, left_side=True, lower=True)
+    move = lower(factor, lower(factor, right), transpose_a=True)
+    found = start + (move / scale).reshape(start.shape)
+
+    def error(h: jax.Array) -> jax.Array:
+        left = target - product(basis, h)
+        return jnp.sum(left * product(gram, left), axis=-2, keepdims=True)
+
+    return jnp.where(error(found) < error(start), found, start)
+
+
+def largest_rank(
+    ratio: float | int,
+    cost_of_rank_one: float | int,
+    cost: float | int,
+    most: int,
+    multiple: int = 1,
+) -> int:
+    """The largest rank whose factors cost at most this ratio of the whole, 1 at least.
+
+    It is rounded up to a multiple where the factors then still cost less than the whole and
+    the rank is one that there is; else down to a multiple; below the first multiple it
+    stays as it is. AIMET rounds up always.
+    """
+    exact = ratio * cost / cost_of_rank_one
+    rank = min(max(math.floor(exact * (1 + 1e-12)), 1), most)  # 0.29 * 100 is not 29
+    above, below = -(-rank // multiple) * multiple, rank // multiple * multiple
+    if above <= most and above * cost_of_rank_one < cost:
+        return above
+    return below or rank
+
+
+def _root(gram: jax.Array, damping: float | jax.Array) -> jax.Array:
+    r"""An R with $R^T R = G + \delta I$; a Gram matrix of zeros stands for one of size 1."""
+    size = _positive(jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1))
+    size = size[..., None, None]
+    values, vectors = jnp.linalg.eigh(gram / size)
+    values = jnp.maximum(values, 0.0) + damping  # rounding errors make some negative
+    return jnp.sqrt(size) * jnp.sqrt(values)[..., None] * _transposed(vectors)
+
+
+def _positive(v: jax.Array) -> jax.Array:
+    return jnp.where(v > 0, v, 1.0)
+
+
+def _transposed(v: jax.Array) -> jax.Array:
+    return jnp.swapaxes(v, -1, -2)
