@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxmet.numerics.rounding.quadratic import damped_cholesky
+from jaxmet.numerics.least_squares import solve
 
 DAMPING = 1e-6
 
@@ -110,16 +109,9 @@ def refit(
     leave with a larger error than before keeps its start.
     """
     product = partial(jnp.matmul, precision="highest")
-    groups = math.prod(gram.shape[:-2])
-    flat = lambda v: v.reshape(groups, *v.shape[-2:])
     pull = product(gram, basis)
-    inner = flat(product(_transposed(basis), pull))
-    scale = _positive(jnp.sqrt(jnp.diagonal(inner, axis1=1, axis2=2)))[:, :, None]
-    factor = damped_cholesky(inner / scale / _transposed(scale), damping)
-    right = flat(product(_transposed(pull), target - product(basis, start))) / scale
-    lower = partial(lax.linalg.triangular_solve, left_side=True, lower=True)
-    move = lower(factor, lower(factor, right), transpose_a=True)
-    found = start + (move / scale).reshape(start.shape)
+    right = product(_transposed(pull), target - product(basis, start))
+    found = start + solve(product(_transposed(basis), pull), right, damping)
 
     def error(h: jax.Array) -> jax.Array:
         left = target - product(basis, h)
@@ -151,15 +143,11 @@ def largest_rank(
 
 def _root(gram: jax.Array, damping: float | jax.Array) -> jax.Array:
     r"""An R with $R^T R = G + \delta I$; a Gram matrix of zeros stands for one of size 1."""
-    size = _positive(jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1))
-    size = size[..., None, None]
+    size = jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    size = jnp.where(size > 0, size, 1.0)
     values, vectors = jnp.linalg.eigh(gram / size)
     values = jnp.maximum(values, 0.0) + damping  # rounding errors make some negative
     return jnp.sqrt(size) * jnp.sqrt(values)[..., None] * _transposed(vectors)
-
-
-def _positive(v: jax.Array) -> jax.Array:
-    return jnp.where(v > 0, v, 1.0)
 
 
 def _transposed(v: jax.Array) -> jax.Array:
