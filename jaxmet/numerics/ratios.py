@@ -1,0 +1,76 @@
+"""Which ratio each site is compressed to, from a table of scores; on the host, in float64.
+
+A row of the table is a site, a column a ratio of cost after to cost before; an entry is the
+score of the network with this site alone compressed to this ratio.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxmet.numerics.knapsack import Chosen as Chosen
+from jaxmet.numerics.knapsack import optimal as optimal
+from jaxmet.numerics.knapsack import too_tight
+
+Table = Float[np.ndarray, "sites ratios"]
+
+
+def monotone(scores: Table, weights: Table | None = None) -> Table:
+    r"""The nearest scores that never fall as the ratio rises, from left to right.
+
+    Of all rising rows the one of least $\sum_j w_j (\hat s_j - s_j)^2$: neighbours in the
+    wrong order are pooled into their mean until none is left.
+
+    Ayer et al., An Empirical Distribution Function for Sampling with Incomplete
+    Information, 1955.
+    """
+    weights = np.ones_like(scores) if weights is None else weights
+    return np.stack([_pooled(s, w) for s, w in zip(scores, weights, strict=True)])
+
+
+def _pooled(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    for mean, weight, count in zip(scores, weights, [1] * scores.size, strict=True):
+        while pools and pools[-1][0] > mean:
+            before, heavy, more = pools.pop()
+            mean = (before * heavy + mean * weight) / (heavy + weight)
+            weight, count = heavy + weight, count + more
+        pools.append((mean, weight, count))
+    return np.repeat([p[0] for p in pools], [p[2] for p in pools])
+
+
+def greedy(
+    ratios: Float[np.ndarray, " ratios"],
+    scores: Table,
+    costs: Table,
+    full: Float[np.ndarray, " sites"],
+    target: float | int,
+    *,
+    other: float | int = 0.0,
+) -> Int[np.ndarray, " sites"]:
+    """The ratio of each site under one threshold for all scores; -1 leaves a site as it is.
+
+    From mild to strong a site goes on as far as its scores stay at the threshold or above,
+    and to the end if the last does. Of the thresholds that make a difference it is the
+    highest with a cost of at most `target` of the whole, which is `full` and the `other`
+    cost of the network.
+
+    AIMET's greedy selection, which halves its way to a cost that may end above the target.
+    """
+    strong_first = np.argsort(ratios, kind="stable")
+    index = np.append(strong_first, -1)
+    costs = np.concatenate([costs[:, strong_first], full[:, None]], axis=1)
+    budget, least = target * (other + full.sum()), np.inf
+    for threshold in np.append(np.unique(scores), np.inf)[::-1]:
+        place = _as_far_as(scores[:, strong_first] >= threshold)
+        cost = other + costs[np.arange(len(place)), place].sum()
+        if cost <= budget:
+            return index[place]
+        least = min(least, cost)
+    raise ValueError(too_tight(least, budget))
+
+
+def _as_far_as(good: Bool[np.ndarray, "sites ratios"]) -> Int[np.ndarray, " sites"]:
+    """The strongest place before which nothing fails, or the very strongest if it is good."""
+    sites, ratios = good.shape
+    run = np.logical_and.accumulate(good[:, ::-1], axis=1).sum(axis=1)
+    return np.where(good[:, 0], 0, ratios - run)
