@@ -277,3 +277,16 @@ def test_singular_inputs_leave_everything_finite(kind):
         left = y - x @ np.float64(found.weight)
         assert (left**2).sum() / len(x) <= 1e-4 * size
         assert np.isfinite(found.gain).all()
+
+
+def test_groups_are_mapped_over():
+    layers = [layer(seed, 0.1) for seed in range(2)]
+    gram, cross = (jnp.stack(v) for v in zip(*(products(x, y) for x, _, y in layers)))
+    weight = jnp.stack([narrow(w) for _, w, _ in layers])
+    for choose in (
+        lambda g, c, w: removal_order(g, c, CHANNELS),
+        lambda g, c, w: jnp.argsort(by_lasso(g, c, w, CHANNELS, 3)),
+    ):
+        together = jax.vmap(choose)(gram, cross, weight)
+        alone = [choose(*v) for v in zip(gram, cross, weight)]
+        assert np.array_equal(together, jnp.stack(alone))

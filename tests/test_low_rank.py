@@ -184,6 +184,14 @@ def test_refit_is_never_worse_than_its_start(kind):
             assert after.sum() < 0.99 * before.sum()
 
 
+def test_refit_keeps_its_start_where_nothing_can_be_solved():
+    matrix, x = layer((9, 4))
+    left, right = low_rank(narrow(matrix), 2)
+    endless = narrow(gram_of(x)).at[1].set(jnp.inf)
+    found = refit(endless, narrow(matrix), left, right)
+    assert np.array_equal(found[1], right[1]) and (found[0] != right[0]).all()
+
+
 @pytest.mark.parametrize(
     ("ratio", "one", "cost", "most", "multiple", "rank"),
     [
