@@ -76,6 +76,7 @@ def removal_order(
     table = _table(gram, cross, channels, damping)
     taps = table.shape[0] // channels
     identity = jnp.eye(taps, dtype=table.dtype)
+    product = partial(jnp.matmul, precision="highest")
 
     def remove(step: jax.Array, state: tuple) -> tuple:
         table, there, order = state
@@ -83,9 +84,9 @@ def removal_order(
         cut = lambda v, axis: lax.dynamic_slice_in_dim(v, i * taps, taps, axis)
         put = lambda v, u, axis: lax.dynamic_update_slice_in_dim(v, u, i * taps, axis)
         rows, columns = cut(table, 0), cut(table, 1)
-        pull = _cho_solve(jnp.linalg.cholesky(cut(rows, 1)), rows)
-        table = table - jnp.matmul(columns, pull, precision="highest")
-        # Zero but for rounding; the block is one that can be factored.
+        pull = product(_inverses(cut(rows, 1)[None])[0], rows)
+        table = table - product(columns, pull)
+        # Zero but for rounding; the block is one that can be inverted.
         table = put(table, jnp.zeros_like(columns), 1)
         table = put(table, put(jnp.zeros_like(rows), identity, 1), 0)
         return table, there.at[i].set(False), order.at[step].set(i.astype(order.dtype))
@@ -171,12 +172,23 @@ def _losses(
     blocks = (channels, size // channels)
     own = jnp.einsum("iaib->iab", table[:, :size].reshape(*blocks, *blocks))
     weight = table[:, size:].reshape(*blocks, -1)
-    solved = jax.vmap(_cho_solve)(jnp.linalg.cholesky(own), weight)
+    solved = jnp.matmul(_inverses(own), weight, precision="highest")
     return jnp.sum(weight * solved, axis=(1, 2))
 
 
-def _cho_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
-    return jax.scipy.linalg.cho_solve((factor, True), right)
+def _inverses(blocks: Float[Array, "n k k"]) -> Float[Array, "n k k"]:
+    """The inverses of many small positive matrices, by Gauss and Jordan.
+
+    A library's routine, called for each of thousands, would take most of the time.
+    """
+
+    def eliminate(j: jax.Array, a: jax.Array) -> jax.Array:
+        column = a[:, :, j]
+        row = a[:, j].at[:, j].set(1.0) / column[:, j, None]
+        rest = a.at[:, :, j].set(0.0) - column[:, :, None] * row[:, None]
+        return rest.at[:, j].set(row)
+
+    return lax.fori_loop(0, blocks.shape[1], eliminate, blocks)
 
 
 def _split(weight: Weight, channels: int) -> Float[Array, "taps channels outs"]:
