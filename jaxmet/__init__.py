@@ -15,6 +15,8 @@ or all of it at once: `params, quantizers, table = jm.ptq(model.apply, params, b
 
 from jaxmet import numerics as numerics
 from jaxmet.analysis.compare import compare as compare
+from jaxmet.analysis.cost import cost as cost
+from jaxmet.analysis.cost import widths as widths
 from jaxmet.analysis.ptq import ptq as ptq
 from jaxmet.engine.graph import Graph as Graph
 from jaxmet.engine.graph import trace as trace
@@ -28,6 +30,7 @@ from jaxmet.transforms.calibrate import calibrate as calibrate
 from jaxmet.transforms.correct_bias import correct_bias as correct_bias
 from jaxmet.transforms.dynamic import dynamic as dynamic
 from jaxmet.transforms.equalize import equalize as equalize
+from jaxmet.transforms.factorize import factorize as factorize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
 from jaxmet.transforms.labels import optimizer_labels as optimizer_labels
 from jaxmet.transforms.plan import plan as plan
@@ -46,4 +49,6 @@ from jaxmet.tree.leaves import densify as densify
 from jaxmet.tree.quantizers import Quantizer as Quantizer
 from jaxmet.tree.quantizers import Quantizers as Quantizers
 from jaxmet.tree.quantizers import grids as grids
+from jaxmet.tree.structures import LowRank as LowRank
+from jaxmet.tree.structures import Pruned as Pruned
 from jaxmet.tree.table import Table as Table

@@ -19,7 +19,7 @@ from jaxmet.engine.partial import Partial, Uniform, taken, whole
 from jaxmet.engine.partial_rules import RULES
 from jaxmet.engine.program import Equation, Region, Value, flatten
 from jaxmet.engine.views import CASTS
-from jaxmet.tree.leaves import dense, is_structured
+from jaxmet.tree.leaves import Compressed, dense, is_structured
 from jaxmet.tree.leaves import flatten as flatten_tree
 from jaxmet.tree.structures import LowRank, Pruned, multiplied
 
@@ -51,9 +51,15 @@ def expanded(apply: Apply) -> Apply:
 def opened(leaf: Any) -> Any:
     """A leaf as the equations meet it: an array, a part of one, or two factors."""
     weight = dense(leaf)
-    if isinstance(weight, Pruned):
-        return Partial(opened(weight.part), weight.keep)
-    return weight
+    if not isinstance(weight, Pruned):
+        return weight
+    part = opened(weight.part)
+    if not isinstance(part, LowRank):
+        return Partial(part, weight.keep)
+    ins = tuple(k for k in weight.keep if k.axis in part.in_axes)
+    outs = tuple(k for k in weight.keep if k.axis in part.out_axes)
+    first, second = Pruned(part.first, ins), Pruned(part.second, outs)
+    return _with_factors(part, Compressed(first), Compressed(second), weight.shape)
 
 
 class Expansion:
@@ -225,8 +231,11 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _with_factors(x: LowRank, first: Any, second: Any) -> LowRank:
-    return LowRank(first, second, x.method, x.shape, x.in_axes, x.out_axes)
+def _with_factors(
+    x: LowRank, first: Any, second: Any, shape: tuple[int, ...] | None = None
+) -> LowRank:
+    shape = x.shape if shape is None else shape
+    return LowRank(first, second, x.method, shape, x.in_axes, x.out_axes)
 
 
 def _dense(x: Any) -> Any:

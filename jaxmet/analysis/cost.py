@@ -1,0 +1,100 @@
+"""What a model costs: multiplications, parameters and bytes of every site."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.operations import works
+from jaxmet.tree.leaves import dense, flatten, is_structured
+from jaxmet.tree.names import named_leaves, parameter_names
+from jaxmet.tree.structures import LowRank, Pruned
+from jaxmet.tree.table import Table
+
+CALLER = "cost"
+REST, ALL = "(other parameters)", "(all)"
+
+
+def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
+    """Multiplications, parameters and bytes of every site, and of the model in all.
+
+    `inputs` are arrays or `jax.ShapeDtypeStruct`s; counts are for one call with them, so
+    pass one example for the cost of an example. `params` may be factorized or pruned:
+    what is counted is what `jm.lift` runs, two sites for two factors.
+
+    Columns: `site`; `macs`, the multiplications of its product, those with padding
+    included, as papers count them; `flops`, additions and multiplications where a window
+    meets values, as XLA counts them; `parameters` of weight and bias, and their `bytes` as
+    they are stored. A weight that several sites read counts with the first. The last two
+    rows are the parameters of no site, and the whole.
+
+    >>> table = jm.cost(params, graph, images[:1])
+    >>> table.where(site="(all)")["macs"]
+    """
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the graph is of type {type(graph).__name__}. Pass the tree "
+            "first, then what jm.trace returned, then the inputs."
+        )
+    if not inputs:
+        raise ValueError(
+            f"jaxmet.{CALLER}: there are no inputs. Pass those of one call, or their "
+            "shapes as jax.ShapeDtypeStruct: how much work a layer is depends on them."
+        )
+    leaves, counted = named_leaves(params), set()
+    rows = []
+    for work in works(graph, params, inputs, kwargs):
+        own = [n for n in work.node.parameters if n in leaves and n not in counted]
+        counted.update(own)
+        numbers = _stored([leaves[n] for n in own])
+        rows.append((work.node.name, work.macs, work.flops, *numbers))
+    rest = _stored([leaf for name, leaf in leaves.items() if name not in counted])
+    rows.append((REST, 0, 0, *rest))
+    rows.append((ALL, *(sum(row[i] for row in rows) for i in range(1, 5))))
+    names = ("site", "macs", "flops", "parameters", "bytes")
+    return Table(
+        dict(zip(names, zip(*rows, strict=True), strict=True)), "cost of a call"
+    )
+
+
+def _stored(leaves: list[Any]) -> tuple[int, int]:
+    arrays = [a for a in jax.tree.leaves(leaves) if hasattr(a, "dtype")]
+    sizes = [math.prod(np.shape(a)) for a in arrays]
+    bytes_ = sum(n * a.dtype.itemsize for n, a in zip(sizes, arrays, strict=True))
+    return sum(sizes), bytes_
+
+
+def widths(params: Any) -> Table:
+    """What is left of every parameter: for who rebuilds the model with smaller layers.
+
+    One row a leaf that was factorized or pruned: its name, its `shape` before, the shapes
+    that are `stored` now, and the `rank` between two factors. A flax model with these
+    features and ranks takes the stored arrays as they are.
+
+    >>> print(jm.widths(jm.prune(params, graph, ratios)))
+    """
+    names, leaves = parameter_names(params, whole=True), flatten(params, whole=True)[1]
+    rows = [
+        (
+            name,
+            leaf.shape,
+            [tuple(dense(p).shape) for p in flatten(leaf)[1]],
+            _rank(leaf),
+        )
+        for name, leaf in zip(names, leaves, strict=True)
+        if is_structured(leaf)
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * 4
+    return Table(
+        dict(zip(("parameter", "shape", "stored", "rank"), columns, strict=True)),
+        f"{len(rows)} parameters are smaller",
+    )
+
+
+def _rank(leaf: Any) -> int | None:
+    weight = leaf.weight
+    while isinstance(weight, Pruned):
+        weight = dense(weight.part)
+    return weight.rank if isinstance(weight, LowRank) else None

@@ -1,0 +1,85 @@
+"""How much work the products of a program are."""
+
+import math
+from typing import Any, NamedTuple
+
+from jaxmet.engine.analyse import analyse
+from jaxmet.engine.describe import describe
+from jaxmet.engine.expand import call_of
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.engine.program import Equation
+
+
+class Work(NamedTuple):
+    """Of one product: its node, multiplications, and the operations that XLA counts.
+
+    `macs` counts every tap of a window at every output position, in padding too, as papers
+    do; `flops` counts additions and multiplications where a tap meets a value.
+    """
+
+    node: Node
+    macs: int
+    flops: int
+
+
+def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
+    """The work of every site in the order in which they run, on inputs of these shapes."""
+    analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
+    found = []
+    for cluster, node in describe(analysis).items():
+        if node.kind == "lookup":
+            found.append(Work(node, 0, 0))
+        elif node.kind == "product":
+            macs, flops = _counts(cluster.details["product"])
+            times = node.layers or 1
+            found.append(Work(node, macs * times, flops * times))
+    return found
+
+
+def _counts(equation: Equation) -> tuple[int, int]:
+    if equation.name == "conv_general_dilated":
+        return _convolution(equation)
+    lhs, rhs = equation.operands[:2]
+    (_, rc), (_, rb) = equation.params["dimension_numbers"]
+    free = [n for i, n in enumerate(rhs.shape) if i not in (*rc, *rb)]
+    macs = math.prod(lhs.shape) * math.prod(free)
+    return macs, 2 * macs
+
+
+def _convolution(equation: Equation) -> tuple[int, int]:
+    p, (x, kernel) = equation.params, equation.operands[:2]
+    numbers, out = p["dimension_numbers"], equation.results[0].shape
+    inside = kernel.shape[numbers.rhs_spec[1]]
+    outside = out[numbers.out_spec[0]] * out[numbers.out_spec[1]]
+    every = met = inside * outside
+    for i, axis in enumerate(numbers.rhs_spec[2:]):
+        taps, positions = kernel.shape[axis], out[numbers.out_spec[2 + i]]
+        every *= taps * positions
+        met *= _meetings(
+            positions,
+            taps,
+            x.shape[numbers.lhs_spec[2 + i]],
+            stride=p["window_strides"][i],
+            low=p["padding"][i][0],
+            apart=p["rhs_dilation"][i],
+            spread=p["lhs_dilation"][i],
+        )
+    return every, 2 * met
+
+
+def _meetings(
+    positions: int,
+    taps: int,
+    size: int,
+    *,
+    stride: int,
+    low: int,
+    apart: int,
+    spread: int,
+) -> int:
+    """How often a tap of a window meets a value of the input along one axis."""
+    places = (
+        o * stride + k * apart - low for o in range(positions) for k in range(taps)
+    )
+    return sum(0 <= n <= (size - 1) * spread and n % spread == 0 for n in places)

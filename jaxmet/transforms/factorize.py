@@ -1,0 +1,229 @@
+"""Weights in two thin factors: two products with fewer multiplications in place of one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax.numpy as jnp
+
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.node import Node
+from jaxmet.engine.views import CASTS
+from jaxmet.numerics.low_rank import largest_rank
+from jaxmet.transforms.factors import Shape, factors_of, shape_of
+from jaxmet.transforms.grams import ROWS, grams
+from jaxmet.transforms.ratios import asked_for, check_multiple
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.leaves import Compressed, dense, is_compressed
+from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.structures import LowRank
+from jaxmet.tree.table import Table
+
+CALLER = "factorize"
+METHODS = ("spatial", "weight")
+COLUMNS = ("site", "rank", "of", "ratio", "error", "note")
+
+
+@overload
+def factorize(
+    params: Any,
+    graph: Graph,
+    *,
+    ranks: Mapping[str, int] | None = ...,
+    ratios: float | Mapping[str, float] | None = ...,
+    method: str = ...,
+    batches: Any = ...,
+    multiple: int = ...,
+    rows: int = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    progress: bool = ...,
+    with_report: Literal[False] = False,
+) -> Any: ...
+@overload
+def factorize(
+    params: Any,
+    graph: Graph,
+    *,
+    ranks: Mapping[str, int] | None = ...,
+    ratios: float | Mapping[str, float] | None = ...,
+    method: str = ...,
+    batches: Any = ...,
+    multiple: int = ...,
+    rows: int = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    progress: bool = ...,
+    with_report: Literal[True],
+) -> tuple[Any, Table]: ...
+def factorize(
+    params: Any,
+    graph: Graph,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    ratios: float | Mapping[str, float] | None = None,
+    method: str = "spatial",
+    batches: Any = None,
+    multiple: int = 1,
+    rows: int = ROWS,
+    inputs: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+    with_report: bool = False,
+) -> Any:
+    r"""Replace weights by two factors of lower rank.
+
+    A kernel (h, w, in, out) becomes, with `method='spatial'`, one of (h, 1, in, rank) and
+    one of (1, w, rank, out); with `'weight'` one of (1, 1, in, rank) and one of
+    (h, w, rank, out). Strides, padding and dilation of each window axis go with the factor
+    that holds it; the groups of a grouped convolution are factorized each for itself. Dense
+    layers and windows of one are the same for both methods. The leaf becomes `Compressed`
+    with `LowRank` factors, which `jm.lift` and `jm.simulate` run as two sites, 'site/in' and
+    'site/out': trace the model again with the new tree. Biases, bounds and what padding
+    holds stay with the factor that they belong to.
+
+    `ratios` is the cost of a site afterwards over its cost before, in multiplications: one
+    number for all sites or one a site; `ranks` gives ranks themselves. Ranks are rounded
+    up to a `multiple` where that still saves something. A site whose factors would cost as
+    much as its weight is left alone.
+
+    Without data the product of the factors is the nearest to the weight, by its singular
+    values. With `batches` it is the one that changes the site's output least on them:
+    $E\,|x (W - AB)|^2$ is minimised through the Gram matrix of the inputs x, from at most
+    `rows` rows a batch; then B is refitted to A over the whole window.
+
+    With `with_report` also a Table: rank and full rank of each site, the ratio that was
+    reached, the relative error of the output (of the weight, without data), or why the
+    site was left alone.
+
+    Raises ValueError for ratios outside (0, 1], ranks that a weight does not have, names of
+    sites that are not there or cannot be factorized, and both or neither of `ranks` and
+    `ratios`.
+
+    Jaderberg et al., [Speeding up Convolutional Neural Networks with Low Rank
+    Expansions](https://arxiv.org/abs/1405.3866), BMVC 2014; Zhang et al., [Accelerating
+    Very Deep Convolutional Networks](https://arxiv.org/abs/1505.06798), 2015, for the
+    error of the output.
+
+    >>> params = jm.factorize(params, graph, ratios=0.5, batches=batches)
+    >>> graph = jm.trace(model.apply, params, images[:1])
+    """
+    leaves = leaves_of(params, graph, CALLER)
+    if method not in METHODS:
+        raise ValueError(
+            f"jaxmet.{CALLER}: method is {method!r}. It is 'spatial' or 'weight': which "
+            "factor holds the window of a convolution."
+        )
+    if (ranks is None) == (ratios is None):
+        raise ValueError(
+            f"jaxmet.{CALLER}: give either ranks= or ratios=: the rank of each site, or "
+            "its cost afterwards over its cost before."
+        )
+    check_multiple(multiple, CALLER)
+    left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
+    sites = [n for n in graph.sites if n.name not in left]
+    shapes = {n.name: shape_of(n, leaves[_parameter(n)], method) for n in sites}
+    names = {n.name: left.get(n.name) for n in graph.sites}
+    if ranks is not None:
+        wanted = dict(ranks)
+        asked_for(dict.fromkeys(ranks, 1.0), names, graph, CALLER)
+        _check_ranks(wanted, shapes)
+    else:
+        asked = asked_for(ratios, names, graph, CALLER)
+        wanted = {
+            name: _rank(shapes[name], ratio, multiple)
+            for name, ratio in asked.items()
+            if ratio < 1
+        }
+    for name in list(wanted):
+        if shapes[name].cost_of(wanted[name]) >= shapes[name].cost:
+            left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
+            del wanted[name]
+    read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
+    seen: Mapping[str, Any] = {}
+    if read is not None and wanted:
+        seen = grams(
+            graph, params, read, wanted, caller=CALLER, rows=rows, progress=progress
+        )
+    found, table = {}, []
+    for node in graph.sites:
+        if node.name not in wanted:
+            table.append({"site": node.name, "note": _note(left.get(node.name))})
+            continue
+        name, shape, rank = _parameter(node), shapes[node.name], wanted[node.name]
+        gram = seen[node.name].mean if node.name in seen else None
+        first, second, error = factors_of(
+            jnp.asarray(dense(leaves[name])), shape, rank, gram
+        )
+        found[name] = _leaf(leaves[name], first, second, shape)
+        table.append(
+            {
+                "site": node.name,
+                "rank": rank,
+                "of": shape.most,
+                "ratio": shape.cost_of(rank) / shape.cost,
+                "error": error,
+            }
+        )
+    result = replace_leaves(params, found, caller=CALLER)
+    return (result, _table(table)) if with_report else result
+
+
+def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
+    """Why a site's weight has no factors, None where it has."""
+    weight = node.weight
+    if node.kind != "product" or weight is None:
+        return f"a {node.kind} multiplies nothing"
+    if weight.name is None:
+        return "its weight is computed from parameters"
+    if weight.stacked or weight.shared:
+        return "its weight is stacked" if weight.stacked else "its weight is shared"
+    if any(view not in CASTS for view in weight.views):
+        return "its weight is reshaped before it is used"
+    conv, dot = node.convolution, node.dot
+    if conv is not None and conv.batch_groups != 1:
+        return "its batch is split into groups"
+    met = conv.kernel_axes[2:] if conv else [w for _, w in dot.summed] if dot else []
+    if list(met) != sorted(met):
+        return "its axes meet the input in another order"
+    if dot is not None and (dot.batched or weight.operand != 1):
+        return "its weight is read along other axes"
+    if not jnp.issubdtype(dense(leaves[weight.name]).dtype, jnp.floating):
+        return "its weight holds no real numbers"
+    return None
+
+
+def _parameter(node: Node) -> str:
+    assert node.weight is not None and node.weight.name is not None
+    return node.weight.name
+
+
+def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or not 1 <= rank <= shapes[name].most:
+            raise ValueError(
+                f"jaxmet.{CALLER}: the rank of {name!r} is {rank!r}. Give a whole number "
+                f"from 1 to {shapes[name].most}."
+            )
+
+
+def _rank(shape: Shape, ratio: float, multiple: int) -> int:
+    return largest_rank(ratio, shape.cost_of(1), shape.cost, shape.most, multiple)
+
+
+def _leaf(leaf: Any, first: Any, second: Any, shape: Shape) -> Compressed:
+    """The factors with what the leaf stated, each part of it where it belongs."""
+    if is_compressed(leaf):
+        if leaf.input_offset is not None:
+            first = Compressed(first, input_offset=leaf.input_offset)
+        if leaf.lower is not None or leaf.upper is not None:
+            second = Compressed(second, lower=leaf.lower, upper=leaf.upper)
+    return Compressed(
+        LowRank(first, second, shape.method, shape.sizes, shape.in_axes, shape.out_axes)
+    )
+
+
+def _note(why: str | None) -> str | None:
+    return f"left alone: {why}" if why else None
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = {name: [row.get(name) for row in rows] for name in COLUMNS}
+    count = sum(row.get("rank") is not None for row in rows)
+    return Table(columns, title=f"{CALLER}: {count} of {len(rows)} sites")

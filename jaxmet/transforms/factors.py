@@ -1,0 +1,154 @@
+"""The layout of a weight's factors: matrices in, arrays with the weight's axes out."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmet.engine.node import Node
+from jaxmet.numerics.low_rank import low_rank, refit
+from jaxmet.tree.leaves import dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A weight by roles of its axes, and what a rank costs for one output position.
+
+    `mine` are the window axes that the first factor holds, `others` those of the second.
+    """
+
+    method: str
+    sizes: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    mine: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
+    groups: int = 1
+    strides: int = 1  # of the axes of the second factor, before which the first runs
+
+    def size(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.sizes[i] for i in axes)
+
+    @property
+    def ins(self) -> int:
+        return self.size(self.in_axes)
+
+    @property
+    def outs(self) -> int:
+        """Outputs of one group."""
+        return self.size(self.out_axes) // self.groups
+
+    @property
+    def most(self) -> int:
+        """The full rank."""
+        return min(self.ins * self.size(self.mine), self.outs * self.size(self.others))
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of the weight itself."""
+        taps = self.size(self.mine) * self.size(self.others)
+        return self.groups * self.ins * self.outs * taps
+
+    def cost_of(self, rank: int) -> int:
+        """Multiplications of both factors."""
+        first = self.ins * self.size(self.mine) * self.strides
+        return self.groups * rank * (first + self.outs * self.size(self.others))
+
+
+def shape_of(node: Node, leaf: Any, method: str) -> Shape:
+    """How a site's weight would be factorized."""
+    weight, conv = node.weight, node.convolution
+    assert weight is not None
+    sizes = tuple(dense(leaf).shape)
+    if conv is None:
+        return Shape(method, sizes, weight.in_axes, weight.out_axes)
+    out, inside, *window = conv.kernel_axes
+    mine = (min(window),) if method == "spatial" and window else ()
+    others = tuple(axis for axis in sorted(window) if axis not in mine)
+    steps = dict(zip(window, conv.strides, strict=True))
+    strides = math.prod(steps[axis] for axis in others)
+    return Shape(method, sizes, (inside,), (out,), mine, others, conv.groups, strides)
+
+
+def factors_of(
+    weight: jax.Array, shape: Shape, rank: int, gram: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both factors in the axes of the weight, and the relative error of what they make."""
+    dtype = weight.dtype
+    weight = weight.astype(jnp.promote_types(dtype, jnp.float32))
+    full = _full(weight, shape)  # groups, mine, others, ins, outs
+    groups, mine, others, ins, outs = full.shape
+    matrix = jnp.transpose(full, (0, 1, 3, 2, 4)).reshape(groups, mine * ins, -1)
+    inner = None if gram is None else _inner(gram, mine, others, ins)
+    first, second = low_rank(matrix, rank, inner)
+    target = full.reshape(groups, -1, outs)
+    if gram is not None and others > 1:
+        start = second.reshape(groups, rank, others, outs)
+        start = jnp.transpose(start, (0, 2, 1, 3)).reshape(groups, -1, outs)
+        better = refit(gram, target, _basis(first, mine, others, ins), start)
+        second = better.reshape(groups, others, rank, outs)
+        second = jnp.transpose(second, (0, 2, 1, 3)).reshape(groups, rank, -1)
+    made = jnp.matmul(first, second, precision="highest")
+    made = made.reshape(groups, mine, ins, others, outs)
+    made = jnp.transpose(made, (0, 1, 3, 2, 4)).reshape(target.shape)
+    error = _energy(target - made, gram) / jnp.maximum(_energy(target, gram), 1e-30)
+    one = _placed(first.reshape(groups, mine, ins, rank), shape, first=True)
+    two = _placed(second.reshape(groups, rank, others, outs), shape, first=False)
+    return one.astype(dtype), two.astype(dtype), jnp.sqrt(error)
+
+
+def _full(weight: jax.Array, shape: Shape) -> jax.Array:
+    """(groups, window of the first, window of the second, ins, outs)."""
+    order = (*shape.mine, *shape.others, *shape.in_axes, *shape.out_axes)
+    sizes = (shape.size(shape.mine), shape.size(shape.others), shape.ins)
+    split = jnp.transpose(weight, order).reshape(*sizes, shape.groups, shape.outs)
+    return jnp.moveaxis(split, 3, 0)
+
+
+def _inner(gram: jax.Array, mine: int, others: int, ins: int) -> jax.Array:
+    """The Gram matrix of what the first factor reads, over all places of its window."""
+    blocks = gram.reshape(gram.shape[0], mine, others, ins, mine, others, ins)
+    return jnp.einsum("gyximxj->gyimj", blocks).reshape(
+        gram.shape[0], mine * ins, mine * ins
+    )
+
+
+def _basis(first: jax.Array, mine: int, others: int, ins: int) -> jax.Array:
+    """What the first factor makes of a whole window, for each place of the second's."""
+    groups, _, rank = first.shape
+    apart = jnp.eye(others, dtype=first.dtype)
+    spread = jnp.einsum(
+        "gyir,xz->gyxizr", first.reshape(groups, mine, ins, rank), apart
+    )
+    return spread.reshape(groups, mine * others * ins, others * rank)
+
+
+def _energy(matrix: jax.Array, gram: jax.Array | None) -> jax.Array:
+    if gram is None:
+        return jnp.sum(matrix**2)
+    return jnp.sum(matrix * jnp.matmul(gram, matrix, precision="highest"))
+
+
+def _placed(factor: jax.Array, shape: Shape, *, first: bool) -> jax.Array:
+    """A factor with the axes of the weight, in its order."""
+    sizes = list(shape.sizes)
+    if first:  # (groups, mine, ins, rank) -> (mine, ins, groups * rank)
+        groups, _, _, rank = factor.shape
+        held, gone = (*shape.mine, *shape.in_axes), shape.others
+        factor = jnp.moveaxis(factor, 0, 2)
+        channel, width, idle = shape.out_axes[-1], groups * rank, shape.out_axes[:-1]
+        order = (*held, channel)
+    else:  # (groups, rank, others, outs) -> (rank, others, groups * outs)
+        _, rank, _, _ = factor.shape
+        held, gone = (*shape.others, *shape.out_axes), shape.mine
+        factor = jnp.moveaxis(factor, 0, 2)
+        channel, width, idle = shape.in_axes[-1], rank, shape.in_axes[:-1]
+        order = (channel, *held)
+    for axis in (*gone, *idle):
+        sizes[axis] = 1
+    sizes[channel] = width
+    order = (*order, *gone, *idle)
+    shaped = factor.reshape([sizes[i] for i in order])
+    return jnp.transpose(shaped, [order.index(i) for i in range(len(order))])

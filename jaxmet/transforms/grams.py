@@ -1,0 +1,66 @@
+"""Products of what sites read, over all data, in one pass."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmet.engine.collect import collect
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.engine.replay import Run
+from jaxmet.engine.rows import rows_of
+from jaxmet.tree.batches import Batches
+
+ROWS = 65_536
+"""How many rows of a site's inputs are looked at in a batch, by default."""
+
+
+class Gram(NamedTuple):
+    """Sums over rows x of a site's inputs: how many, and of their products xᵀx."""
+
+    number: jax.Array
+    products: jax.Array  # (groups, ins, ins)
+
+    @property
+    def mean(self) -> jax.Array:
+        return self.products / jnp.maximum(self.number, 1.0)
+
+
+def grams(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    sites: Collection[str],
+    *,
+    caller: str,
+    rows: int = ROWS,
+    progress: bool = True,
+) -> dict[str, Gram]:
+    """The Gram matrix of the inputs of each of these sites, (groups, ins, ins).
+
+    `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
+    from all positions of each example.
+    """
+    wanted = set(sites)
+
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = run(*operands)
+        if node.name not in wanted or node.weight is None:
+            return result, None
+        x, kernel = operands[0], operands[node.weight.operand]
+        most = max(1, rows // max(1, x.shape[0]))
+        found = rows_of(
+            node, x, kernel.shape, most=most, key=jax.random.key(len(kernel.shape))
+        )
+        found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
+        products = jnp.einsum("gri,grj->gij", found, found, precision="highest")
+        return result, Gram(jnp.asarray(found.shape[1], found.dtype), products)
+
+    if not wanted:
+        return {}
+    merge = lambda a, b: jax.tree.map(jnp.add, a, b)
+    return collect(
+        graph, params, batches, hook, merge, caller=caller, progress=progress
+    )

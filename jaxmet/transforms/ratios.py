@@ -1,0 +1,49 @@
+"""What a user asks of each site: one ratio for all, or one by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmet.engine.graph import Graph
+from jaxmet.tree.names import suggestion
+
+
+def asked_for(
+    ratios: Any, sites: Mapping[str, str | None], graph: Graph, caller: str
+) -> dict[str, float]:
+    """The ratio of every site that can have one and is asked for.
+
+    `sites` says of each why it cannot, or None. Refused are ratios outside (0, 1], unknown
+    names, and names, here or in `graph.only`, of sites that cannot.
+    """
+    by_name = isinstance(ratios, Mapping)
+    asked = (
+        dict(ratios) if by_name else {n: ratios for n, why in sites.items() if not why}
+    )
+    for name, ratio in asked.items() if by_name else [("", ratios)]:
+        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if not number or not 0 < ratio <= 1:
+            of = f" of {name!r}" if name else ""
+            raise ValueError(
+                f"jaxmet.{caller}: the ratio{of} is {ratio!r}. It is the cost afterwards "
+                "over the cost before: a number above 0 and up to 1."
+            )
+    named = set(asked) if by_name else set()
+    for name in [*asked, *(graph.named & set(sites))]:
+        if name not in sites:
+            raise ValueError(
+                f"jaxmet.{caller}: there is no selected site {name!r}. "
+                f"{suggestion(name, list(sites))}"
+            )
+        if sites[name] and (name in named or name in graph.named):
+            raise ValueError(
+                f"jaxmet.{caller}: {name!r} cannot be compressed: {sites[name]}. Leave it out."
+            )
+    return {name: float(ratio) for name, ratio in asked.items()}
+
+
+def check_multiple(multiple: Any, caller: str) -> None:
+    """Refuse what is no multiple to round to."""
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise ValueError(
+            f"jaxmet.{caller}: multiple is {multiple!r}. Give a whole number from 1 on."
+        )

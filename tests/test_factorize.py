@@ -1,0 +1,288 @@
+"""Factorizing against published formulas, brute force and the function itself."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxmet as jm
+from jaxmet.tree.leaves import Compressed, densify
+from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.structures import Keep, Pruned
+from zoo import CASES
+
+
+class Net(nn.Module):
+    """Everything that has factors: strides, padding, dilation, groups, a window of one."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3), strides=(2, 1), name="stem")(x))
+        x = nn.relu(nn.Conv(24, (3, 5), kernel_dilation=(1, 2), name="dilated")(x))
+        x = nn.relu(nn.Conv(16, (3, 3), feature_group_count=2, name="grouped")(x))
+        x = nn.relu(nn.Conv(32, (1, 1), name="point")(x))
+        return nn.Dense(10, name="head")(jnp.mean(x, (1, 2)))
+
+
+SITES = ["stem", "dilated", "grouped", "point", "head"]
+
+
+@pytest.fixture(scope="module")
+def net():
+    model, keys = Net(), jax.random.split(jax.random.key(0), 3)
+    # Inputs that live near a few directions, as natural images do.
+    mixed = jax.random.normal(keys[0], (4, 8)) @ jax.random.normal(keys[1], (8, 8))
+    x = jax.random.normal(keys[2], (6, 12, 10, 4)) @ mixed
+    params = jax.jit(model.init)(jax.random.key(1), x)
+    return model.apply, params, x, jm.trace(model.apply, params, x)
+
+
+def kernel(params, site):
+    return np.asarray(named_leaves(densify(params))[f"{site}/kernel"], np.float64)
+
+
+def spatial_matrix(weight, groups):
+    h, w, ins, outs = weight.shape
+    weight = weight.reshape(h, w, ins, groups, outs // groups)
+    return weight.transpose(3, 0, 2, 1, 4).reshape(groups, h * ins, -1)
+
+
+def weight_matrix(weight, groups):
+    h, w, ins, outs = weight.shape
+    weight = weight.reshape(h, w, ins, groups, outs // groups)
+    return weight.transpose(3, 2, 0, 1, 4).reshape(groups, ins, -1)
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_without_data_the_error_is_the_rest_of_the_singular_values(net, method):
+    _, params, _, graph = net
+    ranks = {"stem": 3, "dilated": 5, "grouped": 2, "point": 4, "head": 3}
+    small, report = jm.factorize(
+        params, graph, ranks=ranks, method=method, with_report=True
+    )
+    view = spatial_matrix if method == "spatial" else weight_matrix
+    for site, rank in ranks.items():
+        before, after = kernel(params, site), kernel(small, site)
+        if before.ndim == 2:
+            before, after = before[None, None], after[None, None]
+        groups = 2 if site == "grouped" else 1
+        values = np.linalg.svd(view(before, groups), compute_uv=False)
+        left = np.sum(values[:, rank:] ** 2)
+        assert np.sum((before - after) ** 2) == pytest.approx(left, rel=1e-4)
+        told = report.where(site=site)["error"][0]
+        assert told == pytest.approx(np.sqrt(left / np.sum(values**2)), rel=1e-3)
+        assert all(
+            np.linalg.matrix_rank(m, tol=1e-4) == rank for m in view(after, groups)
+        )
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_the_model_runs_what_the_factors_stand_for(net, method):
+    apply, params, x, graph = net
+    small = jm.factorize(params, graph, ratios=0.5, method=method)
+    found = jax.jit(jm.lift(apply))(small, x)
+    np.testing.assert_allclose(found, apply(densify(small), x), rtol=1e-4, atol=1e-4)
+    names = [n.name for n in jm.trace(apply, small, x).sites]
+    assert names == [f"{s}/{part}" for s in SITES for part in ("in", "out")]
+    with pytest.raises(Exception, match="shape"):  # flax looks before it multiplies
+        apply(small, x)
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_the_ratio_is_kept_and_nearly_used(net, method):
+    apply, params, x, graph = net
+    before = jm.cost(params, graph, x)
+    for ratio in (0.3, 0.6, 0.9):
+        small, report = jm.factorize(
+            params, graph, ratios=ratio, method=method, with_report=True
+        )
+        after = jm.cost(small, jm.trace(apply, small, x), x)
+        for row in report:
+            site, rank = row["site"], row["rank"]
+            old = before.where(site=site)["macs"][0]
+            new = sum(
+                after.where(site=f"{site}/{part}")["macs"][0] for part in ("in", "out")
+            )
+            assert new / old == pytest.approx(row["ratio"], rel=0.1)  # borders
+            assert row["ratio"] <= ratio or rank == 1
+            assert row["ratio"] * (rank + 1) / rank > ratio or rank == row["of"]
+
+
+def test_published_ranks():
+    """64 × 64 × 3 × 3 at half, and 512 × 1000 at 0.4: AIMET's formulas."""
+    params = {
+        "c": {"kernel": jnp.ones((3, 3, 64, 64))},
+        "d": {"kernel": jnp.ones((512, 1000))},
+    }
+
+    def apply(p, x, y):
+        conv = jax.lax.conv_general_dilated(
+            x,
+            p["c"]["kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return conv, y @ p["d"]["kernel"]
+
+    graph = jm.trace(apply, params, jnp.ones((1, 4, 4, 64)), jnp.ones((1, 512)))
+    _, report = jm.factorize(
+        params, graph, ratios={"c": 0.5, "d": 0.4}, method="weight", with_report=True
+    )
+    assert report["rank"] == [64 * 64 * 9 // 2 // (64 + 64 * 9), int(512 * 400 // 1512)]
+    _, report = jm.factorize(params, graph, ratios={"c": 0.5}, with_report=True)
+    assert report["rank"][0] == 64 * 64 * 9 // 2 // (64 * 3 * 2)
+    _, report = jm.factorize(
+        params, graph, ratios={"c": 0.5}, multiple=32, with_report=True
+    )
+    assert report["rank"][0] == 64
+
+
+def output_error(apply, params, small, x, site):
+    """Relative error of one site's output on its own float inputs, brute force."""
+    seen = {}
+
+    def hook(node, run, operands):
+        seen[node.name] = run(*operands)
+        return seen[node.name], None
+
+    jm.evaluate(apply, hook)(params, x)
+    wanted = np.asarray(seen[site], np.float64)
+    leaves = named_leaves(densify(small))
+    one = replace_leaves(params, {f"{site}/kernel": leaves[f"{site}/kernel"]})
+    jm.evaluate(apply, hook)(one, x)
+    bias = np.asarray(named_leaves(params)[f"{site}/bias"])
+    error = np.sum((np.asarray(seen[site]) - wanted) ** 2)
+    return np.sqrt(error / np.sum((wanted - bias) ** 2))
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_data_make_the_error_of_the_output_smaller(net, method):
+    apply, params, x, graph = net
+    options = {"ratios": 0.4, "method": method}
+    plain = jm.factorize(params, graph, **options)
+    tuned, report = jm.factorize(
+        params,
+        graph,
+        **options,
+        batches=[x[:4], x[4:]],
+        with_report=True,
+        progress=False,
+    )
+    gains = []
+    for site in SITES:
+        before = output_error(apply, params, plain, x, site)
+        after = output_error(apply, params, tuned, x, site)
+        assert report.where(site=site)["error"][0] == pytest.approx(after, rel=0.02)
+        assert after <= before * 1.001
+        gains.append(after / before)
+    assert np.median(gains) < 0.8
+
+
+def test_a_rank_that_costs_more_than_the_weight_is_refused(net):
+    _, params, _, graph = net
+    small, report = jm.factorize(params, graph, ranks={"head": 10}, with_report=True)
+    assert "cost no less" in report.where(site="head")["note"][0]
+    assert small["params"]["head"]["kernel"] is params["params"]["head"]["kernel"]
+    assert jm.factorize(params, graph, ratios=1.0)["params"] == params["params"]
+
+
+def test_bounds_stay_with_the_second_factor():
+    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    graph = jm.trace(apply, params, *inputs)
+    tree = jm.equalize(
+        jm.fold_batch_norm(params, graph), graph, objective="range", progress=False
+    )
+    leaf = named_leaves(tree)["expand/kernel"]
+    assert leaf.upper is not None
+    small = jm.factorize(
+        tree, graph.only("expand"), ranks={"expand": 2}, method="weight"
+    )
+    leaves = named_leaves(small)
+    assert leaves["expand/out/kernel"].upper is leaf.upper
+    dense = leaf.replace(
+        weight=jnp.einsum(
+            "yxir,yxro->yxio",
+            leaves["expand/in/kernel"],
+            leaves["expand/out/kernel"].weight,
+        )
+    )
+    wanted = jm.lift(apply)(replace_leaves(tree, {"expand/kernel": dense}), *inputs)
+    np.testing.assert_allclose(
+        jm.lift(apply)(small, *inputs), wanted, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_is_left_of_a_pruned_weight_is_factorized(net):
+    apply, params, x, graph = net
+    rng = np.random.default_rng(0)
+    keep = tuple(int(i) for i in np.sort(rng.choice(16, 9, replace=False)))
+    leaf = named_leaves(params)["dilated/kernel"][:, :, np.array(keep)]
+    tree = replace_leaves(
+        params, {"dilated/kernel": Compressed(Pruned(leaf, (Keep(2, 16, keep),)))}
+    )
+    small = jm.factorize(tree, jm.trace(apply, tree, x), ranks={"dilated": 6})
+    shapes = {n: v.shape for n, v in named_leaves(small).items()}
+    assert shapes["dilated/in/kernel"] == (3, 1, 9, 6)
+    assert shapes["dilated/out/kernel"] == (1, 5, 6, 24)
+    found = jax.jit(jm.lift(apply))(small, x)
+    np.testing.assert_allclose(found, apply(densify(small), x), rtol=1e-4, atol=1e-4)
+
+
+def test_factors_are_calibrated_simulated_and_trained(net):
+    apply, params, x, graph = net
+    small = jm.factorize(params, graph, ratios=0.5)
+    graph = jm.trace(apply, small, x)
+    quantizers = jm.calibrate(small, graph, [x], progress=False)
+    assert {"stem/in/kernel", "stem/out/kernel"} <= set(quantizers.weights)
+    between = [e.node for e in graph["stem/out"].inputs]
+    assert between == ["stem/in"] and quantizers.activation("stem/in") is not None
+    exact = jm.lift(apply)(small, x)
+    noisy = jax.jit(jm.simulate(apply, quantizers))(small, x)
+    error = np.sqrt(np.mean((noisy - exact) ** 2) / np.mean(exact**2))
+    assert 1e-4 < error < 0.1
+
+    def loss(tree):
+        return jnp.mean((jm.lift(apply)(tree, x) - 1.0) ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    optimizer = optax.sgd(3e-2)
+    state, before = optimizer.init(small), step(small)[0]
+    for _ in range(10):
+        updates, state = optimizer.update(step(small)[1], state)
+        small = optax.apply_updates(small, updates)
+    assert step(small)[0] < 0.9 * before
+
+
+BAD = {
+    "ratio": ({"ratios": 1.5}, "the ratio is 1.5"),
+    "zero": ({"ratios": {"stem": 0.0}}, "the ratio of 'stem' is 0"),
+    "method": ({"ratios": 0.5, "method": "cp"}, "method is 'cp'"),
+    "both": ({"ratios": 0.5, "ranks": {"stem": 1}}, "either ranks= or ratios="),
+    "neither": ({}, "either ranks= or ratios="),
+    "name": ({"ratios": {"stm": 0.5}}, "no selected site 'stm'.*'stem'"),
+    "rank": ({"ranks": {"head": 11}}, "rank of 'head' is 11.*from 1 to 10"),
+    "multiple": ({"ratios": 0.5, "multiple": 0}, "multiple is 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(net, case):
+    _, params, _, graph = net
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=rf"(?s)jaxmet\.factorize: .*{message}"):
+        jm.factorize(params, graph, **options)
+
+
+def test_a_site_without_factors_is_refused_by_name():
+    apply, params, inputs = CASES["scan"].make["linen"](jax.random.key(0))
+    graph = jm.trace(apply, params, *inputs)
+    stacked = next(
+        n.name for n in graph.sites if n.weight is not None and n.weight.stacked
+    )
+    report = jm.factorize(params, graph, ratios=0.5, with_report=True)[1]
+    assert "stacked" in report.where(site=stacked)["note"][0]
+    with pytest.raises(ValueError, match=f"'{stacked}' cannot be compressed.*stacked"):
+        jm.factorize(params, graph, ratios={stacked: 0.5})
