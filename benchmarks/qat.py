@@ -7,11 +7,15 @@
     python benchmarks/qat.py --speed                      # time and memory of a step
 
 Accuracy is that of the demo's network on the 10,000 test images of Fashion-MNIST. *PTQ* is
-`jm.ptq` on 512 training images. The other columns go on from its result for `--steps` batches
-of 128 training images, with Adam and a rate that falls to nothing: *QAT* trains weights,
-*learned ranges* scales and zero points beside them, in steps relative to their size. *Float* is
-the folded network, and what the same steps make of it. Seeds draw the batches. Rates were
-chosen with `--validate`, on 5,000 training images held out of the steps, none on test images.
+`jm.ptq` on 512 training images, with ranges of least squared error for activations below 8
+bits. The other columns go on from its result for `--steps` batches of 128 training images, with
+Adam and a rate that falls to nothing: *QAT* trains weights, *learned ranges* scales and zero
+points beside them, in steps relative to their size. The loss is the cross entropy with what
+the float network says of the images, so no label is needed; with `--labels` it is that with the
+labels, smoothed as when the network was trained, on images moved and flipped. *Float* is the
+folded network, and what the same steps make of it, with the labels and without. Seeds draw the
+batches. Rates were chosen with `--validate`, on 5,000 training images held out of the steps,
+none on test images.
 
 *qwix* trains the same folded linen model, bits, batches and steps by `QtProvider`: weights a
 scale a channel, activations a scale an example, found at each step (its defaults), and is
@@ -62,6 +66,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["jaxmet"])
     parser.add_argument("--rate", type=float, default=1e-3, help="of the weights")
     parser.add_argument("--range-rate", type=float, default=1e-3)
+    parser.add_argument("--labels", action="store_true", help="learn from labels")
     parser.add_argument("--validate", action="store_true", help="hold 5,000 out")
     parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()
@@ -94,27 +99,36 @@ class Bench:
         variables = data.weights()
         graph = jm.trace(self.network.apply, variables, as_input(images[:1]))
         self.folded = jm.fold_batch_norm(variables, graph)
+        self.replay = jm.evaluate(self.network.apply, _idle)
+        self.taught: np.ndarray | None = None
         self.calibration = jm.stacked(data.load()[0], batch_size=BATCH)
 
     def table(self) -> None:
         """Each cell a mean and a standard deviation over seeds, in percent."""
         right = self.accuracy(jax.jit(self.network.apply), self.folded)
         print(f"float: {100 * right:.2f} %; {self.options.steps} steps of {BATCH}")
-        on = [self.more_float(seed) for seed in self.options.seeds]
-        print(f"float, trained on: {cell(on)} %\n", flush=True)
+        graph = self.graph(self.folded)
+        for labels in (False, True):
+            fit = self.trainer(
+                graph.apply, jm.optimizer_labels(self.folded, graph), labels
+            )
+            run = jax.jit(graph.apply)
+            on = [self.accuracy(run, fit(self.folded, s)) for s in self.options.seeds]
+            kind = "labels" if labels else "its own outputs"
+            print(f"float, trained on with {kind}: {cell(on)} %", flush=True)
         columns = ["PTQ", "QAT", "learned ranges"] if self.has("jaxmet") else []
         columns += ["qwix QAT"] if self.has("qwix") else []
-        print("| bits |", " | ".join(columns), "| seconds a run |")
+        print("\n| bits |", " | ".join(columns), "| seconds a run |")
         print("|" + "---|" * (len(columns) + 2))
         for name in self.options.configs:
             start, cells, runs = time.perf_counter(), [], 0
             if self.has("jaxmet"):
-                found = [self.quantized(name, seed) for seed in self.options.seeds]
+                found = self.quantized(name)
                 cells += [cell(column) for column in zip(*found, strict=True)]
                 runs += 2 * len(found)
             if self.has("qwix"):
                 try:
-                    cells.append(cell([self.qwix(name, s) for s in self.options.seeds]))
+                    cells.append(cell(self.qwix(name)))
                 except Exception as error:  # which it refuses is part of the table
                     cells.append(f"refused: {type(error).__name__}: {str(error)[:80]}")
                 runs += len(self.options.seeds)
@@ -132,9 +146,15 @@ class Bench:
             right += int(np.sum(np.argmax(found, -1) == labels[i : i + 500]))
         return right / len(images)
 
-    def fit(self, forward: Callable, trained: Tree, labels: Tree, seed: int) -> Tree:
-        """What the steps make of `trained`; `forward(trained, x)` gives logits."""
+    def trainer(
+        self, forward: Callable, labels: Tree, by_labels: bool | None = None
+    ) -> Callable[[Tree, int], Tree]:
+        """What the steps make of a tree; `forward(tree, x)` gives logits.
+
+        Compiled once, whatever the seeds.
+        """
         count = self.options.steps
+        by_labels = self.options.labels if by_labels is None else by_labels
         falling = partial(optax.cosine_decay_schedule, decay_steps=count)
         each: dict[Any, Any] = {
             "weights": optax.adam(falling(self.options.rate)),
@@ -144,74 +164,84 @@ class Bench:
         each |= dict.fromkeys(("statistics", "bounds"), optax.set_to_zero())
         optimizer = optax.multi_transform(each, labels)
 
-        def loss(trained: Tree, x: jax.Array, y: jax.Array) -> jax.Array:
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(y, 10), 0.1
-            )  # as in train_demo
+        def loss(trained: Tree, x: jax.Array, targets: jax.Array) -> jax.Array:
             return jnp.mean(optax.softmax_cross_entropy(forward(trained, x), targets))
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(
-            trained: Tree, state: Any, key: jax.Array, x: jax.Array, y: jax.Array
+            trained: Tree, state: Any, key: jax.Array, x: jax.Array, targets: jax.Array
         ) -> tuple[Tree, Any]:
-            grads = jax.grad(loss)(trained, augment(key, x), y)
+            x = augment(key, x) if by_labels else x
+            grads = jax.grad(loss)(trained, x, targets)
             updates, state = optimizer.update(grads, state, trained)
             return optax.apply_updates(trained, updates), state
 
-        images, truth = self.train
-        rng, key = np.random.default_rng(seed), jax.random.key(seed)
-        trained = jax.tree.map(jnp.array, trained)  # donated
-        state = optimizer.init(trained)
-        for i in range(count):
-            chosen = rng.choice(len(images), BATCH, replace=False)
-            x, y = as_input(images[chosen]), jnp.asarray(truth[chosen], jnp.int32)
-            trained, state = step(trained, state, jax.random.fold_in(key, i), x, y)
-        return trained
+        images, targets = self.train[0], self.targets(by_labels)
 
-    def more_float(self, seed: int) -> float:
-        graph = self.graph(self.folded)
-        labels = jm.optimizer_labels(self.folded, graph)
-        params = self.fit(graph.apply, self.folded, labels, seed)
-        return self.accuracy(jax.jit(graph.apply), params)
+        def fit(trained: Tree, seed: int) -> Tree:
+            rng, key = np.random.default_rng(seed), jax.random.key(seed)
+            trained = jax.tree.map(jnp.array, trained)  # donated
+            state = optimizer.init(trained)
+            for i in range(count):
+                chosen = rng.choice(len(images), BATCH, replace=False)
+                x, y = as_input(images[chosen]), jnp.asarray(targets[chosen])
+                trained, state = step(trained, state, jax.random.fold_in(key, i), x, y)
+            return trained
+
+        return fit
+
+    def targets(self, by_labels: bool) -> np.ndarray:
+        """What the network is to say of each training image."""
+        images, labels = self.train
+        if by_labels:
+            return np.asarray(optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1))
+        if self.taught is None:
+            run = jax.jit(lambda p, x: jax.nn.softmax(self.replay(p, x)[0]))
+            parts = [
+                np.asarray(run(self.folded, as_input(images[i : i + 500])))
+                for i in range(0, len(images), 500)
+            ]
+            self.taught = np.concatenate(parts)
+        return self.taught
 
     def graph(self, params: Tree) -> jm.Graph:
         return jm.trace(self.network.apply, params, as_input(self.test[0][:1]))
 
-    def quantized(self, name: str, seed: int) -> tuple[float, ...]:
-        """After training, with weights alone and with ranges."""
+    def quantized(self, name: str) -> list[tuple[float, ...]]:
+        """For each seed: after PTQ, after training weights, and weights with ranges."""
         weight_bits, activation_bits = WIDTHS[name]
-        config = jm.QuantConfig(weight_bits, activation_bits)
-        params, quantizers, _ = jm.ptq(
-            self.network.apply,
-            self.folded,
-            self.calibration,
-            config,
-            key=jax.random.key(seed),
-            progress=False,
-        )
-        quantizers = quantizers.pin(params)
+        # Few levels: clip what is rare rather than round everything coarsely.
+        ranges = "minmax" if activation_bits >= 8 else "mse"
+        config = jm.QuantConfig(weight_bits, activation_bits, activation_range=ranges)
         apply = self.network.apply
 
-        def predict(quantizers: Tree, params: Tree, x: jax.Array) -> jax.Array:
+        def forward(pair: Tree, x: jax.Array) -> jax.Array:
+            params, quantizers = pair
             return jm.simulate(apply, quantizers)(params, x)
 
-        run = jax.jit(predict)
-        found = [self.accuracy(run, quantizers, params)]
-        graph = self.graph(self.folded)
-        for learn in (None, "lsq"):
-            start = quantizers.set("*", learn=learn)
-            labels = jm.optimizer_labels(params, graph, start)
-            pair = self.fit(
-                lambda pair, x: predict(pair[1], pair[0], x),
-                (params, start),
-                labels,
-                seed,
+        run, fits, found = jax.jit(forward), {}, []
+        for seed in self.options.seeds:
+            params, quantizers, _ = jm.ptq(
+                apply,
+                self.folded,
+                self.calibration,
+                config,
+                key=jax.random.key(seed),
+                progress=False,
             )
-            found.append(self.accuracy(run, pair[1], pair[0]))
-        return tuple(found)
+            quantizers = quantizers.pin(params)
+            right = [self.accuracy(run, (params, quantizers))]
+            for learn in (None, "lsq"):
+                start = (params, quantizers.set("*", learn=learn))
+                if learn not in fits:
+                    labels = jm.optimizer_labels(params, self.graph(params), start[1])
+                    fits[learn] = self.trainer(forward, labels)
+                right.append(self.accuracy(run, fits[learn](start, seed)))
+            found.append(tuple(right))
+        return found
 
-    def qwix(self, name: str, seed: int) -> float:
-        """The same by qwix; what it raises is shown."""
+    def qwix(self, name: str) -> list[float]:
+        """The same by qwix, for each seed; what it raises is shown."""
         import qwix  # pyright: ignore[reportMissingImports]
 
         weight_bits, activation_bits = WIDTHS[name]
@@ -219,14 +249,18 @@ class Bench:
             weight_qtype=f"int{weight_bits}", act_qtype=f"int{activation_bits}"
         )
         model = qwix.quantize_model(self.network, qwix.QtProvider([rule]))
-        graph = self.graph(self.folded)
-        labels = jm.optimizer_labels(self.folded, graph)
 
         def forward(params: Tree, x: jax.Array) -> jax.Array:
             return model.apply(params, x)
 
-        params = self.fit(forward, self.folded, labels, seed)
-        return self.accuracy(jax.jit(forward), params)
+        labels = jm.optimizer_labels(self.folded, self.graph(self.folded))
+        fit, run = self.trainer(forward, labels), jax.jit(forward)
+        return [self.accuracy(run, fit(self.folded, s)) for s in self.options.seeds]
+
+
+def _idle(node: Any, run: Callable, operands: tuple) -> tuple[Any, None]:
+    del node
+    return run(*operands), None
 
 
 def cell(values: Any) -> str:
@@ -261,9 +295,7 @@ def steps(
     least: Callable,
     memory: Callable,
 ) -> list[dict[str, Any]]:
-    replay = jm.evaluate(
-        graph.apply, lambda node, run, operands: (run(*operands), None)
-    )
+    replay = jm.evaluate(graph.apply, _idle)
     forwards: dict[str, tuple[Callable, tuple[int, ...]]] = {
         "float, plain": (lambda p, q: graph.apply(p, x), (0,)),
         "float, idle replay": (lambda p, q: replay(p, x)[0], (0,)),

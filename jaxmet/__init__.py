@@ -34,6 +34,7 @@ from jaxmet.transforms.factorize import factorize as factorize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
 from jaxmet.transforms.labels import optimizer_labels as optimizer_labels
 from jaxmet.transforms.plan import plan as plan
+from jaxmet.transforms.prune import prune as prune
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
 from jaxmet.transforms.rounding import adaround as adaround
 from jaxmet.transforms.rounding import search_scales as search_scales

@@ -55,7 +55,10 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Channels with one scale each; `frozen` says why they may not be rescaled."""
+    """Channels with one scale each.
+
+    `frozen` says why they may not be rescaled, `fixed` why none may be removed.
+    """
 
     name: str
     index: int
@@ -64,6 +67,7 @@ class Group:
     readers: tuple[str, ...]
     clips: tuple[str, ...]
     frozen: str | None
+    fixed: str | None = None
 
     @property
     def free(self) -> bool:
@@ -208,15 +212,20 @@ class _Finder:
             mine = [m for m in members if index in indices_of(m.layout)]
             makers = tuple(dict.fromkeys(m.node for m in mine if m.role == "out"))
             readers = tuple(dict.fromkeys(m.node for m in mine if m.role == "in"))
-            why = atom.frozen
-            if why is None and not makers:
-                why = "no site makes it"
-            if why is None and not readers:
-                why = "no site reads it"
+            alone = "no site makes it" if not makers else None
+            alone = "no site reads it" if makers and not readers else alone
+            why = atom.frozen or alone
             name = makers[0] if makers else readers[0] if readers else mine[0].node
             groups.append(
                 Group(
-                    name, index, atom.size, makers, readers, clips.get(index, ()), why
+                    name,
+                    index,
+                    atom.size,
+                    makers,
+                    readers,
+                    clips.get(index, ()),
+                    why,
+                    atom.fixed or alone,
                 )
             )
         return tuple(groups)

@@ -21,7 +21,7 @@ from jaxmet.engine.program import Equation, Region, Value, flatten
 from jaxmet.engine.views import CASTS
 from jaxmet.tree.leaves import Compressed, dense, is_structured
 from jaxmet.tree.leaves import flatten as flatten_tree
-from jaxmet.tree.structures import LowRank, Pruned, multiplied
+from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
 
 
 def call_of(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
@@ -53,13 +53,29 @@ def opened(leaf: Any) -> Any:
     weight = dense(leaf)
     if not isinstance(weight, Pruned):
         return weight
+    if not weight.keep:
+        return opened(weight.part)
     part = opened(weight.part)
+    if isinstance(part, Partial):  # pruned twice: places of places
+        return Partial(part.part, composed(weight.keep, part.keep))
     if not isinstance(part, LowRank):
         return Partial(part, weight.keep)
     ins = tuple(k for k in weight.keep if k.axis in part.in_axes)
     outs = tuple(k for k in weight.keep if k.axis in part.out_axes)
     first, second = Pruned(part.first, ins), Pruned(part.second, outs)
     return _with_factors(part, Compressed(first), Compressed(second), weight.shape)
+
+
+def composed(outer: Sequence[Keep], inner: Sequence[Keep]) -> tuple[Keep, ...]:
+    """What is kept of a whole array where the kept part of it was cut again."""
+    found = {k.axis: k for k in outer}
+    for axis, size, indices in inner:
+        if axis in found:
+            before = found[axis]
+            indices = tuple(before.indices[i] for i in indices)
+            size = before.size
+        found[axis] = Keep(axis, size, indices)
+    return tuple(found[axis] for axis in sorted(found))
 
 
 class Expansion:
@@ -134,12 +150,16 @@ class Expansion:
             other = two if first else one
             for key, value in idle.items():
                 other[key] = (*other[key][:n], value, *other[key][n + 1 :])
-        for params, factor in (
-            (one, opened(kernel.first)),
-            (two, opened(kernel.second)),
+        first, second = opened(kernel.first), opened(kernel.second)
+        groups = p["feature_group_count"]
+        if (
+            groups > 1
+            and isinstance(second, Partial)
+            and not isinstance(first, Partial)
         ):
-            x = self.convolve(equation, params, x, factor)
-        return [x]
+            first = _of_groups(first, second, out, groups, kernel.rank)
+        x = self.convolve(equation, one, x, first)
+        return [self.convolve(equation, two, x, second)]
 
     def convolve(self, equation: Equation, p: dict, x: Any, kernel: Any) -> Any:
         step = dataclasses.replace(equation, params=p)
@@ -225,6 +245,16 @@ class Expansion:
             return run(primals[0]).part, taken(along, x.keep)
 
         return [Partial(wrapped(x.part), x.keep, result.fill)]
+
+
+def _of_groups(first: Any, second: Partial, out: int, groups: int, rank: int) -> Any:
+    """The first factor of a grouped convolution as that of the groups that are left."""
+    on = second.on(out)
+    if on is None:
+        return first
+    alive = sorted({i // (on.size // groups) for i in on.indices})
+    indices = tuple(g * rank + k for g in alive for k in range(rank))
+    return Partial(first, (Keep(out, groups * rank, indices),))
 
 
 def _shape(x: Any) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ The label of an axis is a tuple of *atoms* in row-major order: a flattened (H, W
 carries three. An atom stands for one index set; atoms that must stay aligned (the two sides
 of an addition, a kernel's input axis and what it reads) are joined. An atom may turn out to
 be a product of others (`factors`) or a concatenation (`parts`). `frozen` says why a
-channel's scale may not be changed.
+channel's scale may not be changed, `fixed` why none may be removed.
 """
 
 import dataclasses
@@ -24,6 +24,11 @@ class Atom:
     parent: "Atom | None" = None
     factors: "tuple[Atom, ...] | None" = None
     parts: "tuple[Axis, ...] | None" = None
+    fixed: str | None = None
+
+    def like(self, size: Size, *, batch: bool = False) -> "Atom":
+        """A part of this one: what holds for all holds for it."""
+        return Atom(size, batch, self.frozen, fixed=self.fixed)
 
     def root(self) -> "Atom":
         atom = self
@@ -37,7 +42,7 @@ Axis = tuple[Atom, ...]
 
 def fresh(size: Size, frozen: str | None = None) -> Axis:
     """A new label; an axis of size one needs none."""
-    return () if size == 1 else (Atom(size, frozen=frozen),)
+    return () if size == 1 else (Atom(size, frozen=frozen, fixed=frozen),)
 
 
 def expand(axis: Axis) -> Axis:
@@ -63,12 +68,13 @@ def leaves(axis: Axis) -> Iterator[Atom]:
                 yield from leaves(part)
 
 
-def freeze(axis: Axis, why: str) -> None:
-    """Forbid to rescale anything on this axis."""
+def freeze(axis: Axis, why: str, *, fixed: bool = True) -> None:
+    """Forbid to rescale anything on this axis, and with `fixed` to remove any of it."""
     for atom in expand(axis):
         atom.frozen = atom.frozen or why
+        atom.fixed = atom.fixed or (why if fixed else None)
         for part in atom.parts or ():
-            freeze(part, why)
+            freeze(part, why, fixed=fixed)
 
 
 def frozen(axis: Axis) -> str | None:
@@ -109,8 +115,8 @@ def unify(one: Axis, two: Axis) -> None:
 def _split(atom: Atom, major: Size) -> Axis:
     inner = atom.size // major
     atom.factors = (
-        Atom(major, atom.batch, atom.frozen),
-        Atom(inner, False, atom.frozen),
+        atom.like(major, batch=atom.batch),
+        atom.like(inner),
     )
     return atom.factors
 
@@ -118,19 +124,22 @@ def _split(atom: Atom, major: Size) -> Axis:
 def _merge(x: Atom, y: Atom) -> None:
     if x is y:
         return
-    why = x.frozen or y.frozen
+    why, fixed = x.frozen or y.frozen, x.fixed or y.fixed
     if x.parts is not None and y.parts is not None:
         if [size(p) for p in x.parts] == [size(p) for p in y.parts]:
             for p, q in zip(x.parts, y.parts, strict=True):
                 unify(p, q)
         else:
-            why = why or "concatenations with different borders meet"
-            freeze((x, y), why)
+            said = "concatenations with different borders meet"
+            why, fixed = why or said, fixed or said
+            freeze((x, y), said)
     keep, gone = (x, y) if x.parts is not None else (y, x)
     gone.parent = keep
     keep.batch = keep.batch or gone.batch
     if why:
-        freeze((keep,), why)
+        freeze((keep,), why, fixed=False)
+    if fixed:
+        freeze((keep,), fixed)
 
 
 def concatenate(axes: Sequence[Axis], sizes: Sequence[Size]) -> Axis:
@@ -155,8 +164,7 @@ def cut(axis: Axis, start: Size, stop: Size) -> Axis | None:
     if atom.parts is None:
         borders = sorted({0, start, stop, atom.size})
         atom.parts = tuple(
-            (Atom(hi - lo, frozen=atom.frozen),)
-            for lo, hi in zip(borders, borders[1:], strict=False)
+            (atom.like(hi - lo),) for lo, hi in zip(borders, borders[1:], strict=False)
         )
     inside, offset = [], 0
     for part in atom.parts:
@@ -168,7 +176,7 @@ def cut(axis: Axis, start: Size, stop: Size) -> Axis | None:
         elif not (end <= start or stop <= offset):
             return None
         offset = end
-    joined = Atom(stop - start, frozen=atom.frozen)
+    joined = atom.like(stop - start)
     joined.parts = tuple(inside)
     return (joined,)
 

@@ -37,9 +37,8 @@ def label_inputs(region: Region) -> None:
         elif value.kind == DATA and not compat.is_key(value.aval):
             axes = [lb.fresh(n, "an input of the model") for n in value.shape]
             if axes:
-                axes[0] = (
-                    lb.Atom(value.shape[0], batch=True, frozen="the batch axis"),
-                )
+                why = "the batch axis"
+                axes[0] = (lb.Atom(value.shape[0], batch=True, frozen=why, fixed=why),)
             value.axes = tuple(axes)
 
 
@@ -78,16 +77,16 @@ def _apply(equation: Equation) -> None:
         _opaque(equation)
 
 
-def _freeze(value: Value, why: str) -> None:
+def _freeze(value: Value, why: str, *, fixed: bool = True) -> None:
     for axis in value.axes:
-        lb.freeze(axis, why)
+        lb.freeze(axis, why, fixed=fixed)
 
 
 def _opaque(equation: Equation, why: str | None = None) -> None:
     """An unknown operation: nothing may be rescaled; the batch is kept where it fits."""
     why = why or f"{equation.name}: no rule"
     for value in equation.operands:
-        _freeze(value, why)
+        _freeze(value, why, fixed=False)  # it gets whole arrays
     for result in equation.results:
         like = next((v for v in equation.data if v.shape == result.shape), None)
         if like is not None:
@@ -108,9 +107,8 @@ def _elementwise(equation: Equation) -> None:
     out = equation.results[0]
     _align(equation.operands, out)
     if why := _inhomogeneous(equation):
-        _freeze(out, why)
-        for value in equation.operands:
-            _freeze(value, why)
+        for value in (out, *equation.operands):
+            _freeze(value, why, fixed=equation.kind == PARAM)
 
 
 def _align(operands: list[Value], out: Value) -> None:
@@ -160,15 +158,15 @@ def _followed(cluster: Cluster) -> None:
         exit.axes = entry.axes
     if cluster.kind == "norm" and cluster.details["affine"]:
         return
-    if cluster.kind == "norm":
+    over_data = cluster.kind == "norm"
+    if over_data:
         why = "a norm over the data"
     elif cluster.function in HOMOGENEOUS or cluster.function == "clip":
         return
     else:
         why = f"{cluster.function} is not homogeneous"
-    _freeze(exit, why)
-    for value in (entry, *wide):
-        _freeze(value, why)
+    for value in (exit, entry, *wide):
+        _freeze(value, why, fixed=over_data)
 
 
 # Shapes
@@ -210,7 +208,7 @@ def _pad(equation: Equation) -> None:
     source, filler = equation.operands[:2]
     axes = list(source.axes)
     if number_of(filler) != 0:
-        _freeze(source, "padded with a constant")
+        _freeze(source, "padded with a constant", fixed=False)
     for i, config in enumerate(equation.params["padding_config"]):
         low, high, inner = map(int, config)  # numpy integers, at times
         if (low, high, inner) == (0, 0, 0):
@@ -240,7 +238,7 @@ def _concatenate(equation: Equation) -> None:
             axes.append(lb.concatenate(every, [v.shape[i] for v in equation.operands]))
             for v, axis in zip(equation.operands, every, strict=True):
                 if v.kind in (CONST, NOISE) and number_of(v) != 0:
-                    lb.freeze(axes[-1], "concatenated with a constant")
+                    lb.freeze(axes[-1], "concatenated with a constant", fixed=False)
                 if lb.carries_batch(axis):
                     axes[-1] = axis
             continue

@@ -18,14 +18,21 @@ ROWS = 65_536
 
 
 class Gram(NamedTuple):
-    """Sums over rows x of a site's inputs: how many, and of their products xᵀx."""
+    """Sums over rows x of a site's inputs: how many, of them and of their products xᵀx."""
 
     number: jax.Array
+    sums: jax.Array  # (groups, ins)
     products: jax.Array  # (groups, ins, ins)
 
     @property
     def mean(self) -> jax.Array:
+        """E xᵀx."""
         return self.products / jnp.maximum(self.number, 1.0)
+
+    @property
+    def center(self) -> jax.Array:
+        """E x."""
+        return self.sums / jnp.maximum(self.number, 1.0)
 
 
 def grams(
@@ -56,7 +63,8 @@ def grams(
         )
         found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
         products = jnp.einsum("gri,grj->gij", found, found, precision="highest")
-        return result, Gram(jnp.asarray(found.shape[1], found.dtype), products)
+        number = jnp.asarray(found.shape[1], found.dtype)
+        return result, Gram(number, jnp.sum(found, axis=1), products)
 
     if not wanted:
         return {}

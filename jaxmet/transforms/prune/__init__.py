@@ -1,0 +1,3 @@
+"""Channels removed from every parameter that runs along them."""
+
+from jaxmet.transforms.prune.prune import prune as prune

@@ -1,0 +1,148 @@
+"""Channels that can only be removed together, and every parameter axis they run along.
+
+Additions tie channels in the graph's groups already. A depthwise convolution ties what it
+reads to what it makes.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, indices_of
+from jaxmet.engine.graph import Graph
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Groups with one fate; `why` says what forbids to remove a channel."""
+
+    groups: tuple[Group, ...]
+    makers: tuple[str, ...]
+    readers: tuple[str, ...]
+    why: str | None
+    note: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.groups[0].name
+
+    @property
+    def size(self) -> int:
+        return int(self.groups[0].size)
+
+    @property
+    def indices(self) -> set[int]:
+        return {g.index for g in self.groups}
+
+
+def bundles_of(graph: Graph) -> list[Bundle]:
+    """All bundles, those that a site makes first first."""
+    groups = {g.index: g for g in graph.groups}
+    parent = {index: index for index in groups}
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            index = parent[index]
+        return index
+
+    fixed: dict[int, str] = {}
+    depthwise = set()
+    for member in graph.members:
+        if member.groups == 1 or member.role != "in":
+            continue
+        outs = [m for m in graph.members if m.node == member.node and m.role == "out"]
+        both = [_single(m.layout) for m in (member, *outs)]
+        known = [span for span in both if span is not None]
+        if len(known) == 2 and known[0].size == known[1].size == member.groups:
+            a, b = (root(s.group) for s in known if s.group is not None)
+            parent[max(a, b)] = min(a, b)
+            depthwise.add(member.node)
+            continue
+        for m in (member, *outs):
+            for index in indices_of(m.layout):
+                fixed.setdefault(index, f"{member.node}: a grouped convolution")
+    found = []
+    for index in groups:
+        if root(index) == index:
+            own = tuple(g for i, g in groups.items() if root(i) == index)
+            found.append(_bundle(graph, own, fixed, depthwise))
+    return [bundle for bundle in found if bundle.makers]
+
+
+def _single(layout: Layout) -> Span | None:
+    """The one group along an axis."""
+    only = layout[0] if len(layout) == 1 else None
+    return only if isinstance(only, Span) and only.group is not None else None
+
+
+def _bundle(
+    graph: Graph,
+    groups: tuple[Group, ...],
+    fixed: Mapping[int, str],
+    depthwise: set[str],
+) -> Bundle:
+    def names(field: str) -> tuple[str, ...]:
+        every = (n for g in groups for n in getattr(g, field))
+        return tuple(dict.fromkeys(n for n in every if n not in depthwise))
+
+    makers, readers = names("makers"), names("readers")
+    why = next((fixed[g.index] for g in groups if g.index in fixed), None)
+    for group in groups:
+        alone = group.fixed in ("no site makes it", "no site reads it")
+        why = why or (None if alone else group.fixed)
+    why = why or ("no site reads it" if not readers else None)
+    chosen = [n for n in makers if n not in graph.selected]
+    why = why or (f"{chosen[0]!r} is not selected" if chosen else None)
+    full = [g.frozen for g in groups if g.frozen and g.frozen.endswith("no rule")]
+    note = f"whole arrays before {full[0].split(':')[0]}" if full else None
+    return Bundle(groups, makers, readers, why, note)
+
+
+def left_along(layout: Layout, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Which entries of an axis are left, where masks of groups say what is left of them."""
+    mask = np.ones(1, bool)
+    for item in layout:
+        mask = np.logical_and.outer(mask, _item(item, masks)).reshape(-1)
+    return mask
+
+
+def _item(item: Span | Joined, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+    if isinstance(item, Joined):
+        return np.concatenate([left_along(part, masks) for part in item.parts])
+    if item.group is not None and item.group in masks:
+        return masks[item.group]
+    return np.ones(int(item.size), bool)
+
+
+def channel_along(layout: Layout, indices: set[int]) -> np.ndarray:
+    """For each entry of an axis the channel of a bundle that it belongs to, −1 for none."""
+    size = 1
+    found = np.full(1, -1)
+    for item in layout:
+        inner = _channel(item, indices)
+        size *= inner.size
+        found = np.maximum(found[:, None], inner[None]).reshape(-1)
+    return found
+
+
+def _channel(item: Span | Joined, indices: set[int]) -> np.ndarray:
+    if isinstance(item, Joined):
+        return np.concatenate([channel_along(part, indices) for part in item.parts])
+    if item.group in indices:
+        return np.arange(int(item.size))
+    return np.full(int(item.size), -1)
+
+
+def axes_of(
+    members: Sequence[Member], masks: Mapping[int, np.ndarray]
+) -> dict[str, dict[int, np.ndarray]]:
+    """By parameter and axis, which entries are left, where any is removed."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for member in members:
+        if member.groups != 1:
+            continue  # the groups follow each other along its outputs
+        left = left_along(member.layout, masks)
+        if not left.all():
+            found.setdefault(member.parameter, {})[member.axis] = left
+    return found

@@ -1,0 +1,40 @@
+"""Leaves of which only some entries are left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.node import Node
+from jaxmet.tree.leaves import Compressed, dense, is_compressed
+from jaxmet.tree.structures import Keep, Pruned
+
+
+def pruned(leaf: Any, left: Mapping[int, np.ndarray], node: Node | None) -> Compressed:
+    """What is left of a leaf and of what it states along each axis."""
+    array, keep = dense(leaf), []
+    for axis, mask in sorted(left.items()):
+        where = np.flatnonzero(mask)
+        array = jnp.take(array, where, axis=axis, unique_indices=True)
+        keep.append(Keep(axis, mask.size, tuple(map(int, where))))
+    part = array
+    if is_compressed(leaf):
+        part = leaf.replace(weight=array)
+        weight = node.weight if node is not None else None
+        if weight is not None and weight.out_axes:
+            outs = left.get(weight.out_axes[0])
+            part = part.replace(
+                lower=_cut(leaf.lower, outs), upper=_cut(leaf.upper, outs)
+            )
+        if weight is not None and weight.in_axes:
+            part = part.replace(
+                input_offset=_cut(leaf.input_offset, left.get(weight.in_axes[0]))
+            )
+    return Compressed(Pruned(part, tuple(keep)))
+
+
+def _cut(vector: Any, mask: np.ndarray | None) -> Any:
+    if vector is None or mask is None or jnp.ndim(vector) == 0:
+        return vector
+    return jnp.asarray(vector)[np.flatnonzero(mask)]

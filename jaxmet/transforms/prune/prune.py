@@ -1,0 +1,302 @@
+"""Channels that matter least, removed from everything that makes or reads them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.node import Node
+from jaxmet.transforms.grams import ROWS, grams
+from jaxmet.transforms.prune.bundles import (
+    Bundle,
+    axes_of,
+    bundles_of,
+    channel_along,
+    left_along,
+)
+from jaxmet.transforms.prune.leaves import pruned
+from jaxmet.transforms.prune.readers import SELECTIONS, Reader, array_of
+from jaxmet.transforms.ratios import asked_for, check_multiple
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.table import Table
+
+CALLER = "prune"
+COLUMNS = ("channels", "kept", "of", "made by", "read by", "error", "note")
+
+
+@overload
+def prune(
+    params: Any,
+    graph: Graph,
+    ratios: float | Mapping[str, float],
+    *,
+    batches: Any = ...,
+    selection: str | None = ...,
+    coupled: bool = ...,
+    multiple: int = ...,
+    rows: int = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    progress: bool = ...,
+    with_report: Literal[False] = False,
+) -> Any: ...
+@overload
+def prune(
+    params: Any,
+    graph: Graph,
+    ratios: float | Mapping[str, float],
+    *,
+    batches: Any = ...,
+    selection: str | None = ...,
+    coupled: bool = ...,
+    multiple: int = ...,
+    rows: int = ...,
+    inputs: Callable[[Any], Any] | None = ...,
+    progress: bool = ...,
+    with_report: Literal[True],
+) -> tuple[Any, Table]: ...
+def prune(
+    params: Any,
+    graph: Graph,
+    ratios: float | Mapping[str, float],
+    *,
+    batches: Any = None,
+    selection: str | None = None,
+    coupled: bool = True,
+    multiple: int = 1,
+    rows: int = ROWS,
+    inputs: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+    with_report: bool = False,
+) -> Any:
+    r"""Remove channels: the leaves become smaller, and the model computes less.
+
+    `ratios` is one number for all sites or one a site: the share of its input channels that
+    a site keeps, which is its cost afterwards over its cost before as long as its outputs
+    stay. Whoever makes these channels makes fewer: products, depthwise convolutions, norms
+    and biases in between lose them too, so the network's own ratio is lower (`jm.cost`).
+    Channels that additions tie are removed together from all that make or read them, or
+    with `coupled=False` not at all. Where several sites read the same channels, the largest
+    of their ratios counts.
+
+    Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
+    run: trace the model again with the new tree. It computes what the dense model does with
+    zeros in place of all that is gone (`jm.densify`). Where an operation has no rule for
+    fewer channels it gets whole arrays, with a note in the report.
+
+    `selection` says which channels go: 'magnitude', those that are read with the smallest
+    weights (the default without data); 'obs', with `batches`, one after the other the one
+    whose loss the others can make good for best (the default with data); 'lasso', those
+    that one factor a channel does best without. With `batches` each site is then refitted,
+    weights and bias, to what it made of all channels: least squares on the Gram matrix of
+    its inputs in the model as it is, from at most `rows` rows a batch.
+
+    With `with_report` also a Table: the channels by the first site that makes them, how
+    many are kept, who makes and who reads them, the relative error of the sites that were
+    refitted, or why they were left alone.
+
+    Raises ValueError for ratios outside (0, 1], for names of sites that are not there or
+    whose channels cannot be removed, and for traced parameters: which channels stay decides
+    about shapes.
+
+    He et al., [Channel Pruning for Accelerating Very Deep Neural
+    Networks](https://arxiv.org/abs/1707.06168), ICCV 2017; Frantar and Alistarh, [Optimal
+    Brain Compression](https://arxiv.org/abs/2208.11580), NeurIPS 2022.
+
+    >>> params = jm.prune(params, graph, 0.7, batches=batches)
+    >>> graph = jm.trace(model.apply, params, images[:1])
+    """
+    leaves = leaves_of(params, graph, CALLER)
+    selection = _selection(selection, batches)
+    check_multiple(multiple, CALLER)
+    _check_concrete(leaves)
+    bundles = bundles_of(graph)
+    why = _why(graph, bundles, coupled)
+    asked = asked_for(ratios, why, graph, CALLER)
+    keep = {}
+    for bundle in bundles:
+        wanted = [asked[name] for name in bundle.readers if name in asked]
+        if wanted and _refused(bundle, coupled) is None:
+            keep[bundle.name] = _count(bundle.size, max(wanted), multiple)
+    chosen = [b for b in bundles if keep.get(b.name, b.size) < b.size]
+    read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
+    names = {name for b in chosen for name in b.readers}
+    seen: Mapping[str, Any] = {}
+    if read is not None:
+        seen = grams(
+            graph, params, read, names, caller=CALLER, rows=rows, progress=progress
+        )
+    readers = {n: Reader.of(graph, n, leaves, seen.get(n)) for n in names}
+    masks: dict[int, np.ndarray] = {}
+    for bundle in chosen:
+        mask = choose(bundle, readers, selection, keep[bundle.name])
+        masks |= dict.fromkeys(bundle.indices, mask)
+    work, errors = _refit(readers, masks, leaves)
+    result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
+    if not with_report:
+        return result
+    table = _table(bundles, keep, errors, lambda b: _refused(b, coupled))
+    return result, table
+
+
+def removed(
+    graph: Graph, leaves: Mapping[str, Any], masks: Mapping[int, np.ndarray]
+) -> dict[str, Any]:
+    """The leaves without what the masks take away."""
+    sites = {n.weight.name: n for n in graph.nodes if n.weight is not None}
+    found = {
+        name: pruned(leaves[name], left, sites.get(name))
+        for name, left in axes_of(graph.members, masks).items()
+    }
+    return {n: leaf for n, leaf in leaves.items() if n not in found} | found
+
+
+def choose(
+    bundle: Bundle, readers: Mapping[str, Reader | None], selection: str, keep: int
+) -> np.ndarray:
+    """Which channels of a bundle stay."""
+    order = removal(bundle, readers, selection, keep)
+    mask = np.ones(bundle.size, bool)
+    mask[order[: bundle.size - keep]] = False
+    return mask
+
+
+def removal(
+    bundle: Bundle, readers: Mapping[str, Reader | None], selection: str, keep: int
+) -> np.ndarray:
+    """The channels in the order in which they go."""
+    found = [r for n in bundle.readers if (r := readers[n]) is not None]
+    if selection == "obs" and len(found) == len(bundle.readers) == 1:
+        order = found[0].order(bundle)
+        if order is not None:
+            return order
+    scores = np.zeros(bundle.size)
+    for reader in found:
+        scores += reader.scores(bundle, selection, keep)
+    return np.argsort(scores, kind="stable")
+
+
+def _refit(
+    readers: Mapping[str, Reader | None],
+    masks: Mapping[int, np.ndarray],
+    leaves: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Leaves in which the readers make good for what they lose, and what they cannot."""
+    work, errors = dict(leaves), {}
+    for name, reader in readers.items():
+        if reader is None or reader.gram is None:
+            continue
+        left = left_along(reader.layout, masks)
+        new, shift, errors[name] = reader.refitted(left)
+        weight, bias = reader.node.weight, reader.node.bias
+        assert weight is not None and weight.name is not None
+        old = dense(leaves[weight.name])
+        array = array_of(reader.node, new, tuple(old.shape)).astype(old.dtype)
+        work[weight.name] = with_weight(leaves[weight.name], array)
+        if bias is not None and bias in leaves and bias not in reader.node.shared:
+            given = jnp.asarray(dense(leaves[bias]))
+            moved = given + shift.reshape(given.shape).astype(given.dtype)
+            work[bias] = with_weight(leaves[bias], moved)
+    return work, errors
+
+
+def _count(size: int, ratio: float, multiple: int) -> int:
+    """How many of so many channels stay: one at least, rounded up to a multiple."""
+    count = max(1, math.floor(size * ratio * (1 + 1e-12)))
+    return min(size, -(-count // multiple) * multiple)
+
+
+def _selection(selection: str | None, batches: Any) -> str:
+    if selection is None:
+        return "magnitude" if batches is None else "obs"
+    if selection not in SELECTIONS:
+        raise ValueError(
+            f"jaxmet.{CALLER}: selection is {selection!r}. It is one of "
+            f"{', '.join(map(repr, SELECTIONS))}: how the channels that go are chosen."
+        )
+    if batches is None and selection != "magnitude":
+        raise ValueError(
+            f"jaxmet.{CALLER}: selection {selection!r} looks at data. Give batches=, or "
+            "use selection='magnitude'."
+        )
+    return selection
+
+
+def _check_concrete(leaves: Mapping[str, Any]) -> None:
+    traced = [
+        n for n, x in leaves.items() if not all(map(is_concrete, jax.tree.leaves(x)))
+    ]
+    if traced:
+        raise ValueError(
+            f"jaxmet.{CALLER}: parameter {traced[0]!r} is traced. Which channels stay decides "
+            "about shapes, so prune outside of jax.jit."
+        )
+
+
+def _refused(bundle: Bundle, coupled: bool) -> str | None:
+    tied = len(bundle.makers) > 1 and not coupled
+    return bundle.why or (f"tied: {', '.join(bundle.makers)}" if tied else None)
+
+
+def _why(
+    graph: Graph, bundles: Sequence[Bundle], coupled: bool
+) -> dict[str, str | None]:
+    """For each site why none of the channels that it reads can be removed, or None."""
+    found: dict[str, str | None] = {}
+    for node in graph.sites:
+        found[node.name] = _why_of(graph, node, bundles, coupled)
+    return found
+
+
+def _why_of(
+    graph: Graph, node: Node, bundles: Sequence[Bundle], coupled: bool
+) -> str | None:
+    layouts = [
+        m.layout for m in graph.members if m.node == node.name and m.role == "in"
+    ]
+    reads = [b for b in bundles if node.name in b.readers]
+    reads = [
+        b
+        for b in reads
+        if any((channel_along(x, b.indices) >= 0).any() for x in layouts)
+    ]
+    if not reads:
+        return "it reads no channels that a site makes"
+    whys = [_refused(b, coupled) for b in reads]
+    return None if None in whys else whys[0]
+
+
+def _table(
+    bundles: Sequence[Bundle],
+    keep: Mapping[str, int],
+    errors: Mapping[str, float],
+    refused: Callable[[Bundle], str | None],
+) -> Table:
+    rows = []
+    for b in bundles:
+        why = refused(b)
+        known = [errors[n] for n in b.readers if n in errors]
+        less = keep.get(b.name, b.size) < b.size
+        rows.append(
+            (
+                b.name,
+                keep.get(b.name, b.size),
+                b.size,
+                ", ".join(b.makers) or None,
+                ", ".join(b.readers) or None,
+                max(known) if less and known else None,
+                f"left alone: {why}" if why else b.note if less else None,
+            )
+        )
+    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
+    count = sum(keep.get(b.name, b.size) < b.size for b in bundles)
+    return Table(
+        dict(zip(COLUMNS, columns, strict=True)),
+        title=f"{CALLER}: {count} of {len(bundles)} groups of channels",
+    )
