@@ -18,6 +18,8 @@ from jaxmet.analysis.compare import compare as compare
 from jaxmet.analysis.cost import cost as cost
 from jaxmet.analysis.cost import widths as widths
 from jaxmet.analysis.ptq import ptq as ptq
+from jaxmet.analysis.ratios import score_ratios as score_ratios
+from jaxmet.analysis.ratios import select_ratios as select_ratios
 from jaxmet.engine.graph import Graph as Graph
 from jaxmet.engine.graph import trace as trace
 from jaxmet.engine.lift import lift as lift

@@ -127,7 +127,7 @@ def factorize(
     else:
         asked = asked_for(ratios, names, graph, CALLER)
         wanted = {
-            name: _rank(shapes[name], ratio, multiple)
+            name: rank_at(shapes[name], ratio, multiple)
             for name, ratio in asked.items()
             if ratio < 1
         }
@@ -203,7 +203,8 @@ def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
             )
 
 
-def _rank(shape: Shape, ratio: float, multiple: int) -> int:
+def rank_at(shape: Shape, ratio: float, multiple: int) -> int:
+    """The largest rank that costs no more than this ratio."""
     return largest_rank(ratio, shape.cost_of(1), shape.cost, shape.most, multiple)
 
 

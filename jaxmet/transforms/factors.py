@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.node import Node
-from jaxmet.numerics.low_rank import low_rank, refit
+from jaxmet.numerics.low_rank import Spectrum, low_rank, refit, spectrum
 from jaxmet.tree.leaves import dense
 
 
@@ -78,10 +78,9 @@ def factors_of(
     """Both factors in the axes of the weight, and the relative error of what they make."""
     dtype = weight.dtype
     weight = weight.astype(jnp.promote_types(dtype, jnp.float32))
-    full = _full(weight, shape)  # groups, mine, others, ins, outs
+    full = _full(weight, shape)
     groups, mine, others, ins, outs = full.shape
-    matrix = jnp.transpose(full, (0, 1, 3, 2, 4)).reshape(groups, mine * ins, -1)
-    inner = None if gram is None else _inner(gram, mine, others, ins)
+    matrix, inner = _problem(full, gram)
     first, second = low_rank(matrix, rank, inner)
     target = full.reshape(groups, -1, outs)
     if gram is not None and others > 1:
@@ -97,6 +96,31 @@ def factors_of(
     one = _placed(first.reshape(groups, mine, ins, rank), shape, first=True)
     two = _placed(second.reshape(groups, rank, others, outs), shape, first=False)
     return one.astype(dtype), two.astype(dtype), jnp.sqrt(error)
+
+
+def spectrum_of(weight: jax.Array, shape: Shape, gram: jax.Array | None) -> Spectrum:
+    """The decomposition that holds the products of the factors of all ranks."""
+    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    return spectrum(*_problem(_full(weight, shape), gram))
+
+
+def placed_matrix(matrix: jax.Array, shape: Shape) -> jax.Array:
+    """A product of factors with the axes of the weight, in its order."""
+    mine, others = shape.size(shape.mine), shape.size(shape.others)
+    sizes = (shape.groups, mine, shape.ins, others, shape.outs)
+    split = jnp.transpose(matrix.reshape(sizes), (1, 3, 2, 0, 4))
+    order = (*shape.mine, *shape.others, *shape.in_axes, *shape.out_axes)
+    array = split.reshape([shape.sizes[i] for i in order])
+    return jnp.transpose(array, [order.index(i) for i in range(len(order))])
+
+
+def _problem(
+    full: jax.Array, gram: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The matrix that is cut, and the Gram matrix of what it reads."""
+    groups, mine, others, ins, _ = full.shape
+    matrix = jnp.transpose(full, (0, 1, 3, 2, 4)).reshape(groups, mine * ins, -1)
+    return matrix, None if gram is None else _inner(gram, mine, others, ins)
 
 
 def _full(weight: jax.Array, shape: Shape) -> jax.Array:

@@ -122,8 +122,8 @@ def prune(
     keep = {}
     for bundle in bundles:
         wanted = [asked[name] for name in bundle.readers if name in asked]
-        if wanted and _refused(bundle, coupled) is None:
-            keep[bundle.name] = _count(bundle.size, max(wanted), multiple)
+        if wanted and refused(bundle, coupled) is None:
+            keep[bundle.name] = kept_at(bundle.size, max(wanted), multiple)
     chosen = [b for b in bundles if keep.get(b.name, b.size) < b.size]
     read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
     names = {name for b in chosen for name in b.readers}
@@ -141,7 +141,7 @@ def prune(
     result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
     if not with_report:
         return result
-    table = _table(bundles, keep, errors, lambda b: _refused(b, coupled))
+    table = _table(bundles, keep, errors, lambda b: refused(b, coupled))
     return result, table
 
 
@@ -206,7 +206,7 @@ def _refit(
     return work, errors
 
 
-def _count(size: int, ratio: float, multiple: int) -> int:
+def kept_at(size: int, ratio: float, multiple: int) -> int:
     """How many of so many channels stay: one at least, rounded up to a multiple."""
     count = max(1, math.floor(size * ratio * (1 + 1e-12)))
     return min(size, -(-count // multiple) * multiple)
@@ -239,7 +239,7 @@ def _check_concrete(leaves: Mapping[str, Any]) -> None:
         )
 
 
-def _refused(bundle: Bundle, coupled: bool) -> str | None:
+def refused(bundle: Bundle, coupled: bool) -> str | None:
     tied = len(bundle.makers) > 1 and not coupled
     return bundle.why or (f"tied: {', '.join(bundle.makers)}" if tied else None)
 
@@ -268,7 +268,7 @@ def _why_of(
     ]
     if not reads:
         return "it reads no channels that a site makes"
-    whys = [_refused(b, coupled) for b in reads]
+    whys = [refused(b, coupled) for b in reads]
     return None if None in whys else whys[0]
 
 
@@ -276,11 +276,11 @@ def _table(
     bundles: Sequence[Bundle],
     keep: Mapping[str, int],
     errors: Mapping[str, float],
-    refused: Callable[[Bundle], str | None],
+    why_left: Callable[[Bundle], str | None],
 ) -> Table:
     rows = []
     for b in bundles:
-        why = refused(b)
+        why = why_left(b)
         known = [errors[n] for n in b.readers if n in errors]
         less = keep.get(b.name, b.size) < b.size
         rows.append(

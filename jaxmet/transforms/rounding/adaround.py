@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.rounding.checkpoint import Checkpoint
+from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
     METHODS,

@@ -6,8 +6,8 @@ from typing import Any, Literal, overload
 import jax
 
 from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.rounding.adaround import ROWS, report, results
-from jaxmet.transforms.rounding.checkpoint import Checkpoint
 from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.options import (
     check_concrete,

@@ -16,8 +16,8 @@ from jaxmet.engine.elementwise import Formula, compute
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import bounds_of
+from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.lockstep import Copy, quantized_copy
-from jaxmet.transforms.rounding.checkpoint import Checkpoint
 from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
 from jaxmet.transforms.rounding.layers import (
     Layer,

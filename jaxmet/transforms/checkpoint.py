@@ -1,4 +1,4 @@
-"""What was found so far, a file a wave, so that a run that was killed goes on."""
+"""What was found so far, a file a step, so that a run that was killed goes on."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ ABOUT = "about.json"
 
 
 class Checkpoint:
-    """A folder with a file for each finished wave; None keeps nothing."""
+    """A folder with a file for each finished step; None keeps nothing."""
 
     def __init__(self, path: Any, caller: str, told: Iterable[Any]) -> None:
         self.path = None if path is None else Path(path)
@@ -36,15 +36,15 @@ class Checkpoint:
             )
         write(about, json.dumps(mark).encode())
 
-    def load(self, wave: int) -> dict[str, np.ndarray] | None:
-        """What a wave came to, None if it did not get so far."""
-        if self.path is None or not (file := self.path / f"{wave:04}.npz").exists():
+    def load(self, step: int) -> dict[str, np.ndarray] | None:
+        """What a step came to, None if it did not get so far."""
+        if self.path is None or not (file := self.path / f"{step:04}.npz").exists():
             return None
         with np.load(file) as found:
             return dict(found)
 
-    def save(self, wave: int, arrays: Mapping[str, Any]) -> None:
-        """Keep what a wave came to; a file is whole or is not there."""
+    def save(self, step: int, arrays: Mapping[str, Any]) -> None:
+        """Keep what a step came to; a file is whole or is not there."""
         if self.path is None:
             return
         part = self.path / "part"
@@ -53,7 +53,7 @@ class Checkpoint:
             np.savez(file, **every)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(self.path / f"{wave:04}.npz")
+        part.replace(self.path / f"{step:04}.npz")
 
 
 def write(path: Path, content: bytes) -> None:

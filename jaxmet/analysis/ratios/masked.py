@@ -1,0 +1,194 @@
+"""A compressed model in the original shapes, with what is left of each site as data.
+
+Ranks cut the tail of a singular value decomposition off, counts of channels set the least
+wanted to zero: one program runs every row of a table.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.numerics.low_rank import Spectrum, masked
+from jaxmet.transforms.factorize import rank_at, unfit
+from jaxmet.transforms.factors import Shape, placed_matrix, shape_of, spectrum_of
+from jaxmet.transforms.grams import grams
+from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along
+from jaxmet.transforms.prune.prune import kept_at, refused, removal
+from jaxmet.transforms.prune.readers import Reader
+from jaxmet.tree.batches import Batches
+from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.names import replace_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Low:
+    """A site with singular values to cut off."""
+
+    node: Node
+    parameter: str
+    shape: Shape
+    parts: Spectrum
+
+    @property
+    def most(self) -> int:
+        return self.shape.most
+
+    def amount(self, ratio: float, multiple: int) -> int:
+        return rank_at(self.shape, ratio, multiple)
+
+    def share(self, amount: int) -> float:
+        """Cost over cost before."""
+        return min(1.0, self.shape.cost_of(amount) / self.shape.cost)
+
+    def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
+        leaf = leaves[self.parameter]
+        array = jnp.asarray(dense(leaf))
+
+        def cut() -> jax.Array:
+            return placed_matrix(masked(self.parts, amount), self.shape)
+
+        new = lax.cond(
+            amount < self.most, lambda: cut().astype(array.dtype), lambda: array
+        )
+        return leaves | {self.parameter: with_weight(leaf, new)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    """Channels that a site reads, bundle by bundle, with the order in which they go.
+
+    `counts` has a row for each amount that may be asked for, and how many channels of
+    each bundle stay then.
+    """
+
+    node: Node
+    graph: Graph
+    bundles: tuple[Bundle, ...]
+    orders: tuple[np.ndarray, ...]
+    counts: np.ndarray
+
+    @property
+    def most(self) -> int:
+        return sum(b.size for b in self.bundles)
+
+    def amount(self, ratio: float, multiple: int) -> int:
+        return sum(kept_at(b.size, ratio, multiple) for b in self.bundles)
+
+    def share(self, amount: int) -> float:
+        return amount / self.most
+
+    def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
+        row = jnp.searchsorted(jnp.asarray(self.counts.sum(axis=1)), amount)
+        counts = jnp.asarray(self.counts)[row]
+        found = dict(leaves)
+        for i, (bundle, order) in enumerate(
+            zip(self.bundles, self.orders, strict=True)
+        ):
+            rank = np.empty(bundle.size, np.int32)
+            rank[order] = np.arange(bundle.size)
+            left = jnp.asarray(rank) >= bundle.size - counts[i]
+            for member in self.graph.members:
+                of = channel_along(member.layout, bundle.indices)
+                if member.groups == 1 and (of >= 0).any():
+                    leaf = found[member.parameter]
+                    new = _zeroed(jnp.asarray(dense(leaf)), left, of, member.axis)
+                    found[member.parameter] = with_weight(leaf, new)
+        return found
+
+
+def _zeroed(array: jax.Array, left: jax.Array, of: np.ndarray, axis: int) -> jax.Array:
+    """An array with zeros wherever a channel along an axis is not left."""
+    along = jnp.where(jnp.asarray(of) >= 0, left[np.maximum(of, 0)], True)
+    shape = [1] * array.ndim
+    shape[axis] = of.size
+    return jnp.where(along.reshape(shape), array, jnp.zeros_like(array))
+
+
+Site = Low | Narrow
+
+
+def with_amounts(
+    params: Any,
+    leaves: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    amounts: Sequence[Any] | jax.Array,
+) -> Any:
+    """The tree with so many ranks or channels of each site."""
+    found = dict(leaves)
+    for site, amount in zip(sites.values(), amounts, strict=True):
+        found = site.changed(found, amount)
+    changed = {n: leaf for n, leaf in found.items() if leaf is not leaves[n]}
+    return replace_leaves(params, changed, caller="score_ratios")
+
+
+def sites_of(
+    params: Any,
+    graph: Graph,
+    leaves: Mapping[str, Any],
+    method: str,
+    read: Batches,
+    rows: int,
+    *,
+    ratios: Sequence[float],
+    multiple: int,
+    progress: bool,
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """The sites that can be compressed, and why the others cannot."""
+    options: dict[str, Any] = {
+        "caller": "score_ratios",
+        "rows": rows,
+        "progress": progress,
+    }
+    if method == "prune":
+        asked = [(r, multiple) for r in ratios]
+        return _narrow(params, graph, leaves, read, options, asked)
+    left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
+    nodes = [n for n in graph.sites if n.name not in left]
+    seen = (
+        {}
+        if read.abstract
+        else grams(graph, params, read, {n.name for n in nodes}, **options)
+    )
+    found: dict[str, Site] = {}
+    for node in nodes:
+        assert node.weight is not None and node.weight.name is not None
+        leaf = leaves[node.weight.name]
+        shape = shape_of(node, leaf, method)
+        gram = seen[node.name].mean if node.name in seen else None
+        parts = spectrum_of(jnp.asarray(dense(leaf)), shape, gram)
+        found[node.name] = Low(node, node.weight.name, shape, parts)
+    return found, left
+
+
+def _narrow(
+    params: Any,
+    graph: Graph,
+    leaves: Mapping[str, Any],
+    read: Batches,
+    options: dict[str, Any],
+    asked: Sequence[tuple[float, int]],
+) -> tuple[dict[str, Site], dict[str, str]]:
+    bundles = [b for b in bundles_of(graph) if refused(b, coupled=True) is None]
+    names = {n for b in bundles for n in b.readers}
+    seen = {} if read.abstract else grams(graph, params, read, names, **options)
+    readers = {n: Reader.of(graph, n, leaves, seen.get(n)) for n in names}
+    selection = "obs" if seen else "magnitude"
+    orders = {b.name: removal(b, readers, selection, b.size // 2 or 1) for b in bundles}
+    found: dict[str, Site] = {}
+    for node in graph.sites:
+        own = tuple(b for b in bundles if node.name in b.readers)
+        if own:
+            rows = {tuple(kept_at(b.size, *ask) for b in own) for ask in asked}
+            rows.add(tuple(b.size for b in own))
+            counts = np.array(sorted(rows, key=sum), np.int32)
+            each = tuple(orders[b.name] for b in own)
+            found[node.name] = Narrow(node, graph, own, each, counts)
+    why = "it reads no channels that can be removed"
+    return found, {n.name: why for n in graph.sites if n.name not in found}

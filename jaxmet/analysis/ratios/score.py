@@ -1,0 +1,233 @@
+"""The score of a network with one site compressed, for every site and every ratio."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxmet.analysis.cost import cost
+from jaxmet.analysis.ratios.masked import Site, sites_of, with_amounts
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.lift import lift
+from jaxmet.transforms.checkpoint import Checkpoint
+from jaxmet.transforms.grams import ROWS
+from jaxmet.transforms.ratios import asked_for, check_multiple
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.names import named_leaves
+from jaxmet.tree.table import Table
+
+CALLER = "score_ratios"
+METHODS = ("spatial", "weight", "prune")
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+COLUMNS = ("site", "ratio", "left", "of", "macs", "parameters", "score")
+ALL = "(all)"
+
+Score = Callable[[Callable[..., Any], Any], Any]
+
+
+def score_ratios(
+    params: Any,
+    graph: Graph,
+    score: Score,
+    *,
+    batches: Any,
+    method: str = "spatial",
+    ratios: Sequence[float] = RATIOS,
+    multiple: int = 1,
+    rows: int = ROWS,
+    checkpoint: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> Table:
+    """How the network scores with one site alone compressed, for every site and ratio.
+
+    `score(apply, params)` is a number, higher is better; `apply(params, *inputs)` is the
+    model. If it can be traced (a sum over arrays at hand) one compiled program runs every
+    row; if not (it loops over files) it is called for every row on the host, with an
+    `apply` that is compiled once. Nothing is rebuilt either way: a row is the original
+    network with singular values cut off ('spatial', 'weight') or channels set to zero
+    ('prune'), which scores as the small one would before refitting.
+
+    `batches` are the data by which factors are whitened and channels chosen, or
+    `jax.ShapeDtypeStruct`s of the inputs for neither. Costs are those of one example.
+    Ratios are those of `factorize` and `prune`, rounded to a `multiple` of ranks or
+    channels. With `checkpoint`, a folder, a run that was killed goes on behind its last
+    finished row.
+
+    Columns of the table: `site`; `ratio`; how many ranks or channels are `left` and `of`
+    how many; `macs` and `parameters` of the site's weight then; `score`. Rows with ratio 1
+    are the site as it is, and the row '(all)' the network. `jm.select_ratios` reads it.
+
+    Raises ValueError for a score that is NaN, no scalar, or keeps a traced array, for
+    ratios outside (0, 1), and where no site can be compressed.
+
+    >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
+    >>> table = jm.score_ratios(params, graph, score, batches=batches)
+    >>> ratios = jm.select_ratios(table, 0.5)
+    >>> small = jm.factorize(params, graph, ratios=ratios, batches=batches)
+    """
+    leaves = leaves_of(params, graph, CALLER)
+    if method not in METHODS:
+        raise ValueError(
+            f"jaxmet.{CALLER}: method is {method!r}. It is one of "
+            f"{', '.join(map(repr, METHODS))}."
+        )
+    check_multiple(multiple, CALLER)
+    ratios = _checked(ratios)
+    read = as_batches(batches, CALLER, inputs=inputs, passes=2, abstract=True)
+    traceable = _traceable(score, graph, params)
+    sites, left = sites_of(
+        params,
+        graph,
+        leaves,
+        method,
+        read,
+        rows,
+        ratios=ratios,
+        multiple=multiple,
+        progress=progress,
+    )
+    asked_for(1.0, {**dict.fromkeys(sites), **left}, graph, CALLER)
+    if not sites:
+        raise ValueError(
+            f"jaxmet.{CALLER}: no selected site can be compressed by {method!r}: "
+            f"{'; '.join(f'{n}: {why}' for n, why in list(left.items())[:3])}."
+        )
+    full = np.array([site.most for site in sites.values()], np.int32)
+    cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
+    told = (params, method, ratios, multiple, rows, list(sites))
+    kept = Checkpoint(checkpoint, CALLER, told)
+    run = _runner(score, graph, params, sites, traceable=traceable)
+    names = list(sites)
+    scores: dict[Any, float] = {}
+    todo = [None, *((name, amount) for name, _, amount in cells)]
+    for i, cell in enumerate(tqdm(todo, desc=CALLER, disable=not progress)):
+        if cell in scores:  # another ratio with as many ranks
+            continue
+        done = kept.load(i)
+        if done is None:
+            amounts = full.copy()
+            if cell is not None:
+                amounts[names.index(cell[0])] = cell[1]
+            done = {"score": np.float64(_number(run(amounts), cell))}
+            kept.save(i, done)
+        scores[cell] = float(done["score"])
+    return _table(params, graph, read.first, sites, cells, scores)
+
+
+def _checked(ratios: Any) -> tuple[float, ...]:
+    found = tuple(ratios) if not isinstance(ratios, int | float) else (ratios,)
+    bad = [r for r in found if not isinstance(r, int | float) or not 0 < r < 1]
+    if bad or not found:
+        raise ValueError(
+            f"jaxmet.{CALLER}: ratios holds {bad[:1] or 'nothing'}. Give numbers between 0 "
+            "and 1: costs afterwards over costs before."
+        )
+    return tuple(sorted({float(r) for r in found}))
+
+
+def _traceable(score: Score, graph: Graph, params: Any) -> bool:
+    """Whether the score runs on traced parameters, refused where it keeps one."""
+    apply = lift(graph.apply)
+    try:
+        with jax.checking_leaks():
+            shape = jax.eval_shape(lambda p: score(apply, p), params)
+    except jax.errors.JAXTypeError:
+        return False
+    except TypeError as error:
+        if "valid JAX type" not in str(error):
+            raise
+        return False  # what it returns is no number: the first row says so
+    except Exception as error:
+        if "leaked" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"jaxmet.{CALLER}: the score function keeps an array that is being traced, in a "
+            "variable outside of it or an attribute. Let it return all that it computes."
+        ) from error
+    if not hasattr(shape, "shape") or shape.shape != ():
+        raise ValueError(_no_number(shape))
+    return True
+
+
+def _runner(
+    score: Score,
+    graph: Graph,
+    params: Any,
+    sites: Mapping[str, Site],
+    *,
+    traceable: bool,
+) -> Callable[[np.ndarray], Any]:
+    """The score for so many ranks or channels of each site."""
+    apply = lift(graph.apply)
+    if traceable:
+        cut = jax.jit(
+            lambda p, amounts: score(
+                apply, with_amounts(p, named_leaves(p), sites, amounts)
+            )
+        )
+        return lambda amounts: cut(params, jnp.asarray(amounts))
+    shrink = jax.jit(lambda p, a: with_amounts(p, named_leaves(p), sites, a))
+    forward = jax.jit(apply)
+    return lambda amounts: score(forward, shrink(params, jnp.asarray(amounts)))
+
+
+def _number(found: Any, cell: Any) -> float:
+    if np.shape(found) != () or not isinstance(
+        found, int | float | np.generic | jax.Array
+    ):
+        raise ValueError(_no_number(found))
+    number = float(found)
+    if np.isnan(number):
+        where = (
+            "the model as it is" if cell is None else f"{cell[0]!r} cut to {cell[1]}"
+        )
+        raise ValueError(
+            f"jaxmet.{CALLER}: the score of {where} is NaN. Let it be a number for every "
+            "network, however bad."
+        )
+    return number
+
+
+def _no_number(found: Any) -> str:
+    shape = getattr(found, "shape", None)
+    said = (
+        f"an array of shape {tuple(shape)}"
+        if shape is not None
+        else type(found).__name__
+    )
+    return (
+        f"jaxmet.{CALLER}: the score is {said}. Let score(apply, params) return one number, "
+        "higher is better."
+    )
+
+
+def _table(
+    params: Any,
+    graph: Graph,
+    batch: tuple[Any, ...],
+    sites: Mapping[str, Site],
+    cells: Sequence[tuple[str, float, int]],
+    scores: Mapping[Any, float],
+) -> Table:
+    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch]
+    costs = {row["site"]: row for row in cost(params, graph, *one)}
+    rows = []
+    for name, site in sites.items():
+        own = costs[name]
+        for ratio, amount in [(r, a) for n, r, a in cells if n == name] + [
+            (1.0, site.most)
+        ]:
+            share = site.share(amount) if ratio < 1 else 1.0
+            found = scores[(name, amount)] if ratio < 1 else scores[None]
+            worth = [round(own[key] * share) for key in ("macs", "parameters")]
+            rows.append((name, ratio, amount, site.most, *worth, found))
+    whole = costs[ALL]
+    rows.append(
+        (ALL, 1.0, None, None, whole["macs"], whole["parameters"], scores[None])
+    )
+    columns: dict[str, Any] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    return Table(columns, title=f"{CALLER}: {len(sites)} sites")

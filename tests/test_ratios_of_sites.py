@@ -1,0 +1,250 @@
+"""The table of scores against networks really rebuilt, and what is chosen from it."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmet as jm
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="a")(x))
+        x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="b")(x))
+        x = nn.relu(nn.Conv(8, (1, 1), name="c")(x))
+        return nn.Dense(4, name="d")(x.mean((1, 2)))
+
+
+RATIOS = (0.25, 0.5, 0.75)
+
+
+@pytest.fixture(scope="module")
+def net():
+    model, keys = Net(), jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (16, 8, 8, 6))
+    params = jax.jit(model.init)(keys[1], x)
+    graph, wanted = jm.trace(model.apply, params, x), model.apply(params, x)
+
+    def score(apply, params):
+        return -jnp.mean((apply(params, x) - wanted) ** 2)
+
+    return model.apply, params, x, graph, score
+
+
+def rebuilt(method, params, graph, site, ratio, **options):
+    if method == "prune":
+        return jm.prune(params, graph, {site: ratio})
+    return jm.factorize(params, graph, ratios={site: ratio}, method=method, **options)
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight", "prune"])
+def test_every_row_scores_as_the_network_that_is_really_small(net, method):
+    apply, params, x, graph, score = net
+    table = jm.score_ratios(
+        params, graph, score, batches=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        method=method, ratios=RATIOS, progress=False,
+    )  # fmt: skip
+    sites = ["b", "c", "d"] if method == "prune" else ["a", "b", "c", "d"]
+    assert list(dict.fromkeys(table["site"])) == [*sites, "(all)"]
+    whole = jm.cost(params, graph, x[:1])
+    run = jax.jit(jm.lift(apply))
+    for row in table:
+        if row["site"] == "(all)" or row["ratio"] == 1:
+            assert row["score"] == pytest.approx(0.0, abs=1e-9)
+            own = whole.where(site=row["site"])
+            assert (row["macs"], row["parameters"]) == (
+                own["macs"][0],
+                own["parameters"][0],
+            )
+            continue
+        small = rebuilt(method, params, graph, row["site"], row["ratio"])
+        assert row["score"] == pytest.approx(
+            float(score(run, small)), rel=1e-3, abs=1e-7
+        )
+        assert row["macs"] <= row["ratio"] * whole.where(site=row["site"])["macs"][
+            0
+        ] + 1 or (row["left"] == 1)
+
+
+def test_scores_that_cannot_be_traced_give_the_same_table(net):
+    _, params, x, graph, score = net
+    shape, calls = jax.ShapeDtypeStruct(x.shape, x.dtype), []
+
+    def on_the_host(apply, params):
+        calls.append(apply)
+        found = np.asarray(apply(params, x))  # a traced array has no numbers
+        return float(score(lambda p, x: found, params))
+
+    options = {"batches": shape, "ratios": RATIOS, "progress": False}
+    one = jm.score_ratios(params, graph, score, **options)
+    two = jm.score_ratios(params, graph, on_the_host, **options)
+    np.testing.assert_allclose(one["score"], two["score"], rtol=1e-4, atol=1e-7)
+    assert len({id(apply) for apply in calls[1:]}) == 1
+
+
+def test_one_program_scores_every_row(net):
+    _, params, x, graph, score = net
+    traces = []
+
+    def counted(apply, params):
+        traces.append(None)
+        return score(apply, params)
+
+    jm.score_ratios(
+        params,
+        graph,
+        counted,
+        batches=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        progress=False,
+    )
+    assert len(traces) == 2  # once to see whether it can be traced
+
+
+def test_with_data_the_cut_is_whitened(net):
+    _, params, x, graph, score = net
+    keys = jax.random.split(jax.random.key(5), 2)
+    through = jax.random.normal(keys[0], (6, 2)) @ jax.random.normal(keys[1], (2, 6))
+    tables = [
+        jm.score_ratios(params, graph.only("a"), score, batches=batches, progress=False)
+        for batches in (jax.ShapeDtypeStruct(x.shape, x.dtype), [x @ through])
+    ]
+    plain, tuned = (np.array(t["score"]) for t in tables)
+    assert np.any(np.abs(plain - tuned) > 1e-4)
+
+
+@pytest.mark.parametrize("method", ["greedy", "optimal"])
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+def test_the_target_is_kept_by_the_network_that_is_built(net, method, budget):
+    apply, params, x, graph, score = net
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    table = jm.score_ratios(params, graph, score, batches=shape, progress=False)
+    before = jm.cost(params, graph, x[:1]).where(site="(all)")[budget][0]
+    for target in (0.5, 0.8):
+        ratios = jm.select_ratios(table, target, method=method, budget=budget)
+        small = jm.factorize(params, graph, ratios=ratios)
+        after = jm.cost(small, jm.trace(apply, small, x), x[:1])
+        assert after.where(site="(all)")[budget][0] <= target * before * 1.01
+        assert ratios
+    assert jm.select_ratios(table, 1.0, method=method) == {}
+
+
+def test_the_best_of_all_combinations_is_chosen(net):
+    _, params, x, graph, score = net
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    table = jm.score_ratios(
+        params, graph, score, batches=shape, ratios=RATIOS, progress=False
+    )
+    sites = ["a", "b", "c", "d"]
+    rows = {n: table.where(site=n) for n in sites}
+    total = table.where(site="(all)")["macs"][0]
+    best, found = -np.inf, None
+    for choice in itertools.product(range(4), repeat=4):
+        cost = sum(rows[n]["macs"][c] for n, c in zip(sites, choice, strict=True))
+        worth = sum(rows[n]["score"][c] for n, c in zip(sites, choice, strict=True))
+        if cost <= 0.6 * total and worth > best:
+            best, found = worth, choice
+    wanted = {n: rows[n]["ratio"][c] for n, c in zip(sites, found, strict=True)}
+    chosen = jm.select_ratios(table, 0.6, fit=False)
+    assert chosen == {n: r for n, r in wanted.items() if r < 1}
+
+
+def test_published_thresholds():
+    """AIMET's example: a threshold of 45 means ratio .5, 48 means .7."""
+    scores = {0.1: 11.0, 0.3: 23.0, 0.5: 47.0, 0.7: 85.0, 0.9: 89.0, 1.0: 90.0}
+    rows = [("x", r, round(1000 * r), s) for r, s in scores.items()]
+    rows.append(("(all)", 1.0, 1000, 90.0))
+    columns = dict(
+        zip(("site", "ratio", "macs", "score"), zip(*rows, strict=True), strict=True)
+    )
+    table = jm.Table(columns | {"parameters": columns["macs"]})
+    for target, ratio in ((0.55, 0.5), (0.7, 0.7), (0.69, 0.5), (0.1, 0.1)):
+        assert jm.select_ratios(table, target, method="greedy") == {"x": ratio}
+    with pytest.raises(ValueError, match=r"0\.05 cannot be reached.*0\.1000"):
+        jm.select_ratios(table, 0.05)
+
+
+def test_manual_ratios_are_part_of_the_budget(net):
+    _, params, x, graph, score = net
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    table = jm.score_ratios(params, graph, score, batches=shape, progress=False)
+    found = jm.select_ratios(table, 0.8, manual={"a": 0.9, "d": 1.0})
+    assert found["a"] == 0.9 and "d" not in found
+    fewer = jm.score_ratios(
+        params, graph.without("b"), score, batches=shape, progress=False
+    )
+    assert "b" not in fewer["site"]
+
+
+def test_a_run_that_stops_goes_on_behind_its_last_row(net, tmp_path):
+    _, params, x, graph, score = net
+    shape, calls = jax.ShapeDtypeStruct(x.shape, x.dtype), []
+
+    def on_the_host(apply, params):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return float(np.asarray(score(apply, params)))
+
+    options = {
+        "batches": shape,
+        "ratios": RATIOS,
+        "progress": False,
+        "checkpoint": tmp_path,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        jm.score_ratios(params, graph, on_the_host, **options)
+    before = len(calls)
+    table = jm.score_ratios(params, graph, on_the_host, **options)
+    rows = len({(r["site"], r["left"]) for r in table if r["ratio"] < 1}) + 1
+    # One try of each run says whether the score can be traced.
+    assert len(calls) - before == 1 + rows - (before - 2)
+    again = jm.score_ratios(
+        params, graph, score, batches=shape, ratios=RATIOS, progress=False
+    )
+    np.testing.assert_allclose(table["score"], again["score"], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="holds a run on another"):
+        jm.score_ratios(params, graph, score, **(options | {"method": "weight"}))
+
+
+LEAK = []
+
+
+def leaking(apply, params):
+    LEAK.append(apply(params, jnp.ones((1, 8, 8, 6))))
+    return jnp.sum(LEAK[-1])
+
+
+BAD = {
+    "nan": ({"score": lambda a, p: jnp.nan}, "the score of the model as it is is NaN"),
+    "array": (
+        {"score": lambda a, p: jnp.ones(3)},
+        r"the score is an array of shape \(3,\)",
+    ),
+    "text": ({"score": lambda a, p: "good"}, "the score is str"),
+    "leak": ({"score": leaking}, "keeps an array that is being traced"),
+    "ratio": ({"ratios": (0.5, 1.5)}, r"ratios holds \[1.5\]"),
+    "method": ({"method": "luck"}, "method is 'luck'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(net, case):
+    _, params, x, graph, score = net
+    options, message = BAD[case]
+    options = {
+        "score": score,
+        "batches": jax.ShapeDtypeStruct(x.shape, x.dtype),
+    } | options
+    score = options.pop("score")
+    with pytest.raises(ValueError, match=rf"jaxmet\.score_ratios: .*{message}"):
+        jm.score_ratios(params, graph, score, progress=False, **options)
+
+
+def test_bad_selections(net):
+    with pytest.raises(ValueError, match="the table is none of"):
+        jm.select_ratios(jm.Table({"site": ["a"]}), 0.5)
