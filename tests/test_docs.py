@@ -95,11 +95,24 @@ def test_training_runs_as_printed(tmp_path, monkeypatch):
     assert len(restored) == len(jax.tree.leaves(scope["state"]))
 
 
+def test_compression_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    model = Small()
+    scope = {"model": model, "images": images, "labels": jnp.arange(16) % 4}
+    scope["params"] = model.init(jax.random.key(1), images)
+    text = (ROOT / "docs/compression.md").read_text(encoding="utf-8")
+    with jax.numpy_dtype_promotion("standard"):
+        for block in BLOCK.findall(text):
+            exec(block, scope)
+    macs = [scope[name]["macs"][-1] for name in ("before", "after")]
+    assert macs[1] < 0.7 * macs[0] and scope["logits"].shape == (16, 4)
+    assert (tmp_path / "tiny.npz").exists()
+
+
 def test_every_public_name_is_in_the_docs():
-    text = "".join(
-        (ROOT / page).read_text(encoding="utf-8")
-        for page in ("README.md", "docs/guide.md", "docs/training.md")
-    )
+    pages = ("README.md", "docs/guide.md", "docs/training.md", "docs/compression.md")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
     source = (ROOT / "jaxmet/__init__.py").read_text(encoding="utf-8")
     public = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
     assert len(public) > 20
