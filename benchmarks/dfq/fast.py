@@ -92,6 +92,8 @@ def convolution(layer: nn.Conv, x: jax.Array) -> jax.Array | None:
         return depthwise(x, kernel, layer.strides[0], layer.kernel_dilation[0])
     if layer.kernel_size != (1, 1):
         return None
+    down, across = layer.strides or (1, 1)
+    x = x[:, ::down, ::across]
     y = (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
     return y + layer.get_variable("params", "bias") if layer.use_bias else y
 
