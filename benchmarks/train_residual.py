@@ -33,7 +33,7 @@ from train_demo import DATA, VALIDATION, as_input, augment, read_idx
 from train_dfq import load_state, save_state
 
 BATCH = 64
-EPOCHS = {"resnet18": 11, "resnet50": 8}
+EPOCHS = {"resnet18": 11, "resnet50": 7}
 
 Array = np.ndarray[Any, Any]
 
