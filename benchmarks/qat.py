@@ -38,13 +38,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from train_demo import DATA, VALIDATION, as_input, augment, read_idx
+from fashion import BATCH, Fashion, Tree
+from train_demo import DATA, as_input
 
 import jaxmet as jm
 from jaxmet.demo import data
 from jaxmet.demo.network import Network
 
-BATCH = 128
 WIDTHS = {
     "W8A8": (8, 8),
     "W4A8": (4, 8),
@@ -52,7 +52,6 @@ WIDTHS = {
     "W3A3": (3, 3),
     "W2A4": (2, 4),
 }
-Tree = Any
 
 
 def main() -> None:
@@ -84,36 +83,31 @@ class Bench:
     """The data, the folded network and its trainers."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, folder = options, options.data
-        images = read_idx(folder / "train-images-idx3-ubyte.gz")
-        labels = read_idx(folder / "train-labels-idx1-ubyte.gz")
-        order = np.random.default_rng(0).permutation(len(images))  # as in train_demo
-        if options.validate:
-            held, order = order[:VALIDATION], order[VALIDATION:]
-            self.test = images[held], labels[held]
-        else:
-            test = read_idx(folder / "t10k-images-idx3-ubyte.gz")
-            self.test = test, read_idx(folder / "t10k-labels-idx1-ubyte.gz")
-        self.train = images[order], labels[order]
+        self.options = options
+        self.data = Fashion(options.data, validate=options.validate)
         self.network = Network()
         variables = data.weights()
-        graph = jm.trace(self.network.apply, variables, as_input(images[:1]))
+        first = as_input(self.data.train[0][:1])
+        graph = jm.trace(self.network.apply, variables, first)
         self.folded = jm.fold_batch_norm(variables, graph)
+        self.graph = jm.trace(self.network.apply, self.folded, first)
         self.replay = jm.evaluate(self.network.apply, _idle)
-        self.taught: np.ndarray | None = None
+        self.taught = self.data.told_by(lambda p, x: self.replay(p, x)[0], self.folded)
         self.calibration = jm.stacked(data.load()[0], batch_size=BATCH)
 
     def table(self) -> None:
         """Each cell a mean and a standard deviation over seeds, in percent."""
-        right = self.accuracy(jax.jit(self.network.apply), self.folded)
+        right = self.data.accuracy(jax.jit(self.network.apply), self.folded)
         print(f"float: {100 * right:.2f} %; {self.options.steps} steps of {BATCH}")
-        graph = self.graph(self.folded)
+        graph = self.graph
         for labels in (False, True):
             fit = self.trainer(
                 graph.apply, jm.optimizer_labels(self.folded, graph), labels
             )
             run = jax.jit(graph.apply)
-            on = [self.accuracy(run, fit(self.folded, s)) for s in self.options.seeds]
+            on = [
+                self.data.accuracy(run, fit(self.folded, s)) for s in self.options.seeds
+            ]
             kind = "labels" if labels else "its own outputs"
             print(f"float, trained on with {kind}: {cell(on)} %", flush=True)
         columns = ["PTQ", "QAT", "learned ranges"] if self.has("jaxmet") else []
@@ -138,74 +132,25 @@ class Bench:
     def has(self, method: str) -> bool:
         return method in self.options.methods
 
-    def accuracy(self, predict: Callable[..., jax.Array], *trees: Tree) -> float:
-        images, labels = self.test
-        right = 0
-        for i in range(0, len(images), 500):
-            found = predict(*trees, as_input(images[i : i + 500]))
-            right += int(np.sum(np.argmax(found, -1) == labels[i : i + 500]))
-        return right / len(images)
-
     def trainer(
         self, forward: Callable, labels: Tree, by_labels: bool | None = None
     ) -> Callable[[Tree, int], Tree]:
-        """What the steps make of a tree; `forward(tree, x)` gives logits.
-
-        Compiled once, whatever the seeds.
-        """
-        count = self.options.steps
+        """What the steps make of a tree, compiled once."""
         by_labels = self.options.labels if by_labels is None else by_labels
-        falling = partial(optax.cosine_decay_schedule, decay_steps=count)
+        falling = partial(optax.cosine_decay_schedule, decay_steps=self.options.steps)
         each: dict[Any, Any] = {
             "weights": optax.adam(falling(self.options.rate)),
             # Steps relative to each range: scales of 4 and of 16 bits differ a thousandfold.
             "ranges": optax.lamb(falling(self.options.range_rate)),
         }
         each |= dict.fromkeys(("statistics", "bounds"), optax.set_to_zero())
-        optimizer = optax.multi_transform(each, labels)
-
-        def loss(trained: Tree, x: jax.Array, targets: jax.Array) -> jax.Array:
-            return jnp.mean(optax.softmax_cross_entropy(forward(trained, x), targets))
-
-        @partial(jax.jit, donate_argnums=(0, 1))
-        def step(
-            trained: Tree, state: Any, key: jax.Array, x: jax.Array, targets: jax.Array
-        ) -> tuple[Tree, Any]:
-            x = augment(key, x) if by_labels else x
-            grads = jax.grad(loss)(trained, x, targets)
-            updates, state = optimizer.update(grads, state, trained)
-            return optax.apply_updates(trained, updates), state
-
-        images, targets = self.train[0], self.targets(by_labels)
-
-        def fit(trained: Tree, seed: int) -> Tree:
-            rng, key = np.random.default_rng(seed), jax.random.key(seed)
-            trained = jax.tree.map(jnp.array, trained)  # donated
-            state = optimizer.init(trained)
-            for i in range(count):
-                chosen = rng.choice(len(images), BATCH, replace=False)
-                x, y = as_input(images[chosen]), jnp.asarray(targets[chosen])
-                trained, state = step(trained, state, jax.random.fold_in(key, i), x, y)
-            return trained
-
-        return fit
-
-    def targets(self, by_labels: bool) -> np.ndarray:
-        """What the network is to say of each training image."""
-        images, labels = self.train
-        if by_labels:
-            return np.asarray(optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1))
-        if self.taught is None:
-            run = jax.jit(lambda p, x: jax.nn.softmax(self.replay(p, x)[0]))
-            parts = [
-                np.asarray(run(self.folded, as_input(images[i : i + 500])))
-                for i in range(0, len(images), 500)
-            ]
-            self.taught = np.concatenate(parts)
-        return self.taught
-
-    def graph(self, params: Tree) -> jm.Graph:
-        return jm.trace(self.network.apply, params, as_input(self.test[0][:1]))
+        return self.data.trainer(
+            forward,
+            optax.multi_transform(each, labels),
+            self.data.smoothed() if by_labels else self.taught,
+            self.options.steps,
+            moved=by_labels,
+        )
 
     def quantized(self, name: str) -> list[tuple[float, ...]]:
         """For each seed: after PTQ, after training weights, and weights with ranges."""
@@ -230,13 +175,13 @@ class Bench:
                 progress=False,
             )
             quantizers = quantizers.pin(params)
-            right = [self.accuracy(run, (params, quantizers))]
+            right = [self.data.accuracy(run, (params, quantizers))]
             for learn in (None, "lsq"):
                 start = (params, quantizers.set("*", learn=learn))
                 if learn not in fits:
-                    labels = jm.optimizer_labels(params, self.graph(params), start[1])
+                    labels = jm.optimizer_labels(params, self.graph, start[1])
                     fits[learn] = self.trainer(forward, labels)
-                right.append(self.accuracy(run, fits[learn](start, seed)))
+                right.append(self.data.accuracy(run, fits[learn](start, seed)))
             found.append(tuple(right))
         return found
 
@@ -253,9 +198,11 @@ class Bench:
         def forward(params: Tree, x: jax.Array) -> jax.Array:
             return model.apply(params, x)
 
-        labels = jm.optimizer_labels(self.folded, self.graph(self.folded))
+        labels = jm.optimizer_labels(self.folded, self.graph)
         fit, run = self.trainer(forward, labels), jax.jit(forward)
-        return [self.accuracy(run, fit(self.folded, s)) for s in self.options.seeds]
+        return [
+            self.data.accuracy(run, fit(self.folded, s)) for s in self.options.seeds
+        ]
 
 
 def _idle(node: Any, run: Callable, operands: tuple) -> tuple[Any, None]:

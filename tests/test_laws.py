@@ -76,9 +76,23 @@ def adapted(params, graph, batches):
     )[0]
 
 
+def factorized(params, graph, batches):
+    del batches
+    return jm.factorize(params, graph, ratios=0.7, method="weight")
+
+
+def pruned(params, graph, batches):
+    return jm.prune(params, graph, 0.6, batches=batches, progress=False)
+
+
 ROUNDS = {"function": "rounding to 4 bits changes the function: that is what it shows"}
 SHIFTS = {"function": "the float model is shifted, so that the rounded one is not"}
 LEAVES = {"plain tree": "exact clips make leaves that hold bounds"}
+SMALLER = {
+    "function": "less is computed: that is what it is for",
+    "plain tree": "what is left of a leaf is no array of its shape",
+    "tree kept": "a leaf's parts are leaves",
+}
 TRANSFORMS = (
     Transform(
         "fold_batch_norm",
@@ -118,6 +132,18 @@ TRANSFORMS = (
             "a program for each: it refuses traced trees"
         },
         acts_on=("conv_bn_relu", "inverted_residual"),
+    ),
+    Transform(
+        "factorize",
+        factorized,
+        SMALLER | {"names kept": "two factors are two sites"},
+        acts_on=("inverted_residual", "residual", "concatenation"),
+    ),
+    Transform(
+        "prune",
+        pruned,
+        SMALLER | {"eager equals jit": "which channels stay decides about shapes"},
+        acts_on=("inverted_residual", "residual", "concatenation"),
     ),
     Transform(
         "correct_bias", corrected, SHIFTS, acts_on=("conv_bn_relu", "inverted_residual")
@@ -170,7 +196,9 @@ def does_something(transform, model, frontend):
     changed = [
         name
         for name, leaf in after.items()
-        if is_compressed(leaf) or not np.array_equal(leaf, before[name])
+        if name not in before
+        or is_compressed(leaf)
+        or not np.array_equal(leaf, before[name])
     ]
     assert changed
 
