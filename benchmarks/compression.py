@@ -18,6 +18,11 @@ interval. *time* is the compiled forward of a batch of 64 over that of the float
 least of several, side by side.
 """
 
+# JAX asks for the standard library's `compression`, of Python 3.14, and finds this script
+# where it is run from: to it, this is no module.
+if __name__ != "__main__":
+    raise ImportError("benchmarks/compression.py is a script")
+
 import argparse
 import platform
 import time

@@ -215,7 +215,7 @@ def tree_kept(transform, model, frontend):
 @law
 def plain_tree(transform, model, frontend):
     after = result(transform, model, frontend)
-    assert not any(is_compressed(leaf) for leaf in flatten(after)[1])
+    assert not any(is_compressed(leaf) for leaf in flatten(after, whole=True)[1])
 
 
 @law

@@ -19,6 +19,7 @@ from jaxmet.engine.partial import (
 )
 from jaxmet.engine.pointwise import POINTWISE
 from jaxmet.engine.program import Equation
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.structures import Keep
 
 
@@ -96,8 +97,13 @@ def _fill(equation: Equation, operands: list[Any], full: list[int]) -> Any:
 
 def broadcast(equation: Equation, operands: list[Any]) -> list[Any] | None:
     x, p = operands[0], equation.params
-    if np.ndim(x) == 0 and not isinstance(x, Partial | Uniform):
-        return [Uniform(x, equation.results[0].shape)]
+    aval = equation.operands[0].aval
+    if compat.is_key(aval):
+        return None
+    if not isinstance(x, Partial | Uniform) and not aval.shape:
+        dtype = aval.dtype  # a literal may have forgotten it
+        number = np.asarray(x, dtype) if is_concrete(x) else x
+        return [Uniform(number, equation.results[0].shape)]
     if isinstance(x, Uniform):
         return [Uniform(x.number, equation.results[0].shape)]
     if len(operands) > 1 or not isinstance(x, Partial):
