@@ -117,6 +117,42 @@ def test_with_data_the_cut_is_whitened(net):
     assert np.any(np.abs(plain - tuned) > 1e-4)
 
 
+class Tied(nn.Module):
+    """A sum that two sites read, and a concatenation that a third reads with it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="a")(x))
+        y = nn.relu(nn.Conv(6, (3, 3), name="b")(x))
+        x = x + nn.Conv(8, (3, 3), name="c")(y)
+        z = nn.Conv(4, (1, 1), name="d")(x)
+        return nn.Dense(3, name="e")(jnp.concatenate([x, z], -1).mean((1, 2)))
+
+
+def test_sites_that_read_the_same_channels_take_one_ratio():
+    model, x = Tied(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    params = model.init(jax.random.key(1), x)
+    graph, wanted = jm.trace(model.apply, params, x), model.apply(params, x)
+
+    def score(apply, params):
+        return -jnp.mean((apply(params, x) - wanted) ** 2)
+
+    table = jm.score_ratios(
+        params, graph, score, batches=[x], method="prune", progress=False
+    )
+    tied = dict(zip(table["site"], table["tied"], strict=True))
+    assert tied == {"b": "d, e", "c": None, "(all)": None}
+    before = jm.cost(params, graph, x[:1])
+    own = {n: before.where(site=n)["macs"][0] for n in "abcde"}
+    assert table.where(site="b", ratio=1.0)["macs"] == [own["b"] + own["d"] + own["e"]]
+    for target in (0.6, 0.8):
+        ratios = jm.select_ratios(table, target)
+        assert ratios.get("b") == ratios.get("d") == ratios.get("e")
+        small = jm.prune(params, graph, ratios)
+        after = jm.cost(small, jm.trace(model.apply, small, x), x[:1])
+        assert after["macs"][-1] <= target * before["macs"][-1]
+
+
 @pytest.mark.parametrize("method", ["greedy", "optimal"])
 @pytest.mark.parametrize("budget", ["macs", "parameters"])
 def test_the_target_is_kept_by_the_network_that_is_built(net, method, budget):

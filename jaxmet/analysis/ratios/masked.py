@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmet.engine.channels import Layout
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.numerics.low_rank import Spectrum, masked
@@ -43,9 +44,16 @@ class Low:
     def amount(self, ratio: float, multiple: int) -> int:
         return rank_at(self.shape, ratio, multiple)
 
-    def share(self, amount: int) -> float:
-        """Cost over cost before."""
-        return min(1.0, self.shape.cost_of(amount) / self.shape.cost)
+    @property
+    def tied(self) -> tuple[str, ...]:
+        return ()
+
+    def shares(self, amount: int) -> dict[str, float]:
+        """Cost over cost before of every site that changes."""
+        share = (
+            self.shape.cost_of(amount) / self.shape.cost if amount < self.most else 1.0
+        )
+        return {self.node.name: min(1.0, share)}
 
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
         leaf = leaves[self.parameter]
@@ -64,12 +72,14 @@ class Low:
 class Narrow:
     """Channels that a site reads, bundle by bundle, with the order in which they go.
 
-    `counts` has a row for each amount that may be asked for, and how many channels of
+    `tied` are the other sites that read some of them, and `layouts` those of the inputs of
+    all. `counts` has a row for each amount that may be asked for, and how many channels of
     each bundle stay then.
     """
 
-    node: Node
     graph: Graph
+    layouts: Mapping[str, Layout]
+    tied: tuple[str, ...]
     bundles: tuple[Bundle, ...]
     orders: tuple[np.ndarray, ...]
     counts: np.ndarray
@@ -81,8 +91,17 @@ class Narrow:
     def amount(self, ratio: float, multiple: int) -> int:
         return sum(kept_at(b.size, ratio, multiple) for b in self.bundles)
 
-    def share(self, amount: int) -> float:
-        return amount / self.most
+    def shares(self, amount: int) -> dict[str, float]:
+        """Of every site the entries of its input axis that are left, over all."""
+        counts = self.counts[np.searchsorted(self.counts.sum(axis=1), amount)]
+        found = {}
+        for name, layout in self.layouts.items():
+            gone = 0.0
+            for bundle, count in zip(self.bundles, counts, strict=True):
+                entries = np.sum(channel_along(layout, bundle.indices) >= 0)
+                gone += float(entries) * (1 - int(count) / bundle.size)
+            found[name] = 1 - gone / channel_along(layout, set()).size
+        return found
 
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
         row = jnp.searchsorted(jnp.asarray(self.counts.sum(axis=1)), amount)
@@ -182,13 +201,30 @@ def _narrow(
     selection = "obs" if seen else "magnitude"
     orders = {b.name: removal(b, readers, selection, b.size // 2 or 1) for b in bundles}
     found: dict[str, Site] = {}
-    for node in graph.sites:
-        own = tuple(b for b in bundles if node.name in b.readers)
-        if own:
-            rows = {tuple(kept_at(b.size, *ask) for b in own) for ask in asked}
-            rows.add(tuple(b.size for b in own))
-            counts = np.array(sorted(rows, key=sum), np.int32)
-            each = tuple(orders[b.name] for b in own)
-            found[node.name] = Narrow(node, graph, own, each, counts)
+    for tied in _tied(graph, bundles):
+        own = tuple(b for b in bundles if set(b.readers) & set(tied))
+        rows = {tuple(kept_at(b.size, *ask) for b in own) for ask in asked}
+        rows.add(tuple(b.size for b in own))
+        counts = np.array(sorted(rows, key=sum), np.int32)
+        layouts = {
+            m.node: m.layout for m in graph.members if m.node in tied and m.role == "in"
+        }
+        each = tuple(orders[b.name] for b in own)
+        found[tied[0]] = Narrow(graph, layouts, tied[1:], own, each, counts)
+    known = {n for name, site in found.items() for n in (name, *site.tied)}
     why = "it reads no channels that can be removed"
-    return found, {n.name: why for n in graph.sites if n.name not in found}
+    return found, {n.name: why for n in graph.sites if n.name not in known}
+
+
+def _tied(graph: Graph, bundles: Sequence[Bundle]) -> list[tuple[str, ...]]:
+    """Sites that read some of the same channels, in the order in which they run."""
+    selected = [n.name for n in graph.sites]
+    found: list[set[str]] = []
+    for bundle in bundles:
+        mine = {n for n in bundle.readers if n in selected}
+        for other in [t for t in found if t & mine]:
+            found.remove(other)
+            mine |= other
+        found += [mine] if mine else []
+    together = [tuple(n for n in selected if n in t) for t in found]
+    return sorted(together, key=lambda t: selected.index(t[0]))

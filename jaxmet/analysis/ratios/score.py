@@ -22,7 +22,7 @@ from jaxmet.tree.table import Table
 CALLER = "score_ratios"
 METHODS = ("spatial", "weight", "prune")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-COLUMNS = ("site", "ratio", "left", "of", "macs", "parameters", "score")
+COLUMNS = ("site", "tied", "ratio", "left", "of", "macs", "parameters", "score")
 ALL = "(all)"
 
 Score = Callable[[Callable[..., Any], Any], Any]
@@ -57,8 +57,9 @@ def score_ratios(
     channels. With `checkpoint`, a folder, a run that was killed goes on behind its last
     finished row.
 
-    Columns of the table: `site`; `ratio`; how many ranks or channels are `left` and `of`
-    how many; `macs` and `parameters` of the site's weight then; `score`. Rows with ratio 1
+    Columns of the table: `site`, and the sites that are `tied` to it because they read the
+    same channels and take the same ratio; `ratio`; how many ranks or channels are `left`
+    and `of` how many; their `macs` and `parameters` then; `score`. Rows with ratio 1
     are the site as it is, and the row '(all)' the network. `jm.select_ratios` reads it.
 
     Raises ValueError for a score that is NaN, no scalar, or keeps a traced array, for
@@ -217,17 +218,19 @@ def _table(
     costs = {row["site"]: row for row in cost(params, graph, *one)}
     rows = []
     for name, site in sites.items():
-        own = costs[name]
-        for ratio, amount in [(r, a) for n, r, a in cells if n == name] + [
-            (1.0, site.most)
-        ]:
-            share = site.share(amount) if ratio < 1 else 1.0
+        asked = [(r, a) for n, r, a in cells if n == name]
+        for ratio, amount in [*asked, (1.0, site.most)]:
+            shares = site.shares(amount)
+            worth = [
+                round(sum(costs[n][key] * share for n, share in shares.items()))
+                for key in ("macs", "parameters")
+            ]
             found = scores[(name, amount)] if ratio < 1 else scores[None]
-            worth = [round(own[key] * share) for key in ("macs", "parameters")]
-            rows.append((name, ratio, amount, site.most, *worth, found))
+            tied = ", ".join(site.tied) or None
+            rows.append((name, tied, ratio, amount, site.most, *worth, found))
     whole = costs[ALL]
     rows.append(
-        (ALL, 1.0, None, None, whole["macs"], whole["parameters"], scores[None])
+        (ALL, None, 1.0, None, None, whole["macs"], whole["parameters"], scores[None])
     )
     columns: dict[str, Any] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
     return Table(columns, title=f"{CALLER}: {len(sites)} sites")

@@ -67,7 +67,11 @@ def select_ratios(
         ratios, scores[free], costs[free], target, total, other + fixed, method
     )
     found = {sites[i]: float(r) for i, r in zip(free, chosen, strict=True)}
-    return {n: r for n, r in (found | manual).items() if r < 1}
+    every = dict(found | manual)
+    for name in sites:
+        tied = by_site[name].columns.get("tied", [None])[0]
+        every |= dict.fromkeys(tied.split(", ") if tied else [], every[name])
+    return {n: r for n, r in every.items() if r < 1}
 
 
 def _choose(

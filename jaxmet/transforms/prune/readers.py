@@ -12,6 +12,7 @@ from jaxmet.engine.channels import Layout
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.rows import matrix_of
+from jaxmet.engine.views import CASTS
 from jaxmet.numerics.channel_selection import (
     by_block_obs,
     by_lasso,
@@ -50,9 +51,7 @@ class Reader:
             return None
         array = jnp.asarray(dense(leaves[weight.name]))
         array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-        if weight.views and any(
-            v not in ("convert_element_type",) for v in weight.views
-        ):
+        if any(view not in CASTS for view in weight.views):
             return None
         return Reader(node, layouts[0], matrix_of(node, array)[0], gram)
 
