@@ -110,7 +110,8 @@ class Bench:
             kind = "labels" if labels else "its own outputs"
             print(f"float, trained on with {kind}: {cell(on)} %", flush=True)
         columns = ["PTQ", "QAT", "learned ranges"] if self.has("jaxmet") else []
-        columns += ["qwix QAT"] if self.has("qwix") else []
+        if self.has("qwix"):
+            columns += ["qwix QAT", "qwix QAT, depthwise in float"]
         print("\n| bits |", " | ".join(columns), "| seconds a run |")
         print("|" + "---|" * (len(columns) + 2))
         for name in self.options.configs:
@@ -120,10 +121,7 @@ class Bench:
                 cells += [cell(column) for column in zip(*found, strict=True)]
                 runs += 2 * len(found)
             if self.has("qwix"):
-                try:
-                    cells.append(cell(self.qwix(name)))
-                except Exception as error:  # which it refuses is part of the table
-                    cells.append(f"refused: {type(error).__name__}: {str(error)[:80]}")
+                cells += [self.qwix(name, rest) for rest in (None, ".*depthwise.*")]
                 runs += len(self.options.seeds)
             spent = (time.perf_counter() - start) / max(runs, 1)
             print("|", " | ".join([name, *cells, f"{spent:.0f}"]), "|", flush=True)
@@ -184,24 +182,32 @@ class Bench:
             found.append(tuple(right))
         return found
 
-    def qwix(self, name: str) -> list[float]:
-        """The same by qwix, for each seed; what it raises is shown."""
+    def qwix(self, name: str, left: str | None) -> str:
+        """The same by qwix, with the modules `left` in float, or what it says instead."""
         import qwix  # pyright: ignore[reportMissingImports]
 
         weight_bits, activation_bits = WIDTHS[name]
-        rule = qwix.QtRule(
-            weight_qtype=f"int{weight_bits}", act_qtype=f"int{activation_bits}"
+        rules = [] if left is None else [qwix.QtRule(module_path=left)]
+        types = f"int{weight_bits}", f"int{activation_bits}"
+        rules.append(
+            qwix.QtRule(module_path=".*", weight_qtype=types[0], act_qtype=types[1])
         )
-        model = qwix.quantize_model(self.network, qwix.QtProvider([rule]))
+        model = qwix.quantize_model(self.network, qwix.QtProvider(rules))
 
         def forward(params: Tree, x: jax.Array) -> jax.Array:
             return model.apply(params, x)
 
         labels = jm.optimizer_labels(self.folded, self.graph)
         fit, run = self.trainer(forward, labels), jax.jit(forward)
-        return [
-            self.data.accuracy(run, fit(self.folded, s)) for s in self.options.seeds
-        ]
+        try:
+            return cell(
+                [
+                    self.data.accuracy(run, fit(self.folded, s))
+                    for s in self.options.seeds
+                ]
+            )
+        except Exception as error:  # which it refuses is part of the table
+            return f"refused: {type(error).__name__}"
 
 
 def _idle(node: Any, run: Callable, operands: tuple) -> tuple[Any, None]:

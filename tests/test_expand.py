@@ -15,7 +15,23 @@ from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
 from zoo import CASES
 
-FRONTS = [(name, case.frontends[0]) for name, case in CASES.items()]
+QUICK = (
+    "inverted_residual",
+    "concatenation",
+    "flatten",
+    "squeeze_excite",
+    "remat",
+    "scan",
+)
+FRONTS = [
+    pytest.param(
+        name,
+        case.frontends[0],
+        marks=[] if name in QUICK else [pytest.mark.slow],
+        id=name,
+    )
+    for name, case in CASES.items()
+]
 
 
 def some(rng, size):

@@ -124,6 +124,7 @@ PRUNED = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PRUNED if n in CASES])
 def test_a_pruned_tree_is_the_masked_model(name):
     case = CASES[name]
@@ -216,7 +217,7 @@ def test_what_stays_is_refitted_by_least_squares_and_chosen_by_its_loss():
 @pytest.mark.parametrize("selection", ["obs", "lasso"])
 def test_data_choose_better_than_weights_alone(selection):
     gains = []
-    for seed in range(6):
+    for seed in range(3):
         apply, params, x, graph, _ = chain(seed)
         wanted = apply(params, x)
 
@@ -266,6 +267,7 @@ def test_bounds_lose_the_channels_that_they_bound():
     np.testing.assert_allclose(jm.lift(apply)(small, *inputs), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pruned_twice_factorized_equalized_and_quantized(net):
     apply, params, x, graph = net
     small = jm.prune(params, graph, 0.8)

@@ -36,6 +36,13 @@ def net():
     return model.apply, params, x, graph, score
 
 
+@pytest.fixture(scope="module")
+def table(net):
+    _, params, x, graph, score = net
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jm.score_ratios(params, graph, score, batches=shape, progress=False)
+
+
 def rebuilt(method, params, graph, site, ratio, **options):
     if method == "prune":
         return jm.prune(params, graph, {site: ratio})
@@ -155,10 +162,8 @@ def test_sites_that_read_the_same_channels_take_one_ratio():
 
 @pytest.mark.parametrize("method", ["greedy", "optimal"])
 @pytest.mark.parametrize("budget", ["macs", "parameters"])
-def test_the_target_is_kept_by_the_network_that_is_built(net, method, budget):
-    apply, params, x, graph, score = net
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    table = jm.score_ratios(params, graph, score, batches=shape, progress=False)
+def test_the_target_is_kept_by_the_network_that_is_built(net, table, method, budget):
+    apply, params, x, graph, _ = net
     before = jm.cost(params, graph, x[:1]).where(site="(all)")[budget][0]
     for target in (0.5, 0.8):
         ratios = jm.select_ratios(table, target, method=method, budget=budget)
@@ -204,10 +209,9 @@ def test_published_thresholds():
         jm.select_ratios(table, 0.05)
 
 
-def test_manual_ratios_are_part_of_the_budget(net):
+def test_manual_ratios_are_part_of_the_budget(net, table):
     _, params, x, graph, score = net
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    table = jm.score_ratios(params, graph, score, batches=shape, progress=False)
     found = jm.select_ratios(table, 0.8, manual={"a": 0.9, "d": 1.0})
     assert found["a"] == 0.9 and "d" not in found
     fewer = jm.score_ratios(
