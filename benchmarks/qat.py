@@ -102,7 +102,7 @@ class Bench:
         right = self.data.accuracy(jax.jit(self.network.apply), self.folded)
         print(f"float: {100 * right:.2f} %; {self.options.steps} steps of {BATCH}")
         run, kinds = jax.jit(self.forward), jm.optimizer_labels(self.folded, self.graph)
-        for labels in (False, True):
+        for labels in (False, True) if self.has("jaxmet") else ():
             fit = self.trainer(self.forward, kinds, labels)
             on = [
                 self.data.accuracy(run, fit(self.folded, s)) for s in self.options.seeds
