@@ -15,8 +15,7 @@ from jax import lax
 
 from jaxmet.engine import compat
 from jaxmet.engine.calls import Apply, Call, make_call
-from jaxmet.engine.partial import Partial, Uniform, taken, whole
-from jaxmet.engine.partial_rules import RULES
+from jaxmet.engine.parts import RULES, Partial, Uniform, taken, whole
 from jaxmet.engine.program import Equation, Region, Value, flatten
 from jaxmet.engine.views import CASTS
 from jaxmet.tree.leaves import Compressed, dense, is_structured

@@ -130,5 +130,22 @@ def number_under(
     return compat.bind(primitive, params, arrays)[0]
 
 
+def parts(operands: Sequence[Any]) -> list[Partial]:
+    """Those of the operands of which only a part is left."""
+    return [x for x in operands if isinstance(x, Partial)]
+
+
+def in_order(keep: Sequence[Keep]) -> tuple[Keep, ...]:
+    """By axis, without those that keep all."""
+    return tuple(sorted(k for k in keep if len(k.indices) < k.size))
+
+
+def number_of(x: Any) -> Any:
+    """What every entry is that is not written out."""
+    if isinstance(x, Partial):
+        return x.fill
+    return x.number if isinstance(x, Uniform) else x
+
+
 Rule = Callable[[Equation, list[Any]], "list[Any] | None"]
 """From an equation and its operands to its results, None where it needs whole arrays."""
