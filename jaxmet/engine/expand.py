@@ -61,8 +61,11 @@ def opened(leaf: Any) -> Any:
         return Partial(part, weight.keep)
     ins = tuple(k for k in weight.keep if k.axis in part.in_axes)
     outs = tuple(k for k in weight.keep if k.axis in part.out_axes)
-    first, second = Pruned(part.first, ins), Pruned(part.second, outs)
-    return _with_factors(part, Compressed(first), Compressed(second), weight.shape)
+    first, second = (
+        Compressed(Pruned(factor, keep))
+        for factor, keep in ((part.first, ins), (part.second, outs))
+    )
+    return dataclasses.replace(part, first=first, second=second, shape=weight.shape)
 
 
 def composed(outer: Sequence[Keep], inner: Sequence[Keep]) -> tuple[Keep, ...]:
@@ -123,7 +126,7 @@ class Expansion:
             first, second = (
                 self.step(equation, [part])[0] for part in (x.first, x.second)
             )
-            return [_with_factors(x, first, second)]
+            return [dataclasses.replace(x, first=first, second=second)]
         if equation.name == "conv_general_dilated" and isinstance(operands[1], LowRank):
             return self.two_convolutions(equation, *operands)
         if equation.name == "dot_general" and isinstance(operands[1], LowRank):
@@ -157,16 +160,17 @@ class Expansion:
             and not isinstance(first, Partial)
         ):
             first = _of_groups(first, second, out, groups, kernel.rank)
-        x = self.convolve(equation, one, x, first)
-        return [self.convolve(equation, two, x, second)]
+        x = self.product(equation, one, x, first)
+        return [self.product(equation, two, x, second)]
 
-    def convolve(self, equation: Equation, p: dict, x: Any, kernel: Any) -> Any:
-        step = dataclasses.replace(equation, params=p)
-        if isinstance(x, Partial) or isinstance(kernel, Partial):
-            results = RULES["conv_general_dilated"](step, [x, kernel])
+    def product(self, equation: Equation, p: dict, x: Any, weight: Any) -> Any:
+        """A product like that of an equation, with other parameters."""
+        if isinstance(x, Partial) or isinstance(weight, Partial):
+            step = dataclasses.replace(equation, params=p)
+            results = RULES[equation.name](step, [x, weight])
             if results is not None:
                 return results[0]
-        return compat.bind(equation.primitive, p, [whole(x), whole(kernel)])[0]
+        return compat.bind(equation.primitive, p, [whole(x), whole(weight)])[0]
 
     def two_dots(self, equation: Equation, x: Any, weight: LowRank) -> list[Any] | None:
         (lc, rc), (lb, rb) = equation.params["dimension_numbers"]
@@ -178,10 +182,12 @@ class Expansion:
         first = self.squeezed(first, middle)
         second = self.squeezed(second, stay)
         shifted = tuple(i - sum(m < i for m in middle) for i in rc)
-        x = self.dot(equation, x, first, ((lc, shifted), ((), ())))
-        last = len(_shape(x)) - 1
+        last = len(x.shape) - len(lc)
         inner = weight.in_axes[-1] - len(stay)
-        return [self.dot(equation, x, second, (((last,), (inner,)), ((), ())))]
+        for factor, axes in ((first, (lc, shifted)), (second, ((last,), (inner,)))):
+            p = dict(equation.params) | {"dimension_numbers": (axes, ((), ()))}
+            x = self.product(equation, p, x, factor)
+        return [x]
 
     def squeezed(self, x: Any, axes: tuple[int, ...]) -> Any:
         if not axes:
@@ -193,19 +199,8 @@ class Expansion:
         part = lax.squeeze(x.part if isinstance(x, Partial) else x, axes)
         return Partial(part, moved, x.fill) if isinstance(x, Partial) else part
 
-    def dot(self, equation: Equation, x: Any, weight: Any, numbers: Any) -> Any:
-        p = dict(equation.params) | {"dimension_numbers": numbers}
-        if isinstance(x, Partial) or isinstance(weight, Partial):
-            step = dataclasses.replace(equation, params=p)
-            results = RULES["dot_general"](step, [x, weight])
-            if results is not None:
-                return results[0]
-        return compat.bind(equation.primitive, p, [whole(x), whole(weight)])[0]
-
     def remat(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
-        body, p = equation.bodies[0] if equation.bodies else None, equation.params
-        if body is None:
-            return self.plain(equation, [whole(_dense(x)) for x in operands])
+        body, p = equation.bodies[0], equation.params
 
         def inner(*operands: Any) -> list[Any]:
             environment = dict(zip(body.inputs, operands, strict=True))
@@ -254,21 +249,6 @@ def _of_groups(first: Any, second: Partial, out: int, groups: int, rank: int) ->
     alive = sorted({i // (on.size // groups) for i in on.indices})
     indices = tuple(g * rank + k for g in alive for k in range(rank))
     return Partial(first, (Keep(out, groups * rank, indices),))
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    return tuple(x.shape)
-
-
-def _with_factors(
-    x: LowRank, first: Any, second: Any, shape: tuple[int, ...] | None = None
-) -> LowRank:
-    shape = x.shape if shape is None else shape
-    return LowRank(first, second, x.method, shape, x.in_axes, x.out_axes)
-
-
-def _dense(x: Any) -> Any:
-    return multiply(x) if isinstance(x, LowRank) else x
 
 
 def multiply(x: LowRank) -> Any:

@@ -6,6 +6,7 @@ hold bounds, and every transform sees the parts as ordinary parameters.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,14 @@ class Keep(NamedTuple):
     axis: int
     size: int
     indices: tuple[int, ...]
+
+
+def whole_shape(shape: Sequence[int], keep: Sequence[Keep]) -> tuple[int, ...]:
+    """The shape of an array of which this is left."""
+    sizes = list(shape)
+    for axis, size, _ in keep:
+        sizes[axis] = size
+    return tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,10 +86,7 @@ class Pruned:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape before anything was removed."""
-        sizes = list(self.part.shape)
-        for axis, size, _ in self.keep:
-            sizes[axis] = size
-        return tuple(sizes)
+        return whole_shape(self.part.shape, self.keep)
 
     @property
     def dtype(self) -> Any:

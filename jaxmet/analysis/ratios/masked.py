@@ -25,7 +25,7 @@ from jaxmet.transforms.prune.prune import kept_at, refused, removal
 from jaxmet.transforms.prune.readers import Reader
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.names import named_leaves, replace_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +134,10 @@ Site = Low | Narrow
 
 
 def with_amounts(
-    params: Any,
-    leaves: Mapping[str, Any],
-    sites: Mapping[str, Site],
-    amounts: Sequence[Any] | jax.Array,
+    params: Any, sites: Mapping[str, Site], amounts: Sequence[Any] | jax.Array
 ) -> Any:
     """The tree with so many ranks or channels of each site."""
+    leaves = named_leaves(params)
     found = dict(leaves)
     for site, amount in zip(sites.values(), amounts, strict=True):
         found = site.changed(found, amount)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxmet.analysis.cost import cost
+from jaxmet.analysis.cost import ALL, cost
 from jaxmet.analysis.ratios.masked import Site, sites_of, with_amounts
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.lift import lift
@@ -16,14 +16,12 @@ from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.grams import ROWS
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.names import named_leaves
 from jaxmet.tree.table import Table
 
 CALLER = "score_ratios"
 METHODS = ("spatial", "weight", "prune")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = ("site", "tied", "ratio", "left", "of", "macs", "parameters", "score")
-ALL = "(all)"
 
 Score = Callable[[Callable[..., Any], Any], Any]
 
@@ -165,13 +163,9 @@ def _runner(
     """The score for so many ranks or channels of each site."""
     apply = lift(graph.apply)
     if traceable:
-        cut = jax.jit(
-            lambda p, amounts: score(
-                apply, with_amounts(p, named_leaves(p), sites, amounts)
-            )
-        )
+        cut = jax.jit(lambda p, amounts: score(apply, with_amounts(p, sites, amounts)))
         return lambda amounts: cut(params, jnp.asarray(amounts))
-    shrink = jax.jit(lambda p, a: with_amounts(p, named_leaves(p), sites, a))
+    shrink = jax.jit(lambda p, a: with_amounts(p, sites, a))
     forward = jax.jit(apply)
     return lambda amounts: score(forward, shrink(params, jnp.asarray(amounts)))
 

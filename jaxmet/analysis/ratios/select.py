@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmet.analysis.cost import ALL
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
@@ -12,7 +13,6 @@ from jaxmet.tree.table import Table
 CALLER = "select_ratios"
 METHODS = ("greedy", "optimal")
 BUDGETS = ("macs", "parameters")
-ALL = "(all)"
 
 
 def select_ratios(

@@ -18,7 +18,7 @@ from jax import lax
 from jaxmet.engine import compat
 from jaxmet.engine.program import Equation
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.structures import Keep, scattered
+from jaxmet.tree.structures import Keep, scattered, whole_shape
 
 Params = dict[str, Any]
 
@@ -34,10 +34,7 @@ class Partial:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the whole array."""
-        sizes = list(self.part.shape)
-        for axis, size, _ in self.keep:
-            sizes[axis] = size
-        return tuple(sizes)
+        return whole_shape(self.part.shape, self.keep)
 
     @property
     def zero(self) -> bool:
