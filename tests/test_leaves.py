@@ -139,19 +139,6 @@ def test_states_go_through_msgpack():
         from_state(Compressed(), {"weight": 1.0, "mask": 2.0})
 
 
-@pytest.mark.filterwarnings("ignore")  # the checkpointer's own
-def test_orbax_restores_with_a_target(tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
-    tree = params()
-    with checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "tree", tree)
-        checkpointer.wait_until_finished()
-        back = checkpointer.restore(tmp_path / "tree", tree)
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_densify_gives_arrays_or_says_why_not():
     plain = {"params": {"a": Compressed(jnp.ones(2)), "b": jnp.zeros(2)}}
     dense = densify(plain)
@@ -170,6 +157,20 @@ def structured():
             "b": {"kernel": Compressed(Pruned(bounded, (Keep(1, 3, (0, 2)),)))},
         }
     }
+
+
+@pytest.mark.filterwarnings("ignore")  # the checkpointer's own
+@pytest.mark.parametrize("make", [params, structured])
+def test_orbax_restores_with_a_target(tmp_path, make):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    tree = make()
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "tree", tree)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "tree", tree)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_structured_leaves_survive_every_way_of_writing(tmp_path):

@@ -112,6 +112,25 @@ def test_one_program_scores_every_row(net):
     assert len(traces) == 2  # once to see whether it can be traced
 
 
+@pytest.mark.parametrize("method", ["spatial", "prune"])
+def test_rows_that_run_together_score_the_same(net, method):
+    _, params, x, graph, score = net
+    shape, traced = jax.ShapeDtypeStruct(x.shape, x.dtype), []
+
+    def counted(apply, params):
+        traced.append(None)
+        return score(apply, params)
+
+    options = {"batches": shape, "method": method, "ratios": RATIOS, "progress": False}
+    alone = jm.score_ratios(params, graph, score, **options)
+    for together in (4, 100):
+        traced.clear()
+        table = jm.score_ratios(params, graph, counted, together=together, **options)
+        assert len(traced) == 2  # whether it can be traced, and the one program
+        np.testing.assert_allclose(table["score"], alone["score"], rtol=1e-4, atol=1e-6)
+    assert len(set(alone["score"])) > 5
+
+
 def test_with_data_the_cut_is_whitened(net):
     _, params, x, graph, score = net
     keys = jax.random.split(jax.random.key(5), 2)
@@ -269,6 +288,7 @@ BAD = {
     "leak": ({"score": leaking}, "keeps an array that is being traced"),
     "ratio": ({"ratios": (0.5, 1.5)}, r"ratios holds \[1.5\]"),
     "method": ({"method": "luck"}, "method is 'luck'"),
+    "together": ({"together": 0}, "together is 0"),
 }
 
 

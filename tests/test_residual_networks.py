@@ -29,7 +29,7 @@ class Case:
         self.logits = jax.jit(self.network.apply)(self.variables, self.images)
 
 
-@pytest.fixture(scope="module", params=["resnet18"])
+@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
 def case(request):
     return Case(request.param)
 

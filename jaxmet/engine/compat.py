@@ -1,6 +1,8 @@
 """What changed between JAX releases, said once."""
 
-from collections.abc import Sequence
+import gc
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,3 +64,19 @@ def bind(primitive: Any, params: dict[str, Any], operands: Sequence[Any]) -> lis
 def is_key(aval: Any) -> bool:
     """Whether an abstract value is a typed PRNG key."""
     return jnp.issubdtype(aval.dtype, dtypes.prng_key)
+
+
+def held_after(tracer: Any) -> Callable[[], bool]:
+    """Whether an array of the trace that this one belongs to is still held somewhere.
+
+    `jax.checking_leaks` asks the same, but takes minutes to say who holds it.
+    """
+    trace = weakref.ref(tracer._trace)
+
+    def held() -> bool:
+        if trace() is None:
+            return False
+        gc.collect()  # what only cycles keep alive is not held
+        return any(isinstance(x, jax.core.Tracer) for x in gc.get_referrers(trace()))
+
+    return held

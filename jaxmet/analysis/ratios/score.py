@@ -1,6 +1,6 @@
 """The score of a network with one site compressed, for every site and every ratio."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL, cost
 from jaxmet.analysis.ratios.masked import Site, sites_of, with_amounts
+from jaxmet.engine.compat import held_after
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.lift import lift
 from jaxmet.transforms.checkpoint import Checkpoint
@@ -24,6 +25,8 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = ("site", "tied", "ratio", "left", "of", "macs", "parameters", "score")
 
 Score = Callable[[Callable[..., Any], Any], Any]
+Runner = Callable[[np.ndarray], Iterable[Any]]
+Cell = tuple[str, int] | None
 
 
 def score_ratios(
@@ -36,6 +39,7 @@ def score_ratios(
     ratios: Sequence[float] = RATIOS,
     multiple: int = 1,
     rows: int = ROWS,
+    together: int = 1,
     checkpoint: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = True,
@@ -52,8 +56,9 @@ def score_ratios(
     `batches` are the data by which factors are whitened and channels chosen, or
     `jax.ShapeDtypeStruct`s of the inputs for neither. Costs are those of one example.
     Ratios are those of `factorize` and `prune`, rounded to a `multiple` of ranks or
-    channels. With `checkpoint`, a folder, a run that was killed goes on behind its last
-    finished row.
+    channels. So many rows as `together` says are computed at once (`jax.vmap`) where the
+    score can be traced: an accelerator with the memory for it is faster then. With
+    `checkpoint`, a folder, a run that was killed goes on behind its last finished row.
 
     Columns of the table: `site`, and the sites that are `tied` to it because they read the
     same channels and take the same ratio; `ratio`; how many ranks or channels are `left`
@@ -61,7 +66,7 @@ def score_ratios(
     are the site as it is, and the row '(all)' the network. `jm.select_ratios` reads it.
 
     Raises ValueError for a score that is NaN, no scalar, or keeps a traced array, for
-    ratios outside (0, 1), and where no site can be compressed.
+    ratios outside (0, 1), `together` below 1, and where no site can be compressed.
 
     >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
     >>> table = jm.score_ratios(params, graph, score, batches=batches)
@@ -75,6 +80,11 @@ def score_ratios(
             f"{', '.join(map(repr, METHODS))}."
         )
     check_multiple(multiple, CALLER)
+    if not isinstance(together, int) or together < 1:
+        raise ValueError(
+            f"jaxmet.{CALLER}: together is {together!r}. Give how many rows run at once, "
+            "1 or more."
+        )
     ratios = _checked(ratios)
     read = as_batches(batches, CALLER, inputs=inputs, passes=2, abstract=True)
     traceable = _traceable(score, graph, params)
@@ -95,25 +105,11 @@ def score_ratios(
             f"jaxmet.{CALLER}: no selected site can be compressed by {method!r}: "
             f"{'; '.join(f'{n}: {why}' for n, why in list(left.items())[:3])}."
         )
-    full = np.array([site.most for site in sites.values()], np.int32)
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
     told = (params, method, ratios, multiple, rows, list(sites))
     kept = Checkpoint(checkpoint, CALLER, told)
-    run = _runner(score, graph, params, sites, traceable=traceable)
-    names = list(sites)
-    scores: dict[Any, float] = {}
-    todo = [None, *((name, amount) for name, _, amount in cells)]
-    for i, cell in enumerate(tqdm(todo, desc=CALLER, disable=not progress)):
-        if cell in scores:  # another ratio with as many ranks
-            continue
-        done = kept.load(i)
-        if done is None:
-            amounts = full.copy()
-            if cell is not None:
-                amounts[names.index(cell[0])] = cell[1]
-            done = {"score": np.float64(_number(run(amounts), cell))}
-            kept.save(i, done)
-        scores[cell] = float(done["score"])
+    run = _runner(score, graph, params, sites, traceable=traceable, together=together)
+    scores = _scores(run, sites, cells, kept, together, progress=progress)
     return _table(params, graph, read.first, sites, cells, scores)
 
 
@@ -130,23 +126,25 @@ def _checked(ratios: Any) -> tuple[float, ...]:
 
 def _traceable(score: Score, graph: Graph, params: Any) -> bool:
     """Whether the score runs on traced parameters, refused where it keeps one."""
-    apply = lift(graph.apply)
+    apply, held = lift(graph.apply), list[Callable[[], bool]]()
+
+    def tried(params: Any) -> Any:
+        held.append(held_after(jax.tree.leaves(params)[0]))
+        return score(apply, params)
+
     try:
-        with jax.checking_leaks():
-            shape = jax.eval_shape(lambda p: score(apply, p), params)
+        shape = jax.eval_shape(tried, params)
     except jax.errors.JAXTypeError:
         return False
     except TypeError as error:
         if "valid JAX type" not in str(error):
             raise
         return False  # what it returns is no number: the first row says so
-    except Exception as error:
-        if "leaked" not in str(error).lower():
-            raise
+    if held[0]():
         raise ValueError(
             f"jaxmet.{CALLER}: the score function keeps an array that is being traced, in a "
             "variable outside of it or an attribute. Let it return all that it computes."
-        ) from error
+        )
     if not hasattr(shape, "shape") or shape.shape != ():
         raise ValueError(_no_number(shape))
     return True
@@ -159,18 +157,59 @@ def _runner(
     sites: Mapping[str, Site],
     *,
     traceable: bool,
-) -> Callable[[np.ndarray], Any]:
-    """The score for so many ranks or channels of each site."""
+    together: int,
+) -> Runner:
+    """The scores for rows of so many ranks or channels of each site."""
     apply = lift(graph.apply)
     if traceable:
-        cut = jax.jit(lambda p, amounts: score(apply, with_amounts(p, sites, amounts)))
-        return lambda amounts: cut(params, jnp.asarray(amounts))
+
+        def cut(params: Any, amounts: jax.Array) -> Any:
+            return score(apply, with_amounts(params, sites, amounts))
+
+        if (
+            together == 1
+        ):  # no batch of one: its weights would make grouped convolutions
+            one = jax.jit(cut)
+            return lambda rows: [one(params, jnp.asarray(rows[0]))]
+        many = jax.jit(jax.vmap(cut, in_axes=(None, 0)))
+        return lambda rows: many(params, jnp.asarray(rows))
     shrink = jax.jit(lambda p, a: with_amounts(p, sites, a))
     forward = jax.jit(apply)
-    return lambda amounts: score(forward, shrink(params, jnp.asarray(amounts)))
+    return lambda rows: (score(forward, shrink(params, jnp.asarray(a))) for a in rows)
 
 
-def _number(found: Any, cell: Any) -> float:
+def _scores(
+    run: Runner,
+    sites: Mapping[str, Site],
+    cells: Sequence[tuple[str, float, int]],
+    kept: Checkpoint,
+    together: int,
+    *,
+    progress: bool,
+) -> dict[Cell, float]:
+    """The score of every cell, and of the network as it is: those not kept are run."""
+    # Another ratio may have as many ranks: one cell for both.
+    every = list(dict.fromkeys([None, *((name, amount) for name, _, amount in cells)]))
+    found = {i: kept.load(i) for i in range(len(every))}
+    scores = {every[i]: float(row["score"]) for i, row in found.items() if row}
+    missing, names = [i for i, row in found.items() if not row], list(sites)
+    full = np.array([site.most for site in sites.values()], np.int32)
+    with tqdm(total=len(every), desc=CALLER, disable=not progress) as bar:
+        bar.update(len(scores))
+        for start in range(0, len(missing), together):
+            now = missing[start : start + together]
+            amounts = np.tile(full, (together, 1))
+            for row, i in zip(amounts, now, strict=False):
+                if (cell := every[i]) is not None:
+                    row[names.index(cell[0])] = cell[1]
+            for i, came in zip(now, run(amounts), strict=False):
+                scores[every[i]] = number = _number(came, every[i])
+                kept.save(i, {"score": np.float64(number)})
+                bar.update()
+    return scores
+
+
+def _number(found: Any, cell: Cell) -> float:
     if np.shape(found) != () or not isinstance(
         found, int | float | np.generic | jax.Array
     ):
@@ -206,7 +245,7 @@ def _table(
     batch: tuple[Any, ...],
     sites: Mapping[str, Site],
     cells: Sequence[tuple[str, float, int]],
-    scores: Mapping[Any, float],
+    scores: Mapping[Cell, float],
 ) -> Table:
     one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch]
     costs = {row["site"]: row for row in cost(params, graph, *one)}
