@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import dtypes
+from jax.core import Tracer
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -77,6 +78,6 @@ def held_after(tracer: Any) -> Callable[[], bool]:
         if trace() is None:
             return False
         gc.collect()  # what only cycles keep alive is not held
-        return any(isinstance(x, jax.core.Tracer) for x in gc.get_referrers(trace()))
+        return any(isinstance(x, Tracer) for x in gc.get_referrers(trace()))
 
     return held
