@@ -63,19 +63,26 @@ def test_every_row_scores_as_the_network_that_is_really_small(net, method):
     for row in table:
         if row["site"] == "(all)" or row["ratio"] == 1:
             assert row["score"] == pytest.approx(0.0, abs=1e-9)
-            own = whole.where(site=row["site"])
-            assert (row["macs"], row["parameters"]) == (
-                own["macs"][0],
-                own["parameters"][0],
-            )
+            for name, costs in row["costs"].items():
+                assert [costs["macs"]] == whole.where(site=name)["macs"]
             continue
         small = rebuilt(method, params, graph, row["site"], row["ratio"])
         assert row["score"] == pytest.approx(
             float(score(run, small)), rel=1e-3, abs=1e-7
         )
-        assert row["macs"] <= row["ratio"] * whole.where(site=row["site"])["macs"][
-            0
-        ] + 1 or (row["left"] == 1)
+        after = jm.cost(small, jm.trace(apply, small, x), x[:1])
+        kernels = {n: params["params"][n]["kernel"].size for n in "abcd"}
+        for key in ("macs", "parameters"):
+            assert row[key] == sum(c[key] for c in row["costs"].values())
+            gone = whole[key][-1] - after[key][-1]
+            if key == "macs":
+                assert gone == sum(
+                    whole.where(site=n)[key][0] - c[key]
+                    for n, c in row["costs"].items()
+                )
+            else:  # biases lose entries too
+                weights = sum(kernels[n] - c[key] for n, c in row["costs"].items())
+                assert gone - 12 < weights <= gone
 
 
 def test_scores_that_cannot_be_traced_give_the_same_table(net):
@@ -170,13 +177,48 @@ def test_sites_that_read_the_same_channels_take_one_ratio():
     assert tied == {"b": "d, e", "c": None, "(all)": None}
     before = jm.cost(params, graph, x[:1])
     own = {n: before.where(site=n)["macs"][0] for n in "abcde"}
-    assert table.where(site="b", ratio=1.0)["macs"] == [own["b"] + own["d"] + own["e"]]
-    for target in (0.6, 0.8):
-        ratios = jm.select_ratios(table, target)
-        assert ratios.get("b") == ratios.get("d") == ratios.get("e")
-        small = jm.prune(params, graph, ratios)
-        after = jm.cost(small, jm.trace(model.apply, small, x), x[:1])
-        assert after["macs"][-1] <= target * before["macs"][-1]
+    # Whoever reads or makes the channels: 'd' makes some that 'e' reads.
+    (costs,) = table.where(site="b", ratio=1.0)["costs"]
+    assert {n: c["macs"] for n, c in costs.items()} == own
+    (costs,) = table.where(site="c", ratio=1.0)["costs"]
+    assert {n: c["macs"] for n, c in costs.items()} == {n: own[n] for n in "bc"}
+    for target in (0.3, 0.5, 0.6, 0.8):
+        for method in ("greedy", "optimal"):
+            ratios = jm.select_ratios(table, target, method=method)
+            assert ratios.get("b") == ratios.get("d") == ratios.get("e")
+            small = jm.prune(params, graph, ratios)
+            after = jm.cost(small, jm.trace(model.apply, small, x), x[:1])
+            share = after["macs"][-1] / before["macs"][-1]
+            assert target - 0.17 < share <= target  # one channel of eight is much
+
+
+def test_depthwise_convolutions_count_once():
+    class Depthwise(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(16, (1, 1), name="expand")(x))
+            x = nn.Conv(16, (3, 3), feature_group_count=16, name="depthwise")(x)
+            return nn.Dense(3, name="head")(nn.relu(x).mean((1, 2)))
+
+    model, x = Depthwise(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    params = model.init(jax.random.key(1), x)
+    graph = jm.trace(model.apply, params, x)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    table = jm.score_ratios(
+        params,
+        graph,
+        lambda apply, params: jnp.sum(apply(params, x)),
+        batches=shape,
+        method="prune",
+        ratios=(0.5,),
+        progress=False,
+    )
+    small = jm.prune(params, graph, {"head": 0.5})
+    after = jm.cost(small, jm.trace(model.apply, small, x), x[:1])
+    (costs,) = table.where(site="head", ratio=0.5)["costs"]
+    assert set(costs) == {"expand", "depthwise", "head"}
+    for name, cost in costs.items():
+        assert [cost["macs"]] == after.where(site=name)["macs"]
 
 
 @pytest.mark.parametrize("method", ["greedy", "optimal"])

@@ -56,6 +56,11 @@ class Shape:
         first = self.ins * self.size(self.mine) * self.strides
         return self.groups * rank * (first + self.outs * self.size(self.others))
 
+    def entries_of(self, rank: int) -> int:
+        """Numbers that both factors hold."""
+        first = self.ins * self.size(self.mine)
+        return self.groups * rank * (first + self.outs * self.size(self.others))
+
 
 def shape_of(node: Node, leaf: Any, method: str) -> Shape:
     """How a site's weight would be factorized."""

@@ -124,6 +124,8 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(map(str, value)) or "–"
     if not _is_number(value):
         return str(value)
     whole = isinstance(value, numbers.Integral) or np.asarray(value).dtype.kind in "iu"

@@ -6,7 +6,7 @@ wanted to zero: one program runs every row of a table.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ from jaxmet.transforms.prune.readers import Reader
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
+
+
+class Shares(NamedTuple):
+    """What is left of a site: of its multiplications, and of the entries of its weight."""
+
+    macs: float
+    parameters: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +55,13 @@ class Low:
     def tied(self) -> tuple[str, ...]:
         return ()
 
-    def shares(self, amount: int) -> dict[str, float]:
-        """Cost over cost before of every site that changes."""
-        share = (
-            self.shape.cost_of(amount) / self.shape.cost if amount < self.most else 1.0
-        )
-        return {self.node.name: min(1.0, share)}
+    def shares(self, amount: int) -> dict[str, Shares]:
+        """What is left of every site that changes."""
+        if amount >= self.most:
+            return {self.node.name: Shares(1.0, 1.0)}
+        work = self.shape.cost_of(amount) / self.shape.cost
+        held = self.shape.entries_of(amount) / self.shape.cost
+        return {self.node.name: Shares(min(1.0, work), min(1.0, held))}
 
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
         leaf = leaves[self.parameter]
@@ -72,13 +80,14 @@ class Low:
 class Narrow:
     """Channels that a site reads, bundle by bundle, with the order in which they go.
 
-    `tied` are the other sites that read some of them, and `layouts` those of the inputs of
-    all. `counts` has a row for each amount that may be asked for, and how many channels of
-    each bundle stay then.
+    `tied` are the other sites that read some of them. `layouts` are those of the axes along
+    which sites read or make them, by site and role; a depthwise convolution, which does
+    both at once, has one. `counts` has a row for each amount that may be asked for, and how
+    many channels of each bundle stay then.
     """
 
     graph: Graph
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[tuple[str, str], Layout]
     tied: tuple[str, ...]
     bundles: tuple[Bundle, ...]
     orders: tuple[np.ndarray, ...]
@@ -91,17 +100,18 @@ class Narrow:
     def amount(self, ratio: float, multiple: int) -> int:
         return sum(kept_at(b.size, ratio, multiple) for b in self.bundles)
 
-    def shares(self, amount: int) -> dict[str, float]:
-        """Of every site the entries of its input axis that are left, over all."""
+    def shares(self, amount: int) -> dict[str, Shares]:
+        """What is left of every site that reads or makes them."""
         counts = self.counts[np.searchsorted(self.counts.sum(axis=1), amount)]
-        found = {}
-        for name, layout in self.layouts.items():
+        found: dict[str, float] = {}
+        for (name, _), layout in self.layouts.items():
             gone = 0.0
             for bundle, count in zip(self.bundles, counts, strict=True):
                 entries = np.sum(channel_along(layout, bundle.indices) >= 0)
                 gone += float(entries) * (1 - int(count) / bundle.size)
-            found[name] = 1 - gone / channel_along(layout, set()).size
-        return found
+            left = 1 - gone / channel_along(layout, set()).size
+            found[name] = found.get(name, 1.0) * left
+        return {name: Shares(left, left) for name, left in found.items()}
 
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
         row = jnp.searchsorted(jnp.asarray(self.counts.sum(axis=1)), amount)
@@ -198,14 +208,19 @@ def _narrow(
     readers = {n: Reader.of(graph, n, leaves, seen.get(n)) for n in names}
     selection = "obs" if seen else "magnitude"
     orders = {b.name: removal(b, readers, selection, b.size // 2 or 1) for b in bundles}
+    grouped = {m.node for m in graph.members if m.role == "in" and m.groups != 1}
     found: dict[str, Site] = {}
     for tied in _tied(graph, bundles):
         own = tuple(b for b in bundles if set(b.readers) & set(tied))
         rows = {tuple(kept_at(b.size, *ask) for b in own) for ask in asked}
         rows.add(tuple(b.size for b in own))
         counts = np.array(sorted(rows, key=sum), np.int32)
+        indices = {i for b in own for i in b.indices}
         layouts = {
-            m.node: m.layout for m in graph.members if m.node in tied and m.role == "in"
+            (m.node, m.role): m.layout
+            for m in graph.members
+            if m.role == "in" or (m.role == "out" and m.node not in grouped)
+            if (channel_along(m.layout, indices) >= 0).any()
         }
         each = tuple(orders[b.name] for b in own)
         found[tied[0]] = Narrow(graph, layouts, tied[1:], own, each, counts)

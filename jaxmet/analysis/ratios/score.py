@@ -1,5 +1,6 @@
 """The score of a network with one site compressed, for every site and every ratio."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,15 @@ from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.grams import ROWS
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
+from jaxmet.tree.leaves import dense
+from jaxmet.tree.names import named_leaves
 from jaxmet.tree.table import Table
 
 CALLER = "score_ratios"
 METHODS = ("spatial", "weight", "prune")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-COLUMNS = ("site", "tied", "ratio", "left", "of", "macs", "parameters", "score")
+BUDGETS = ("macs", "parameters")
+COLUMNS = ("site", "tied", "ratio", "left", "of", *BUDGETS, "score", "costs")
 
 Score = Callable[[Callable[..., Any], Any], Any]
 Runner = Callable[[np.ndarray], Iterable[Any]]
@@ -62,8 +66,10 @@ def score_ratios(
 
     Columns of the table: `site`, and the sites that are `tied` to it because they read the
     same channels and take the same ratio; `ratio`; how many ranks or channels are `left`
-    and `of` how many; their `macs` and `parameters` then; `score`. Rows with ratio 1
-    are the site as it is, and the row '(all)' the network. `jm.select_ratios` reads it.
+    and `of` how many; `score`; `costs`, the macs and the entries of the weight of each site
+    that gets cheaper (of channels, those that read and those that make them), and `macs`
+    and `parameters`, their sums. Rows with ratio 1 are the site as it is, and the row
+    '(all)' the network. `jm.select_ratios` reads it.
 
     Raises ValueError for a score that is NaN, no scalar, or keeps a traced array, for
     ratios outside (0, 1), `together` below 1, and where no site can be compressed.
@@ -249,21 +255,28 @@ def _table(
 ) -> Table:
     one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch]
     costs = {row["site"]: row for row in cost(params, graph, *one)}
+    leaves = named_leaves(params)
+    entries = {
+        n.name: math.prod(dense(leaves[n.weight.name]).shape)
+        for n in graph.nodes
+        if n.is_site and n.weight is not None and n.weight.name in leaves
+    }
     rows = []
     for name, site in sites.items():
         asked = [(r, a) for n, r, a in cells if n == name]
         for ratio, amount in [*asked, (1.0, site.most)]:
-            shares = site.shares(amount)
-            worth = [
-                round(sum(costs[n][key] * share for n, share in shares.items()))
-                for key in ("macs", "parameters")
-            ]
+            each = {
+                n: {
+                    "macs": round(costs[n]["macs"] * share.macs),
+                    "parameters": round(entries[n] * share.parameters),
+                }
+                for n, share in site.shares(amount).items()
+            }
+            worth = [sum(c[key] for c in each.values()) for key in BUDGETS]
             found = scores[(name, amount)] if ratio < 1 else scores[None]
             tied = ", ".join(site.tied) or None
-            rows.append((name, tied, ratio, amount, site.most, *worth, found))
-    whole = costs[ALL]
-    rows.append(
-        (ALL, None, 1.0, None, None, whole["macs"], whole["parameters"], scores[None])
-    )
+            rows.append((name, tied, ratio, amount, site.most, *worth, found, each))
+    whole = [costs[ALL][key] for key in BUDGETS]
+    rows.append((ALL, None, 1.0, None, None, *whole, scores[None], {}))
     columns: dict[str, Any] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
     return Table(columns, title=f"{CALLER}: {len(sites)} sites")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxmet.analysis.cost import ALL
+from jaxmet.analysis.ratios.spending import Spending
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
@@ -13,6 +14,7 @@ from jaxmet.tree.table import Table
 CALLER = "select_ratios"
 METHODS = ("greedy", "optimal")
 BUDGETS = ("macs", "parameters")
+TURNS = 16
 
 
 def select_ratios(
@@ -33,8 +35,9 @@ def select_ratios(
     scores rise with the ratio first. `manual` fixes the ratios of some sites.
 
     The result is what `factorize` and `prune` take; sites that stay as they are are not in
-    it. Of pruning the table counts the site that reads the channels alone: who makes them
-    shrinks as well, so that the network costs less than promised.
+    it. Channels that go make both who reads them and who makes them cheaper, so that ratios
+    of pruning multiply along the network: the choice is made with what each saves alone, and
+    turned until all together are within the target.
 
     Raises ValueError for a target outside (0, 1], for one that cannot be reached, naming the
     smallest that can, and for a table of something else.
@@ -54,19 +57,15 @@ def select_ratios(
     by_site = {name: table.where(site=name) for name in sites}
     ratios = np.array(by_site[sites[0]]["ratio"], np.float64)
     scores = np.array([by_site[n]["score"] for n in sites], np.float64)
-    costs = np.array([by_site[n][budget] for n in sites], np.float64)
     order = np.argsort(ratios)
-    ratios, scores, costs = ratios[order], scores[:, order], costs[:, order]
+    ratios, scores = ratios[order], scores[:, order]
     if fit:
         scores = monotone(scores)
-    total = float(table.where(site=ALL)[budget][0])
-    other = total - costs[:, -1].sum()
-    free = [i for i, n in enumerate(sites) if n not in manual]
-    fixed = sum(_cost_at(ratios, costs[sites.index(n)], r) for n, r in manual.items())
-    chosen = _choose(
-        ratios, scores[free], costs[free], target, total, other + fixed, method
-    )
-    found = {sites[i]: float(r) for i, r in zip(free, chosen, strict=True)}
+    rows = [[list(by_site[name])[i] for i in order] for name in sites]
+    spent = Spending.of(rows, float(table.where(site=ALL)[budget][0]), budget)
+    given = {sites.index(n): _index(ratios, r) for n, r in manual.items()}
+    chosen = _within(ratios, scores, spent, target, given, method)
+    found = {n: float(ratios[i]) for n, i in zip(sites, chosen, strict=True)}
     every = dict(found | manual)
     for name in sites:
         tied = by_site[name].columns.get("tied", [None])[0]
@@ -74,41 +73,65 @@ def select_ratios(
     return {n: r for n, r in every.items() if r < 1}
 
 
-def _choose(
+def _within(
     ratios: np.ndarray,
     scores: np.ndarray,
-    costs: np.ndarray,
+    spent: Spending,
     target: float,
-    total: float,
-    other: float,
+    given: Mapping[int, int],
     method: str,
 ) -> np.ndarray:
-    budget = target * total * (1 + 1e-12)
-    least = other + costs.min(axis=1).sum() if len(costs) else other
-    if least > budget:
+    """The ratio of each site, as an index: the best choice whose true cost is in reach."""
+    budget = target * spent.total * (1 + 1e-12)
+    free = [i for i in range(len(scores)) if i not in given]
+    chosen = np.array([given.get(i, 0) for i in range(len(scores))])
+    least = chosen.copy()
+    least[free] = np.argmin(spent.alone[free], axis=1)
+    if spent.together(least) > budget:
         raise ValueError(
             f"jaxmet.{CALLER}: {target} cannot be reached. The smallest ratio that the table "
-            f"allows is {least / total:.4f}: score smaller ratios, or more sites."
+            f"allows is {spent.together(least) / spent.total:.4f}: score smaller ratios, or "
+            "more sites."
         )
-    if not len(costs):
-        return ratios[:0]
-    if method == "optimal":
-        return ratios[optimal(scores, costs, budget - other).options]
-    index = greedy(
-        ratios[:-1],
-        scores[:, :-1],
-        costs[:, :-1],
-        costs[:, -1],
-        budget / (other + costs[:, -1].sum()),
-        other=other,
-    )
-    return np.where(index < 0, 1.0, ratios[index])
+    if not free:
+        return chosen
+    other = spent.total - spent.alone[free, -1].sum()
+    other += sum(spent.alone[i, at] - spent.alone[i, -1] for i, at in given.items())
+
+    def choice(allowed: float) -> np.ndarray:
+        found, costs = chosen.copy(), spent.alone[free]
+        if method == "optimal":
+            found[free] = optimal(scores[free], costs, allowed - other).options
+            return found
+        threshold = allowed / (other + costs[:, -1].sum())
+        index = greedy(
+            ratios[:-1],
+            scores[free, :-1],
+            costs[:, :-1],
+            costs[:, -1],
+            threshold,
+            other=other,
+        )
+        found[free] = np.where(index < 0, len(ratios) - 1, index)
+        return found
+
+    if spent.separate:
+        return choice(budget)
+    low, high = other + spent.alone[free].min(axis=1).sum(), spent.total
+    best = least
+    for _ in range(TURNS):
+        middle = (low + high) / 2
+        found = choice(middle)
+        good = spent.together(found) <= budget
+        best = found if good else best
+        low, high = (middle, high) if good else (low, middle)
+    return best
 
 
-def _cost_at(ratios: np.ndarray, costs: np.ndarray, ratio: float) -> float:
-    """The cost of a ratio that need not be in the table: never below what it will be."""
-    at = np.searchsorted(ratios, ratio * (1 - 1e-12))
-    return float(max(costs[min(at, len(ratios) - 1)], ratio * costs[-1]))
+def _index(ratios: np.ndarray, ratio: float) -> int:
+    """The row of a ratio that need not be in the table: one that costs no less."""
+    at = int(np.searchsorted(ratios, ratio * (1 - 1e-12)))
+    return min(at, len(ratios) - 1)
 
 
 def _check(table: Any, target: Any, method: str, budget: str) -> None:
