@@ -38,6 +38,10 @@ def test_each_step_wins_back_what_it_should(table):
     assert found["W4A8 per channel, fold"] < found["W8A8 per channel, fold"] - 10
 
 
+def test_half_of_the_work_is_not_half_of_the_network(table):
+    assert 12 < decibels(table)["50 % MACs in float, fold + prune"] < 40
+
+
 def test_help_says_what_it_does(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["python -m jaxmet", "--help"])
     with pytest.raises(SystemExit):
