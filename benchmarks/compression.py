@@ -14,10 +14,12 @@ ratios by `jm.score_ratios` on 256 training images (how well the float network's
 kept); all three are turned until the network itself, counted by `jm.cost`, is within the
 share. Factors and channels are chosen on 512 other training images. *before* and *after*
 are the accuracy on the 10,000 test images before and after `--steps` batches of 128 training
-images, on which the network learns the outputs of the float network (no labels). *change* is
-the paired difference, with its 95 % interval, to the float network that was trained on for the
-same steps. *time* is the compiled forward of a batch of 64 over that of the float network, the
-least of several, side by side. Ranks and channels are multiples of 4.
+images, on which the network learns the outputs of the float network (no labels). *over
+uniform* is the difference before to the same method at uniform ratios (of random channels: to
+chosen ones), *change* the difference after to the float network that was trained on for the
+same steps; both paired, with 95 % intervals. *time* is the compiled forward of a batch of 64
+over that of the float network, the least of several, side by side. Ranks and channels are
+multiples of 4.
 
 What is learned from, and the rate, were chosen on 5,000 held-out training images with a
 network that had not seen them (trained by `train_residual.py --validate`).
@@ -101,10 +103,11 @@ class Bench:
         self.taught = self.data.told_by(self.model.apply, self.params)
         self.total = self.macs(self.params)
         self.tables: dict[str, jm.Table] = {}
+        self.before: dict[tuple[float, str, str], np.ndarray] = {}
 
     def table(self) -> None:
         float_right = self.data.right(jax.jit(self.model.apply), self.params)
-        trained = self.fine_tuned(self.params)
+        trained = self.fine_tuned(self.params) if self.options.steps else self.params
         on = self.data.right(jax.jit(jm.lift(self.model.apply)), trained)
         print(
             f"{self.name}: float {100 * float_right.mean():.2f} %, trained on "
@@ -116,6 +119,7 @@ class Bench:
             "method",
             "ratios",
             "before (%)",
+            "over uniform",
             "after (%)",
             "change (points)",
             "parameters",
@@ -126,7 +130,7 @@ class Bench:
         print("|" + "---|" * len(columns), flush=True)
         for target in self.options.targets:
             for method in self.options.methods:
-                for select in self.options.select:
+                for select in sorted(self.options.select, key=SELECTIONS.index):
                     if select != "uniform" and method == "random":
                         continue
                     self.row(target, method, select, on)
@@ -169,16 +173,19 @@ class Bench:
         spent = time.perf_counter() - start
         run = jax.jit(jm.lift(self.model.apply))
         before = self.data.right(run, small)
-        after = self.data.right(run, self.fine_tuned(small))
-        change = 100 * (after.astype(float) - on)
-        interval = 1.96 * change.std(ddof=1) / np.sqrt(len(change))
+        self.before[target, method, select] = before
+        same = self.before.get((target, self.kind(method), "uniform"))
+        after = "–", "–"
+        if self.options.steps:
+            right = self.data.right(run, self.fine_tuned(small))
+            after = f"{100 * right.mean():.2f}", paired(right, on)
         cells = [
             f"{self.macs(small) / self.total:.3f}",
             method,
             select,
             f"{100 * before.mean():.2f}",
-            f"{100 * after.mean():.2f}",
-            f"{change.mean():+.2f} ± {interval:.2f}",
+            "–" if same is None or same is before else paired(before, same),
+            *after,
             f"{size(small) / size(self.params):.2f}",
             f"{self.time(small):.2f}",
             f"{spent:.0f}",
@@ -207,7 +214,7 @@ class Bench:
     def ratios(self, method: str, select: str, share: float) -> Any:
         if select == "uniform":
             return share
-        kind = "prune" if method in ("prune", "random") else method
+        kind = self.kind(method)
         if kind not in self.tables:
             self.tables[kind] = jm.score_ratios(
                 self.params,
@@ -219,6 +226,9 @@ class Bench:
                 progress=False,
             )
         return jm.select_ratios(self.tables[kind], share, method=select)
+
+    def kind(self, method: str) -> str:
+        return "prune" if method == "random" else method
 
     def score(self, apply: Callable, params: Tree) -> jax.Array:
         """Minus the mean squared error of the outputs."""
@@ -297,6 +307,13 @@ def cut_as(small: Tree, params: Tree) -> Tree:
     return jax.tree.map(
         cut, small, params, is_leaf=lambda leaf: isinstance(leaf, jm.Compressed)
     )
+
+
+def paired(right: np.ndarray, other: np.ndarray) -> str:
+    """The mean difference in points, and half its 95 % interval."""
+    change = 100 * (right.astype(float) - other)
+    half = 1.96 * change.std(ddof=1) / np.sqrt(len(change))
+    return f"{change.mean():+.2f} ± {half:.2f}"
 
 
 def size(params: Tree) -> int:
