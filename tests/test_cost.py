@@ -102,3 +102,5 @@ def test_bad_input():
     graph = jm.trace(apply, params, jnp.ones((1, 2)))
     with pytest.raises(ValueError, match=r"jaxmet\.cost: there are no inputs"):
         jm.cost(params, graph)
+    with pytest.raises(ValueError, match=r"jaxmet\.cost: .*'a/kernel'"):
+        jm.cost({"b": params["a"]}, graph, jnp.ones((1, 2)))

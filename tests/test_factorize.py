@@ -265,6 +265,7 @@ BAD = {
     "name": ({"ratios": {"stm": 0.5}}, "no selected site 'stm'.*'stem'"),
     "rank": ({"ranks": {"head": 11}}, "rank of 'head' is 11.*from 1 to 10"),
     "multiple": ({"ratios": 0.5, "multiple": 0}, "multiple is 0"),
+    "rows": ({"ratios": 0.5, "rows": -5}, "rows is -5"),
 }
 
 
@@ -274,6 +275,14 @@ def test_bad_input(net, case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=rf"(?s)jaxmet\.factorize: .*{message}"):
         jm.factorize(params, graph, **options)
+
+
+@pytest.mark.parametrize("transform", [jm.factorize, jm.prune])
+def test_data_with_nan_in_a_later_batch_are_refused(net, transform):
+    _, params, x, graph = net
+    name = transform.__name__
+    with pytest.raises(ValueError, match=rf"jaxmet\.{name}: what '.*' reads holds NaN"):
+        transform(params, graph, ratios=0.5, batches=[x, x * jnp.nan], progress=False)
 
 
 def test_a_site_without_factors_is_refused_by_name():

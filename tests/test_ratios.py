@@ -7,6 +7,7 @@ import pytest
 import scipy.optimize
 
 from jaxmet.numerics.ratios import greedy, monotone, optimal
+from jaxmet.transforms.ratios import check_ratio
 
 RATIOS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
 AIMET = np.array([[11.0, 23.0, 47.0, 85.0, 89.0]])
@@ -202,3 +203,10 @@ def test_the_sum_does_better_than_one_threshold():
         best = optimal(both, paid, 0.55 * full.sum())
         gains.append(best.score - picked(both, index))
     assert min(gains) > -1e-12 and np.mean(np.array(gains) > 1e-6) > 0.5
+
+
+def test_numbers_of_numpy_are_ratios():
+    check_ratio("ratio", np.float32(0.5), "factorize")
+    for bad in (np.float32(1.5), True, "half", np.nan):
+        with pytest.raises(ValueError, match=r"jaxmet\.factorize: the ratio is"):
+            check_ratio("ratio", bad, "factorize")

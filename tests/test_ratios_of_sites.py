@@ -219,6 +219,8 @@ def test_depthwise_convolutions_count_once():
     assert set(costs) == {"expand", "depthwise", "head"}
     for name, cost in costs.items():
         assert [cost["macs"]] == after.where(site=name)["macs"]
+    with pytest.raises(ValueError, match=r"'depthwise' cannot .* 'head' does without"):
+        jm.prune(params, graph, {"depthwise": 0.5})
 
 
 @pytest.mark.parametrize("method", ["greedy", "optimal"])
@@ -310,6 +312,9 @@ def test_a_run_that_stops_goes_on_behind_its_last_row(net, tmp_path):
     np.testing.assert_allclose(table["score"], again["score"], rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="holds a run on another"):
         jm.score_ratios(params, graph, score, **(options | {"method": "weight"}))
+    thrice = lambda apply, params: 3 * on_the_host(apply, params)
+    with pytest.raises(ValueError, match="holds a run on another"):
+        jm.score_ratios(params, graph, thrice, **options)
 
 
 LEAK = []
@@ -321,7 +326,9 @@ def leaking(apply, params):
 
 
 BAD = {
-    "nan": ({"score": lambda a, p: jnp.nan}, "the score of the model as it is is NaN"),
+    "nan": ({"score": lambda a, p: jnp.nan}, "the score of the model as it is is nan"),
+    "infinite": ({"score": lambda a, p: -jnp.inf}, "as it is is -inf. .*finite"),
+    "rows": ({"rows": 0}, "rows is 0"),
     "array": (
         {"score": lambda a, p: jnp.ones(3)},
         r"the score is an array of shape \(3,\)",

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.operations import works
 from jaxmet.tree.leaves import dense, flatten, is_structured
-from jaxmet.tree.names import named_leaves, parameter_names
+from jaxmet.tree.names import parameter_names
 from jaxmet.tree.structures import LowRank, Pruned
 from jaxmet.tree.table import Table
 
@@ -33,17 +33,12 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     >>> table = jm.cost(params, graph, images[:1])
     >>> table.where(site="(all)")["macs"]
     """
-    if not isinstance(graph, Graph):
-        raise ValueError(
-            f"jaxmet.{CALLER}: the graph is of type {type(graph).__name__}. Pass the tree "
-            "first, then what jm.trace returned, then the inputs."
-        )
+    leaves, counted = leaves_of(params, graph, CALLER), set()
     if not inputs:
         raise ValueError(
             f"jaxmet.{CALLER}: there are no inputs. Pass those of one call, or their "
             "shapes as jax.ShapeDtypeStruct: how much work a layer is depends on them."
         )
-    leaves, counted = named_leaves(params), set()
     rows = []
     for work in works(graph, params, inputs, kwargs):
         own = [n for n in work.node.parameters if n in leaves and n not in counted]

@@ -116,6 +116,7 @@ def factorize(
             "its cost afterwards over its cost before."
         )
     check_multiple(multiple, CALLER)
+    check_multiple(rows, CALLER, "rows")
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[_parameter(n)], method) for n in sites}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.collect import collect
 from jaxmet.engine.graph import Graph
@@ -69,6 +70,13 @@ def grams(
     if not wanted:
         return {}
     merge = lambda a, b: jax.tree.map(jnp.add, a, b)
-    return collect(
+    found = collect(
         graph, params, batches, hook, merge, caller=caller, progress=progress
     )
+    for name, gram in found.items():
+        if not np.all(np.isfinite(gram.center)):
+            raise ValueError(
+                f"jaxmet.{caller}: what {name!r} reads holds NaN or infinity in some batch. "
+                "Look at the batches, and at the model's outputs for them."
+            )
+    return found

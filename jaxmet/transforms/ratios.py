@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxmet.engine.graph import Graph
 from jaxmet.tree.names import suggestion
 
@@ -20,13 +22,7 @@ def asked_for(
         dict(ratios) if by_name else {n: ratios for n, why in sites.items() if not why}
     )
     for name, ratio in asked.items() if by_name else [("", ratios)]:
-        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-        if not number or not 0 < ratio <= 1:
-            of = f" of {name!r}" if name else ""
-            raise ValueError(
-                f"jaxmet.{caller}: the ratio{of} is {ratio!r}. It is the cost afterwards "
-                "over the cost before: a number above 0 and up to 1."
-            )
+        check_ratio(f"ratio of {name!r}" if name else "ratio", ratio, caller)
     named = set(asked) if by_name else set()
     for name in [*asked, *(graph.named & set(sites))]:
         if name not in sites:
@@ -41,9 +37,19 @@ def asked_for(
     return {name: float(ratio) for name, ratio in asked.items()}
 
 
-def check_multiple(multiple: Any, caller: str) -> None:
-    """Refuse what is no multiple to round to."""
+def check_ratio(what: str, ratio: Any, caller: str) -> None:
+    """Refuse what is no cost afterwards over the cost before."""
+    number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio <= 1:
+        raise ValueError(
+            f"jaxmet.{caller}: the {what} is {ratio!r}. It is the cost afterwards over the "
+            "cost before: a plain number above 0 and up to 1."
+        )
+
+
+def check_multiple(multiple: Any, caller: str, what: str = "multiple") -> None:
+    """Refuse what is no multiple to round to, or no other count."""
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
         raise ValueError(
-            f"jaxmet.{caller}: multiple is {multiple!r}. Give a whole number from 1 on."
+            f"jaxmet.{caller}: {what} is {multiple!r}. Give a whole number from 1 on."
         )

@@ -1,6 +1,7 @@
 """The score of a network with one site compressed, for every site and every ratio."""
 
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ def score_ratios(
     Ratios are those of `factorize` and `prune`, rounded to a `multiple` of ranks or
     channels. So many rows as `together` says are computed at once (`jax.vmap`) where the
     score can be traced: an accelerator with the memory for it is faster then. With
-    `checkpoint`, a folder, a run that was killed goes on behind its last finished row.
+    `checkpoint`, a folder, a run that was killed goes on behind its last finished row; it
+    knows the code of the score again, but not the data that the score looks at.
 
     Columns of the table: `site`, and the sites that are `tied` to it because they read the
     same channels and take the same ratio; `ratio`; how many ranks or channels are `left`
@@ -86,11 +88,8 @@ def score_ratios(
             f"{', '.join(map(repr, METHODS))}."
         )
     check_multiple(multiple, CALLER)
-    if not isinstance(together, int) or together < 1:
-        raise ValueError(
-            f"jaxmet.{CALLER}: together is {together!r}. Give how many rows run at once, "
-            "1 or more."
-        )
+    check_multiple(together, CALLER, "together")
+    check_multiple(rows, CALLER, "rows")
     ratios = _checked(ratios)
     read = as_batches(batches, CALLER, inputs=inputs, passes=2, abstract=True)
     traceable = _traceable(score, graph, params)
@@ -112,11 +111,22 @@ def score_ratios(
             f"{'; '.join(f'{n}: {why}' for n, why in list(left.items())[:3])}."
         )
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
-    told = (params, method, ratios, multiple, rows, list(sites))
+    told = (params, method, ratios, multiple, rows, list(sites), _said(score))
     kept = Checkpoint(checkpoint, CALLER, told)
     run = _runner(score, graph, params, sites, traceable=traceable, together=together)
     scores = _scores(run, sites, cells, kept, together, progress=progress)
     return _table(params, graph, read.first, sites, cells, scores)
+
+
+def _said(function: Any) -> tuple[Any, ...]:
+    """What a function does, as far as its own code says it."""
+    code = getattr(function, "__code__", function)
+    if not isinstance(code, types.CodeType):
+        return (type(function).__qualname__,)
+    parts = [
+        _said(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts
+    ]
+    return (code.co_code.hex(), code.co_names, *parts)
 
 
 def _checked(ratios: Any) -> tuple[float, ...]:
@@ -221,13 +231,13 @@ def _number(found: Any, cell: Cell) -> float:
     ):
         raise ValueError(_no_number(found))
     number = float(found)
-    if np.isnan(number):
+    if not np.isfinite(number):
         where = (
             "the model as it is" if cell is None else f"{cell[0]!r} cut to {cell[1]}"
         )
         raise ValueError(
-            f"jaxmet.{CALLER}: the score of {where} is NaN. Let it be a number for every "
-            "network, however bad."
+            f"jaxmet.{CALLER}: the score of {where} is {number}. Let it be a finite number "
+            "for every network, however bad."
         )
     return number
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.ratios.spending import Spending
 from jaxmet.numerics.ratios import greedy, monotone, optimal
+from jaxmet.transforms.ratios import check_ratio
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
 
@@ -53,7 +54,7 @@ def select_ratios(
             raise ValueError(
                 f"jaxmet.{CALLER}: the table has no site {name!r}. {suggestion(name, sites)}"
             )
-        _check_ratio(f"manual ratio of {name!r}", ratio)
+        check_ratio(f"manual ratio of {name!r}", ratio, CALLER)
     by_site = {name: table.where(site=name) for name in sites}
     ratios = np.array(by_site[sites[0]]["ratio"], np.float64)
     scores = np.array([by_site[n]["score"] for n in sites], np.float64)
@@ -146,7 +147,7 @@ def _check(table: Any, target: Any, method: str, budget: str) -> None:
             f"jaxmet.{CALLER}: the table has no rows of sites, or none of the whole network. "
             "Pass the whole table of jm.score_ratios."
         )
-    _check_ratio("target", target)
+    check_ratio("target", target, CALLER)
     for said, what, of in ((method, "method", METHODS), (budget, "budget", BUDGETS)):
         if said not in of:
             raise ValueError(
@@ -155,13 +156,4 @@ def _check(table: Any, target: Any, method: str, budget: str) -> None:
     if not np.all(np.isfinite(np.array(table["score"], np.float64))):
         raise ValueError(
             f"jaxmet.{CALLER}: the table holds scores that are no numbers."
-        )
-
-
-def _check_ratio(what: str, ratio: Any) -> None:
-    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio <= 1:
-        raise ValueError(
-            f"jaxmet.{CALLER}: the {what} is {ratio!r}. It is the cost afterwards over the "
-            "cost before: a number above 0 and up to 1."
         )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.engine.channels import indices_of
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.transforms.grams import ROWS, grams
@@ -115,6 +116,7 @@ def prune(
     leaves = leaves_of(params, graph, CALLER)
     selection = _selection(selection, batches)
     check_multiple(multiple, CALLER)
+    check_multiple(rows, CALLER, "rows")
     _check_concrete(leaves)
     bundles = bundles_of(graph)
     why = _why(graph, bundles, coupled)
@@ -267,6 +269,14 @@ def _why_of(
         if any((channel_along(x, b.indices) >= 0).any() for x in layouts)
     ]
     if not reads:
+        grouped = {m.groups for m in graph.members if m.node == node.name} != {1}
+        own = {i for x in layouts for i in indices_of(x)}
+        behind = [b.readers for b in bundles if b.readers and b.indices & own]
+        if grouped and behind:
+            return (
+                "it makes of each channel what another site reads, and loses those that "
+                f"{behind[0][0]!r} does without. Give that one a ratio"
+            )
         return "it reads no channels that a site makes"
     whys = [refused(b, coupled) for b in reads]
     return None if None in whys else whys[0]
