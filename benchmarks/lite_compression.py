@@ -4,17 +4,21 @@
     python benchmarks/natural_images.py pictures
     python benchmarks/lite_compression.py --images pictures
 
-Every layer gets the same ratio, turned until the network as a whole is within the share.
+*uniform* gives every layer the same ratio, *optimal* chooses ratios by how well the outputs of
+`--scored` calibration pictures are kept, one layer at a time; both are turned until the network as
+a whole is within the share.
 *plain* factors are nearest to the weights, *whitened* ones change the outputs on the
 calibration pictures least; pruning chooses and refits on these pictures, or goes by weights
 alone (*plain*). Figures are those of `efficientnet_lite.py`, on evaluation pictures.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from efficientnet_lite import Bench
 from lite.figures import Resampled, interval, outcome
 from lite.network import FAMILY, LinenLite
@@ -22,6 +26,8 @@ from lite.weights import find_weights, load_weights
 from shares import within
 
 import jaxmet as jm
+
+RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def main() -> None:
@@ -31,7 +37,9 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.74, 0.5])
-    parser.add_argument("--methods", nargs="+", default=["spatial", "weight", "prune"])
+    parser.add_argument("--select", nargs="+", default=["uniform", "optimal"])
+    parser.add_argument("--scored", type=int, default=32)
+    parser.add_argument("--methods", nargs="+", default=["spatial", "prune"])
     options = parser.parse_args()
     variant = FAMILY["lite0"]
     variables = load_weights(find_weights("lite0"), variant)
@@ -45,36 +53,51 @@ def main() -> None:
         "| method | MACs | parameters | agreement (%) | SQNR (dB) |\n|---|---|---|---|---|"
     )
     resampled = Resampled(len(bench.evaluation))
-    for share in options.shares:
-        for method in options.methods:
-            for data in (False, True):
+    scored = bench.calibration[: options.scored]
+    wanted = jax.jit(jm.lift(apply))(bench.folded, scored)
 
-                def make(
-                    ratio: float, *, data: bool = False, method: str = method
-                ) -> Any:
-                    batches = bench.batches if data else None
-                    return compressed(bench.folded, graph, method, ratio, batches)
+    def score(apply: Any, params: Any) -> jax.Array:
+        return -jnp.mean(jnp.square(apply(params, scored) - wanted))
 
-                ratio = within(share, make, lambda p: macs(apply, p, one) / total)
-                small = make(ratio, data=data)
-                found = outcome(bench.logits(jm.Quantizers(), small), bench.reference)
-                cells = [
-                    f"{method}, {'whitened' if data else 'plain'}",
-                    f"{macs(apply, small, one) / total:.3f}",
-                    f"{size(small) / size(bench.folded):.3f}",
-                    str(interval(resampled.agreement(found))),
-                    str(interval(resampled.sqnr(found))),
-                ]
-                print("|", " | ".join(cells), "|", flush=True)
+    each = itertools.product(options.methods, (False, True), options.select)
+    for method, data, select in each:
+        batches = bench.batches if data else None
+        shapes = jax.ShapeDtypeStruct(one.shape, one.dtype)
+        table = select != "uniform" and jm.score_ratios(
+            bench.folded,
+            graph,
+            score,
+            batches=batches or shapes,
+            method=method,
+            ratios=RATIOS,
+            progress=False,
+        )
+        for share in options.shares:
+
+            def make(setting: float, batches: Any = None, *, table: Any = table) -> Any:
+                ratios = jm.select_ratios(table, setting) if table else setting
+                return compressed(bench.folded, graph, method, ratios, batches)
+
+            setting = within(share, make, lambda p: macs(apply, p, one) / total)
+            small = make(setting, batches)
+            found = outcome(bench.logits(jm.Quantizers(), small), bench.reference)
+            cells = [
+                f"{method}, {'whitened' if data else 'plain'}, {select}",
+                f"{macs(apply, small, one) / total:.3f}",
+                f"{size(small) / size(bench.folded):.3f}",
+                str(interval(resampled.agreement(found))),
+                str(interval(resampled.sqnr(found))),
+            ]
+            print("|", " | ".join(cells), "|", flush=True)
 
 
 def compressed(
-    params: Any, graph: jm.Graph, method: str, ratio: float, batches: Any
+    params: Any, graph: jm.Graph, method: str, ratios: Any, batches: Any
 ) -> Any:
     if method == "prune":
-        return jm.prune(params, graph, ratio, batches=batches, progress=False)
+        return jm.prune(params, graph, ratios, batches=batches, progress=False)
     return jm.factorize(
-        params, graph, ratios=ratio, method=method, batches=batches, progress=False
+        params, graph, ratios=ratios, method=method, batches=batches, progress=False
     )
 
 
