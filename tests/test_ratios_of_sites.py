@@ -85,6 +85,33 @@ def test_every_row_scores_as_the_network_that_is_really_small(net, method):
                 assert gone - 12 < weights <= gone
 
 
+def test_rows_of_pruning_are_refitted_as_pruning_does(net):
+    apply, params, x, graph, score = net
+    options = {"batches": [x], "progress": False}
+    table = jm.score_ratios(
+        params, graph, score, method="prune", ratios=RATIOS, **options
+    )
+    run = jax.jit(jm.lift(apply))
+    blind = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    plain = jm.score_ratios(
+        params,
+        graph,
+        score,
+        method="prune",
+        ratios=RATIOS,
+        batches=blind,
+        progress=False,
+    )
+    gained = []
+    for row, bare in zip(table, plain, strict=True):
+        if row["ratio"] < 1:
+            small = jm.prune(params, graph, {row["site"]: row["ratio"]}, **options)
+            found = float(score(run, small))
+            assert row["score"] == pytest.approx(found, rel=1e-2, abs=1e-7)
+            gained.append(row["score"] - bare["score"])
+    assert len(gained) == 9 and np.mean(gained) > 0
+
+
 def test_scores_that_cannot_be_traced_give_the_same_table(net):
     _, params, x, graph, score = net
     shape, calls = jax.ShapeDtypeStruct(x.shape, x.dtype), []

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmet.numerics.lasso import sparse
 from jaxmet.numerics.least_squares import of_size_one, solve
@@ -24,12 +24,12 @@ Weight = Float[Array, "ins outs"]
 
 
 class Reconstruction(NamedTuple):
-    r"""The best weights on the channels kept, and what they explain of each output.
+    r"""The best weights on the channels left, and what they explain of each output.
 
     The error that is left is $E\,y^2$ less the `gain`.
     """
 
-    weight: Float[Array, "kept outs"]
+    weight: Float[Array, "ins outs"]
     gain: Float[Array, " outs"]
 
 
@@ -123,27 +123,28 @@ def by_lasso(
     return jnp.where(beta > 0, 1 + beta / _positive(jnp.max(beta)), rest)
 
 
-@partial(jax.jit, static_argnames="channels")
+@jax.jit
 def reconstruct(
     gram: Gram,
     cross: Weight,
-    kept: Int[Array, " keep"],
-    channels: int,
+    left: Bool[Array, " channels"],
     *,
     start: Weight | None = None,
     damping: float | Float[Array, ""] = DAMPING,
 ) -> Reconstruction:
-    r"""The least squares weights on the channels that are kept, in their order.
+    r"""The least squares weights on the channels S that are left, zero on the others.
 
     $W_S = W^0_S + (G_{SS} + \lambda D)^{-1} (C_S - G_{SS} W^0_S)$ with D the diagonal of
     $G_{SS}$: what few rows do not see stays as in `start`, which is zero if not given.
+    `left` may be traced: shapes do not depend on it.
 
     He et al., [Channel Pruning for Accelerating Very Deep Neural
     Networks](https://arxiv.org/abs/1707.06168), ICCV 2017, section 3.1.
     """
-    rows = jnp.arange(gram.shape[0]).reshape(-1, channels)[:, kept].reshape(-1)
-    inner, right = gram[rows][:, rows], cross[rows]
-    weight = jnp.zeros_like(right) if start is None else start[rows]
+    rows = jnp.tile(left, gram.shape[0] // left.size)[:, None]
+    inner = jnp.where(rows & rows.T, gram, 0.0)
+    right = jnp.where(rows, cross, 0.0)
+    weight = jnp.zeros_like(right) if start is None else jnp.where(rows, start, 0.0)
     product = partial(jnp.matmul, precision="highest")
     weight = weight + solve(inner, right - product(inner, weight), damping)
     gain = jnp.sum(weight * (2 * right - product(inner, weight)), axis=0)

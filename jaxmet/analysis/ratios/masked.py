@@ -82,13 +82,14 @@ class Narrow:
 
     `tied` are the other sites that read some of them. `layouts` are those of the axes along
     which sites read or make them, by site and role; a depthwise convolution, which does
-    both at once, has one. `counts` has a row for each amount that may be asked for, and how
-    many channels of each bundle stay then.
+    both at once, has one. `readers` are refitted. `counts` has a row for each amount that
+    may be asked for, and how many channels of each bundle stay then.
     """
 
     graph: Graph
     layouts: Mapping[tuple[str, str], Layout]
     tied: tuple[str, ...]
+    readers: tuple[Reader, ...]
     bundles: tuple[Bundle, ...]
     orders: tuple[np.ndarray, ...]
     counts: np.ndarray
@@ -116,13 +117,16 @@ class Narrow:
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
         row = jnp.searchsorted(jnp.asarray(self.counts.sum(axis=1)), amount)
         counts = jnp.asarray(self.counts)[row]
+        lefts = [
+            _left(bundle.size, order, counts[i])
+            for i, (bundle, order) in enumerate(
+                zip(self.bundles, self.orders, strict=True)
+            )
+        ]
         found = dict(leaves)
-        for i, (bundle, order) in enumerate(
-            zip(self.bundles, self.orders, strict=True)
-        ):
-            rank = np.empty(bundle.size, np.int32)
-            rank[order] = np.arange(bundle.size)
-            left = jnp.asarray(rank) >= bundle.size - counts[i]
+        for reader in self.readers:
+            found |= self._refitted(reader, lefts, found, amount)
+        for bundle, left in zip(self.bundles, lefts, strict=True):
             for member in self.graph.members:
                 of = channel_along(member.layout, bundle.indices)
                 if member.groups == 1 and (of >= 0).any():
@@ -130,6 +134,33 @@ class Narrow:
                     new = _zeroed(jnp.asarray(dense(leaf)), left, of, member.axis)
                     found[member.parameter] = with_weight(leaf, new)
         return found
+
+    def _refitted(
+        self,
+        reader: Reader,
+        lefts: Sequence[jax.Array],
+        leaves: dict[str, Any],
+        amount: jax.Array,
+    ) -> dict[str, Any]:
+        along = jnp.ones(reader.entries, bool)
+        for bundle, left in zip(self.bundles, lefts, strict=True):
+            of = channel_along(reader.layout, bundle.indices)
+            along &= jnp.where(jnp.asarray(of) >= 0, left[np.maximum(of, 0)], True)
+
+        def refitted() -> dict[str, Any]:
+            return reader.refitted(along, leaves)[0]
+
+        names = jax.eval_shape(refitted)
+        return lax.cond(
+            amount < self.most, refitted, lambda: {name: leaves[name] for name in names}
+        )
+
+
+def _left(size: int, order: np.ndarray, count: jax.Array) -> jax.Array:
+    """Which channels are left when so many are, of those that go in this order."""
+    rank = np.empty(size, np.int32)
+    rank[order] = np.arange(size)
+    return jnp.asarray(rank) >= size - count
 
 
 def _zeroed(array: jax.Array, left: jax.Array, of: np.ndarray, axis: int) -> jax.Array:
@@ -223,7 +254,12 @@ def _narrow(
             if (channel_along(m.layout, indices) >= 0).any()
         }
         each = tuple(orders[b.name] for b in own)
-        found[tied[0]] = Narrow(graph, layouts, tied[1:], own, each, counts)
+        refit = [
+            r for n in tied if (r := readers[n]) is not None and r.gram is not None
+        ]
+        found[tied[0]] = Narrow(
+            graph, layouts, tied[1:], tuple(refit), own, each, counts
+        )
     known = {n for name, site in found.items() for n in (name, *site.tied)}
     why = "it reads no channels that can be removed"
     return found, {n.name: why for n in graph.sites if n.name not in known}

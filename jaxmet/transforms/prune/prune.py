@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.channels import indices_of
@@ -20,11 +19,10 @@ from jaxmet.transforms.prune.bundles import (
     left_along,
 )
 from jaxmet.transforms.prune.leaves import pruned
-from jaxmet.transforms.prune.readers import SELECTIONS, Reader, array_of
+from jaxmet.transforms.prune.readers import SELECTIONS, Reader
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 
@@ -194,17 +192,9 @@ def _refit(
     for name, reader in readers.items():
         if reader is None or reader.gram is None:
             continue
-        left = left_along(reader.layout, masks)
-        new, shift, errors[name] = reader.refitted(left)
-        weight, bias = reader.node.weight, reader.node.bias
-        assert weight is not None and weight.name is not None
-        old = dense(leaves[weight.name])
-        array = array_of(reader.node, new, tuple(old.shape)).astype(old.dtype)
-        work[weight.name] = with_weight(leaves[weight.name], array)
-        if bias is not None and bias in leaves and bias not in reader.node.shared:
-            given = jnp.asarray(dense(leaves[bias]))
-            moved = given + shift.reshape(given.shape).astype(given.dtype)
-            work[bias] = with_weight(leaves[bias], moved)
+        found, error = reader.refitted(left_along(reader.layout, masks), leaves)
+        work |= found
+        errors[name] = float(error)
     return work, errors
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jaxmet.numerics.channel_selection import (
 )
 from jaxmet.transforms.grams import Gram
 from jaxmet.transforms.prune.bundles import Bundle, channel_along
-from jaxmet.tree.leaves import dense
+from jaxmet.tree.leaves import dense, with_weight
 
 SELECTIONS = ("magnitude", "lasso", "obs")
 
@@ -112,26 +113,42 @@ class Reader:
             return mean
         return mean - center[:, None] * center[None]
 
-    def refitted(self, left: np.ndarray) -> tuple[jax.Array, jax.Array, float]:
-        """New weights with the removed entries zero, a shift of the bias, and the error.
+    def refitted(
+        self, left: Any, leaves: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], jax.Array]:
+        """The leaves of this site that make good for the entries gone, and the error.
 
         The error is that of the output over its energy, of its variance where a bias is.
+        `left` may be traced.
         """
         assert self.gram is not None
         gram, weight = self.centered, self.weight
-        cross = jnp.matmul(gram, weight, precision="highest")
-        kept = jnp.asarray(np.flatnonzero(left), jnp.int32)
-        found = reconstruct(gram, cross, kept, left.size, start=weight)
-        taps = weight.shape[0] // left.size
-        rows = (np.arange(taps)[:, None] * left.size + np.flatnonzero(left)).reshape(-1)
-        new = jnp.zeros_like(weight).at[rows].set(found.weight)
-        shift = jnp.matmul(self.gram.center[:1], weight - new, precision="highest")[0]
+        product = partial(jnp.matmul, precision="highest")
+        cross = product(gram, weight)
+        new = reconstruct(gram, cross, jnp.asarray(left), start=weight).weight
         energy = jnp.sum(weight * cross)
-        error = jnp.sum(
-            (weight - new) * (cross - jnp.matmul(gram, new, precision="highest"))
-        )
-        share = float(jnp.sqrt(jnp.maximum(error, 0.0) / jnp.maximum(energy, 1e-30)))
-        return new, shift, share
+        error = jnp.sum((weight - new) * (cross - product(gram, new)))
+        share = jnp.sqrt(jnp.maximum(error, 0.0) / jnp.maximum(energy, 1e-30))
+        shift = product(self.gram.center[:1], weight - new)[0]
+        return self._leaves(new, shift, leaves), share
+
+    def _leaves(
+        self, matrix: jax.Array, shift: jax.Array, leaves: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        name, bias = self.parameter, self.node.bias
+        old = dense(leaves[name])
+        array = array_of(self.node, matrix, tuple(old.shape)).astype(old.dtype)
+        found = {name: with_weight(leaves[name], array)}
+        if bias is not None and bias in leaves and bias not in self.node.shared:
+            given = jnp.asarray(dense(leaves[bias]))
+            moved = given + shift.reshape(given.shape).astype(given.dtype)
+            found[bias] = with_weight(leaves[bias], moved)
+        return found
+
+    @property
+    def parameter(self) -> str:
+        assert self.node.weight is not None and self.node.weight.name is not None
+        return self.node.weight.name
 
 
 def _gathered(scores: np.ndarray, of: np.ndarray, size: int) -> np.ndarray:
