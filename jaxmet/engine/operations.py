@@ -61,7 +61,7 @@ def _convolution(equation: Equation) -> tuple[int, int]:
             taps,
             x.shape[numbers.lhs_spec[2 + i]],
             stride=p["window_strides"][i],
-            low=p["padding"][i][0],
+            low=int(p["padding"][i][0]),
             apart=p["rhs_dilation"][i],
             spread=p["lhs_dilation"][i],
         )
