@@ -33,6 +33,7 @@ class SmallTwin(nnx.Module):
         return self.head(jnp.mean(nnx.relu(self.stem(x)), (1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_examples_run_as_printed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -76,6 +77,7 @@ class TrainedTwin(nnx.Module):
         return self.head(jnp.mean(x, (1, 2)))
 
 
+@pytest.mark.slow
 def test_training_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
@@ -95,6 +97,7 @@ def test_training_runs_as_printed(tmp_path, monkeypatch):
     assert len(restored) == len(jax.tree.leaves(scope["state"]))
 
 
+@pytest.mark.slow
 def test_compression_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))

@@ -179,6 +179,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=["tensor", "channel"])
 def test_less_noise_than_before_and_than_equal_ranges(config: QuantConfig) -> None:
     params, batches = mobile_params(), images()

@@ -158,6 +158,7 @@ def output_error(apply, params, small, x, site):
     return np.sqrt(error / np.sum((wanted - bias) ** 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spatial", "weight"])
 def test_data_make_the_error_of_the_output_smaller(net, method):
     apply, params, x, graph = net
