@@ -93,13 +93,12 @@ class Bench:
         images = as_input(self.data.train[0][: 2 * SAMPLES])
         self.one = images[:1]
         graph = jm.trace(self.model.apply, variables, self.one)
-        self.params = jm.fold_batch_norm(variables, graph)
+        self.folded = self.params = jm.fold_batch_norm(variables, graph)
         self.graph = jm.trace(self.model.apply, self.params, self.one).without(
             "classifier"
         )
         self.batches = jm.stacked(images[:SAMPLES], batch_size=64)
-        self.scored = images[SAMPLES:][: options.scored]
-        self.wanted = jax.jit(self.model.apply)(self.params, self.scored)
+        self.score = self.score_on(images[SAMPLES:][: options.scored])
         self.taught = self.data.told_by(self.model.apply, self.params)
         self.total = self.macs(self.params)
         self.tables: dict[str, jm.Table] = {}
@@ -138,12 +137,7 @@ class Bench:
     def against_rebuilding(self, count: int) -> None:
         """The table of scores against a network rebuilt and compiled for each of its rows."""
         images = as_input(self.data.train[0][SAMPLES:][:count])
-        run = jax.jit(self.model.apply)
-        wanted = run(self.params, images)
-
-        def score(apply: Callable, params: Tree) -> jax.Array:
-            return -jnp.mean(jnp.square(apply(params, images) - wanted))
-
+        score = self.score_on(images)
         shapes = jax.ShapeDtypeStruct(images.shape, images.dtype)
         start = time.perf_counter()
         table = jm.score_ratios(
@@ -230,9 +224,12 @@ class Bench:
     def kind(self, method: str) -> str:
         return "prune" if method == "random" else method
 
-    def score(self, apply: Callable, params: Tree) -> jax.Array:
-        """Minus the mean squared error of the outputs."""
-        return -jnp.mean(jnp.square(apply(params, self.scored) - self.wanted))
+    def score_on(self, images: jax.Array) -> Callable[[Callable, Tree], jax.Array]:
+        """Minus the mean squared error of the outputs for these images."""
+        wanted = jax.jit(self.model.apply)(self.folded, images)
+        return lambda apply, params: (
+            -jnp.mean(jnp.square(apply(params, images) - wanted))
+        )
 
     def factorized(self, method: str, ratios: Any, *, quick: bool) -> Tree:
         return jm.factorize(

@@ -140,5 +140,11 @@ class Node:
         return tuple(r for r in self.region if r in ("scan", "while", "cond"))
 
     @property
+    def kernel(self) -> str:
+        """The parameter that the weight of this site is."""
+        assert self.weight is not None and self.weight.name is not None
+        return self.weight.name
+
+    @property
     def is_site(self) -> bool:
         return self.kind in ("product", "lookup")

@@ -114,8 +114,7 @@ class _Reader:
 
     @property
     def parameter(self) -> str:
-        assert self.product.weight is not None and self.product.weight.name is not None
-        return self.product.weight.name
+        return self.product.kernel
 
     @property
     def inputs(self) -> Layout:

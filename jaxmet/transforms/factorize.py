@@ -119,7 +119,7 @@ def factorize(
     check_multiple(rows, CALLER, "rows")
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
-    shapes = {n.name: shape_of(n, leaves[_parameter(n)], method) for n in sites}
+    shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
         wanted = dict(ranks)
@@ -147,7 +147,7 @@ def factorize(
         if node.name not in wanted:
             table.append({"site": node.name, "note": _note(left.get(node.name))})
             continue
-        name, shape, rank = _parameter(node), shapes[node.name], wanted[node.name]
+        name, shape, rank = node.kernel, shapes[node.name], wanted[node.name]
         gram = seen[node.name].mean if node.name in seen else None
         first, second, error = factors_of(
             jnp.asarray(dense(leaves[name])), shape, rank, gram
@@ -188,11 +188,6 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     if not jnp.issubdtype(dense(leaves[weight.name]).dtype, jnp.floating):
         return "its weight holds no real numbers"
     return None
-
-
-def _parameter(node: Node) -> str:
-    assert node.weight is not None and node.weight.name is not None
-    return node.weight.name
 
 
 def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:

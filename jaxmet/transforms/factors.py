@@ -53,13 +53,20 @@ class Shape:
 
     def cost_of(self, rank: int) -> int:
         """Multiplications of both factors."""
-        first = self.ins * self.size(self.mine) * self.strides
-        return self.groups * rank * (first + self.outs * self.size(self.others))
+        return rank * (self.strides * self._first + self._second)
 
     def entries_of(self, rank: int) -> int:
         """Numbers that both factors hold."""
-        first = self.ins * self.size(self.mine)
-        return self.groups * rank * (first + self.outs * self.size(self.others))
+        return rank * (self._first + self._second)
+
+    @property
+    def _first(self) -> int:
+        """Entries of the first factor for each rank."""
+        return self.groups * self.ins * self.size(self.mine)
+
+    @property
+    def _second(self) -> int:
+        return self.groups * self.outs * self.size(self.others)
 
 
 def shape_of(node: Node, leaf: Any, method: str) -> Shape:

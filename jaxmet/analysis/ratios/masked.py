@@ -40,7 +40,6 @@ class Low:
     """A site with singular values to cut off."""
 
     node: Node
-    parameter: str
     shape: Shape
     parts: Spectrum
 
@@ -64,7 +63,7 @@ class Low:
         return {self.node.name: Shares(min(1.0, work), min(1.0, held))}
 
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
-        leaf = leaves[self.parameter]
+        leaf = leaves[self.node.kernel]
         array = jnp.asarray(dense(leaf))
 
         def cut() -> jax.Array:
@@ -73,7 +72,7 @@ class Low:
         new = lax.cond(
             amount < self.most, lambda: cut().astype(array.dtype), lambda: array
         )
-        return leaves | {self.parameter: with_weight(leaf, new)}
+        return leaves | {self.node.kernel: with_weight(leaf, new)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +117,8 @@ class Narrow:
         row = jnp.searchsorted(jnp.asarray(self.counts.sum(axis=1)), amount)
         counts = jnp.asarray(self.counts)[row]
         lefts = [
-            _left(bundle.size, order, counts[i])
-            for i, (bundle, order) in enumerate(
-                zip(self.bundles, self.orders, strict=True)
-            )
+            _left(order, count)
+            for order, count in zip(self.orders, counts, strict=True)
         ]
         found = dict(leaves)
         for reader in self.readers:
@@ -144,8 +141,7 @@ class Narrow:
     ) -> dict[str, Any]:
         along = jnp.ones(reader.entries, bool)
         for bundle, left in zip(self.bundles, lefts, strict=True):
-            of = channel_along(reader.layout, bundle.indices)
-            along &= jnp.where(jnp.asarray(of) >= 0, left[np.maximum(of, 0)], True)
+            along &= _along(left, channel_along(reader.layout, bundle.indices))
 
         def refitted() -> dict[str, Any]:
             return reader.refitted(along, leaves)[0]
@@ -156,19 +152,23 @@ class Narrow:
         )
 
 
-def _left(size: int, order: np.ndarray, count: jax.Array) -> jax.Array:
+def _left(order: np.ndarray, count: jax.Array) -> jax.Array:
     """Which channels are left when so many are, of those that go in this order."""
-    rank = np.empty(size, np.int32)
-    rank[order] = np.arange(size)
-    return jnp.asarray(rank) >= size - count
+    rank = np.empty(order.size, np.int32)
+    rank[order] = np.arange(order.size)
+    return jnp.asarray(rank) >= order.size - count
+
+
+def _along(left: jax.Array, of: np.ndarray) -> jax.Array:
+    """Which entries of an axis are left, by the channel that each belongs to, -1 for none."""
+    return jnp.where(jnp.asarray(of) >= 0, left[np.maximum(of, 0)], True)
 
 
 def _zeroed(array: jax.Array, left: jax.Array, of: np.ndarray, axis: int) -> jax.Array:
     """An array with zeros wherever a channel along an axis is not left."""
-    along = jnp.where(jnp.asarray(of) >= 0, left[np.maximum(of, 0)], True)
     shape = [1] * array.ndim
     shape[axis] = of.size
-    return jnp.where(along.reshape(shape), array, jnp.zeros_like(array))
+    return jnp.where(_along(left, of).reshape(shape), array, jnp.zeros_like(array))
 
 
 Site = Low | Narrow
@@ -216,12 +216,11 @@ def sites_of(
     )
     found: dict[str, Site] = {}
     for node in nodes:
-        assert node.weight is not None and node.weight.name is not None
-        leaf = leaves[node.weight.name]
+        leaf = leaves[node.kernel]
         shape = shape_of(node, leaf, method)
         gram = seen[node.name].mean if node.name in seen else None
         parts = spectrum_of(jnp.asarray(dense(leaf)), shape, gram)
-        found[node.name] = Low(node, node.weight.name, shape, parts)
+        found[node.name] = Low(node, shape, parts)
     return found, left
 
 
@@ -239,7 +238,7 @@ def _narrow(
     readers = {n: Reader.of(graph, n, leaves, seen.get(n)) for n in names}
     selection = "obs" if seen else "magnitude"
     orders = {b.name: removal(b, readers, selection, b.size // 2 or 1) for b in bundles}
-    grouped = {m.node for m in graph.members if m.role == "in" and m.groups != 1}
+    through = {n for b in bundles for n in b.through}
     found: dict[str, Site] = {}
     for tied in _tied(graph, bundles):
         own = tuple(b for b in bundles if set(b.readers) & set(tied))
@@ -250,7 +249,7 @@ def _narrow(
         layouts = {
             (m.node, m.role): m.layout
             for m in graph.members
-            if m.role == "in" or (m.role == "out" and m.node not in grouped)
+            if m.role == "in" or (m.role == "out" and m.node not in through)
             if (channel_along(m.layout, indices) >= 0).any()
         }
         each = tuple(orders[b.name] for b in own)

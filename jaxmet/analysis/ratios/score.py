@@ -1,7 +1,6 @@
 """The score of a network with one site compressed, for every site and every ratio."""
 
 import math
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL, cost
 from jaxmet.analysis.ratios.masked import Site, sites_of, with_amounts
+from jaxmet.analysis.ratios.spending import BUDGETS
 from jaxmet.engine.compat import held_after
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.lift import lift
@@ -19,14 +19,11 @@ from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.grams import ROWS
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves
 from jaxmet.tree.table import Table
 
 CALLER = "score_ratios"
 METHODS = ("spatial", "weight", "prune")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-BUDGETS = ("macs", "parameters")
 COLUMNS = ("site", "tied", "ratio", "left", "of", *BUDGETS, "score", "costs")
 
 Score = Callable[[Callable[..., Any], Any], Any]
@@ -111,22 +108,11 @@ def score_ratios(
             f"{'; '.join(f'{n}: {why}' for n, why in list(left.items())[:3])}."
         )
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
-    told = (params, method, ratios, multiple, rows, list(sites), _said(score))
+    told = (params, method, ratios, multiple, rows, list(sites), score)
     kept = Checkpoint(checkpoint, CALLER, told)
     run = _runner(score, graph, params, sites, traceable=traceable, together=together)
     scores = _scores(run, sites, cells, kept, together, progress=progress)
-    return _table(params, graph, read.first, sites, cells, scores)
-
-
-def _said(function: Any) -> tuple[Any, ...]:
-    """What a function does, as far as its own code says it."""
-    code = getattr(function, "__code__", function)
-    if not isinstance(code, types.CodeType):
-        return (type(function).__qualname__,)
-    parts = [
-        _said(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts
-    ]
-    return (code.co_code.hex(), code.co_names, *parts)
+    return _table(params, leaves, graph, read.first, sites, cells, scores)
 
 
 def _checked(ratios: Any) -> tuple[float, ...]:
@@ -182,9 +168,8 @@ def _runner(
         def cut(params: Any, amounts: jax.Array) -> Any:
             return score(apply, with_amounts(params, sites, amounts))
 
-        if (
-            together == 1
-        ):  # no batch of one: its weights would make grouped convolutions
+        # Not a batch of one: its weights would make grouped convolutions.
+        if together == 1:
             one = jax.jit(cut)
             return lambda rows: [one(params, jnp.asarray(rows[0]))]
         many = jax.jit(jax.vmap(cut, in_axes=(None, 0)))
@@ -257,6 +242,7 @@ def _no_number(found: Any) -> str:
 
 def _table(
     params: Any,
+    leaves: Mapping[str, Any],
     graph: Graph,
     batch: tuple[Any, ...],
     sites: Mapping[str, Site],
@@ -265,9 +251,8 @@ def _table(
 ) -> Table:
     one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch]
     costs = {row["site"]: row for row in cost(params, graph, *one)}
-    leaves = named_leaves(params)
     entries = {
-        n.name: math.prod(dense(leaves[n.weight.name]).shape)
+        n.name: math.prod(leaves[n.kernel].shape)
         for n in graph.nodes
         if n.is_site and n.weight is not None and n.weight.name in leaves
     }

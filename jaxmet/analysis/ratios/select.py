@@ -1,12 +1,12 @@
 """From the table of scores to one ratio a site, within a budget."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxmet.analysis.cost import ALL
-from jaxmet.analysis.ratios.spending import Spending
+from jaxmet.analysis.ratios.spending import BUDGETS, Spending
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 from jaxmet.transforms.ratios import check_ratio
 from jaxmet.tree.names import suggestion
@@ -14,7 +14,6 @@ from jaxmet.tree.table import Table
 
 CALLER = "select_ratios"
 METHODS = ("greedy", "optimal")
-BUDGETS = ("macs", "parameters")
 TURNS = 16
 
 
@@ -118,8 +117,19 @@ def _within(
 
     if spent.separate:
         return choice(budget)
-    low, high = other + spent.alone[free].min(axis=1).sum(), spent.total
-    best = least
+    low = other + spent.alone[free].min(axis=1).sum()
+    return _turned(choice, spent, least, low, budget)
+
+
+def _turned(
+    choice: Callable[[float], np.ndarray],
+    spent: Spending,
+    least: np.ndarray,
+    low: float,
+    budget: float,
+) -> np.ndarray:
+    """The dearest choice whose cost together is in reach; costs alone do not say it."""
+    high, best = spent.total, least
     for _ in range(TURNS):
         middle = (low + high) / 2
         found = choice(middle)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+BUDGETS = ("macs", "parameters")
+
 
 @dataclasses.dataclass(frozen=True)
 class Spending:

@@ -117,7 +117,7 @@ def _before(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
         return Plan(node, why=why)
     if norm.scale is None and norm.epsilon >= 1:
         return Plan(node, why="no scale, and an epsilon of 1 or more")
-    places = [_place(graph, product, channels, _kernel(product), "out")]
+    places = [_place(graph, product, channels, product.kernel, "out")]
     if product.bias is not None:
         places.append(_place(graph, product, channels, product.bias, "shift"))
     known = tuple(p for p in places if p is not None)
@@ -137,7 +137,7 @@ def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
             return Plan(node, why=f"{name!r} behind it is no product")
         if why := _stiff(product):
             return Plan(node, why=why)
-        place = _place(graph, product, channels, _kernel(product), "in")
+        place = _place(graph, product, channels, product.kernel, "in")
         if place is None or not set(node.features) <= set(product.in_features):
             return Plan(node, why=f"its channels are not those that {name!r} reads")
         places.append(place)
@@ -145,11 +145,6 @@ def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
         missing = "scale" if norm.scale is None else "bias"
         return Plan(node, why=f"it has no {missing} to take the gain from")
     return Plan(node, "behind", node.only_readers, tuple(places))
-
-
-def _kernel(product: Node) -> str:
-    assert product.weight is not None and product.weight.name is not None
-    return product.weight.name
 
 
 def _stiff(product: Node) -> str | None:

@@ -15,11 +15,15 @@ from jaxmet.engine.graph import Graph
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Groups with one fate; `why` says what forbids to remove a channel."""
+    """Groups with one fate; `why` says what forbids to remove a channel.
+
+    `through` are the depthwise convolutions between those that make and those that read.
+    """
 
     groups: tuple[Group, ...]
     makers: tuple[str, ...]
     readers: tuple[str, ...]
+    through: tuple[str, ...]
     why: str | None
     note: str | None = None
 
@@ -82,9 +86,9 @@ def _bundle(
     fixed: Mapping[int, str],
     depthwise: set[str],
 ) -> Bundle:
-    def names(field: str) -> tuple[str, ...]:
+    def names(field: str, *, through: bool = False) -> tuple[str, ...]:
         every = (n for g in groups for n in getattr(g, field))
-        return tuple(dict.fromkeys(n for n in every if n not in depthwise))
+        return tuple(dict.fromkeys(n for n in every if (n in depthwise) == through))
 
     makers, readers = names("makers"), names("readers")
     why = next((fixed[g.index] for g in groups if g.index in fixed), None)
@@ -96,7 +100,7 @@ def _bundle(
     why = why or (f"{chosen[0]!r} is not selected" if chosen else None)
     full = [g.frozen for g in groups if g.frozen and g.frozen.endswith("no rule")]
     note = f"whole arrays before {full[0].split(':')[0]}" if full else None
-    return Bundle(groups, makers, readers, why, note)
+    return Bundle(groups, makers, readers, names("readers", through=True), why, note)
 
 
 def left_along(layout: Layout, masks: Mapping[int, np.ndarray]) -> np.ndarray:

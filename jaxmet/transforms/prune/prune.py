@@ -7,7 +7,6 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from jaxmet.engine.channels import indices_of
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.transforms.grams import ROWS, grams
@@ -259,13 +258,11 @@ def _why_of(
         if any((channel_along(x, b.indices) >= 0).any() for x in layouts)
     ]
     if not reads:
-        grouped = {m.groups for m in graph.members if m.node == node.name} != {1}
-        own = {i for x in layouts for i in indices_of(x)}
-        behind = [b.readers for b in bundles if b.readers and b.indices & own]
-        if grouped and behind:
+        behind = [n for b in bundles if node.name in b.through for n in b.readers]
+        if behind:
             return (
                 "it makes of each channel what another site reads, and loses those that "
-                f"{behind[0][0]!r} does without. Give that one a ratio"
+                f"{behind[0]!r} does without. Give that one a ratio"
             )
         return "it reads no channels that a site makes"
     whys = [refused(b, coupled) for b in reads]

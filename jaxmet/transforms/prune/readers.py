@@ -135,7 +135,7 @@ class Reader:
     def _leaves(
         self, matrix: jax.Array, shift: jax.Array, leaves: Mapping[str, Any]
     ) -> dict[str, Any]:
-        name, bias = self.parameter, self.node.bias
+        name, bias = self.node.kernel, self.node.bias
         old = dense(leaves[name])
         array = array_of(self.node, matrix, tuple(old.shape)).astype(old.dtype)
         found = {name: with_weight(leaves[name], array)}
@@ -144,11 +144,6 @@ class Reader:
             moved = given + shift.reshape(given.shape).astype(given.dtype)
             found[bias] = with_weight(leaves[bias], moved)
         return found
-
-    @property
-    def parameter(self) -> str:
-        assert self.node.weight is not None and self.node.weight.name is not None
-        return self.node.weight.name
 
 
 def _gathered(scores: np.ndarray, of: np.ndarray, size: int) -> np.ndarray:

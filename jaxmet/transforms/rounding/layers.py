@@ -34,8 +34,7 @@ class Layer:
     @property
     def parameter(self) -> str:
         """The name of its weight."""
-        assert self.node.weight is not None and self.node.weight.name is not None
-        return self.node.weight.name
+        return self.node.kernel
 
     @property
     def loops(self) -> bool:

@@ -1,0 +1,43 @@
+"""What a checkpoint knows again of the run that it holds."""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+
+from jaxmet.transforms.checkpoint import fingerprint
+
+SCRIPT = """
+from jaxmet.transforms.checkpoint import fingerprint
+def score(apply, params):
+    return sum(name in {"stem", "head", "body"} for name in params)
+print(fingerprint([score]))
+"""
+
+
+def test_the_code_of_a_function_is_known_again():
+    ones = jnp.ones(3)
+    score = lambda apply, params: apply(params).sum()
+    same = lambda apply, params: apply(params).sum()
+    other = lambda apply, params: 3 * apply(params).sum()
+    inner = lambda apply, params: sum(a + 1 for a in params)
+    deeper = lambda apply, params: sum(a + 2 for a in params)
+    prints = [fingerprint([ones, f]) for f in (score, other, inner, deeper)]
+    assert len(set(prints)) == 4
+    assert fingerprint([ones, same]) == prints[0]
+    assert fingerprint([2 * ones, score]) != prints[0]
+
+
+def test_another_process_says_the_same_of_it():
+    found = set()
+    for seed in ("1", "2", "3"):  # sets come in another order
+        run = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.add(run.stdout)
+    assert len(found) == 1
