@@ -118,7 +118,8 @@ def _within(
     if spent.separate:
         return choice(budget)
     low = other + spent.alone[free].min(axis=1).sum()
-    return _turned(choice, spent, least, low, budget)
+    found = _turned(choice, spent, least, low, budget)
+    return _raised(found, scores, spent, free, budget) if method == "optimal" else found
 
 
 def _turned(
@@ -137,6 +138,27 @@ def _turned(
         best = found if good else best
         low, high = (middle, high) if good else (low, middle)
     return best
+
+
+def _raised(
+    chosen: np.ndarray,
+    scores: np.ndarray,
+    spent: Spending,
+    free: list[int],
+    budget: float,
+) -> np.ndarray:
+    """The choice with ratios raised, best gain first, until none fits any more."""
+    while True:
+        found, gain = None, 0.0
+        for i in free:
+            for at in range(chosen[i] + 1, scores.shape[1]):
+                better = scores[i, at] - scores[i, chosen[i]]
+                trial = np.where(np.arange(len(chosen)) == i, at, chosen)
+                if better > gain and spent.together(trial) <= budget:
+                    found, gain = trial, better
+        if found is None:
+            return chosen
+        chosen = found
 
 
 def _index(ratios: np.ndarray, ratio: float) -> int:
