@@ -14,12 +14,15 @@ or all of it at once: `params, quantizers, table = jm.ptq(model.apply, params, b
 """
 
 from jaxmet import numerics as numerics
+from jaxmet import plot as plot
 from jaxmet.analysis.compare import compare as compare
 from jaxmet.analysis.cost import cost as cost
 from jaxmet.analysis.cost import widths as widths
+from jaxmet.analysis.noise import noise as noise
 from jaxmet.analysis.ptq import ptq as ptq
 from jaxmet.analysis.ratios import score_ratios as score_ratios
 from jaxmet.analysis.ratios import select_ratios as select_ratios
+from jaxmet.analysis.sensitivity import sensitivity as sensitivity
 from jaxmet.engine.graph import Graph as Graph
 from jaxmet.engine.graph import trace as trace
 from jaxmet.engine.lift import lift as lift
@@ -27,6 +30,7 @@ from jaxmet.engine.nnx import functional as functional
 from jaxmet.engine.replay import evaluate as evaluate
 from jaxmet.engine.segments import segments as segments
 from jaxmet.numerics.fake_quant import fake_quant as fake_quant
+from jaxmet.plot.report import report as report
 from jaxmet.transforms.absorb_bias import absorb_bias as absorb_bias
 from jaxmet.transforms.calibrate import calibrate as calibrate
 from jaxmet.transforms.correct_bias import correct_bias as correct_bias

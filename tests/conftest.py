@@ -1,6 +1,8 @@
 """What every test runs under: eight CPU devices and JAX at its strictest.
 
-JAXMET_TYPECHECK=0 switches the run-time check of array shapes and types off.
+JAXMET_TYPECHECK=0 switches the run-time check of array shapes and types off. Compiled
+programs are kept in .pytest_cache, for all workers and for the next run: most of the time
+goes into compiling, and many tests compile the same.
 """
 
 import os
@@ -13,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import itertools
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -21,6 +24,10 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 if os.environ.get("JAXMET_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook("jaxmet", "beartype.beartype")

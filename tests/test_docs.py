@@ -1,7 +1,11 @@
-"""What the README and the guide print runs as printed, and names every public name."""
+"""What the README and the pages print runs as printed, and names every public name."""
 
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +14,52 @@ import pytest
 from flax import nnx
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")
+
+
+class Block(NamedTuple):
+    code: str
+    tab: str | None
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The Python blocks of a page, with the name of the tab that each stands in."""
+    found, tab, fence, code = [], None, None, []
+    for line in text.splitlines():
+        begin = re.fullmatch(r"( *)```python", line)
+        if fence is not None and line == f"{fence}```":
+            found.append(Block("\n".join(code) + "\n", tab if fence else None))
+            fence = None
+        elif fence is not None:
+            assert line.startswith(fence) or not line.strip(), line
+            code.append(line[len(fence) :])
+        elif begin:
+            fence, code = begin[1], []
+        elif opened := re.fullmatch(r'=== "(\w+)"', line):
+            tab = opened[1]
+    assert fence is None
+    return found
+
+
+def run(page: Path, scope: dict, tab: str | None = None) -> dict:
+    """Run a page's blocks in order, those of other tabs left out, all tabs by default."""
+    blocks = blocks_of(page.read_text(encoding="utf-8"))
+    assert len(blocks) >= 3
+    for at, block in enumerate(blocks):
+        if None in (tab, block.tab) or tab == block.tab:
+            exec(compile(block.code, f"{page.name}, block {at}", "exec"), scope)
+    return scope
+
+
+def test_blocks_and_their_tabs_are_found():
+    text = (
+        '```python\na\n```\n=== "linen"\n\n    ```python\n    b\n\n    c\n    ```\n'
+        '\n=== "nnx"\n\n    ```python\n    d\n    ```\n\n```bash\ne\n```\n```python\nf\n```\n'
+    )
+    found = [("a\n", None), ("b\n\nc\n", "linen"), ("d\n", "nnx"), ("f\n", None)]
+    assert blocks_of(text) == [Block(*pair) for pair in found]
 
 
 class Small(nn.Module):
@@ -26,34 +75,127 @@ class Small(nn.Module):
 
 class SmallTwin(nnx.Module):
     def __init__(self, rngs):
-        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.stem = nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)
+        self.stem_bn = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.expand = nnx.Conv(8, 8, (3, 3), rngs=rngs)
         self.head = nnx.Linear(8, 4, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(jnp.mean(nnx.relu(self.stem(x)), (1, 2)))
+        x = nnx.relu6(self.stem_bn(self.stem(x)))
+        return self.head(jnp.mean(nnx.relu(self.expand(x)), (1, 2)))
+
+
+def scope_of(tab: str) -> dict:
+    """What a page may assume, with the outputs of the float model."""
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    scope = {"images": images, "labels": jnp.arange(16) % 4}
+    if tab == "nnx":
+        model = SmallTwin(nnx.Rngs(0))
+        return scope | {"model": model, "expected": model(images)}
+    model = Small()
+    variables = model.init(jax.random.key(1), images)
+    expected = model.apply(variables, images)
+    return scope | {"model": model, "variables": variables, "expected": expected}
+
+
+def relative_error(scope: dict) -> float:
+    error = scope["logits"] - scope["expected"]
+    return float(jnp.mean(error**2) / jnp.mean(scope["expected"] ** 2))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built strictly: every file by its name."""
+    for package in ("material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(package, reason="the site needs pip install '.[docs]'")
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command += ["-f", ROOT / ".mkdocs.yml", "-d", target]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {str(p.relative_to(target)): p for p in target.rglob("*.html")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_examples_run_as_printed(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
-    model = Small()
-    params = model.init(jax.random.key(1), images)
-    expected = model.apply(params, images)
-    blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
-    assert len(blocks) >= 3
-    scope = {"model": model, "params": params, "images": images}
-    scope["nnx_model"] = SmallTwin(nnx.Rngs(0))
-    for block in blocks:
-        if "nnx_model" in block:
-            nested = dict(scope)
-            exec(block, nested)
-            assert nested["merge"](nested["params"])(images).shape == (16, 4)
-        else:
-            exec(block, scope)
-    error = jnp.mean(jnp.square(scope["logits"] - expected))
-    assert 0 < error < 0.05 * jnp.mean(jnp.square(expected)) or page == "docs/guide.md"
+def test_site_builds_strictly_with_every_page_and_name(site):
+    pages = {str(p.relative_to(DOCS).with_suffix(".html")) for p in DOCS.rglob("*.md")}
+    assert pages <= set(site) and "benchmarks.html" in site
+    anchors = set()
+    for name, page in site.items():
+        text = page.read_text(encoding="utf-8")
+        anchors |= set(re.findall(r'<h\d id="(jaxmet[\w.]*)"', text))
+        prose = re.sub(r"<(script|pre|code)\b.*?</\1>|<[^>]*>", "", text, flags=re.S)
+        assert not re.search(r"&gt;&gt;&gt;|\$\S[^$]*\$|\\[(\[]", prose), name
+    assert public_names() <= anchors
+
+
+@pytest.mark.slow
+def test_site_loads_nothing_from_elsewhere(site):
+    loads = r'<(?:script|img|iframe|link)\b[^>]*(?:src|href)="((?:https?:)?//[^"]*)"'
+    for name, page in site.items():
+        assert not re.findall(loads, page.read_text(encoding="utf-8")), name
+
+
+# What a page's last logits are off the float model, as a share of their energy.
+LEAST, MOST = 1e-7, 0.05
+SHARED = {
+    "index": (LEAST, MOST),
+    "model": (0.0, 1e-9),  # the model itself
+    "prepare": (LEAST, MOST),
+    "quantize": (
+        LEAST,
+        0.5,
+    ),  # of 4-bit weights rounded to nearest, and ranges foreseen
+    "rounding": (LEAST, 0.2),
+    "files": (LEAST, 0.9),  # half of a layer of random weights is gone
+    "troubleshooting": (LEAST, MOST),
+    "from-qwix": (LEAST, 0.5),
+}
+RUN_APART = {"compression", "inside", "training"}
+
+
+def test_every_page_with_code_is_run():
+    having = {p.stem for p in PAGES if blocks_of(p.read_text(encoding="utf-8"))}
+    assert having == {*SHARED, *RUN_APART}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", ["linen", "nnx"])
+@pytest.mark.parametrize("name", SHARED)
+def test_page_runs_as_printed(name, tab, folder):
+    scope = run(DOCS / f"{name}.md", scope_of(tab), tab)
+    least, most = SHARED[name]
+    assert least <= relative_error(scope) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", ["linen", "nnx"])
+def test_inside_runs_as_printed(tab, folder):
+    for package in ("altair", "vl_convert"):
+        pytest.importorskip(package, reason="pictures need pip install '.[plot]'")
+    scope = run(DOCS / "inside.md", scope_of(tab), tab)
+    grids = len(scope["quantizers"].weights) + len(scope["quantizers"].activations)
+    assert len(scope["sites"]) == grids + 3 and len(scope["noise"]) == grids + 1
+    assert scope["rows"][-1]["what"] == "(all)" == scope["again"]["what"][-1]
+    assert set(scope["alone"]["kind"]) == {"weight"}
+    written = {p.name: p.stat().st_size for p in folder.iterdir()}
+    assert min(written[name] for name in (*scope["folder"], "report.html")) > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tab", ["linen", "nnx"])
+def test_compression_runs_as_printed(tab, folder):
+    with jax.numpy_dtype_promotion("standard"):
+        scope = run(DOCS / "compression.md", scope_of(tab), tab)
+    macs = [scope[name]["macs"][-1] for name in ("before", "after")]
+    assert macs[1] < 0.7 * macs[0] and scope["logits"].shape == (16, 4)
+    assert (folder / "tiny.npz").exists()
 
 
 class Trained(nn.Module):
@@ -78,18 +220,15 @@ class TrainedTwin(nnx.Module):
 
 
 @pytest.mark.slow
-def test_training_runs_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_training_runs_as_printed(folder):
     images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
     model, twin = Trained(), TrainedTwin(nnx.Rngs(0))
     variables = model.init(jax.random.key(1), images)
     scope = {"model": model, "variables": variables, "images": images}
     scope |= {"nnx_model": twin, "labels": jnp.arange(16) % 4}
     mean = jnp.copy(twin.stem_bn.mean[...])
-    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     with jax.numpy_dtype_promotion("standard"):
-        for block in BLOCK.findall(text):
-            exec(block, scope)
+        run(DOCS / "training.md", scope)
     before, after = variables["params"], scope["params"]
     assert jnp.any(before["stem"]["kernel"] != after["stem"]["kernel"])
     assert jnp.any(twin.stem_bn.mean[...] != mean) and jnp.isfinite(scope["value"])
@@ -98,26 +237,82 @@ def test_training_runs_as_printed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compression_runs_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
-    model = Small()
-    scope = {"model": model, "images": images, "labels": jnp.arange(16) % 4}
-    scope["params"] = model.init(jax.random.key(1), images)
-    text = (ROOT / "docs/compression.md").read_text(encoding="utf-8")
-    with jax.numpy_dtype_promotion("standard"):
-        for block in BLOCK.findall(text):
-            exec(block, scope)
-    macs = [scope[name]["macs"][-1] for name in ("before", "after")]
-    assert macs[1] < 0.7 * macs[0] and scope["logits"].shape == (16, 4)
-    assert (tmp_path / "tiny.npz").exists()
+def test_readme_runs_as_printed(folder):
+    scope = scope_of("linen") | {"nnx_model": SmallTwin(nnx.Rngs(0))}
+    scope["params"] = scope["variables"]
+    for block in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")):
+        if "nnx_model" in block.code:
+            nested = dict(scope)
+            exec(block.code, nested)
+            assert nested["merge"](nested["params"])(scope["images"]).shape == (16, 4)
+        else:
+            exec(block.code, scope)
+    assert LEAST < relative_error(scope) < MOST
 
 
-def test_every_public_name_is_in_the_docs():
-    pages = ("README.md", "docs/guide.md", "docs/training.md", "docs/compression.md")
-    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
-    source = (ROOT / "jaxmet/__init__.py").read_text(encoding="utf-8")
-    public = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
-    assert len(public) > 20
-    missing = [n for n in public if not re.search(rf"\bjm\.{n}\b", text)]
-    assert not missing
+def public_names() -> set[str]:
+    """What jaxmet, jaxmet.plot and jaxmet.numerics say or define in public."""
+    found = set()
+    for package in ("jaxmet", "jaxmet.plot"):
+        source = ROOT.joinpath(*package.split("."), "__init__.py").read_text("utf-8")
+        said = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
+        found |= {f"{package}.{name}" for name in said}
+    assert len(found) > 50
+    for path in sorted((ROOT / "jaxmet" / "numerics").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        defined = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        found |= {f"{module}.{n.name}" for n in defined if n.name[0] != "_"}
+    return found - {"jaxmet.numerics", "jaxmet.plot"}  # pages of their own
+
+
+def test_every_public_name_is_in_the_reference_and_the_guide():
+    reference = "".join(p.read_text("utf-8") for p in DOCS.glob("reference/*.md"))
+    listed = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
+    names = {n for n in public_names() if not n.startswith("jaxmet.numerics.")}
+    assert names == listed - {"jaxmet.numerics"}
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    short = {n.replace("jaxmet.", "jm.") for n in names if ".plot." not in n}
+    assert {n for n in short if not re.search(rf"\b{n}\b", text)} == set()
+
+
+def messages() -> str:
+    """All texts of the library, with a blank for what is filled in."""
+    found = []
+    for path in sorted((ROOT / "jaxmet").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(p, "value", None) for p in node.values]
+                found.append("".join(p if isinstance(p, str) else " " for p in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_quoted_messages_are_those_of_the_library():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    first = re.findall(r"^\| (`.*) \|.*\|.*\|$", text, re.MULTILINE)
+    known, strange = messages(), []
+    quoted = [q for cell in first for q in re.findall(r"`([^`]+)`", cell) if " " in q]
+    assert len(quoted) > 25
+    for quote in quoted:
+        pieces = re.split(r"…|jaxmet\.\w+: |Compressed: ", quote)
+        strange += [p for p in pieces if p.strip(" .,") and p.strip(" .,") not in known]
+    assert not strange
+
+
+def test_figures_are_those_of_the_benchmarks():
+    known = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"\d+(?:[.,]\d+)?", known))
+    text = (DOCS / "choose.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\d+(?:[.,]\d+)?", re.sub(r"`[^`]*`", "", text))
+    assert len(figures) > 200
+    assert sorted(set(figures) - known) == []
+
+
+def test_links_lead_somewhere():
+    pages = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    pages.append(ROOT / "benchmarks" / "README.md")
+    links = [(p, to) for p in pages for to in LINK.findall(p.read_text("utf-8"))]
+    assert len(links) > 30
+    assert not [(p.name, to) for p, to in links if not (p.parent / to).exists()]

@@ -23,9 +23,10 @@ from jaxmet.numerics.chance import (
     rounding_errors,
 )
 from jaxmet.transforms.equalize import equalize
-from jaxmet.transforms.equalize.measured import TRIED, some_images
+from jaxmet.transforms.equalize.equalize import TRIED
 from jaxmet.tree.batches import as_batches, stacked
 from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.examples import some_examples
 from test_equalize import difference, model
 
 NOISE: dict[str, Any] = {"objective": "noise", "progress": False}
@@ -235,7 +236,7 @@ def test_images_come_from_all_over_the_data() -> None:
         stacked(x, batch_size=8),
         [(x[i : i + 10],) for i in range(0, 100, 10)],
     ):
-        (found,) = some_images(as_batches(data, "equalize"))
+        (found,) = some_examples(as_batches(data, "equalize"), TRIED)
         assert found.shape == (TRIED, 1, 3)
         values = np.asarray(found[:, 0, 0])
         assert np.unique(values).size == TRIED and np.ptp(values) > 80
@@ -243,11 +244,11 @@ def test_images_come_from_all_over_the_data() -> None:
 
 def test_images_of_data_that_cannot_be_picked_are_of_the_first_batch() -> None:
     x = np.arange(10, dtype=np.float32)[:, None]
-    (found,) = some_images(as_batches(iter([x, x + 10]), "equalize"))
+    (found,) = some_examples(as_batches(iter([x, x + 10]), "equalize"), TRIED)
     np.testing.assert_array_equal(np.sort(found.ravel()), x.ravel())
     whole = [(x, np.float32(3)), (x + 10, np.float32(3))]
-    found, scalar = some_images(as_batches(whole, "equalize"))
+    found, scalar = some_examples(as_batches(whole, "equalize"), TRIED)
     assert found.shape == (1, 10, 1) and scalar.shape == (1,)
     short = [x[:4], x[:4], x[:4].repeat(2, axis=1)]
-    (found,) = some_images(as_batches(short, "equalize"))
+    (found,) = some_examples(as_batches(short, "equalize"), TRIED)
     assert found.shape == (8, 1, 1)

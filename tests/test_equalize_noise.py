@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu, relu6
 
-from jaxmet.engine.gradients import squared_gradients
+from jaxmet.engine.gradients import by_channel, projected_gradients, squared
 from jaxmet.engine.graph import trace
 from jaxmet.engine.lift import lift
 from jaxmet.numerics.fixed_point import anderson
@@ -106,13 +106,23 @@ class Site(NamedTuple):
     gain: np.ndarray  # of an error of every weight, like w
 
 
+def squares_of(taps: Any, names: Any) -> Any:
+    gradients = projected_gradients(mobile, taps, names)
+
+    def squares(*given: Any) -> Any:
+        by_input, by_weight = gradients(*given)
+        return by_input, jax.tree.map(squared, by_weight)
+
+    return squares
+
+
 def look(params: Any, batches: list[tuple[jax.Array, ...]]) -> dict[str, Site]:
     """Ranges from the model itself; sensitivities as an earlier test has checked them."""
     seen: dict[str, Any] = {}
     mobile(params, jnp.concatenate([x for (x,) in batches]), seen)
-    sites = {name: x.shape[-1] for name, (x, _) in seen.items()}
-    names = [f"{name}/w" for name in sites]
-    sums = jax.jit(squared_gradients(mobile, sites, names))
+    taps = {name: by_channel(name, x.shape[-1]) for name, (x, _) in seen.items()}
+    names = [f"{name}/w" for name in taps]
+    sums = jax.jit(squares_of(taps, names))
     every = []
     for (x,) in batches:
         unit = jnp.mean(jnp.sum(jnp.square(mobile(params, x)), axis=(1, 2, 3)))
@@ -303,7 +313,8 @@ def test_squared_gradients_are_those_of_the_jacobian() -> None:
     x = images(200)
     whole = jnp.concatenate([x for (x,) in x])[:800]
     sites, names = {"project": 8, "depth": 8}, ("project/w", "expand/w")
-    of_one = squared_gradients(mobile, sites, names)
+    taps = {name: by_channel(name, n) for name, n in sites.items()}
+    of_one = squares_of(taps, names)
     every = jax.jit(jax.vmap(lambda x: of_one(params, [jnp.float32(1)], x[None])))
     by_input, by_weight = jax.tree.map(partial(jnp.sum, axis=0), every(whole))
 

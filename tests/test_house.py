@@ -37,9 +37,9 @@ FAKE_QUANT = "numerics/fake_quant.py"  # defines the package's one primitive
 JAXPR_MODULES = ("jax.extend", "jax.interpreters")
 JAXPR_NAMES = re.compile(r"jaxpr|^(eqns?|invars|outvars|constvars|Primitive)$", re.I)
 OPTIONAL = """
-    IPython PIL ai_edge_litert beartype chex equinox haiku hypothesis ipywidgets
+    IPython PIL ai_edge_litert altair beartype chex equinox haiku hypothesis ipywidgets
     litert_converter matplotlib onnx onnxruntime orbax pandas pytest scipy sklearn
-    tensorflow torch torchvision typeguard
+    tensorflow torch torchvision typeguard vl_convert
 """.split()
 TOP_LEVEL = """
     CHANGELOG.md CONTRIBUTING.md LICENSE README.md benchmarks docs jaxmet notebooks

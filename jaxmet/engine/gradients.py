@@ -7,6 +7,7 @@ gradient, so one backward pass tells it of everything at once. Images are taken 
 summed over a batch, gradients that are much alike would leave a single draw of chance.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,41 +21,79 @@ from jaxmet.engine.replay import Run, evaluate
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 
-Squares = dict[str, Any]
+Arrays = dict[str, Any]
 
 
-def squared_gradients(
-    apply: Apply, sites: Mapping[str, int], parameters: Collection[str]
-) -> Callable:
-    """`f(params, units, *inputs) -> (by input, by weight)`.
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A look at the gradient of a node's result, or of one of its operands.
 
-    `sites` gives the number of input channels of the products to look at and `parameters`
-    names weights. By input: for each product and channel the sum over positions of the squared
-    derivative with respect to what the product reads. By weight: the squared derivative with
-    respect to each entry. Derivatives are of the outputs on random signs, each output array
-    divided by the root of its entry in `units`.
+    `saved(node, run, x)` is what is kept of the value, `measure(node, gradient, saved)`
+    an array of `shape`: summed over the passes through the node.
     """
 
-    def squares(params: Any, units: Sequence[jax.Array], *inputs: Any) -> tuple:
+    node: str
+    shape: tuple[int, ...]
+    measure: Callable[[Node, jax.Array, Any], jax.Array]
+    saved: Callable[[Node, Run, jax.Array], Any] = lambda *_: ()
+    operand: int | None = None
+
+
+def by_channel(name: str, channels: int) -> Tap:
+    """The squared gradient of what a product reads, by channel, summed over positions."""
+    return Tap(name, (channels,), _by_channel, operand=0)
+
+
+def _by_channel(node: Node, gradient: jax.Array, saved: Any) -> jax.Array:
+    del saved
+    kept = tuple(node.in_features)
+    rest = [i for i in range(gradient.ndim) if i not in kept]
+    squares = jnp.square(jnp.transpose(gradient, (*kept, *rest)).astype(jnp.float32))
+    return jnp.sum(squares, axis=tuple(range(len(kept), gradient.ndim))).reshape(-1)
+
+
+def projected_gradients(
+    apply: Apply, taps: Mapping[str, Tap], parameters: Collection[str]
+) -> Callable:
+    """`f(params, units, *inputs) -> (by tap, by weight)`.
+
+    By tap: what each measures. By weight: the derivative with respect to each entry of the
+    named parameters. Derivatives are of the outputs on random signs, each output array
+    divided by the root of its entry in `units`.
+    """
+    at: dict[str, list[tuple[str, Tap]]] = {}
+    for key, tap in taps.items():
+        at.setdefault(tap.node, []).append((key, tap))
+
+    def gradients(params: Any, units: Sequence[jax.Array], *inputs: Any) -> tuple:
         leaves = named_leaves(params)
         free = {name: jnp.asarray(dense(leaves[name])) for name in parameters}
-        totals = {name: jnp.zeros(size, jnp.float32) for name, size in sites.items()}
+        totals = {key: jnp.zeros(tap.shape, jnp.float32) for key, tap in taps.items()}
 
-        def projected(free: Squares, totals: Squares) -> jax.Array:
+        def projected(free: Arrays, totals: Arrays) -> jax.Array:
+            def tapped(key: str, tap: Tap, node: Node, run: Run, x: Any) -> Any:
+                saved = tap.saved(node, run, jax.lax.stop_gradient(x))
+                return _tap(partial(tap.measure, node), x, saved, totals[key])
+
             def tapping(node: Node, run: Run, operands: tuple[Any, ...]) -> Any:
-                if node.name in sites:
-                    x = _tap(tuple(node.in_features), operands[0], totals[node.name])
-                    operands = (x, *operands[1:])
-                return run(*operands), None
+                here, given = at.get(node.name, ()), list(operands)
+                for key, tap in here:
+                    if (i := tap.operand) is not None:
+                        given[i] = tapped(key, tap, node, run, given[i])
+                result = run(*given)
+                for key, tap in here:
+                    if tap.operand is None:
+                        result = tapped(key, tap, node, run, result)
+                return result, None
 
             new = {n: with_weight(leaves[n], array) for n, array in free.items()}
-            tree = replace_leaves(params, new, caller="equalize")
+            tree = replace_leaves(params, new, caller="projected_gradients")
             return _projection(evaluate(apply, tapping)(tree, *inputs)[0], units)
 
-        by_weight, by_input = jax.grad(projected, argnums=(0, 1))(free, totals)
-        return by_input, jax.tree.map(_squared, by_weight)
+        by_weight, by_tap = jax.grad(projected, argnums=(0, 1))(free, totals)
+        return by_tap, by_weight
 
-    return squares
+    return gradients
 
 
 def energies(outputs: Any) -> list[jax.Array]:
@@ -71,7 +110,8 @@ def _real(outputs: Any) -> list[jax.Array]:
     ]
 
 
-def _squared(x: jax.Array) -> jax.Array:
+def squared(x: jax.Array) -> jax.Array:
+    """x², at least in float32."""
     return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
@@ -90,24 +130,21 @@ def _projection(outputs: Any, units: Sequence[jax.Array]) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(kept: tuple[int, ...], x: jax.Array, total: jax.Array) -> jax.Array:
-    """x; the gradient of `total` is the sum of squares of that of x, over all but `kept`."""
-    del kept, total
+def _tap(measure: Callable, x: jax.Array, saved: Any, total: jax.Array) -> jax.Array:
+    """x; the gradient of `total` is what is measured of that of x."""
+    del measure, saved, total
     return x
 
 
 def _tap_forward(
-    kept: tuple[int, ...], x: jax.Array, total: jax.Array
-) -> tuple[jax.Array, None]:
-    del kept, total
-    return x, None
+    measure: Callable, x: jax.Array, saved: Any, total: jax.Array
+) -> tuple[jax.Array, Any]:
+    del measure, total
+    return x, saved
 
 
-def _tap_backward(kept: tuple[int, ...], _: None, g: jax.Array) -> tuple[Any, Any]:
-    rest = [i for i in range(g.ndim) if i not in kept]
-    squares = jnp.square(jnp.transpose(g, (*kept, *rest)).astype(jnp.float32))
-    summed = jnp.sum(squares, axis=tuple(range(len(kept), g.ndim)))
-    return g, summed.reshape(-1)
+def _tap_backward(measure: Callable, saved: Any, g: jax.Array) -> tuple[Any, Any, Any]:
+    return g, jax.tree.map(jnp.zeros_like, saved), measure(g, saved)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

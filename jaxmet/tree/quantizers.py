@@ -12,7 +12,7 @@ from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.numerics.ranges import SCALE_FLOOR
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, select
+from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.quantizer import (
     Grid,
     Quantizer,
@@ -216,13 +216,30 @@ def grids(
     `weights` and `activations` switch a kind on or off, `weight_bits` and `activation_bits`
     give all grids of a kind this width: 2 to 16, or more for no rounding, fractions rounded
     up. All of them may be traced numbers, so that any function of the training step (an
-    optax schedule) drives them. An int32 bias keeps its width.
+    optax schedule) drives them, or mappings that give some quantizers a number each, by name.
+    An int32 bias keeps its width.
 
     >>> late = jm.grids(quantizers, activations=step >= 500)
     >>> apply = jm.simulate(model.apply, quantizers, grids=late)
     """
 
-    def grid(q: Quantizer, on: Any, bits: Any) -> Grid:
+    for given, group in (
+        (weights, quantizers.weights),
+        (activations, quantizers.activations),
+        (weight_bits, quantizers.weights),
+        (activation_bits, quantizers.activations),
+    ):
+        unknown = given.keys() - group.keys() if isinstance(given, Mapping) else ()
+        for name in sorted(unknown)[:1]:
+            raise ValueError(
+                f"jaxmet.grids: there is no quantizer {name!r}. {suggestion(name, group)}"
+            )
+
+    def of(name: str, given: Any, otherwise: Any) -> Any:
+        return given.get(name, otherwise) if isinstance(given, Mapping) else given
+
+    def grid(name: str, q: Quantizer, on: Any, bits: Any) -> Grid:
+        on, bits = of(name, on, True), of(name, bits, None)
         on = jnp.logical_and(q.active, jnp.asarray(on))
         if q.product is not None or bits is None:
             ends = q.ends if q.product is None else INT32_ENDS
@@ -240,9 +257,9 @@ def grids(
         return Grid(low, high, on & (width <= 16))
 
     return Grids(
-        {n: grid(q, weights, weight_bits) for n, q in quantizers.weights.items()},
+        {n: grid(n, q, weights, weight_bits) for n, q in quantizers.weights.items()},
         {
-            n: grid(q, activations, activation_bits)
+            n: grid(n, q, activations, activation_bits)
             for n, q in quantizers.activations.items()
         },
     )

@@ -1,18 +1,24 @@
 """The score of a network with one site compressed, for every site and every ratio."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL, cost
 from jaxmet.analysis.ratios.masked import Site, sites_of, with_amounts
 from jaxmet.analysis.ratios.spending import BUDGETS
-from jaxmet.engine.compat import held_after
+from jaxmet.analysis.scoring import (
+    Runner,
+    Score,
+    check_finite_score,
+    is_traceable,
+    number_of,
+    runner,
+)
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.lift import lift
 from jaxmet.transforms.checkpoint import Checkpoint
@@ -26,8 +32,6 @@ METHODS = ("spatial", "weight", "prune")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = ("site", "tied", "ratio", "left", "of", *BUDGETS, "score", "costs")
 
-Score = Callable[[Callable[..., Any], Any], Any]
-Runner = Callable[[np.ndarray], Iterable[Any]]
 Cell = tuple[str, int] | None
 
 
@@ -89,7 +93,7 @@ def score_ratios(
     check_multiple(rows, CALLER, "rows")
     ratios = _checked(ratios)
     read = as_batches(batches, CALLER, inputs=inputs, passes=2, abstract=True)
-    traceable = _traceable(score, graph, params)
+    traceable = is_traceable(score, graph, params, CALLER)
     sites, left = sites_of(
         params,
         graph,
@@ -110,7 +114,15 @@ def score_ratios(
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
     told = (params, method, ratios, multiple, rows, list(sites), score)
     kept = Checkpoint(checkpoint, CALLER, told)
-    run = _runner(score, graph, params, sites, traceable=traceable, together=together)
+    apply = lift(graph.apply)
+    run = runner(
+        score,
+        params,
+        apply_of=lambda _: apply,
+        params_of=lambda params, amounts: with_amounts(params, sites, amounts),
+        traceable=traceable,
+        together=together,
+    )
     scores = _scores(run, sites, cells, kept, together, progress=progress)
     return _table(params, leaves, graph, read.first, sites, cells, scores)
 
@@ -124,59 +136,6 @@ def _checked(ratios: Any) -> tuple[float, ...]:
             "and 1: costs afterwards over costs before."
         )
     return tuple(sorted({float(r) for r in found}))
-
-
-def _traceable(score: Score, graph: Graph, params: Any) -> bool:
-    """Whether the score runs on traced parameters, refused where it keeps one."""
-    apply, held = lift(graph.apply), list[Callable[[], bool]]()
-
-    def tried(params: Any) -> Any:
-        held.append(held_after(jax.tree.leaves(params)[0]))
-        return score(apply, params)
-
-    try:
-        shape = jax.eval_shape(tried, params)
-    except jax.errors.JAXTypeError:
-        return False
-    except TypeError as error:
-        if "valid JAX type" not in str(error):
-            raise
-        return False  # what it returns is no number: the first row says so
-    if held[0]():
-        raise ValueError(
-            f"jaxmet.{CALLER}: the score function keeps an array that is being traced, in a "
-            "variable outside of it or an attribute. Let it return all that it computes."
-        )
-    if not hasattr(shape, "shape") or shape.shape != ():
-        raise ValueError(_no_number(shape))
-    return True
-
-
-def _runner(
-    score: Score,
-    graph: Graph,
-    params: Any,
-    sites: Mapping[str, Site],
-    *,
-    traceable: bool,
-    together: int,
-) -> Runner:
-    """The scores for rows of so many ranks or channels of each site."""
-    apply = lift(graph.apply)
-    if traceable:
-
-        def cut(params: Any, amounts: jax.Array) -> Any:
-            return score(apply, with_amounts(params, sites, amounts))
-
-        # Not a batch of one: its weights would make grouped convolutions.
-        if together == 1:
-            one = jax.jit(cut)
-            return lambda rows: [one(params, jnp.asarray(rows[0]))]
-        many = jax.jit(jax.vmap(cut, in_axes=(None, 0)))
-        return lambda rows: many(params, jnp.asarray(rows))
-    shrink = jax.jit(lambda p, a: with_amounts(p, sites, a))
-    forward = jax.jit(apply)
-    return lambda rows: (score(forward, shrink(params, jnp.asarray(a))) for a in rows)
 
 
 def _scores(
@@ -203,41 +162,20 @@ def _scores(
             for row, i in zip(amounts, now, strict=False):
                 if (cell := every[i]) is not None:
                     row[names.index(cell[0])] = cell[1]
-            for i, came in zip(now, run(amounts), strict=False):
-                scores[every[i]] = number = _number(came, every[i])
+            for i, came in zip(
+                now, run([(None, row) for row in amounts]), strict=False
+            ):
+                number = check_finite_score(
+                    number_of(came, CALLER), _named(every[i]), CALLER
+                )
+                scores[every[i]] = number
                 kept.save(i, {"score": np.float64(number)})
                 bar.update()
     return scores
 
 
-def _number(found: Any, cell: Cell) -> float:
-    if np.shape(found) != () or not isinstance(
-        found, int | float | np.generic | jax.Array
-    ):
-        raise ValueError(_no_number(found))
-    number = float(found)
-    if not np.isfinite(number):
-        where = (
-            "the model as it is" if cell is None else f"{cell[0]!r} cut to {cell[1]}"
-        )
-        raise ValueError(
-            f"jaxmet.{CALLER}: the score of {where} is {number}. Let it be a finite number "
-            "for every network, however bad."
-        )
-    return number
-
-
-def _no_number(found: Any) -> str:
-    shape = getattr(found, "shape", None)
-    said = (
-        f"an array of shape {tuple(shape)}"
-        if shape is not None
-        else type(found).__name__
-    )
-    return (
-        f"jaxmet.{CALLER}: the score is {said}. Let score(apply, params) return one number, "
-        "higher is better."
-    )
+def _named(cell: Cell) -> str:
+    return "the model as it is" if cell is None else f"{cell[0]!r} cut to {cell[1]}"
 
 
 def _table(

@@ -28,7 +28,7 @@ from jaxmet.transforms.equalize.channels import (
     with_bounds,
 )
 from jaxmet.transforms.equalize.expected import expected
-from jaxmet.transforms.equalize.measured import Seen, measured, some_images
+from jaxmet.transforms.equalize.measured import Seen, measured
 from jaxmet.transforms.equalize.noise import noisy_layers
 from jaxmet.transforms.equalize.plan import (
     Plan,
@@ -40,10 +40,13 @@ from jaxmet.transforms.equalize.plan import (
 from jaxmet.transforms.equalize.statistics import Observed, predicted
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.examples import some_examples
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 
 MAX_SCALE = 1e6
+TRIED = 16
+"""How many images rounded weights are tried on, if there are as many, from all over the data."""
 
 
 @overload
@@ -130,7 +133,7 @@ def equalize(
     seen = images = None
     if objective == "noise" and batches is not None:
         read = as_batches(batches, "equalize", inputs=inputs)
-        images = some_images(read)
+        images = some_examples(read, TRIED)
         seen = measured(graph, params, task.weights, read, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise

@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.collect import collect
-from jaxmet.engine.gradients import energies, squared_gradients
+from jaxmet.engine.gradients import by_channel, energies, projected_gradients, squared
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import evaluate
 from jaxmet.transforms.equalize.channels import Weight
-from jaxmet.tree.batches import Batches, Stacked
+from jaxmet.tree.batches import Batches
+from jaxmet.tree.examples import chosen
 from jaxmet.tree.leaves import dense
 
 IMAGES = 64
 """How many images are differentiated, if there are as many, spread evenly over the data."""
-
-TRIED = 16
-"""How many images rounded weights are tried on, likewise."""
 
 
 class Seen(NamedTuple):
@@ -60,7 +58,7 @@ def measured(
     wanted = {w.node.name: w for w in weights if not w.node.loops}
     leaves = leaves_of(params, graph, "equalize")
     wanted = {n: w for n, w in wanted.items() if _is_float(leaves[w.parameter])}
-    sites = {name: w.inputs[0].size for name, w in wanted.items()}
+    taps = {name: by_channel(name, w.inputs[0].size) for name, w in wanted.items()}
     parameters = {w.parameter for w in wanted.values()}
 
     def hook(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -68,7 +66,12 @@ def measured(
             return run(*operands), None
         return run(*operands), _extremes(operands[0], node.in_features)
 
-    squares = squared_gradients(graph.apply, sites, parameters)
+    gradients = projected_gradients(graph.apply, taps, parameters)
+
+    def squares(params: Any, units: Any, *one: Any) -> Any:
+        cost, gain = gradients(params, units, *one)
+        return cost, jax.tree.map(squared, gain)
+
     each = -(-IMAGES // batches.length) if batches.length else 8
 
     def observer(hook: Any) -> Any:
@@ -76,9 +79,9 @@ def measured(
 
         def observe(params: Any, *batch: Any) -> _Sums:
             outputs, ranges = run(params, *batch)
-            chosen, share = _chosen(batch, each)
+            some, share = chosen(batch, each)
             units = [share * e for e in energies(outputs)]
-            every = jax.lax.map(lambda one: squares(params, units, *one), chosen)
+            every = jax.lax.map(lambda one: squares(params, units, *one), some)
             cost, gain = jax.tree.map(lambda x: jnp.mean(x, axis=0), every)
             low, high = ({n: r[i] for n, r in ranges.items()} for i in (0, 1))
             return _Sums(jnp.float32(1), cost, gain, low, high)
@@ -112,48 +115,6 @@ def measured(
                 sums.low[name], sums.high[name], cost, gain / sums.number
             )
     return found
-
-
-def some_images(batches: Batches) -> Any:
-    """Images one by one on a new leading axis, all of one shape, from all over the data.
-
-    From the first batch alone where batches cannot be picked, or are taken whole.
-    """
-    source, number = batches.source, 0
-    if len({x.shape[:1] for x in jax.tree.leaves(batches.first)}) == 1:
-        if isinstance(source, Stacked) and source.full is not None:
-            number = jax.tree.leaves(source.full)[0].shape[0]
-        elif isinstance(source, list):
-            number = len(source)
-
-    def part(i: int) -> Any:
-        if isinstance(source, Stacked):
-            return jax.tree.map(lambda x: x[i], source.full)
-        return source[i]
-
-    parts = min(number, TRIED)
-    some = [batches.arguments(part(i * number // parts)) for i in range(parts)]
-    some = some or [batches.first]
-    rows = [_chosen(batch, -(-TRIED // len(some)))[0] for batch in some]
-    shapes = [[x.shape[1:] for x in jax.tree.leaves(one)] for one in rows]
-    same = [one for one, s in zip(rows, shapes, strict=True) if s == shapes[0]]
-    number = sum(jax.tree.leaves(one)[0].shape[0] for one in same)
-    index = np.arange(min(number, TRIED)) * number // min(number, TRIED)
-    return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *same)
-
-
-def _chosen(batch: tuple[Any, ...], number: int) -> tuple[Any, float]:
-    """Some of a batch on a new leading axis, one row each, and the share of one in the batch.
-
-    What has no common leading axis is taken whole.
-    """
-    rows = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)}
-    size = rows.pop()
-    if rows or size == 0:
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], batch), 1.0
-    number = min(number, size)
-    index = np.arange(number) * size // number
-    return jax.tree.map(lambda x: jnp.asarray(x)[index][:, None], batch), 1 / size
 
 
 def _is_float(leaf: Any) -> bool:

@@ -1,0 +1,58 @@
+"""The grids of a network, with the site that each belongs to."""
+
+from typing import NamedTuple
+
+from jaxmet.engine.graph import Graph
+from jaxmet.tree.quantizers import Quantizers
+
+
+class Place(NamedTuple):
+    """One grid: what is put on it, the node this belongs to, and how wide it is.
+
+    The width of a `fixed` one follows from others: an int32 bias.
+    """
+
+    what: str
+    site: str
+    kind: str
+    bits: int
+    fixed: bool
+    selected: bool
+
+
+def places(graph: Graph, quantizers: Quantizers, caller: str) -> list[Place]:
+    """All grids that are on, weights first, in the order of the network.
+
+    Raises ValueError where there is none, or none that the graph selects.
+    """
+    if not isinstance(quantizers, Quantizers):
+        raise ValueError(
+            f"jaxmet.{caller}: the quantizers are of type {type(quantizers).__name__}. "
+            "Pass what jm.calibrate returned, after params and graph."
+        )
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    users = {p: node.name for node in reversed(graph.nodes) for p in node.parameters}
+    found = []
+    for kind, group in (
+        ("weight", quantizers.weights),
+        ("activation", quantizers.activations),
+    ):
+        of_kind = [
+            Place(
+                name,
+                users.get(name, name),
+                kind,
+                q.bits,
+                q.product is not None,
+                users.get(name, name) in graph.selected,
+            )
+            for name, q in group.items()
+            if q.active
+        ]
+        found += sorted(of_kind, key=lambda p: order.get(p.site, len(order)))
+    if not any(place.selected for place in found):
+        raise ValueError(
+            f"jaxmet.{caller}: no grid of the selected nodes is on. Calibrate with fewer "
+            "than 32 bits, or select other nodes."
+        )
+    return found

@@ -1,0 +1,144 @@
+"""A user's score of many variants of one network: one program where it can be traced."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jaxmet.engine.calls import is_array
+from jaxmet.engine.compat import held_after
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.lift import lift
+
+Score = Callable[[Callable[..., Any], Any], Any]
+Runner = Callable[[Sequence[tuple[Any, Any]]], Iterable[Any]]
+
+
+def runner(
+    score: Score,
+    params: Any,
+    *,
+    apply_of: Callable[[Any], Callable[..., Any]],
+    params_of: Callable[[Any, Any], Any],
+    traceable: bool,
+    together: int = 1,
+) -> Runner:
+    """The scores of some variants, each a pair of settings: trees of arrays, or None.
+
+    The first says how to run, `apply_of(how)`, the second on what, `params_of(params, what)`.
+    Settings are data: nothing is compiled twice, whether the score can be traced or not.
+    `together` variants are computed at once, by `jax.vmap`, where it can; so many must come
+    then.
+    """
+    if not traceable:
+        forward, changed = _compiled(apply_of), jax.jit(params_of)
+        as_it_is = Partial(forward, None)  # one object: who jits it compiles it once
+        return lambda settings: (
+            score(
+                as_it_is if how is None else Partial(forward, how),
+                changed(params, what),
+            )
+            for how, what in settings
+        )
+
+    def scored(params: Any, setting: Any) -> Any:
+        how, what = setting
+        return score(apply_of(how), params_of(params, what))
+
+    # Not a batch of one: its weights would make grouped convolutions.
+    if together == 1:
+        one = jax.jit(scored)
+        return lambda settings: [one(params, setting) for setting in settings]
+    many = jax.jit(jax.vmap(scored, in_axes=(None, 0)))
+    return lambda settings: many(params, jax.tree.map(_in_rows, *settings))
+
+
+def _in_rows(*rows: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(row) for row in rows])
+
+
+def _compiled(apply_of: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+    """The variant's model, compiled once for each set of static keyword arguments."""
+    programs: dict[str, Callable[..., Any]] = {}
+
+    def run(how: Any, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        arrays = {k: v for k, v in kwargs.items() if _is_data(v)}
+        static = {k: v for k, v in kwargs.items() if k not in arrays}
+        if (key := repr(sorted(static.items()))) not in programs:
+            programs[key] = jax.jit(
+                lambda how, p, *x, **arrays: apply_of(how)(p, *x, **arrays, **static)
+            )
+        return programs[key](how, params, *inputs, **arrays)
+
+    return run
+
+
+def _is_data(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(map(is_array, leaves))
+
+
+def is_traceable(score: Score, graph: Graph, params: Any, caller: str) -> bool:
+    """Whether the score runs on traced parameters, refused where it keeps one."""
+    if not callable(score):
+        raise ValueError(
+            f"jaxmet.{caller}: score is of type {type(score).__name__}. Pass a function "
+            "score(apply, params) of the model and its parameters."
+        )
+    apply, held = lift(graph.apply), list[Callable[[], bool]]()
+
+    def tried(params: Any) -> Any:
+        held.append(held_after(jax.tree.leaves(params)[0]))
+        return score(apply, params)
+
+    try:
+        shape = jax.eval_shape(tried, params)
+    except jax.errors.JAXTypeError:
+        return False
+    except TypeError as error:
+        if "valid JAX type" not in str(error):
+            raise
+        return False  # what it returns is no number: the first row says so
+    if held[0]():
+        raise ValueError(
+            f"jaxmet.{caller}: the score function keeps an array that is being traced, in a "
+            "variable outside of it or an attribute. Let it return all that it computes."
+        )
+    if not hasattr(shape, "shape") or shape.shape != ():
+        raise ValueError(_no_number(shape, caller))
+    return True
+
+
+def number_of(found: Any, caller: str) -> float:
+    """What a score returned, refused unless it is one number."""
+    if np.shape(found) != () or not isinstance(
+        found, int | float | np.generic | jax.Array
+    ):
+        raise ValueError(_no_number(found, caller))
+    return float(found)
+
+
+def check_finite_score(number: float, where: str, caller: str) -> float:
+    """A number, refused unless it is finite."""
+    if not np.isfinite(number):
+        raise ValueError(
+            f"jaxmet.{caller}: the score of {where} is {number}. Let it be a finite number "
+            "for every network, however bad."
+        )
+    return number
+
+
+def _no_number(found: Any, caller: str) -> str:
+    shape = getattr(found, "shape", None)
+    said = (
+        f"an array of shape {tuple(shape)}"
+        if shape is not None
+        else type(found).__name__
+    )
+    return (
+        f"jaxmet.{caller}: the score is {said}. Let score(apply, params) return one number, "
+        "higher is better."
+    )

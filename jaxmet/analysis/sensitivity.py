@@ -1,0 +1,168 @@
+"""What the score loses to each grid: alone, and when all the others are on as well."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxmet.analysis.cost import ALL
+from jaxmet.analysis.grids import Place, places
+from jaxmet.analysis.scoring import (
+    Score,
+    check_finite_score,
+    is_traceable,
+    number_of,
+    runner,
+)
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.numerics.grid import check_bits
+from jaxmet.transforms.ratios import check_multiple
+from jaxmet.transforms.simulate import simulate
+from jaxmet.tree.quantizers import Grids, Quantizers, grids
+from jaxmet.tree.table import Table
+
+CALLER = "sensitivity"
+KINDS = ("weight", "activation")
+
+
+def sensitivity(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    score: Score,
+    *,
+    bits: Sequence[int] | None = None,
+    together: int = 1,
+    progress: bool = True,
+) -> Table:
+    """The score with one grid alone on, and with all but this one, for every grid.
+
+    `score(apply, params)` is a number, higher is better; `apply(params, *inputs)` is the
+    model with some of its grids on. Which ones, and how wide they are, is data: if the score
+    can be traced one compiled program runs every row, if not (it loops over files) it is
+    called for every row on the host with an `apply` that is compiled once. So many rows as
+    `together` says are computed at once (`jax.vmap`) where the score can be traced.
+
+    One row a grid of the nodes that `graph` selects: `what` is put on it (a parameter, or the
+    result of a node), the `site` (the node whose weight or result that is), the `kind`
+    ('weight' or 'activation'), its `bits`, the score with this grid `only`, and with all
+    `but` this one. With `bits=(4, 8)` there is a row for each width, the other grids as they
+    are. The last rows, named '(all)', are all weights, all activations, and all of both: of
+    the last one `only` is the score of the quantized network and `but` that of float.
+
+    A score that is not finite stays in the table, unless float has it. Raises ValueError for
+    that, for a score that is no scalar or keeps a traced array, for impossible widths, and
+    where no grid is on.
+
+    >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
+    >>> table = jm.sensitivity(params, graph, quantizers, score)
+    >>> jm.plot.sensitivity(table)
+    """
+    leaves_of(params, graph, CALLER)
+    grid_of = places(graph, quantizers, CALLER)
+    widths = None if bits is None else [check_bits(b, caller=CALLER) for b in bits]
+    check_multiple(together, CALLER, "together")
+    traceable = is_traceable(score, graph, params, CALLER)
+    every = [
+        (at, width)
+        for at, place in enumerate(grid_of)
+        if place.selected
+        for width in ((place.bits,) if widths is None or place.fixed else widths)
+    ]
+    settings = _Settings(grid_of)
+    asked = [settings.kind(*kinds) for kinds in ((), KINDS, KINDS[:1], KINDS[1:])]
+    for at, width in every:
+        asked += [settings.only(at, width), settings.but(at)]
+    run = runner(
+        score,
+        params,
+        apply_of=lambda how: simulate(
+            graph.apply, quantizers, grids=_grids(quantizers, grid_of, how)
+        ),
+        params_of=lambda params, _: params,
+        traceable=traceable,
+        together=together,
+    )
+    scores = _scores(run, asked, together, progress)
+    return _table(grid_of, every, scores)
+
+
+class _Settings:
+    """Which grids are on and how wide they are, as two arrays with an entry a grid."""
+
+    def __init__(self, grid_of: Sequence[Place]) -> None:
+        self.kinds = np.array([place.kind for place in grid_of])
+        self.bits = np.array([place.bits for place in grid_of], np.int32)
+
+    def kind(self, *kinds: str) -> tuple[np.ndarray, np.ndarray]:
+        return np.isin(self.kinds, kinds), self.bits
+
+    def only(self, at: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        here = np.arange(len(self.bits)) == at
+        return here, np.where(here, width, self.bits).astype(np.int32)
+
+    def but(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(self.bits)) != at, self.bits
+
+
+def _grids(quantizers: Quantizers, grid_of: Sequence[Place], how: Any) -> Grids:
+    on, bits = how
+    found: dict[str, dict[str, dict[str, jax.Array]]] = {
+        kind: {"on": {}, "bits": {}} for kind in KINDS
+    }
+    for i, place in enumerate(grid_of):
+        found[place.kind]["on"][place.what] = on[i]
+        found[place.kind]["bits"][place.what] = bits[i]
+    weight, activation = (found[kind] for kind in KINDS)
+    return grids(
+        quantizers,
+        weights=weight["on"],
+        activations=activation["on"],
+        weight_bits=weight["bits"],
+        activation_bits=activation["bits"],
+    )
+
+
+def _scores(run: Any, asked: list[Any], together: int, progress: bool) -> list[float]:
+    found: list[float] = []
+    with tqdm(total=len(asked), desc=CALLER, disable=not progress) as bar:
+        for start in range(0, len(asked), together):
+            now = asked[start : start + together]
+            full = now + now[-1:] * (together - len(now))
+            for came, _ in zip(run([(how, None) for how in full]), now, strict=False):
+                number = number_of(came, CALLER)
+                if not found:
+                    check_finite_score(number, "the float model", CALLER)
+                found.append(number)
+                bar.update()
+    return found
+
+
+def _table(
+    grid_of: Sequence[Place], every: list[tuple[int, int]], scores: list[float]
+) -> Table:
+    exact, whole, *kinds = scores[:4]
+    rows: list[tuple[Any, ...]] = [
+        (grid_of[at].what, grid_of[at].site, grid_of[at].kind, width, only, but)
+        for (at, width), only, but in zip(
+            every, scores[4::2], scores[5::2], strict=True
+        )
+    ]
+    rows += [
+        (ALL, None, kind, None, only, but)
+        for kind, only, but in zip(KINDS, kinds, reversed(kinds), strict=True)
+    ]
+    rows.append((ALL, None, None, None, whole, exact))
+    names = ("what", "site", "kind", "bits", "only", "but")
+    worst = sorted(
+        (r for r in rows[:-3] if not r[4] >= exact),
+        key=lambda r: r[4] if np.isfinite(r[4]) else -np.inf,
+    )
+    told = ", ".join(f"{r[0]} ({r[4]:.4g})" for r in worst[:3])
+    return Table(
+        dict(zip(names, zip(*rows, strict=True), strict=True)),
+        title=f"{CALLER}: float {exact:.4g}, quantized {whole:.4g}"
+        + (f"; most is lost alone at {told}" if told else ""),
+    )

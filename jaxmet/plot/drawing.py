@@ -1,0 +1,135 @@
+"""What all pictures share: Altair itself, colours, an axis of names, a title.
+
+Fields of the data have plain names of our own, and what users named stands only in values:
+Vega would read a dot or a bracket in a field as a path.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxmet.plot.tables import number
+
+ROWS = "rows"
+"""Views of this name, or with a number behind it, draw one mark for each of their records."""
+
+KINDS = {"weight": "#2f6f9f", "activation": "#d9822b"}
+BEFORE, AFTER = "#b4bac4", "#2f6f9f"
+BAD, GOOD, QUIET = "#c0392b", "#3a7d44", "#8a93a0"
+STEP = 15  # pixels a name
+WIDTH = 500
+
+
+def altair(caller: str) -> Any:
+    """Altair, which only pictures need."""
+    return _package("altair", "altair", caller)
+
+
+def vl_convert(caller: str) -> Any:
+    """What renders charts without a browser, and holds the scripts of the report."""
+    return _package("vl_convert", "vl-convert-python", caller)
+
+
+def version_of_vega_lite(caller: str) -> str:
+    """The version of Vega-Lite that Altair writes, as vl-convert names it."""
+    return "_".join(altair(caller).SCHEMA_VERSION.split(".")[:2])
+
+
+def _package(module: str, name: str, caller: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise ImportError(
+            f"jaxmet.{caller}: {name} is not installed. Run `pip install 'jaxmet[plot]'`."
+        ) from error
+
+
+def data(alt: Any, records: Iterable[Mapping[str, Any]]) -> Any:
+    """Records as data of a chart; what is no finite number is absent."""
+    clean = [{k: _plain(v) for k, v in record.items()} for record in records]
+    return alt.InlineData(values=clean)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool):
+        return value
+    return number(value)
+
+
+def layered(alt: Any, charts: Sequence[Any]) -> Any:
+    """Charts on top of each other, without those that have nothing to draw."""
+    full = [c for c in charts if getattr(c.data, "values", True)]
+    return alt.layer(*(full or charts[-1:]))
+
+
+def names_axis(alt: Any, names: Sequence[str], field: str = "name") -> Any:
+    """The names of a network from top to bottom, in the order in which it runs."""
+    axis = alt.Axis(title=None, labelLimit=280, ticks=False, domain=False)
+    scale = alt.Scale(domain=list(dict.fromkeys(names)))
+    return alt.Y(f"{field}:N", scale=scale, axis=axis)
+
+
+def no_names(alt: Any, names: Sequence[str], field: str = "name") -> Any:
+    """The same axis for a picture to the right of one that has the names."""
+    scale = alt.Scale(domain=list(dict.fromkeys(names)))
+    return alt.Y(f"{field}:N", scale=scale, axis=None)
+
+
+def height(names: Sequence[str], step: int = STEP) -> int:
+    """The height of a picture with a line a name."""
+    return max(step * len(dict.fromkeys(names)), 2 * step)
+
+
+def colours(alt: Any, of: Mapping[str, str], field: str = "kind", **more: Any) -> Any:
+    """A colour a category, always the same one."""
+    scale = alt.Scale(domain=list(of), range=list(of.values()))
+    legend = alt.Legend(title=None, orient="top", **more)
+    return alt.Color(f"{field}:N", scale=scale, legend=legend)
+
+
+def titled(alt: Any, chart: Any, title: str | None, *lines: str | None) -> Any:
+    """The chart with a title, and what is to be said about it below."""
+    said = [line for line in lines if line]
+    text = alt.TitleParams(
+        title or "",
+        subtitle=said,
+        anchor="start",
+        offset=12,
+        fontSize=14,
+        subtitleFontSize=11,
+        subtitleColor="#5b6470",
+    )
+    return chart.properties(title=text)
+
+
+def left_out(names: Sequence[str], why: str = "no number") -> str | None:
+    """A line for a subtitle about the rows that nothing can be drawn of."""
+    if not names:
+        return None
+    each = list(dict.fromkeys(names))
+    some = ", ".join(each[:3]) + (", …" if len(each) > 3 else "")
+    return f"left out, {why}: {some} ({len(names)} in all)"
+
+
+def log_axis(alt: Any, low: float | int, high: float | int, **more: Any) -> Any:
+    """A logarithmic axis that is not crowded: powers of ten, of few 2 and 5 between them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(powers) <= 3 else (1,)
+    values = [step * 10.0**power for power in powers for step in steps]
+    inside = [v for v in values if low <= v <= high]
+    return alt.Axis(values=inside or [low, high], format="~g", **more)
+
+
+def drawn_rows(spec: Any, inherited: Any = None, sets: Any = None) -> int:
+    """How many marks a chart's spec must draw for its rows: records of its `ROWS` views."""
+    if not isinstance(spec, Mapping):
+        return 0
+    sets = spec.get("datasets", sets) or {}
+    own = spec.get("data", inherited)
+    if str(spec.get("name", "")).partition("_")[0] == ROWS:
+        values = (own or {}).get("values", sets.get((own or {}).get("name"), []))
+        return len(values)
+    parts = [spec.get("spec")]
+    for key in ("layer", "hconcat", "vconcat", "concat"):
+        parts += spec.get(key, [])
+    return sum(drawn_rows(part, own, sets) for part in parts)

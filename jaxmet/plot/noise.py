@@ -1,0 +1,97 @@
+"""The noise of every grid at the outputs."""
+
+from typing import Any
+
+from jaxmet.plot.drawing import (
+    KINDS,
+    ROWS,
+    altair,
+    colours,
+    data,
+    height,
+    left_out,
+    names_axis,
+    no_names,
+    titled,
+)
+from jaxmet.plot.tables import ALL, checked, number, rows_of
+
+
+def noise(table: Any, *, title: str | None = None) -> Any:
+    """The table of `jm.noise` as a chart: a bar a grid, in network order.
+
+    The bar is the grid's share of the whole noise at the outputs; the point beside it the
+    signal-to-noise ratio in dB that it alone would leave, further left being worse. The colour
+    says weight or activation. Rows without a number are left out and named.
+
+    Raises ValueError for a table that is empty or another's.
+
+    >>> jm.plot.noise(jm.noise(params, graph, quantizers, batches))
+    """
+    alt, table = altair("plot.noise"), checked(table, "noise")
+    rows = list(rows_of(table))
+    names = [str(row["what"]) for row in rows] or [ALL]
+    bars = [_record(row) for row in rows]
+    drawn = [b for b in bars if b["share"] is not None]
+    tip = [
+        alt.Tooltip("name:N"),
+        alt.Tooltip("site:N"),
+        alt.Tooltip("bits:Q"),
+        alt.Tooltip("share:Q", format=".2%"),
+        alt.Tooltip("decibel:Q", title="SQNR (dB)", format=".1f"),
+        alt.Tooltip("clipped:Q", format=".1%", title="of it by clipping"),
+    ]
+    color = colours(alt, KINDS)
+    left = (
+        alt.Chart(data(alt, drawn), name=ROWS)
+        .mark_bar(height={"band": 0.7})
+        .encode(
+            x=alt.X(
+                "share:Q",
+                axis=alt.Axis(format="%", title="share of the noise", tickCount=5),
+            ),
+            y=names_axis(alt, names),
+            color=color,
+            tooltip=tip,
+        )
+        .properties(width=300, height=height(names))
+    )
+    right = (
+        alt.Chart(data(alt, [b for b in bars if b["decibel"] is not None]))
+        .mark_point(filled=True, size=40)
+        .encode(
+            x=alt.X(
+                "decibel:Q",
+                title="SQNR it alone leaves (dB)",
+                scale=alt.Scale(zero=False),
+            ),
+            y=no_names(alt, names),
+            color=color,
+            tooltip=tip,
+        )
+        .properties(width=220, height=height(names))
+    )
+    gone = left_out([b["name"] for b in bars if b["share"] is None])
+    chart = alt.hconcat(left, right, spacing=12)
+    return titled(
+        alt, chart, title or "Noise at the outputs, by grid", _total(table), gone
+    )
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": str(row["what"]),
+        "site": row["site"],
+        "kind": row["kind"],
+        "bits": number(row["bits"]),
+        "share": number(row["share"]),
+        "decibel": number(row["SQNR (dB)"]),
+        "clipped": number(row.get("clipped")),
+    }
+
+
+def _total(table: Any) -> str | None:
+    found = [number(r["SQNR (dB)"]) for r in table.where(what=ALL)]
+    return (
+        f"all together: {found[0]:.1f} dB" if found and found[0] is not None else None
+    )

@@ -1,0 +1,287 @@
+"""Everything about one model in one HTML file that opens offline."""
+
+import functools
+import html
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+from jaxmet.analysis.compare import compare as compared
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.plot.compare import compare
+from jaxmet.plot.drawing import altair, version_of_vega_lite, vl_convert
+from jaxmet.plot.files import writable, written
+from jaxmet.plot.graph import graph as graph_chart
+from jaxmet.plot.noise import noise
+from jaxmet.plot.page import Section, folded, page, picture, table_html
+from jaxmet.plot.ratio_scores import ratio_scores
+from jaxmet.plot.relative_ranges import relative_table, relative_weight_ranges
+from jaxmet.plot.rounding_loss import rounding_loss
+from jaxmet.plot.sensitivity import sensitivity
+from jaxmet.plot.tables import kind_of, number
+from jaxmet.plot.weight_ranges import weight_ranges
+from jaxmet.tree.batches import Stacked
+from jaxmet.tree.quantizer import granularity, scale_text
+from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.table import Table
+
+CALLER = "report"
+PICTURES: dict[str, Callable[..., Any]] = {
+    "sensitivity": sensitivity,
+    "noise": noise,
+    "compare": compare,
+    "ratio_scores": ratio_scores,
+    "rounding_loss": rounding_loss,
+}
+HEADINGS = {
+    "sensitivity": "Sensitivity",
+    "noise": "Noise of every grid",
+    "compare": "Where the error enters",
+    "ratio_scores": "Compression: score by ratio",
+    "rounding_loss": "Rounding",
+}
+PACKAGES = ("jaxmet", "jax", "jaxlib", "flax", "numpy")
+TALL = 26  # nodes of a graph that are seen without scrolling
+
+
+def report(
+    path: str | os.PathLike[str],
+    params: Any,
+    graph: Graph,
+    *,
+    quantizers: Quantizers | None = None,
+    batch: Any = None,
+    before: Any = None,
+    tables: Any = (),
+    scores: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    title: str = "jaxmet report",
+) -> None:
+    """Write one HTML file about a model: it needs no network and no other file.
+
+    It shows what it was given and computes nothing else: the model and, with `quantizers`,
+    what of it is quantized, what not and why; `scores` by name, such as float and quantized;
+    ranges of weights, and those of `before`, a tree of the same model from before; with
+    quantizers and one `batch` of inputs `jm.compare`, where the error enters (against
+    `before` if its channels are scaled as these are); every one of `tables`, as a picture
+    too where it is one of `jm.sensitivity`, `jm.noise`, `jm.compare`, `jm.score_ratios` or
+    a report of `jm.adaround`; `settings` by name, and versions. Beside every picture its
+    table is folded away.
+
+    The file appears under its name only when it is complete. Raises ValueError, before any
+    work, for a path that is a folder, is read-only or has no folder, for a tree that is not
+    the graph's and for tables that are none; ImportError without the extra `plot`.
+
+    >>> jm.report("report.html", params, graph, quantizers=quantizers, batch=images[:64])
+    """
+    altair(CALLER)
+    vl = vl_convert(CALLER)
+    path = writable(path, CALLER)
+    _check(params, graph, quantizers, batch, before, tables)
+    book = Book()
+    if scores:
+        book.add("Scores", _figures(scores))
+    _plan(book, params, graph, quantizers)
+    _ranges(book, params, graph, before)
+    if quantizers is not None and batch is not None:
+        _error(book, params, graph, quantizers, batch, before)
+    for table in tables:
+        book.table(table, kind_of(table) if len(table) else None)
+    if settings:
+        book.add("Settings", table_html(_pairs(settings, "setting")))
+    book.add("Versions", table_html(_pairs(_versions(), "package")))
+    script = _vega(vl) if book.specs else ""
+    sites = f"{len(graph.nodes)} nodes, {len(graph.sites)} sites"
+    content = page(title, sites, book.sections, book.specs, script)
+    written(path, content.encode())
+
+
+def _check(
+    params: Any, graph: Any, quantizers: Any, batch: Any, before: Any, tables: Any
+) -> None:
+    leaves_of(params, graph, CALLER, sites=False)
+    if before is not None:
+        leaves_of(before, graph, CALLER, sites=False)
+    if quantizers is not None and not isinstance(quantizers, Quantizers):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the quantizers are of type {type(quantizers).__name__}. "
+            "Give what jm.calibrate returned."
+        )
+    if isinstance(batch, Stacked):
+        raise ValueError(
+            f"jaxmet.{CALLER}: batch is all the data, stacked. Give one batch of it: the "
+            "inputs of the model as an array, or a tuple of arrays."
+        )
+    if isinstance(tables, Table):
+        raise ValueError(
+            f"jaxmet.{CALLER}: tables is one table. Give several: tables=[table]."
+        )
+    for i, table in enumerate(tables):
+        if not isinstance(table, Table):
+            raise ValueError(
+                f"jaxmet.{CALLER}: entry {i} of tables is of type "
+                f"{type(table).__name__}. Give tables of jm.Table."
+            )
+
+
+class Book:
+    """The sections so far, and the charts in them by the id of their place."""
+
+    def __init__(self) -> None:
+        self.sections: list[Section] = []
+        self.specs: dict[str, dict[str, Any]] = {}
+
+    def add(self, title: str, *body: str) -> None:
+        self.sections.append(Section(title, "".join(body)))
+
+    def chart(self, chart: Any, *, tall: bool = False) -> str:
+        """The place of a chart, whose specification is kept."""
+        name = f"chart{len(self.specs)}"
+        body, self.specs[name] = picture(chart, name, tall=tall)
+        return body
+
+    def table(self, table: Table, kind: str | None) -> None:
+        """A section for a table: as a picture where there is one for it."""
+        if kind is None:
+            self.add(table.title or "Table", table_html(table))
+            return
+        said = f"<p>{html.escape(table.title)}</p>" if table.title else ""
+        place = self.chart(PICTURES[kind](table))
+        rows = folded(f"the table, {len(table)} rows", table_html(table))
+        self.add(HEADINGS[kind], said, place, rows)
+
+
+# Sections
+
+
+def _figures(scores: Mapping[str, Any]) -> str:
+    """Numbers side by side, large."""
+    cells = []
+    for name, value in scores.items():
+        found = number(value)
+        text = str(value) if found is None else f"{found:.4g}"
+        cells.append(
+            f'<div class="figure"><b>{html.escape(text)}</b>{html.escape(str(name))}</div>'
+        )
+    return f'<div class="figures">{"".join(cells)}</div>'
+
+
+def _plan(book: Book, params: Any, graph: Graph, quantizers: Quantizers | None) -> None:
+    """The model as a drawing, and the grids with the reasons of those that are absent."""
+    tall = len(graph.nodes) > TALL
+    chart = graph_chart(graph, params=params, quantizers=quantizers)
+    body = [book.chart(chart, tall=tall)]
+    body.append(folded(f"{len(graph.nodes)} nodes", table_html(graph.table())))
+    book.add("The model", *body)
+    if quantizers is None:
+        return
+    grids, left = grid_tables(quantizers)
+    counts = f"{len(quantizers.weights)} weights and biases, "
+    counts += f"{len(quantizers.activations)} activations are quantized."
+    parts = [f"<p>{counts}</p>", folded(f"{len(grids)} grids", table_html(grids))]
+    if len(left):
+        parts.append(f"<p>{len(left)} things stay in float:</p>")
+        parts.append(table_html(reasons(left)))
+        parts.append(folded("each of them", table_html(left)))
+    book.add("What is quantized, and what is not", *parts)
+
+
+def grid_tables(quantizers: Quantizers) -> tuple[Table, Table]:
+    """The grids, one a row, and what has none with the reason."""
+    rows = [(n, "weight", q) for n, q in quantizers.weights.items()]
+    rows += [(n, "activation", q) for n, q in quantizers.activations.items()]
+    grids = Table(
+        {
+            "what": [n for n, _, _ in rows],
+            "kind": [k for _, k, _ in rows],
+            "bits": [q.bits if q.enabled else None for _, _, q in rows],
+            "symmetric": ["yes" if q.symmetric else "no" for _, _, q in rows],
+            "one scale per": [granularity(q) for _, _, q in rows],
+            "scale": [scale_text(q, k) for _, k, q in rows],
+        }
+    )
+    left = Table(
+        {
+            "what": [n for n, _ in quantizers.left],
+            "why": [why for _, why in quantizers.left],
+        }
+    )
+    return grids, left
+
+
+def reasons(left: Table) -> Table:
+    """Why things stay in float: how many for each reason, and the first few."""
+    found: dict[str, list[str]] = {}
+    for row in left:
+        found.setdefault(row["why"], []).append(row["what"])
+    some = [", ".join(n[:3]) + (", …" if len(n) > 3 else "") for n in found.values()]
+    counts = [len(names) for names in found.values()]
+    return Table({"why": list(found), "how many": counts, "what": some})
+
+
+def _ranges(book: Book, params: Any, graph: Graph, before: Any) -> None:
+    trees = (params, None) if before is None else (before, params)
+    try:
+        charts = [
+            draw(trees[0], graph, after=trees[1])
+            for draw in (relative_weight_ranges, weight_ranges)
+        ]
+    except ValueError as error:  # no site has a weight of its own
+        book.add("Ranges of weights", f'<p class="quiet">{html.escape(str(error))}</p>')
+        return
+    heading = "Ranges of weights" + ("" if before is None else ", before and after")
+    table = relative_table(trees[0], graph, after=trees[1])
+    rows = folded(f"the table, {len(table)} rows", table_html(table))
+    book.add(heading, book.chart(charts[0]), rows, book.chart(charts[1]))
+
+
+def _error(
+    book: Book,
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    batch: Any,
+    before: Any,
+) -> None:
+    """Where the error enters: against `before`, unless its channels are scaled otherwise."""
+    table = None
+    if before is not None:
+        try:
+            table = compared(params, graph, quantizers, batch, reference=before)
+        except ValueError:  # cannot be compared node by node: only one is equalized
+            pass
+    if table is None:
+        table = compared(params, graph, quantizers, batch)
+    book.table(table, "compare" if len(table) else None)
+
+
+def _pairs(values: Mapping[str, Any], what: str) -> Table:
+    names = [str(name) for name in values]
+    return Table({what: names, "": [_shown(v) for v in values.values()]})
+
+
+def _shown(value: Any) -> Any:
+    return value if number(value) is not None else str(value)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    device = jax.devices()[0]
+    found["python"] = platform.python_version()
+    found["device"] = f"{device.device_kind} ({device.platform})"
+    return found
+
+
+@functools.cache
+def _vega(vl: Any) -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that sets `vegaEmbed`."""
+    return vl.javascript_bundle(vl_version=version_of_vega_lite(CALLER))

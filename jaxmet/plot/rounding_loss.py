@@ -1,0 +1,91 @@
+"""What choosing the rounding won, site by site."""
+
+from typing import Any
+
+from jaxmet.plot.drawing import (
+    AFTER,
+    BEFORE,
+    ROWS,
+    altair,
+    colours,
+    data,
+    height,
+    layered,
+    left_out,
+    log_axis,
+    names_axis,
+    no_names,
+    titled,
+)
+from jaxmet.plot.tables import checked, number
+
+SERIES = {"to nearest": BEFORE, "chosen": AFTER, "inherited": "#8e6bb0"}
+COLUMNS = {"to nearest": "nearest loss", "chosen": "loss", "inherited": "inherited"}
+
+
+def rounding_loss(table: Any, *, title: str | None = None) -> Any:
+    """The report of `jm.adaround` as a chart: losses along the network, and their ratio.
+
+    To the left, by site and on a logarithmic scale, the loss of rounding to nearest, that of
+    the chosen rounding, and what earlier layers left (no rounding of this layer takes it
+    away). To the right what is left of the loss of nearest rounding, the inherited part taken
+    from both. Sites that were not rounded have no numbers: they are left out and named.
+
+    Raises ValueError for a table that is empty or another's.
+
+    >>> _, _, table = jm.adaround(params, graph, quantizers, batches, key=key, with_report=True)
+    >>> jm.plot.rounding_loss(table)
+    """
+    alt, table = altair("plot.rounding_loss"), checked(table, "rounding_loss")
+    rows = list(table)
+    names = [str(row["site"]) for row in rows]
+    points = [
+        {"place": i, "name": str(row["site"]), "series": s, "loss": number(row[c])}
+        for i, row in enumerate(rows)
+        for s, c in COLUMNS.items()
+    ]
+    points = [p for p in points if p["loss"] is not None and p["loss"] > 0]
+    bars = [
+        {
+            "name": str(row["site"]),
+            "ratio": number(row["ratio"]),
+            "note": row.get("note"),
+        }
+        for row in rows
+    ]
+    curves = {
+        "x": _loss(alt, [p["loss"] for p in points]),
+        "y": names_axis(alt, names),
+        "color": colours(alt, SERIES, "series"),
+        "tooltip": ["name:N", "series:N", alt.Tooltip("loss:Q", format=".3g")],
+    }
+    every = data(alt, points)
+    left = layered(
+        alt,
+        [
+            alt.Chart(every)
+            .mark_line(strokeWidth=1.3)
+            .encode(**curves, order="place:Q"),
+            alt.Chart(every).mark_point(filled=True, size=30).encode(**curves),
+        ],
+    ).properties(width=320, height=height(names))
+    drawn = [b for b in bars if b["ratio"] is not None]
+    right = (
+        alt.Chart(data(alt, drawn), name=ROWS)
+        .mark_bar(height={"band": 0.7}, color=AFTER)
+        .encode(
+            x=alt.X("ratio:Q", title="loss / nearest", axis=alt.Axis(tickCount=4)),
+            y=no_names(alt, names),
+            tooltip=["name:N", alt.Tooltip("ratio:Q", format=".3f"), "note:N"],
+        )
+        .properties(width=160, height=height(names))
+    )
+    gone = left_out([b["name"] for b in bars if b["ratio"] is None])
+    chart = alt.hconcat(left, right, spacing=12)
+    return titled(alt, chart, title or "Loss of rounding, by site", gone)
+
+
+def _loss(alt: Any, losses: list[Any]) -> Any:
+    low, high = min(losses, default=1.0) / 1.3, max(losses, default=1.0) * 1.3
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    return alt.X("loss:Q", scale=scale, axis=log_axis(alt, low, high, title="loss"))

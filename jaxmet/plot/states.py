@@ -1,0 +1,135 @@
+"""What was done to each node of a model, in a few words."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxmet.engine.channels import indices_of
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.node import Node
+from jaxmet.plot.channels import leaves_by_name
+from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.structures import LowRank, Pruned
+
+SMALLER = "pruned or factorized"
+WEIGHT = "quantized weight"
+RESULT = "result on a grid"
+FUSED = "fused or folded: nothing of its own is stored"
+FLOAT = "float"
+STATES = {
+    WEIGHT: "#a9c8e4",
+    RESULT: "#f6cf9f",
+    SMALLER: "#bfe0c0",
+    FUSED: "#eceff3",
+    FLOAT: "#ffffff",
+}
+"""A node's state and its colour."""
+
+
+def states_of(
+    graph: Graph, params: Any, quantizers: Quantizers | None
+) -> dict[str, dict[str, Any]]:
+    """By node: its `state`, `what` it is, what was `done` to it, and its `channels`."""
+    leaves = {} if params is None else leaves_by_name(params)
+    channels = _channels(graph)
+    kinds = graph.table()["kind"]
+    found = {}
+    for node, kind in zip(graph.nodes, kinds, strict=True):
+        said = [kind]
+        weight = _weight_bits(node, quantizers)
+        result = _result_bits(node, quantizers)
+        smaller = _smaller(node, leaves)
+        folded = is_folded(node, leaves)
+        said += [f"weight {weight} bits"] if weight else []
+        said += [f"result {result} bits"] if result else []
+        said += smaller + (["folded"] if folded else []) + _stated(node, leaves)
+        shared = channels.get(node.name)
+        said += [f"channels of {shared}"] if shared and shared != node.name else []
+        found[node.name] = {
+            "what": kind,
+            "done": ", ".join(said),
+            "channels": shared,
+            "state": _state(node, weight, result, smaller, folded, quantizers),
+        }
+    return found
+
+
+def _state(
+    node: Node, weight: Any, result: Any, smaller: Any, folded: bool, quantizers: Any
+) -> str:
+    if smaller:
+        return SMALLER
+    if weight:
+        return WEIGHT
+    if result:
+        return RESULT
+    reason = dict(quantizers.left).get(node.name) if quantizers is not None else None
+    inner = node.kind in ("norm", "activation", "add") and quantizers is not None
+    told = reason is None or node.kind == "norm"
+    return FUSED if folded or (inner and told) else FLOAT
+
+
+def _channels(graph: Graph) -> dict[str, str]:
+    """The group of the channels that a site makes, where they may be rescaled together."""
+    free = {g.index: g.name for g in graph.groups if g.free}
+    return {
+        m.node: free[g]
+        for m in graph.members
+        if m.role == "out"
+        for g in sorted(indices_of(m.layout))
+        if g in free
+    }
+
+
+def _weight_bits(node: Node, quantizers: Quantizers | None) -> int | None:
+    if quantizers is None or node.weight is None:
+        return None
+    found = quantizers.weights.get(node.weight.name or node.name)
+    return found.bits if found is not None and found.active else None
+
+
+def _result_bits(node: Node, quantizers: Quantizers | None) -> int | None:
+    found = None if quantizers is None else quantizers.activation(node.name)
+    return found.bits if found is not None and found.active else None
+
+
+def _smaller(node: Node, leaves: Mapping[str, Any]) -> list[str]:
+    """What a structured weight of the node is."""
+    leaf = leaves.get(node.weight.name or "") if node.weight is not None else None
+    said: Counter[str] = Counter()
+    while leaf is not None and is_compressed(leaf):
+        weight = leaf.weight
+        if isinstance(weight, LowRank):
+            said[f"rank {weight.rank} ({weight.method})"] += 1
+            break
+        if not isinstance(weight, Pruned):
+            break
+        for keep in weight.keep:
+            said[f"{len(keep.indices)} of {keep.size} along axis {keep.axis}"] += 1
+        leaf = weight.part
+    return list(said)
+
+
+def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:
+    leaf = leaves.get(node.weight.name or "") if node.weight is not None else None
+    if leaf is None or not is_compressed(leaf):
+        return []
+    bounded = leaf.lower is not None or leaf.upper is not None
+    said = ["bounds by channel"] if bounded else []
+    return said + (["padding by channel"] if leaf.input_offset is not None else [])
+
+
+def is_folded(node: Node, leaves: Mapping[str, Any]) -> bool:
+    """Whether a norm with stored statistics has gain 1: an identity and a shift."""
+    norm = node.norm
+    stored = None if norm is None else leaves.get(norm.variance or "")
+    if norm is None or norm.over != "stored" or stored is None:
+        return False
+    variance = np.asarray(dense(stored), np.float64)
+    scale = leaves.get(norm.scale or "")
+    gain = 1.0 if scale is None else np.asarray(dense(scale), np.float64)
+    ratio = np.reshape(gain, -1) / np.sqrt(np.reshape(variance, -1) + norm.epsilon)
+    return bool(np.allclose(ratio, 1.0, rtol=1e-4))

@@ -1,0 +1,245 @@
+"""The noise that is foretold, against Jacobians written out and errors really measured."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+import jaxmet as jm
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.examples import some_examples
+
+
+def plain(p, x):
+    x = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"][None])
+    return x @ p["b"]["kernel"]
+
+
+@pytest.fixture(scope="module")
+def net():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "a": {
+            "kernel": jax.random.normal(keys[0], (5, 6)),
+            "bias": jax.random.normal(keys[1], (6,)),
+        },
+        "b": {"kernel": jax.random.normal(keys[2], (6, 3))},
+    }
+    x = jax.random.normal(keys[3], (1500, 5))
+    graph = jm.trace(plain, params, x[:2])
+    batches = jm.stacked(x, batch_size=100)
+    config = jm.QuantConfig(weight_bits=6, activation_bits=6)
+    quantizers = jm.calibrate(params, graph, batches, config, progress=False)
+    return params, graph, quantizers, batches, x
+
+
+def test_it_is_the_jacobian_times_the_error(net):
+    """In expectation over signs: many examples, so that chance is small."""
+    params, graph, quantizers, batches, x = net
+    table = jm.noise(params, graph, quantizers, batches, examples=1500, progress=False)
+    y = jax.vmap(lambda x: plain(params, x[None])[0])
+    energy = float(jnp.sum(y(x) ** 2))
+    kernels = {n: params[n]["kernel"] for n in "ab"}
+
+    def with_kernels(kernels, x):
+        tree = {n: dict(params[n], kernel=kernels[n]) for n in "ab"}
+        return plain(tree, x[None])[0]
+
+    slopes = jax.vmap(jax.jacobian(with_kernels), (None, 0))(kernels, x)
+    for name in "ab":
+        error = quantizers.weights[f"{name}/kernel"](kernels[name]) - kernels[name]
+        by_channel = jnp.sum(slopes[name] * error[None, None], axis=2)
+        expected = jnp.sum(by_channel**2)
+        decibel = 10 * np.log10(energy / float(expected))
+        (row,) = table.where(what=f"{name}/kernel")
+        assert row["SQNR (dB)"] == pytest.approx(decibel, abs=0.8)  # four sigma
+        assert row["site"] == name and row["kind"] == "weight" and row["bits"] == 6
+
+    hidden = jax.nn.relu(x @ kernels["a"] + params["a"]["bias"][None])
+    (name,) = [n for n in table["what"] if n.startswith("a/") and "kernel" not in n]
+    error = quantizers.activations[name](hidden) - hidden
+    expected = jnp.sum(error**2 @ jnp.sum(kernels["b"] ** 2, 1)[:, None])
+    (row,) = table.where(what=name)
+    decibel = 10 * np.log10(energy / float(expected))
+    assert row["SQNR (dB)"] == pytest.approx(decibel, abs=0.3) and row["clipped"] == 0
+    powers = 10 ** (-np.array(table["SQNR (dB)"]) / 10)
+    assert powers[-1] == pytest.approx(powers[:-1].sum(), rel=1e-5)
+    assert np.array(table["share"]) == pytest.approx(powers / powers[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_other_widths_are_those_of_quantizers_set_to_them(net, bits):
+    params, graph, quantizers, batches, _ = net
+    table = jm.noise(params, graph, quantizers, batches, progress=False)
+    other = jm.noise(
+        params, graph, quantizers.set("*", bits=bits), batches, progress=False
+    )
+    for one, two in zip(table, other):
+        # Of one rounding, where the column is what to expect of any.
+        assert one[f"{bits} bits"] == pytest.approx(two["SQNR (dB)"], abs=2)
+        assert two["SQNR (dB)"] == pytest.approx(two[f"{bits} bits"], abs=1e-3)
+
+
+def test_what_is_clipped_stands_beside_it(net):
+    params, graph, quantizers, batches, _ = net
+    (name,) = [n for n in quantizers.activations if n.startswith("a/")]
+    assert jm.noise(params, graph, quantizers, batches, progress=False).where(
+        what=name
+    )["clipped"] == [0.0]
+    q = quantizers.activations[name]
+    narrow = quantizers.set(name, scale=q.scale / 2)
+    (row,) = jm.noise(params, graph, narrow, batches, progress=False).where(what=name)
+    assert 0.9 < row["clipped"] < 1
+    # Clipping stays however fine the grid is, and so does what it costs.
+    assert row["16 bits"] - row["SQNR (dB)"] < 0.5
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="a")(x))
+        x = x + nn.relu(nn.Conv(8, (3, 3), name="b")(x))
+        x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="c")(x))
+        return nn.Dense(10, name="d")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def convolutions():
+    model, x = Net(), jax.random.normal(jax.random.key(0), (128, 8, 8, 3))
+    params = model.init(jax.random.key(1), x[:1])
+    graph = jm.trace(model.apply, params, x[:1])
+    batches = jm.stacked(x, batch_size=32)
+    return model.apply, params, graph, batches, x
+
+
+def decibel(exact, other):
+    return 10 * np.log10(float(jnp.sum(exact**2) / jnp.sum((exact - other) ** 2)))
+
+
+def test_the_total_is_what_is_measured_and_the_order_that_of_sensitivity(convolutions):
+    apply, params, graph, batches, x = convolutions
+    quantizers = jm.calibrate(params, graph, batches, progress=False)
+    table = jm.noise(params, graph, quantizers, batches, progress=False)
+    exact = apply(params, x)
+    measured = decibel(exact, jax.jit(jm.simulate(apply, quantizers))(params, x))
+    assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=1.5)
+    assert f"{table['SQNR (dB)'][-1]:.1f} dB foretold" in table.title
+
+    def score(apply, params):
+        noise = jnp.sum((apply(params, x) - exact) ** 2)
+        return 10 * jnp.log10(jnp.sum(exact**2) / jnp.maximum(noise, 1e-9))
+
+    truth = jm.sensitivity(params, graph, quantizers, score, progress=False)
+    assert truth["what"][:-3] == table["what"][:-1]
+    ranks = spearmanr(truth["only"][:-3], table["SQNR (dB)"][:-1])
+    assert ranks.statistic > 0.9
+
+
+SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8)]
+
+
+@pytest.mark.parametrize("seed", [0, *SLOW])
+def test_a_damaged_site_comes_first(convolutions, seed):
+    """What its weights show is as before: the damage is in the grid, over the same range."""
+    site, kind = "abcd"[seed % 4], ("weights", "activations")[seed // 4]
+    apply, params, graph, batches, x = convolutions
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    params = jax.tree.unflatten(
+        tree, [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys)]
+    )
+    quantizers = jm.calibrate(params, graph, batches, progress=False)
+    what = f"{site}/kernel" if kind == "weights" else result_of(quantizers, site)
+    group = dict(getattr(quantizers, kind))
+    group[what] = group[what].set(bits=3)
+    damaged = dataclasses.replace(quantizers, **{kind: group})
+    table = jm.noise(params, graph, damaged, batches, examples=16, progress=False)
+    assert max(zip(table["share"][:-1], table["what"]))[1] == what
+    exact = apply(params, x[:32])
+    score = lambda apply, p: -jnp.mean((apply(p, x[:32]) - exact) ** 2)
+    scores = jm.sensitivity(params, graph, damaged, score, progress=False)
+    rows = list(scores)[:-3]
+    assert min(rows, key=lambda row: row["only"])["what"] == what
+    assert max(rows, key=lambda row: row["but"])["what"] == what
+
+
+def result_of(quantizers, site):
+    """The grid that holds a site's own result, behind its activation where it has one."""
+    (name,) = [
+        n
+        for n in quantizers.activations
+        if n == site or (n.startswith(f"{site}/") and "relu" in n)
+    ]
+    return name
+
+
+@pytest.mark.parametrize("source", ["list", "generator", "stacked"])
+def test_examples_come_from_all_over_the_data(source):
+    x = np.arange(100, dtype=np.float32)[:, None]
+    given = {
+        "list": lambda: [x[i : i + 10] for i in range(0, 100, 10)],
+        "generator": lambda: (x[i : i + 10] for i in range(0, 100, 10)),
+        "stacked": lambda: jm.stacked(x, batch_size=10),
+    }[source]()
+    (found,) = some_examples(as_batches(given, "noise"), 20)
+    spread = np.ptp(np.asarray(found))
+    assert spread == 9 if source == "generator" else spread > 80
+
+
+@pytest.mark.parametrize("case", ["scanned", "derived", "shared"])
+def test_loops_and_derived_and_shared_grids(case):
+    x = jax.random.normal(jax.random.key(0), (64, 6))
+    w = jax.random.normal(jax.random.key(1), (3, 6, 6)) / 3
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+
+    def derived(p, x):
+        kernel = p["v"] / jnp.sqrt(jnp.sum(p["v"] ** 2, 0, keepdims=True))
+        return jnp.tanh(x @ kernel) @ p["u"]
+
+    def shared(p, x):
+        parts = [x @ p["u"], x @ p["v"]]
+        return jnp.concatenate(parts, -1) @ jnp.concatenate([p["u"], p["v"]], 0)
+
+    apply, params = {
+        "scanned": (scanned, {"w": w}),
+        "derived": (derived, {"u": w[0], "v": w[1]}),
+        "shared": (shared, {"u": w[0], "v": w[1]}),
+    }[case]
+    graph = jm.trace(apply, params, x)
+    quantizers = jm.calibrate(params, graph, [x], progress=False)
+    table = jm.noise(params, graph, quantizers, [x], progress=False)
+    measured = decibel(apply(params, x), jm.simulate(apply, quantizers)(params, x))
+    # Few weights, whose errors are not many draws.
+    assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=3)
+    assert set(table["what"]) >= {*quantizers.activations, *quantizers.weights}
+    assert all(np.isfinite(table["SQNR (dB)"]))
+
+
+def test_a_smaller_graph_has_fewer_rows_of_the_same_whole(net):
+    params, graph, quantizers, batches, _ = net
+    whole = jm.noise(params, graph, quantizers, batches, progress=False)
+    part = jm.noise(params, graph.only("b"), quantizers, batches, progress=False)
+    assert "a/kernel" not in part["what"] and "b/kernel" in part["what"]
+    share = [t.where(what="b/kernel")["share"] for t in (whole, part)]
+    assert share[0] == pytest.approx(share[1])
+
+
+def test_what_cannot_be_foretold_is_refused(net):
+    params, graph, quantizers, batches, x = net
+    with pytest.raises(ValueError, match="examples is 0"):
+        jm.noise(params, graph, quantizers, batches, examples=0, progress=False)
+    with pytest.raises(ValueError, match="no grid of the selected nodes"):
+        jm.noise(params, graph, quantizers.set("*", bits=32), batches, progress=False)
+    rounded = lambda p, x: jnp.round(plain(p, x))
+    other = jm.trace(rounded, params, x[:2])
+    quantizers = jm.calibrate(params, other, batches, progress=False)
+    with pytest.raises(ValueError, match="no gradient reaches"):
+        jm.noise(params, other, quantizers, batches, progress=False)
+    with pytest.raises(ValueError, match="shapes and no numbers"):
+        jm.noise(params, graph, quantizers, jax.ShapeDtypeStruct((2, 5), jnp.float32))
