@@ -1,8 +1,8 @@
 """What every test runs under: eight CPU devices and JAX at its strictest.
 
-JAXMET_TYPECHECK=0 switches the run-time check of array shapes and types off. Compiled
-programs are kept in .pytest_cache, for all workers and for the next run: most of the time
-goes into compiling, and many tests compile the same.
+JAXMET_TYPECHECK=0 switches the run-time check of array shapes and types off. Most of the
+time goes into compiling: programs are compiled without most optimizations, which
+JAXMET_OPTIMIZE=1 brings back, and kept in .pytest_cache for all workers and the next run.
 """
 
 import os
@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
 ).strip()  # read when JAX first looks for devices, so before anything imports it
 
+import importlib.util
 import itertools
 import zlib
 from collections.abc import Iterator
@@ -24,13 +25,28 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+if os.environ.get("JAXMET_OPTIMIZE", "0") == "0":
+    jax.config.update("jax_disable_most_optimizations", True)
 COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+
+def annotated() -> list[str]:
+    """The modules that state shapes and dtypes; the others are the type checker's alone."""
+    spec = importlib.util.find_spec("jaxmet")
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent
+    return [
+        ".".join(path.relative_to(root.parent).with_suffix("").parts)
+        for path in sorted(root.rglob("*.py"))
+        if "from jaxtyping import" in path.read_text("utf-8")
+    ]
+
+
 if os.environ.get("JAXMET_TYPECHECK", "1") != "0":
-    jaxtyping.install_import_hook("jaxmet", "beartype.beartype")
+    jaxtyping.install_import_hook(annotated(), "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "jaxmet",

@@ -444,6 +444,7 @@ def test_an_offset_is_what_padding_holds(absorbed):
         np.testing.assert_allclose(y, want + bias, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_saving_simulating_and_segments_carry_it(absorbed, tmp_path):
     apply, graph, params, x = absorbed
     want = jax.jit(jm.lift(apply))(params, x)

@@ -111,6 +111,11 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
     ratios = [r for r in report["ratio"] if r is not None]
     assert len(ratios) == len(graph.sites) and max(ratios) <= 1 + 1e-6
     assert np.median(ratios) < 0.97 and min(ratios) < 0.85
+    curves = report.columns.get("curve", [])
+    assert len(curves) == (0 if method == "coordinate" else len(graph.sites))
+    for curve, loss in zip(curves, report["loss"], strict=bool(curves)):
+        assert len(curve) == 20 and 0.1 < curve[-1] / loss < 1
+        assert 0 <= min(curve) < 0.9 * curve[-1]
     old, found = named_leaves(params), named_leaves(new)
     for site in graph.sites:
         weight = site.weight.name
@@ -154,6 +159,7 @@ def test_coordinate_descent_is_near_the_best_of_all_roundings(bits, symmetric):
     assert mine.sum() <= 1.15 * best.sum() < near.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["weights", "both"])
 def test_losses_are_those_of_the_copies_run_by_hand(of):
     """The second layer reads what the rounded first one makes; the bias takes the mean."""
@@ -221,6 +227,7 @@ def test_adam_counts_what_the_activation_lets_through(act):
     np.testing.assert_allclose(report["loss"][0], loss, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_scales_that_are_numbers_are_kept_and_others_searched():
     apply, params, x = mlp()
     graph, q = prepared(apply, params, x)

@@ -329,6 +329,7 @@ def test_channels_and_blocks_are_searched_one_by_one(method):
     assert np.any(whole[1] < w.max())
 
 
+@pytest.mark.slow
 def test_weight_scales_follow_the_weight_under_every_transformation():
     apply, params, graph = model("conv_bn_relu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -443,6 +444,7 @@ def test_the_order_and_form_of_batches_do_not_matter(method):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_mixed_rules_and_one_image(symmetric):
     """Every node gets what the numerics give for its own values, bits and method."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import pytest
 
 from jaxmet.transforms.checkpoint import fingerprint
 
@@ -29,6 +30,7 @@ def test_the_code_of_a_function_is_known_again():
     assert fingerprint([2 * ones, score]) != prints[0]
 
 
+@pytest.mark.slow
 def test_another_process_says_the_same_of_it():
     found = set()
     for seed in ("1", "2", "3"):  # sets come in another order

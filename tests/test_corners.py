@@ -60,6 +60,7 @@ def test_random_state_in_the_tree_is_left_alone():
     assert 0 < float(jnp.abs(simulated - expected).max()) < 0.05
 
 
+@pytest.mark.slow
 def test_rounded_trees_round_derived_weights_where_they_are_used():
     apply, params, inputs = CASES["lstm"].make["linen"](jax.random.key(0))
     graph = jm.trace(apply, params, *inputs)

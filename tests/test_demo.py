@@ -1,18 +1,53 @@
 """The main job on a few test images: what it shows must be so."""
 
+import importlib.util
 import runpy
 import sys
 
 import pytest
 
-from jaxmet.demo.run import run
+import jaxmet as jm
+from jaxmet.demo import run as demo
+from jaxmet.demo.run import REPORTED, run
 
 pytestmark = pytest.mark.slow  # a hundred seconds of compilation
 
 
 @pytest.fixture(scope="module")
-def table():
-    return run(test_images=300, progress=False)
+def report(tmp_path_factory):
+    if importlib.util.find_spec("altair") is None:
+        return None
+    return tmp_path_factory.mktemp("demo") / "report.html"
+
+
+@pytest.fixture(scope="module")
+def table(report):
+    return run(test_images=300, progress=False, report=report)
+
+
+def test_the_report_shows_one_of_the_variants(table, report):
+    if report is None:
+        pytest.skip("pictures need the extra 'plot'")
+    page = report.read_text("utf-8")
+    (row,) = table.where(variant=REPORTED)
+    assert row["accuracy (%)"] in page and "dB foretold" in page
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_it_says_where_the_report_is_or_how_to_get_it(
+    drawn, capsys, monkeypatch, tmp_path
+):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: drawn or None)
+    monkeypatch.setattr(
+        demo, "run", lambda report: asked.append(report) or jm.Table({"a": [1]})
+    )
+    demo.main()
+    told = capsys.readouterr().out
+    assert asked == [demo.REPORT if drawn else None]
+    assert (str(tmp_path / "jaxmet-report.html") in told) is drawn
+    assert ("pip install 'jaxmet[plot]'" in told) is not drawn
 
 
 def decibels(table):

@@ -523,6 +523,7 @@ def test_a_layer_that_reads_what_it_makes() -> None:
     assert report["note"][0] is None
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     sizes=st.lists(st.integers(2, 6), min_size=3, max_size=6),

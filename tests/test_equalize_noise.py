@@ -255,6 +255,7 @@ def test_forms_of_data_give_the_same() -> None:
         np.testing.assert_allclose(scales_of(params, two)[key], scale, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_a_dead_unit_is_not_listened_to() -> None:
     """Its output is constant: noise there is infinite beside its signal and changes nothing."""
     params, batches = mobile_params(), images()
@@ -383,6 +384,7 @@ def test_outputs_without_gradient_are_refused() -> None:
         equalize(params, graph, **NOISE, batches=batches)
 
 
+@pytest.mark.slow
 def test_channels_without_statistics_get_equal_ranges_and_are_listed() -> None:
     rng = np.random.default_rng(2)
 
@@ -463,6 +465,7 @@ def test_leaky_normals_against_samples() -> None:
         np.testing.assert_allclose(found.variance[0], y.var(), rtol=0.02)
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     offset=st.floats(-1e4, 1e4),
@@ -490,6 +493,7 @@ def test_merged_moments_are_those_of_all_values(
 # The two iterations
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(seed=st.integers(0, 99), n=st.integers(1, 30))
 def test_anderson_finds_fixed_points_that_plain_steps_do_not(seed: int, n: int) -> None:

@@ -55,6 +55,7 @@ def weight_matrix(weight, groups):
     return weight.transpose(3, 2, 0, 1, 4).reshape(groups, ins, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spatial", "weight"])
 def test_without_data_the_error_is_the_rest_of_the_singular_values(net, method):
     _, params, _, graph = net
@@ -90,6 +91,7 @@ def test_the_model_runs_what_the_factors_stand_for(net, method):
         apply(small, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spatial", "weight"])
 def test_the_ratio_is_kept_and_nearly_used(net, method):
     apply, params, x, graph = net
@@ -232,6 +234,7 @@ def test_what_is_left_of_a_pruned_weight_is_factorized(net):
     np.testing.assert_allclose(found, apply(densify(small), x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_factors_are_calibrated_simulated_and_trained(net):
     apply, params, x, graph = net
     small = jm.factorize(params, graph, ratios=0.5)

@@ -14,7 +14,10 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+from jaxmet.numerics.lasso import lasso
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxmet"
@@ -266,6 +269,9 @@ def test_the_tests_run_strictly(request: pytest.FixtureRequest) -> None:
     assert "error" in request.config.getini("filterwarnings")
     checked = any(type(f).__module__.startswith("jaxtyping") for f in sys.meta_path)
     assert checked == (os.environ.get("JAXMET_TYPECHECK", "1") != "0")
+    if checked:
+        with pytest.raises(jaxtyping.TypeCheckError, match="cross"):
+            lasso(jnp.eye(3), jnp.ones(4), 0.1, jnp.ones(3))
 
 
 def test_keys_are_fresh_and_repeatable(

@@ -275,10 +275,16 @@ def wrong_tree_raises(transform, model, frontend):
         transform.run({"params": {"other": jnp.ones(3)}}, graph, [inputs])
 
 
+EVERY_DAY = 2  # networks of each transform; the others run with the slow tests
+
 CELLS = [
-    pytest.param(t, m, f, name, id=f"{t.name}-{m}-{f}-{name}".replace(" ", "_"))
+    pytest.param(
+        *(t, m, f, name),
+        id=f"{t.name}-{m}-{f}-{name}".replace(" ", "_"),
+        marks=[pytest.mark.slow] * (i >= EVERY_DAY),
+    )
     for t in TRANSFORMS
-    for m in t.acts_on
+    for i, m in enumerate(t.acts_on)
     for f in FRONTENDS
     for name in LAWS
     if name not in t.excused and not (name == "linen equals nnx" and f == "nnx")

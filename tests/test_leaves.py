@@ -87,6 +87,20 @@ def test_it_presents_the_dense_array():
     assert "upper" in str(params())
 
 
+def test_it_shows_itself_in_notebooks():
+    page = leaf()._repr_html_()
+    assert "<td>weight</td><td>float32[2,3]</td>" in page and "<td>upper</td>" in page
+    factors = LowRank(jnp.ones((4, 2)), leaf(), "weight", (4, 3), (0,), (1,))
+    assert repr(Compressed(factors)) == (
+        "Compressed(weight=LowRank(float32[4,2], Compressed(weight=float32[2,3], "
+        "upper=float32[3])))"
+    )
+    page = Compressed(factors)._repr_html_()
+    assert "LowRank" in page and "<td>first</td><td>float32[4,2]</td>" in page
+    assert "<td>second</td><td>Compressed(weight=float32[2,3]" in page
+    assert "<td>stands for</td><td>float32[4, 3]</td>" in page
+
+
 def test_tree_functions():
     tree = params()
     assert sum(x.size for x in jax.tree.leaves(tree)) == 6 + 3 + 3

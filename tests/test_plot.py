@@ -207,6 +207,17 @@ def test_sensitivity_draws_the_scores_and_the_two_lines() -> None:
     assert any("float 0.92" in t and "quantized 0.7" in t for t in texts(chart))
 
 
+def test_losses_of_an_optimisation_are_lines() -> None:
+    table = rounding_table(["stem", "head", "nearest"])
+    alone = jm.plot.rounding_loss(table).to_dict()
+    table.columns["curve"] = [[4.0, 2.0, 1.0], [8.0, 6.0, 6.0], None]
+    chart = jm.plot.rounding_loss(table)
+    points = values_of(chart, "curve")
+    found = {(p["name"], round(p["done"], 3), p["part"]) for p in points}
+    assert {("stem", 0.667, 2.0), ("stem", 1.0, 1.0), ("head", 1.0, 3.0)} <= found
+    assert len(found) == 6 and drawn_rows(chart.to_dict()) == drawn_rows(alone) == 3
+
+
 def test_several_widths_stand_side_by_side() -> None:
     chart = jm.plot.sensitivity(sensitivity_table(["stem", "head"], bits=(4, 8)))
     assert marks(chart) == 8

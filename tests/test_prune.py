@@ -34,16 +34,18 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def net():
-    model, keys = Net(), jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (24, 6, 6, 3))
-    params = jax.jit(model.init)(keys[1], x)
-    leaves = jax.tree.leaves(params)
-    moved = jax.random.split(keys[2], len(leaves))
-    new = [
-        jnp.abs(a + 0.3 * jax.random.normal(k, a.shape)) if a.ndim == 1 else a
-        for a, k in zip(leaves, moved, strict=True)
-    ]
-    params = jax.tree.unflatten(jax.tree.structure(params), new)
+    model, rng = Net(), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(24, 6, 6, 3)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def drawn(leaf):
+        if leaf.ndim == 1:
+            values = np.abs(1 + 0.3 * rng.normal(size=leaf.shape))
+        else:
+            values = rng.normal(size=leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1])
+        return jnp.asarray(values, leaf.dtype)
+
+    params = jax.tree.map(drawn, shapes)
     return model.apply, params, x, jm.trace(model.apply, params, x)
 
 
@@ -61,6 +63,7 @@ def shapes(tree):
     return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
 
 
+@pytest.mark.slow
 def test_every_member_of_a_group_loses_its_channels(net):
     apply, params, x, graph = net
     small, report = jm.prune(params, graph, 0.5, with_report=True)

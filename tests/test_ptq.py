@@ -38,6 +38,7 @@ def decibels(case: Any, params: Any, quantizers: jm.Quantizers) -> float:
     return 10 * np.log10(signal / noise)
 
 
+@pytest.mark.slow
 def test_its_steps_and_what_they_were_worth(case: Any) -> None:
     apply, trained, batches = case
     before = jax.tree.map(np.array, trained)
@@ -55,6 +56,7 @@ def test_its_steps_and_what_they_were_worth(case: Any) -> None:
     assert found > table["SQNR (dB)"][0] + 1
 
 
+@pytest.mark.slow
 def test_shapes_alone_are_enough_where_norms_tell_the_rest(case: Any) -> None:
     apply, trained, batches = case
     shape = jax.ShapeDtypeStruct(batches[0][0].shape, jnp.float32)

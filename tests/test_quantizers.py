@@ -351,6 +351,9 @@ def test_it_prints_as_a_table():
     assert row.split() == ["input", "activation", "8", "no", "tensor", "0.01"]
     assert "head/softmax: its output is the model's" in text
     assert "stem/more as stem/relu" in text
+    page = quantizers()._repr_html_()
+    assert "<td>stem/kernel</td>" in page and "<li>stem/more as stem/relu</li>" in page
+    assert "head/softmax: its output is the model&#x27;s</li>" in page
     pinned = repr(quantizers().pin(tree()))
     assert " .. " in pinned
     jax.jit(lambda q: repr(q) and 0)(quantizers())

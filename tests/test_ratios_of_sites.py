@@ -50,6 +50,7 @@ def rebuilt(method, params, graph, site, ratio, **options):
     return jm.factorize(params, graph, ratios={site: ratio}, method=method, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spatial", "weight", "prune"])
 def test_every_row_scores_as_the_network_that_is_really_small(net, method):
     apply, params, x, graph, score = net
@@ -86,6 +87,7 @@ def test_every_row_scores_as_the_network_that_is_really_small(net, method):
                 assert gone - 12 < weights <= gone
 
 
+@pytest.mark.slow
 def test_rows_of_pruning_are_refitted_as_pruning_does(net):
     apply, params, x, graph, score = net
     options = {"batches": [x], "progress": False}
@@ -147,6 +149,7 @@ def test_one_program_scores_every_row(net):
     assert len(traces) == 2  # once to see whether it can be traced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spatial", "prune"])
 def test_rows_that_run_together_score_the_same(net, method):
     _, params, x, graph, score = net
@@ -166,6 +169,7 @@ def test_rows_that_run_together_score_the_same(net, method):
     assert len(set(alone["score"])) > 5
 
 
+@pytest.mark.slow
 def test_with_data_the_cut_is_whitened(net):
     _, params, x, graph, score = net
     keys = jax.random.split(jax.random.key(5), 2)
@@ -190,6 +194,7 @@ class Tied(nn.Module):
         return nn.Dense(3, name="e")(jnp.concatenate([x, z], -1).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_sites_that_read_the_same_channels_take_one_ratio():
     model, x = Tied(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
     params = model.init(jax.random.key(1), x)
@@ -261,6 +266,7 @@ def every_choice(table, own, total, target):
     return chains, (lambda n, r: rising[n][r], best)
 
 
+@pytest.mark.slow
 def test_depthwise_convolutions_count_once():
     class Depthwise(nn.Module):
         @nn.compact
@@ -341,6 +347,7 @@ def test_published_thresholds():
         jm.select_ratios(table, 0.05)
 
 
+@pytest.mark.slow
 def test_manual_ratios_are_part_of_the_budget(net, table):
     _, params, x, graph, score = net
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -352,6 +359,7 @@ def test_manual_ratios_are_part_of_the_budget(net, table):
     assert "b" not in fewer["site"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_behind_its_last_row(net, tmp_path):
     _, params, x, graph, score = net
     shape, calls = jax.ShapeDtypeStruct(x.shape, x.dtype), []

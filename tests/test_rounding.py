@@ -342,6 +342,7 @@ def test_descent_ends_where_no_single_weight_gains(start, blocks, symmetric):
         assert (gain[allowed] > -1e-4 * before.mean()).all()
 
 
+@pytest.mark.slow
 def test_descent_is_the_same_for_each_group_alone():
     weight, x = layer(6, groups=3)
     gram, grid = narrow(mean_product(x, x)), grid_for(weight, 3)

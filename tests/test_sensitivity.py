@@ -152,6 +152,7 @@ def test_static_keywords_reach_the_model_on_the_host():
     assert len(jm.sensitivity(params, graph, quantizers, score, progress=False)) > 3
 
 
+@pytest.mark.slow
 def test_an_nnx_model_scores_the_same(net):
     class Twin(nnx.Module):
         def __init__(self, rngs):
@@ -185,6 +186,7 @@ def test_an_nnx_model_scores_the_same(net):
     assert tables[0]["only"] == pytest.approx(tables[1]["only"], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_score_without_number_stays_unless_float_has_it(net):
     _, params, graph, quantizers, score = net
 

@@ -345,6 +345,7 @@ def measured_norms(apply, params, x):
     return {name: [flat(v) for v in pair] for name, pair in found.items()}
 
 
+@pytest.mark.slow
 def test_true_statistics_give_the_moments_that_are_measured():
     apply, params, (x,) = CASES["mobile"].make["linen"](KEY)
     x = jax.random.normal(KEY, (64, 12, 12, 3))
@@ -410,6 +411,7 @@ def test_unknown_inputs_are_implied_by_what_they_make():
         close(found.variance, np.ones(3), 0.1)
 
 
+@pytest.mark.slow
 def test_it_runs_under_jit():
     apply, params, inputs = CASES["mobile"].make["nnx"](KEY)
     graph = jm.trace(apply, params, *inputs)

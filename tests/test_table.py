@@ -65,6 +65,8 @@ def test_it_prints_aligned():
     numbers = Table({"x": [1e-9, float("nan"), jnp.float32(2), 100.0, 123456.0]})
     assert repr(numbers).split() == ["x", "1e-09", "nan", "2", "100", "1.235e+05"]
     assert "(no rows)" in repr(Table({"a": []}))
+    curves = Table({"curve": [[0.51234, 0.4, 0.25], None, [1, 2], []]})
+    assert repr(curves).split("\n")[1:] == ["0.5123 … 0.25", "–", "1, 2", "[]"]
     assert len(Table({})) == 0 and repr(Table({}))
 
 
@@ -95,3 +97,19 @@ def test_pandas():
     assert (
         isinstance(frame, pandas.DataFrame) and list(frame["site"]) == table()["site"]
     )
+
+
+def test_columns_that_do_not_fit_the_terminal_are_named(monkeypatch):
+    table = Table({"site": ["a"], **{f"{i} bits": [i + 0.5] for i in range(2, 27)}})
+    for columns, room in [("150", 150), ("40", 120)]:  # narrower ones wrap
+        monkeypatch.setenv("COLUMNS", columns)
+        *lines, last = repr(table).splitlines()
+        assert room - 10 < max(map(len, lines)) <= room
+        shown = [name.strip() for name in lines[0].split("  ") if name.strip()]
+        hidden = last.removeprefix("(and the columns ").removesuffix(")").split(", ")
+        assert shown + hidden == [*table.columns]
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "and the columns" not in repr(table)
+    monkeypatch.setenv("COLUMNS", "1")
+    wide = Table({"a": ["x" * 100], "b": ["y" * 100], "c": [1]})
+    assert repr(wide).endswith("(and the columns c)")

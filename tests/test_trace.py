@@ -660,8 +660,11 @@ def test_it_prints_what_is_shared_stacked_derived_and_left():
     assert {*dict(graph.left)} == {"odd", "spare"}
     assert dict(graph.left)["spare"] == "unused"
     assert dict(graph.left)["odd"] == "used by pad"
-    last = str(graph).splitlines()[-1]
-    assert last.startswith("no site reads: ") and "spare (unused)" in last
+    notes = str(graph).partition("\nno site reads\n")[2].splitlines()
+    assert {"  spare (unused)", "  odd (used by pad)"} == {*notes}
+    page = graph._repr_html_()
+    assert page.startswith("<table>") and "<li>spare (unused)</li>" in page
+    assert "<td>w</td>" in page
 
 
 def test_only_and_without_choose_by_glob():

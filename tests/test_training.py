@@ -99,6 +99,7 @@ def same(a, b):
 # Labels.
 
 
+@pytest.mark.slow
 def test_labels_name_what_each_leaf_is():
     _, params, graph = start()
     quantizers = quantized()
@@ -113,6 +114,7 @@ def test_labels_name_what_each_leaf_is():
     assert {*jax.tree.leaves(alone)} == {"weights"}
 
 
+@pytest.mark.slow
 @standard
 def test_adamw_with_labels_leaves_bounds_and_statistics():
     model, params, graph = start(cap=True)
@@ -166,6 +168,7 @@ def test_adamw_with_labels_leaves_bounds_and_statistics():
     assert np.any(np.asarray(named_leaves(loose)["bn1/var"]) != old["bn1/var"])
 
 
+@pytest.mark.slow
 @standard
 def test_warm_start_from_adaround_with_an_average_and_a_schedule():
     """The first loss is that of the rounded model, a schedule of widths traces once, and the
@@ -347,6 +350,7 @@ def test_nnx_with_its_own_optimizer_and_statistics():
     assert np.any(np.asarray(model.bn1.mean[...]) != mean)
 
 
+@pytest.mark.slow
 @standard
 def test_bfloat16_compute_with_float32_ranges():
     model, params, _ = start()
@@ -370,6 +374,7 @@ def test_bfloat16_compute_with_float32_ranges():
     assert np.corrcoef(a, b)[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_rematerialization_accumulation_and_boxes_change_nothing():
     model, params, _ = start()
     quantizers = quantized()

@@ -19,15 +19,15 @@ from jaxmet.engine.replay import Run, evaluate
 from jaxmet.transforms.simulate import quantizer_at, round_weights
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.examples import some_examples
-from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers, grids
 from jaxmet.tree.table import Table
 
 CALLER = "noise"
 WIDTHS = tuple(range(2, 17))
-EXAMPLES = 64
+EXAMPLES = 128
 
 
 class Noise(NamedTuple):
@@ -49,15 +49,15 @@ def noise(
     progress: bool = True,
     **kwargs: Any,
 ) -> Table:
-    r"""What every grid alone adds to the error of the outputs, to first order.
+    r"""What every grid adds to the error of the outputs, foretold from gradients.
 
-    A grid moves the values $v$ of a weight or an activation by $e = \hat v - v$, which adds
-    to the squared error of the outputs, in expectation over random signs of the outputs,
-    $\sum_c (\sum_{v \in c} g_v e_v)^2$, where $g$ is the gradient of the outputs on these
-    signs and $c$ a channel (a value alone where a node's channels are not known): errors add
-    up within a channel, such as the shift that rounding gives its mean, and are independent
-    from channel to channel. One backward pass an example of the float model serves all
-    grids. So many `examples` are taken, evenly from `batches`.
+    A grid moves the values $v$ of a weight or an activation by $e = \hat v - v$, which moves
+    the outputs by $\sum_v g_v e_v$, where $g$ is their gradient halfway, every value moved by
+    $e / 2$ (the midpoint rule: what is left out is of third order in $e$). With outputs
+    projected on random signs, the square of that sum has the squared error of the outputs as
+    its expectation: one backward pass an example serves all grids. So many `examples` are
+    taken, evenly from `batches`; by chance the ratio in dB is uncertain by about
+    $6/\sqrt{examples}$ (one standard deviation, were all examples alike).
 
     One row a grid of the nodes that `graph` selects: `what` is put on it, the `site` (node)
     and `kind` ('weight', 'activation') of that, its `bits`; `SQNR (dB)`, the energy of the
@@ -65,12 +65,12 @@ def noise(
     is added; `clipped`, the part of its own noise that is clipping, not rounding; and
     '2 bits' to '16 bits', its SQNR in dB at that width over the same range: what to expect
     of weights rounded to it, $\sum g_v^2 e_v^2$, and of activations by the square of the
-    step. The last row, '(all)', is the sum.
+    step. The last row, '(all)', is of all grids at once; at other widths their sum.
 
-    First order means: small errors, independent of each other. Where much is clipped, or at
-    few bits, `compare` and `sensitivity` measure what this foretells. Two programs are
-    compiled. Raises ValueError where no gradient reaches a grid from the outputs, where one
-    is not finite, and where no grid is on.
+    Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
+    `sensitivity` measure what this foretells. Two programs are compiled. Raises ValueError
+    where no gradient reaches a grid from the outputs, where one is not finite, and where no
+    grid is on.
 
     >>> table = jm.noise(params, graph, quantizers, batches)
     >>> jm.plot.noise(table)
@@ -86,27 +86,34 @@ def noise(
     sums = _sums(params, graph, quantizers, some, kwargs, progress)
     found = {}
     for name, widths in _weights(params, quantizers, sums.gains).items():
-        here, bits = float(sums.weights[name]), quantizers.weights[name].bits
+        here, bits = (
+            float(sums.grids[f"weight {name}"][0]),
+            quantizers.weights[name].bits,
+        )
         exact = [here if b == bits else n for b, n in zip(WIDTHS, widths, strict=True)]
         found["weight", name] = Noise(here, None, exact)
-    for key, (rounded, clipped) in sums.taps.items():
-        kind, owner = _owner(key, quantizers)
+    for key, parts in sums.grids.items():
+        kind, name = key.split(" ", 1)
         group = quantizers.weights if kind == "weight" else quantizers.activations
-        one = _scaled(float(rounded), float(clipped), group[owner])
-        found[kind, owner] = _added(found.get((kind, owner)), one)
+        if (kind, name) not in found:
+            rounded, clipped = map(float, parts)
+            found[kind, name] = _scaled(rounded, clipped, group[name])
     _check(found, float(sums.energy))
-    return _table(grid_of, found, float(sums.energy))
+    return _table(grid_of, found, float(sums.whole), float(sums.energy))
 
 
 # What one program sums over examples
 
 
 class _Sums(NamedTuple):
-    """By tap what rounding and clipping add; by weight F, and what its rounding adds."""
+    """Over examples: what each grid adds by rounding and by clipping, what all of them add.
 
-    taps: dict[str, jax.Array]
+    `gains` are squared gradients of weights, and `energy` is that of the outputs.
+    """
+
+    grids: dict[str, jax.Array]
     gains: dict[str, jax.Array]
-    weights: dict[str, jax.Array]
+    whole: jax.Array
     energy: jax.Array
 
 
@@ -120,13 +127,16 @@ def _sums(
 ) -> _Sums:
     leaves = named_leaves(params)
     taps = {
-        _key(node, kind): Tap(node.name, (2,), _split, _error(quantizers, kind), at)
+        _key(node, kind): Tap(
+            node.name, (2,), _split, _error(quantizers, kind), at, _halfway
+        )
         for node in graph.nodes
         if "while" not in node.region
         for kind, at in _tapped(node, quantizers)
     }
     rounded = [n for n, q in quantizers.weights.items() if q.active and n in leaves]
-    outs = {p: _outs(node, p) for node in graph.nodes for p in node.parameters}
+    owners = {key: _owner(key, quantizers) for key in taps}
+    keys = dict.fromkeys([*(f"weight {n}" for n in rounded), *owners.values()])
 
     def apply(params: Any, *inputs: Any) -> Any:
         return graph.apply(params, *inputs, **kwargs)
@@ -137,25 +147,34 @@ def _sums(
     @jax.jit
     def total(params: Any, sums: _Sums, examples: Any) -> _Sums:
         changes = _changes(params, round_weights(params, quantizers), rounded)
+        leaves = named_leaves(params)
+        middle = {n: _middle(leaves[n], change) for n, change in changes.items()}
+        halfway = replace_leaves(params, middle, caller=CALLER)
 
         def one(sums: _Sums, example: Any) -> tuple[_Sums, None]:
             energy = energies(run(params, *example)[0])
             unit = [jnp.ones(()) for _ in energy]
-            by_tap, by_weight = gradients(params, unit, *example)
-            added = {
-                n: _together(g.astype(changes[n].dtype) * changes[n], outs.get(n, ()))
-                for n, g in by_weight.items()
-            }
-            gains = jax.tree.map(squared, by_weight)
-            new = _Sums(by_tap, gains, added, sum(energy, jnp.zeros(())))
+            by_tap, by_weight = gradients(halfway, unit, *example)
+            errors = {key: jnp.zeros(2) for key in keys}
+            for key, owner in owners.items():
+                errors[owner] += by_tap[key]
+            for n, g in by_weight.items():
+                sum_ = jnp.sum(g.astype(changes[n].dtype) * changes[n])
+                errors[f"weight {n}"] += jnp.stack([sum_, 0.0]).astype(jnp.float32)
+            new = _Sums(
+                jax.tree.map(jnp.square, errors),
+                jax.tree.map(squared, by_weight),
+                jnp.square(sum((jnp.sum(e) for e in errors.values()), jnp.zeros(()))),
+                sum(energy, jnp.zeros(())),
+            )
             return jax.tree.map(jnp.add, sums, new), None
 
         return lax.scan(one, sums, examples)[0]
 
     sums = _Sums(
-        {key: jnp.zeros(tap.shape, jnp.float32) for key, tap in taps.items()},
+        {key: jnp.zeros(2) for key in keys},
         {n: jnp.zeros(leaves[n].shape, _wide(leaves[n])) for n in rounded},
-        {n: jnp.zeros((), _wide(leaves[n])) for n in rounded},
+        jnp.zeros(()),
         jnp.zeros(()),
     )
     number = jax.tree.leaves(examples)[0].shape[0]
@@ -168,6 +187,16 @@ def _sums(
     return sums
 
 
+def _halfway(x: jax.Array, errors: Any) -> jax.Array:
+    return x + (sum(errors, jnp.zeros_like(errors[0])) / 2).astype(x.dtype)
+
+
+def _middle(leaf: Any, change: jax.Array) -> Any:
+    """The leaf half rounded."""
+    weight = jnp.asarray(dense(leaf))
+    return with_weight(leaf, weight + (change / 2).astype(weight.dtype))
+
+
 def _wide(leaf: Any) -> Any:
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
@@ -175,8 +204,10 @@ def _wide(leaf: Any) -> Any:
 def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:
     """Where grids lie at a node: on its result, and on a weight that the model derives."""
     found: list[tuple[str, int | None]] = []
-    quantizer = quantizers.activation(node.name)
-    if quantizer is not None and quantizer.active:
+    quantizer, owner = quantizers.activation(node.name), quantizers.owner(node.name)
+    before = [quantizers.owner(edge.node or "") for edge in node.inputs]
+    lies_there = bool(before) and all(name == owner for name in before)
+    if quantizer is not None and quantizer.active and not lies_there:
         found.append(("activation", None))
     weight = quantizers.weights.get(node.name)
     if node.weight is not None and node.weight.name is None and weight is not None:
@@ -188,25 +219,10 @@ def _key(node: Node, kind: str) -> str:
     return f"{kind} {node.name}"
 
 
-def _owner(key: str, quantizers: Quantizers) -> tuple[str, str]:
+def _owner(key: str, quantizers: Quantizers) -> str:
+    """The grid that lies there, its own or one that it shares."""
     kind, name = key.split(" ", 1)
-    owner = quantizers.owner(name) if kind == "activation" else name
-    assert owner is not None
-    return kind, owner
-
-
-def _outs(node: Node, parameter: str) -> tuple[int, ...]:
-    """The axes of a parameter that tell outputs apart: each has an error of its own."""
-    weight = node.weight
-    if weight is None or weight.name != parameter:
-        return ()
-    return (0, *weight.out_axes) if weight.stacked else weight.out_axes
-
-
-def _together(x: jax.Array, kept: Sequence[int]) -> jax.Array:
-    """The sum of squares, of sums over all axes but the kept ones; of all values if none is."""
-    rest = tuple(i for i in range(x.ndim) if i not in kept) if kept else ()
-    return jnp.sum(jnp.square(jnp.sum(x, axis=rest)))
+    return f"{kind} {quantizers.owner(name) if kind == 'activation' else name}"
 
 
 def _error(quantizers: Quantizers, kind: str) -> Callable:
@@ -231,10 +247,9 @@ def _error(quantizers: Quantizers, kind: str) -> Callable:
 
 
 def _split(node: Node, gradient: jax.Array, errors: Any) -> jax.Array:
-    """What reaches the outputs of the errors of rounding and of clipping."""
-    same = all(e.shape == gradient.shape for e in errors)
-    kept = (*node.batch, *node.features) if same and node.features else ()
-    parts = [_together(gradient.astype(e.dtype) * e, kept) for e in errors]
+    """What the errors of rounding and of clipping do to the projected outputs."""
+    del node
+    parts = [jnp.sum(gradient.astype(e.dtype) * e) for e in errors]
     return jnp.stack(parts).astype(jnp.float32)
 
 
@@ -287,14 +302,6 @@ def _scaled(rounded: float, clipped: float, quantizer: Quantizer) -> Noise:
     return Noise(rounded, clipped, widths)
 
 
-def _added(one: Noise | None, two: Noise) -> Noise:
-    if one is None:
-        return two
-    both = [a + b for a, b in zip(one.widths, two.widths, strict=True)]
-    clipped = (one.clipped or 0) + (two.clipped or 0)
-    return Noise(one.rounded + two.rounded, clipped, both)
-
-
 # The table
 
 
@@ -321,28 +328,29 @@ def _check(found: Mapping[tuple[str, str], Noise], energy: float) -> None:
 
 
 def _table(
-    grid_of: Sequence[Place], found: Mapping[tuple[str, str], Noise], energy: float
+    grid_of: Sequence[Place],
+    found: Mapping[tuple[str, str], Noise],
+    whole: float,
+    energy: float,
 ) -> Table:
-    known = [p for p in grid_of if (p.kind, p.what) in found]
-    whole = sum(_power(found[p.kind, p.what]) for p in known)
-    rows = []
-    for place in known:
-        if place.selected:
-            noise = found[place.kind, place.what]
-            head = (place.what, place.site, place.kind, place.bits)
-            rows.append((*head, *_numbers(noise, whole, energy)))
-    every: Noise | None = None
-    for place in known:
-        every = _added(every, found[place.kind, place.what])
-    assert every is not None
-    rows.append((ALL, None, None, None, *_numbers(every, whole, energy)))
+    known = [(p, found[p.kind, p.what]) for p in grid_of if (p.kind, p.what) in found]
+    total = sum((_power(noise) for _, noise in known), 0.0)
+    rows: list[tuple[Any, ...]] = [
+        (p.what, p.site, p.kind, p.bits, *_numbers(noise, total, energy))
+        for p, noise in known
+        if p.selected
+    ]
+    clipped = sum(noise.clipped or 0.0 for _, noise in known) / total if total else 0.0
+    sums = [sum(noise.widths[i] for _, noise in known) for i in range(len(WIDTHS))]
+    ratios = [_decibel(energy, power) for power in (whole, *sums)]
+    rows.append((ALL, None, None, None, ratios[0], 1.0, clipped, *ratios[1:]))
     names = ("what", "site", "kind", "bits", "SQNR (dB)", "share", "clipped")
     names += tuple(f"{bits} bits" for bits in WIDTHS)
     worst = sorted(rows[:-1], key=lambda row: -row[5])[:3]
     told = ", ".join(f"{row[0]} ({100 * row[5]:.0f} %)" for row in worst)
     return Table(
         dict(zip(names, zip(*rows, strict=True), strict=True)),
-        title=f"{CALLER}: outputs {rows[-1][4]:.1f} dB foretold; most comes from {told}",
+        title=f"{CALLER}: outputs {ratios[0]:.1f} dB foretold; most comes from {told}",
     )
 
 

@@ -102,7 +102,10 @@ def is_traceable(score: Score, graph: Graph, params: Any, caller: str) -> bool:
         if "valid JAX type" not in str(error):
             raise
         return False  # what it returns is no number: the first row says so
-    if held[0]():
+    if held[-1]():
+        # A cache may keep what it sees first; who keeps a second one too leaks.
+        jax.eval_shape(lambda params: tried(params), params)
+    if held[-1]():
         raise ValueError(
             f"jaxmet.{caller}: the score function keeps an array that is being traced, in a "
             "variable outside of it or an attribute. Let it return all that it computes."

@@ -29,7 +29,8 @@ class Tap:
     """A look at the gradient of a node's result, or of one of its operands.
 
     `saved(node, run, x)` is what is kept of the value, `measure(node, gradient, saved)`
-    an array of `shape`: summed over the passes through the node.
+    an array of `shape`: summed over the passes through the node. What reads the value finds
+    `moved(x, saved)` in its place.
     """
 
     node: str
@@ -37,6 +38,7 @@ class Tap:
     measure: Callable[[Node, jax.Array, Any], jax.Array]
     saved: Callable[[Node, Run, jax.Array], Any] = lambda *_: ()
     operand: int | None = None
+    moved: Callable[[Any, Any], Any] = lambda x, saved: x
 
 
 def by_channel(name: str, channels: int) -> Tap:
@@ -73,7 +75,8 @@ def projected_gradients(
         def projected(free: Arrays, totals: Arrays) -> jax.Array:
             def tapped(key: str, tap: Tap, node: Node, run: Run, x: Any) -> Any:
                 saved = tap.saved(node, run, jax.lax.stop_gradient(x))
-                return _tap(partial(tap.measure, node), x, saved, totals[key])
+                read = _tap(partial(tap.measure, node), x, saved, totals[key])
+                return tap.moved(read, saved)
 
             def tapping(node: Node, run: Run, operands: tuple[Any, ...]) -> Any:
                 here, given = at.get(node.name, ()), list(operands)

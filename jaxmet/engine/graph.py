@@ -20,7 +20,7 @@ from jaxmet.engine.program import CONST, DATA, PRODUCTS
 from jaxmet.tree.checks import check_finite
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
-from jaxmet.tree.table import Table
+from jaxmet.tree.table import Table, noted, noted_html
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -140,13 +140,14 @@ class Graph:
         columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
         return Table(columns, title=f"{len(self.nodes)} nodes, {len(self.sites)} sites")
 
+    def _notes(self) -> dict[str, list[str]]:
+        return {"no site reads": [f"{name} ({why})" for name, why in self.left]}
+
     def __repr__(self) -> str:
-        text = repr(self.table())
-        if self.left:
-            text += "\nno site reads: " + "; ".join(
-                f"{n} ({why})" for n, why in self.left
-            )
-        return text
+        return noted(self.table(), self._notes())
+
+    def _repr_html_(self) -> str:
+        return noted_html(self.table(), self._notes())
 
 
 def _indices(member: Member) -> list[int]:

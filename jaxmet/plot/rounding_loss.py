@@ -29,7 +29,10 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     To the left, by site and on a logarithmic scale, the loss of rounding to nearest, that of
     the chosen rounding, and what earlier layers left (no rounding of this layer takes it
     away). To the right what is left of the loss of nearest rounding, the inherited part taken
-    from both. Sites that were not rounded have no numbers: they are left out and named.
+    from both. Under both, where the table has a `curve` (methods 'adam' and 'gram'), the loss
+    of the soft rounding while it was optimised, over that of rounding to nearest: it rises
+    towards the end, as the weights are drawn to the grid. Sites that were not rounded have no
+    numbers: they are left out and named.
 
     Raises ValueError for a table that is empty or another's.
 
@@ -82,7 +85,32 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     )
     gone = left_out([b["name"] for b in bars if b["ratio"] is None])
     chart = alt.hconcat(left, right, spacing=12)
+    if any(row.get("curve") for row in rows):
+        chart = alt.vconcat(chart, _curves(alt, rows), spacing=24)
     return titled(alt, chart, title or "Loss of rounding, by site", gone)
+
+
+def _curves(alt: Any, rows: list[dict[str, Any]]) -> Any:
+    """A line a site: the loss it minimises over that of rounding to nearest, by time."""
+    points = []
+    for row in rows:
+        curve, nearest = row.get("curve") or [], number(row["nearest loss"])
+        for i, loss in enumerate(curve if nearest else []):
+            done = (i + 1) / len(curve)
+            part = loss / nearest
+            points.append({"name": str(row["site"]), "done": done, "part": part})
+    percent = alt.Axis(format="%")
+    return (
+        alt.Chart(data(alt, points), name="curve")
+        .mark_line(strokeWidth=1, opacity=0.6, color=AFTER)
+        .encode(
+            x=alt.X("done:Q", title="part of the iterations", axis=percent),
+            y=alt.Y("part:Q", title="loss / nearest"),
+            detail="name:N",
+            tooltip=["name:N", alt.Tooltip("part:Q", format=".3f")],
+        )
+        .properties(width=480, height=180)
+    )
 
 
 def _loss(alt: Any, losses: list[Any]) -> Any:

@@ -22,6 +22,7 @@ from jaxmet.tree.structures import (
     parts_of,
     scattered,
 )
+from jaxmet.tree.table import Table
 
 
 class NotAnArrayError(TypeError, AttributeError):
@@ -90,6 +91,16 @@ class Compressed:
         said = (f"{name}={_brief(value)}" for name, value in self.stated().items())
         return f"Compressed({', '.join(said)})"
 
+    def _repr_html_(self) -> str:
+        said = {name: _brief(value) for name, value in self.stated().items()}
+        if is_structured(self):
+            parts = parts_of(self.weight)
+            said = {name: _brief(part) for name, part in parts.items()}
+            said |= {"stands for": f"{self.dtype}{[*self.shape]}"}
+        kind = type(self.weight if is_structured(self) else self).__name__
+        columns = {"holds": list(said), "what": list(said.values())}
+        return Table(columns, title=kind)._repr_html_()
+
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and hasattr(jax.Array, name):
             raise _refusal(f".{name}")
@@ -123,6 +134,11 @@ jax.tree_util.register_dataclass(
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, STRUCTURES):
+        parts = map(_brief, parts_of(value).values())
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if is_compressed(value):
+        return repr(value)
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return repr(value)

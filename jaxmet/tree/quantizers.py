@@ -20,7 +20,7 @@ from jaxmet.tree.quantizer import (
     granularity,
     scale_text,
 )
-from jaxmet.tree.table import Table
+from jaxmet.tree.table import Table, noted, noted_html
 
 INT32_ENDS = (-(2.0**31), 2.0**31 - 128)  # the float32 numbers nearest inside int32
 
@@ -171,10 +171,10 @@ class Quantizers:
                 rounded = jnp.where(grid.enabled, rounded, bias)
         return with_weight(params[name], rounded)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         rows = [(n, "weight", q) for n, q in self.weights.items()]
         rows += [(n, "activation", q) for n, q in self.activations.items()]
-        table = Table(
+        return Table(
             {
                 "what": [name for name, _, _ in rows],
                 "kind": [kind for _, kind, _ in rows],
@@ -186,13 +186,18 @@ class Quantizers:
             title=f"Quantizers: {len(self.weights)} weights, "
             f"{len(self.activations)} activations",
         )
-        shared = [f"  {name} as {self.owner(name)}" for name, _ in self.shared]
-        left = [f"  {name}: {why}" for name, why in self.left]
-        return "\n".join(
-            [repr(table)]
-            + (["", "sharing a grid", *shared] if shared else [])
-            + (["", "not quantized", *left] if left else [])
-        )
+
+    def _notes(self) -> dict[str, list[str]]:
+        return {
+            "sharing a grid": [f"{n} as {self.owner(n)}" for n, _ in self.shared],
+            "not quantized": [f"{name}: {why}" for name, why in self.left],
+        }
+
+    def __repr__(self) -> str:
+        return noted(self._table(), self._notes())
+
+    def _repr_html_(self) -> str:
+        return noted_html(self._table(), self._notes())
 
 
 jax.tree_util.register_dataclass(

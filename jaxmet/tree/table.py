@@ -2,6 +2,7 @@
 
 import html
 import numbers
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ class Table:
     """Named columns of equal length.
 
     Iterating gives the rows as dicts, `table['site']` a column, `len` the number of
-    rows; it prints as aligned text.
+    rows; it prints as aligned text, the columns that do not fit the terminal by name.
     """
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], title: str = "") -> None:
@@ -74,9 +75,14 @@ class Table:
 
     def __repr__(self) -> str:
         columns = [_aligned(name, column) for name, column in self.columns.items()]
-        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+        shown = _fitting([len(cells[0]) for cells in columns])
+        lines = [
+            "  ".join(cells).rstrip() for cells in zip(*columns[:shown], strict=True)
+        ]
         if not len(self):
             lines.append("(no rows)")
+        if hidden := list(self.columns)[shown:]:
+            lines.append(f"(and the columns {', '.join(hidden)})")
         return "\n".join([self.title, *lines] if self.title else lines)
 
     def _repr_html_(self) -> str:
@@ -95,6 +101,35 @@ class Table:
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         head = f"<thead><tr>{row(list(self.columns), 'th', right)}</tr></thead>"
         return f"<table>{title}{head}<tbody>{body}</tbody></table>"
+
+
+def noted(table: Table, notes: Mapping[str, Sequence[str]]) -> str:
+    """A table with lists under it, as text; empty lists are left out."""
+    parts = [repr(table)]
+    for title, lines in notes.items():
+        parts += ["", title, *(f"  {line}" for line in lines)] if lines else []
+    return "\n".join(parts)
+
+
+def noted_html(table: Table, notes: Mapping[str, Sequence[str]]) -> str:
+    """A table with lists under it, for a notebook; empty lists are left out."""
+    parts = [table._repr_html_()]
+    for title, lines in notes.items():
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        title = html.escape(title)
+        parts += [
+            f"<details><summary>{title}</summary><ul>{items}</ul></details>"
+        ] * bool(lines)
+    return "".join(parts)
+
+
+def _fitting(widths: Sequence[int]) -> int:
+    """How many columns fit the terminal, or 120 letters where it is narrower; two at least."""
+    room = max(shutil.get_terminal_size((120, 24)).columns, 120)
+    for shown in range(len(widths), 2, -1):
+        if sum(widths[:shown]) + 2 * (shown - 1) <= room:
+            return shown
+    return min(2, len(widths))
 
 
 def _is(value: Any, wanted: Any) -> bool:
@@ -126,7 +161,15 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, Mapping):
         return ", ".join(map(str, value)) or "–"
-    if not _is_number(value):
-        return str(value)
+    if _is_number(value):
+        return _number(value)
+    if isinstance(value, list | tuple) and value and all(map(_is_number, value)):
+        if len(value) > 2:
+            return f"{_number(value[0])} … {_number(value[-1])}"
+        return ", ".join(map(_number, value))
+    return str(value)
+
+
+def _number(value: Any) -> str:
     whole = isinstance(value, numbers.Integral) or np.asarray(value).dtype.kind in "iu"
     return str(int(value)) if whole else f"{float(value):.4g}"

@@ -148,9 +148,11 @@ def adaround(
     `checkpoint`, a folder, a run that was killed goes on behind the last finished layer and
     ends in the same bits. The report has a row a site: its loss, the loss of nearest rounding,
     what is inherited from earlier layers (the loss of the best real weights, $W^*$) and what
-    rounding adds to that, as a ratio to what nearest rounding adds. Weights that are shared,
-    computed from parameters, used again in a loop or not quantized are rounded to nearest, and
-    the report says so.
+    rounding adds to that, as a ratio to what nearest rounding adds; of 'adam' and 'gram' the
+    `curve` of what they minimise, the loss of the soft rounding, behind every twentieth of the
+    steps too. Weights that are shared, computed
+    from parameters, used again in a loop or not quantized are rounded to nearest, and the
+    report says so.
 
     Raises ValueError for quantizers of another model, a site that `graph.only` named and
     whose weight cannot be chosen, NaN in the inputs of a layer (named), a missing key,
@@ -247,10 +249,12 @@ def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:
 
 def report(layers: Sequence[Layer], found: Mapping[str, Chosen]) -> Table:
     """One row a site."""
-    rows, ratios = [], []
+    rows, ratios, curves = [], [], []
     for layer in layers:
         chosen = found.get(layer.node.name)
         loss = plain = least = ratio = None
+        steps = [] if chosen is None else chosen.curve.tolist()
+        curves.append(steps or None)
         if chosen is not None:
             sums = (chosen.loss, chosen.nearest_loss, chosen.inherited)
             loss, plain, least = (float(v.sum()) for v in sums)
@@ -260,6 +264,8 @@ def report(layers: Sequence[Layer], found: Mapping[str, Chosen]) -> Table:
         rows.append((layer.node.name, loss, plain, least, ratio, note))
     names = ("site", "loss", "nearest loss", "inherited", "ratio", "note")
     columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}
+    if any(curves):
+        columns["curve"] = curves
     middle = (
         f", {np.median(ratios):.3g} of nearest's error in the median" if ratios else ""
     )

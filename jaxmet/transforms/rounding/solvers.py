@@ -79,7 +79,7 @@ class Solution(NamedTuple):
     """Weights on a grid, what the bias gains, and the losses by output: (groups, outs).
 
     `inherited` is the loss of the best real weights, which no rounding can take away;
-    `curve` holds the loss of the optimisation after each chunk of steps, by group.
+    `curve` holds the loss of the optimisation after each chunk of steps.
     """
 
     weight: jax.Array
