@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
 ).strip()  # read when JAX first looks for devices, so before anything imports it
 
+import collections
 import importlib.util
 import itertools
 import zlib
@@ -55,6 +56,19 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jaxmet")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`one_in(n)`: the cases in between are slow."""
+    met: collections.Counter[tuple[Path, str]] = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is not None:
+            function = item.path, getattr(item, "originalname", item.name)
+            if met[function] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            met[function] += 1
 
 
 @pytest.fixture

@@ -165,6 +165,7 @@ def test_rounded_weights_show_their_error_only_beside_a_reference():
                 assert row[key] == pytest.approx(wanted[name][key], abs=1e-2)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["scan", "cond", "standardized", "tied_embedding"])
 def test_every_node_on_a_grid_has_a_row(name):
     """Loops count all their iterations, branches the one that was taken."""

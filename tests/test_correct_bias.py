@@ -112,6 +112,7 @@ def einsum_biased():
     return apply, params, jm.trace(apply, params, x[0]), x
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CORRECTED)
 def test_no_mean_is_shifted_afterwards(name):
     """Measured by whole programs, in float64, in units of each channel's deviation."""

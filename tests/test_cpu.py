@@ -125,6 +125,7 @@ def lowered(f, *args, platform="cpu"):
     return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", SAID)
 def test_it_is_the_convolution(name):
     apply, p, x = conv(**SAID[name])
@@ -137,6 +138,7 @@ def test_it_is_the_convolution(name):
 SHIFTS = [multiply_and_shift, place_by_place, shift_and_multiply]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", [n for n in SAID if not n.startswith("1x1")])
 def test_three_ways_to_say_the_sum(name):
     """Derivatives are transposes of the other two."""

@@ -115,6 +115,7 @@ def test_rows_of_pruning_are_refitted_as_pruning_does(net):
     assert len(gained) == 9 and np.mean(gained) > 0
 
 
+@pytest.mark.slow
 def test_scores_that_cannot_be_traced_give_the_same_table(net):
     _, params, x, graph, score = net
     shape, calls = jax.ShapeDtypeStruct(x.shape, x.dtype), []

@@ -133,6 +133,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("run", [*GRADIENTS, *VALUES])
 def test_an_idle_hook_changes_no_bit(run):
     name, front = run.split("-")
@@ -239,6 +240,7 @@ def modules_of(name):
     ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", EDITED)
 def test_editing_a_node_equals_editing_the_module(name):
     apply, params, inputs = model(name, "linen")

@@ -29,7 +29,10 @@ class Case:
         self.logits = jax.jit(self.network.apply)(self.variables, self.images)
 
 
-@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
+@pytest.fixture(
+    scope="module",
+    params=["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)],
+)
 def case(request):
     return Case(request.param)
 

@@ -452,6 +452,7 @@ SEARCHES = [
 ]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("symmetric", "blocks", "shared", "moved"), SEARCHES)
 @pytest.mark.parametrize("loss", ["gram", "mse", "l1", "sqnr"])
 def test_search_finds_the_best_share(symmetric, blocks, shared, moved, loss):

@@ -100,6 +100,7 @@ def test_widths_are_data_too(net):
     assert rows[0]["only"] < rows[1]["only"] and rows[0]["but"] == rows[1]["but"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", ["host", "jitted by the user", "together"])
 def test_however_it_runs_it_is_the_same_table(net, table, how):
     _, params, graph, quantizers, score = net

@@ -243,6 +243,7 @@ def observed(apply, params, x):
     return out
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", NETS)
 def test_moments_through_a_network_against_drawn_numbers(name):
     apply, params, x = network(name)
@@ -315,6 +316,7 @@ class Gated(nn.Module):
         return nn.Dense(4, name="classifier")(y.reshape(len(y), -1))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["efficient", "demo", "mobile", "pre_activation"])
 def test_a_whole_network_is_reached(name):
     if name in CASES:

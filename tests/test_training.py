@@ -484,6 +484,7 @@ def test_folding_in_training_reaches_the_gains():
     assert np.any(np.asarray(updates["batch_stats"]["bn1"]["var"]) != np.asarray(old))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("learn", ["lsq", "minmax"])
 def test_pinned_scales_follow_the_fold(learn):
     """Quantized beside its norms or folded: the same function, on the same grids."""

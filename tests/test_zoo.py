@@ -30,6 +30,7 @@ def outputs(name, front):
     return arrays(jax.jit(apply)(params, *inputs))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "front"), RUNS)
 def test_runs_under_jit(name, front):
     _, params, inputs = CASES[name].make[front](jax.random.key(0))
