@@ -4,8 +4,9 @@
     python benchmarks/natural_images.py pictures
     python benchmarks/analyser.py --images pictures
 
-*noise*: the signal-to-noise ratio of the outputs that `jm.noise` foretells from 64 calibration
-inputs, beside the one measured on all of them, for every network of these benchmarks.
+*noise*: the signal-to-noise ratio of the outputs that `jm.noise` foretells from the inputs that
+the grids were calibrated on (128 of them), beside the one measured on all of them, for every
+network of these benchmarks.
 *sensitivity*: EfficientNet-Lite0, every grid alone and left out, the ratio of the logits of 32
 pictures as score: one program for all rows, compilation included, beside a loop that builds and
 compiles the simulator again for every row; of that loop `--rebuilt` rows are run, evenly spread,
