@@ -10,11 +10,13 @@ network of these benchmarks.
 *sensitivity*: EfficientNet-Lite0, every grid alone and left out, the ratio of the logits of 32
 pictures as score: one program for all rows, compilation included, beside a loop that builds and
 compiles the simulator again for every row; of that loop `--rebuilt` rows are run, evenly spread,
-and the rest is an extrapolation. The order of `jm.noise` is compared with that of the scores.
+half of each kind, and the rest is an extrapolation. `jm.noise` of the same 32 pictures beside it:
+its time, with compilation and without, and its order against that of the scores.
 *report*: size of the page of the same network, and the time until Chromium has drawn it.
 """
 
 import argparse
+import dataclasses
 import shutil
 import subprocess
 import tempfile
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", default=["noise", "sensitivity", "report"]
     )
-    parser.add_argument("--rebuilt", type=int, default=12)
+    parser.add_argument("--rebuilt", type=int, default=24)
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", end=", ")
     print(f"jaxlib {version('jaxlib')}, flax {version('flax')}")
@@ -152,26 +154,36 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
         change = jnp.sum(jnp.square(apply(params, inputs) - exact))
         return 10 * jnp.log10(jnp.sum(jnp.square(exact)) / jnp.maximum(change, 1e-9))
 
-    start = time.perf_counter()
-    table = jm.sensitivity(params, graph, quantizers, score, progress=False)
-    whole = time.perf_counter() - start
+    with Clock() as whole:
+        table = jm.sensitivity(params, graph, quantizers, score, progress=False)
     rows = 2 * (len(table) - 3) + 4
     names = [row["what"] for row in table][:-3]
-    chosen = names[:: max(1, len(names) // rebuilt)][:rebuilt]
-    start = time.perf_counter()
-    for name in chosen:
-        one = only(quantizers, name)
-        found = float(jax.jit(lambda p, q=one: score(jm.simulate(apply, q), p))(params))
-        (row,) = table.where(what=name)
-        assert abs(found - row["only"]) < 0.1, (name, found, row["only"])
-    loop = (time.perf_counter() - start) / len(chosen)
-    start = time.perf_counter()
-    noise = jm.noise(params, graph, quantizers, batches, progress=False)
-    once = time.perf_counter() - start
+    chosen = names[:: max(1, 2 * len(names) // rebuilt)]
+    with Clock() as loop:
+        for name in chosen:
+            (row,) = table.where(what=name)
+            for key in ("only", "but"):
+                q = switched(quantizers, name, key == "only")
+                program = jax.jit(lambda p, q=q: score(jm.simulate(apply, q), p))
+                found = float(program(params))
+                assert abs(found - row[key]) < 0.1, (name, key, found, row[key])
+    each = loop.seconds / (2 * len(chosen))
+    with Clock() as once:
+        noise = jm.noise(
+            params,
+            graph,
+            quantizers,
+            jm.stacked(inputs, batch_size=32),
+            examples=len(inputs),
+            progress=False,
+        )
     print(f"\n{len(graph.sites)} sites, {len(names)} grids, {rows} scores")
-    print(f"one program: {whole:.0f} s in all, {whole / rows:.2f} s a score")
-    print(f"rebuilt for each: {loop:.1f} s a score, {loop * rows:.0f} s extrapolated")
-    print(f"ratio {loop * rows / whole:.1f}")
+    print(f"one program: {whole}, {whole.seconds / rows:.2f} s a score")
+    print(f"rebuilt for each: {each:.1f} s a score, {each * rows:.0f} s extrapolated")
+    print(f"ratio {each * rows / whole.seconds:.1f}, compilation included")
+    warm = whole.running / once.running
+    print(f"noise: {once}; {whole.seconds / once.seconds:.1f} times less than")
+    print(f"sensitivity, {warm:.1f} times less with compilation apart;")
     rank = spearmanr(table["only"][:-3], noise["SQNR (dB)"][:-1]).statistic
     print(f"noise: {once:.1f} s, {whole / once:.1f} times less than sensitivity;")
     print(f"rank correlation of its ratios with the scores {rank:.3f}")
@@ -184,13 +196,36 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
     return params, graph, quantizers, inputs, (table, noise), case[1]
 
 
-def only(quantizers: jm.Quantizers, name: str) -> jm.Quantizers:
-    """The grids with one alone on."""
-    import dataclasses
+class Clock:
+    """Seconds of a block, and of those what JAX spent on tracing and compiling."""
 
+    def __enter__(self) -> "Clock":
+        self.start, self.made = time.perf_counter(), 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def _add(self, event: str, seconds: float, **more: Any) -> None:
+        del more
+        if event.endswith(("backend_compile_duration", "to_mlir_module_duration")):
+            self.made += seconds
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+        jax.monitoring.clear_event_listeners()
+
+    @property
+    def running(self) -> float:
+        return self.seconds - self.made
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.0f} s, of them {self.made:.0f} s compiling"
+
+
+def switched(quantizers: jm.Quantizers, name: str, alone: bool) -> jm.Quantizers:
+    """The grids with one alone on, or with all but this one."""
     groups = {
         kind: {
-            n: dataclasses.replace(q, enabled=n == name)
+            n: dataclasses.replace(q, enabled=(n == name) == alone)
             for n, q in getattr(quantizers, kind).items()
         }
         for kind in ("weights", "activations")

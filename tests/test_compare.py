@@ -248,6 +248,41 @@ def test_two_programs_are_compiled():
     assert len(programs) == 2
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_reference_is_refused_only_where_channels_are_rescaled(bits, per_channel):
+    rng = np.random.default_rng(bits)
+    w = jnp.asarray(
+        rng.normal(size=(40, 24)) * np.exp(rng.normal(size=24)), jnp.float32
+    )
+    v = jnp.asarray(rng.normal(size=(24, 5)), jnp.float32)
+    apply = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+    params, x = {"w": w, "v": v}, jnp.asarray(rng.normal(size=(32, 40)), jnp.float32)
+    graph = jm.trace(apply, params, x)
+    config = jm.QuantConfig(weight_bits=bits, per_channel=per_channel)
+    quantizers = jm.calibrate(params, graph, [x], config, progress=False).pin(params)
+    compare = partial(jm.compare, graph=graph, quantizers=quantizers, batch=x)
+    rounded = jm.round_weights(params, quantizers)
+    key = jax.random.key(bits)
+    steps = jax.tree.map(lambda a, b: 2 * jnp.abs(a - b), params, rounded)
+    flipped = jax.tree.map(
+        lambda a, s: a + s * jax.random.choice(key, jnp.arange(-1.0, 2.0), a.shape),
+        rounded,
+        steps,
+    )
+    trained = jax.tree.map(
+        lambda a: a * (1 + 0.2 * jax.random.normal(key, a.shape)), params
+    )
+    for same in (params, rounded, flipped, trained):
+        assert compare(same, reference=params)["own share"][0] is not None
+    scale = jnp.exp(jnp.linspace(-1.5, 1.5, 24))
+    equalized = {"w": w * scale[None], "v": v / scale[:, None]}
+    one = {"w": w.at[:, :6].multiply(4), "v": v.at[:6].divide(4)}
+    for other in (equalized, one, {"w": 2 * w, "v": v / 2}):
+        with pytest.raises(ValueError, match="is scaled in another way"):
+            compare(params, reference=other)
+
+
 def test_refusals():
     _, params, graph, x = plain(2)
     grid = jm.Quantizer(scale=jnp.float32(0.01))
@@ -255,8 +290,23 @@ def test_refusals():
     compare = partial(jm.compare, params, graph)
     with pytest.raises(ValueError, match=r"jaxmet\.compare: .*NaN"):
         compare(quantizers, x * jnp.nan)
-    with pytest.raises(ValueError, match=r"jaxmet\.compare: .*one batch of it"):
+    with pytest.raises(ValueError, match=r"jaxmet\.compare: .*Give one batch"):
         compare(quantizers, jm.stacked(x, 16))
+    for several in ([x], iter([x]), ()):
+        with pytest.raises(
+            ValueError, match=r"jaxmet\.compare: batch .*Give one batch"
+        ):
+            compare(quantizers, several)
+    for wrong in ((x, x), x[:, :2]):
+        with pytest.raises(
+            ValueError, match=r"compare: the model did not accept .*one b"
+        ):
+            compare(quantizers, wrong)
+    with pytest.raises(ValueError, match=r"jaxmet\.compare: the parameters are traced"):
+        jax.jit(lambda p: jm.compare(p, graph, quantizers, x).title)(params)
+    for other in (jm.Quantizers({"5/w": grid}), jm.Quantizers({}, {"0/relu": grid})):
+        with pytest.raises(ValueError, match=r"compare: the quantizers have one for '"):
+            compare(other, x)
     with pytest.raises(ValueError, match=r"jaxmet\.compare: .*no parameter"):
         jm.compare({"other": x}, graph, quantizers, x)
     scaled = {**params, "1": {**params["1"], "w": 5.0 * params["1"]["w"]}}
@@ -264,6 +314,8 @@ def test_refusals():
         ValueError, match=r"jaxmet\.compare: '1/w'.*scaled in another way"
     ):
         compare(quantizers, x, reference=scaled)
+    with pytest.raises(ValueError, match=r"compare, reference: .*no parameter"):
+        compare(quantizers, x, reference={"other": x})
     short = lambda p, x: x @ p["0"]["w"] + p["0"]["b"][None]
     with pytest.raises(ValueError, match=r"jaxmet\.compare: .*does not run '0/tanh'"):
         compare(quantizers, x, reference=(short, params))

@@ -155,6 +155,19 @@ def test_unsuitable_leaves_and_keys_are_refused_and_leave_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_paths_and_tables_that_cannot_be_saved(tmp_path):
+    path = tmp_path / "model.npz"
+    with pytest.raises(ValueError, match=r"jaxmet\.save: .* is a folder"):
+        save(tmp_path, params=jnp.ones(1))
+    with pytest.raises(ValueError, match=r"jaxmet\.save: there is no folder"):
+        save(tmp_path / "none" / "x.npz", params=jnp.ones(1))
+    with pytest.raises(ValueError, match=r"jaxmet\.save: the path is of type dict"):
+        save({"a": jnp.ones(1)}, params=jnp.ones(1))
+    with pytest.raises(ValueError, match=r"jaxmet\.save: table is of type list"):
+        save(path, table=[Table({"a": [1]})])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.npz"
     save(path, params=jnp.ones(1))

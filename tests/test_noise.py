@@ -178,17 +178,35 @@ def result_of(quantizers, site):
     return name
 
 
-@pytest.mark.parametrize("source", ["list", "generator", "stacked"])
-def test_examples_come_from_all_over_the_data(source):
-    x = np.arange(100, dtype=np.float32)[:, None]
+class Loader:
+    """Data that starts again whenever it is iterated, and has no length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("size", [3, 10, 64])
+@pytest.mark.parametrize("source", ["list", "generator", "stacked", "loader"])
+def test_examples_come_from_all_over_the_data(source, size):
+    x = np.arange(150, dtype=np.float32)[:, None]
+    parts = [x[i : i + size] for i in range(0, 150, size)]
     given = {
-        "list": lambda: [x[i : i + 10] for i in range(0, 100, 10)],
-        "generator": lambda: (x[i : i + 10] for i in range(0, 100, 10)),
-        "stacked": lambda: jm.stacked(x, batch_size=10),
+        "list": lambda: parts,
+        "generator": lambda: iter(parts),
+        "stacked": lambda: jm.stacked(x, batch_size=size),
+        "loader": lambda: Loader(parts),
     }[source]()
     (found,) = some_examples(as_batches(given, "noise"), 20)
-    spread = np.ptp(np.asarray(found))
-    assert spread == 9 if source == "generator" else spread > 80
+    found = np.asarray(found).ravel()
+    assert found.size == len(np.unique(found)) == 20
+    assert np.ptp(found) > 110 and np.diff(np.sort(found)).max() < 30
+    some = some_examples(
+        as_batches(given if source != "generator" else parts, "noise"), 999
+    )
+    assert len(some[0]) >= (128 if source == "stacked" and size == 64 else 150)
 
 
 @pytest.mark.parametrize("case", ["scanned", "derived", "shared"])
@@ -239,8 +257,20 @@ def test_what_cannot_be_foretold_is_refused(net):
         jm.noise(params, graph, quantizers.set("*", bits=32), batches, progress=False)
     rounded = lambda p, x: jnp.round(plain(p, x))
     other = jm.trace(rounded, params, x[:2])
-    quantizers = jm.calibrate(params, other, batches, progress=False)
+    found = jm.calibrate(params, other, batches, progress=False)
     with pytest.raises(ValueError, match="no gradient reaches"):
-        jm.noise(params, other, quantizers, batches, progress=False)
+        jm.noise(params, other, found, batches, progress=False)
+    with pytest.raises(
+        ValueError, match="noise: the quantizers have one for 'b/round'"
+    ):
+        jm.noise(params, graph, found, batches, progress=False)
+    classes = lambda p, x: jnp.argmax(plain(p, x), -1)
+    other = jm.trace(classes, params, x[:2])
+    with pytest.raises(ValueError, match="are integers or booleans.*to its logits"):
+        jm.noise(params, other, jm.calibrate(params, other, batches), batches)
+    with pytest.raises(ValueError, match="noise: the model did not accept.*inputs=lam"):
+        jm.noise(params, graph, quantizers, [(x, x)], progress=False)
+    with pytest.raises(ValueError, match="noise: the parameters are traced"):
+        jax.jit(lambda p: len(jm.noise(p, graph, quantizers, batches)))(params)
     with pytest.raises(ValueError, match="shapes and no numbers"):
         jm.noise(params, graph, quantizers, jax.ShapeDtypeStruct((2, 5), jnp.float32))

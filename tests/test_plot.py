@@ -22,6 +22,7 @@ from jaxmet.plot.layers import lanes, places
 from jaxmet.plot.pareto import front
 from jaxmet.plot.relative_ranges import relative_table
 from jaxmet.plot.tables import REPORTS, kind_of
+from zoo import CASES
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -195,7 +196,8 @@ def test_what_is_no_number_is_a_gap_and_said(
 def test_nothing_but_gaps_is_still_a_picture() -> None:
     table = sensitivity_table(["one"])
     table.columns["only"] = table.columns["but"] = [math.nan] * len(table)
-    assert marks(jm.plot.sensitivity(table)) == 0
+    chart = jm.plot.sensitivity(table)
+    assert marks(chart) == 0 and "one" in texts(chart)
 
 
 def test_sensitivity_draws_the_scores_and_the_two_lines() -> None:
@@ -445,6 +447,27 @@ def test_a_damaged_layer_stands_first_and_is_flagged() -> None:
 # Histograms
 
 
+def bars_of(panel: Any) -> str:
+    """The name of the data of a panel's bars."""
+    return next(
+        layer["data"]["name"]
+        for layer in panel["layer"]
+        if layer.get("name", "").startswith("rows")
+    )
+
+
+def test_one_value_far_out_is_seen() -> None:
+    w = np.random.default_rng(0).normal(size=(400, 600)).astype(np.float32)
+    params = {"w": jnp.asarray(w)}
+    graph = jm.trace(lambda p, x: x @ p["w"], params, jnp.ones((1, 400)))
+    far = {"w": params["w"].at[0, 0].set(40.0)}
+    rows = values_of(jm.plot.histograms(far, graph))
+    highest, last = max(r["drawn"] for r in rows), rows[-1]
+    assert last["share"] == pytest.approx(1 / w.size, rel=1e-2)
+    assert np.sqrt(last["drawn"] / highest) * 100 > 2  # pixels of a panel of 100
+    assert any(r["share"] == 0 == r["drawn"] for r in rows)  # the gap stays one
+
+
 def test_histograms_count_every_value_and_draw_the_grid() -> None:
     params, graph = network(["a.b[0]", "two"])
     rng = np.random.default_rng(0)
@@ -457,13 +480,12 @@ def test_histograms_count_every_value_and_draw_the_grid() -> None:
     heads = [p["title"]["text"] for p in panels]
     assert {"a.b[0]/w", "two/w", "input"} <= set(heads)
     for panel in panels:
-        name = panel["layer"][0]["data"]["name"]
-        rows = chart.to_dict()["datasets"][name]
+        rows = chart.to_dict()["datasets"][bars_of(panel)]
         assert sum(r["share"] for r in rows) == pytest.approx(1, abs=1e-2)
         ticks = chart.to_dict()["datasets"][panel["layer"][-1]["data"]["name"]]
         assert len(ticks) == (15 if panel["title"]["text"].endswith("/w") else 16)
     [panel] = [p for p in panels if p["title"]["text"] == "input"]
-    rows = chart.to_dict()["datasets"][panel["layer"][0]["data"]["name"]]
+    rows = chart.to_dict()["datasets"][bars_of(panel)]
     for row in rows:
         inside = np.mean((images >= row["from"] - 1e-3) & (images < row["to"] + 1e-3))
         assert inside >= row["share"] - 1e-3
@@ -471,7 +493,7 @@ def test_histograms_count_every_value_and_draw_the_grid() -> None:
         images.max()
     )
     assert marks(chart) == sum(
-        len(chart.to_dict()["datasets"][p["layer"][0]["data"]["name"]]) for p in panels
+        len(chart.to_dict()["datasets"][bars_of(p)]) for p in panels
     )
 
 
@@ -486,6 +508,8 @@ def test_what_a_grid_clips_is_red() -> None:
         assert any(r["kind"] == "clipped" for r in rows) == clipped
     with pytest.raises(ValueError, match="nothing is called 'tow'"):
         jm.plot.histograms(params, graph, names="tow")
+    with pytest.raises(ValueError, match="histograms: the quantizers are of type list"):
+        jm.plot.histograms(params, graph, [jnp.ones((2, 6))])
 
 
 # Graphs
@@ -536,6 +560,25 @@ def test_the_graph_says_what_was_done(strange: tuple[Any, jm.Graph]) -> None:
     assert {r["state"] for r in plain.values()} == {"float"}
     with pytest.raises(ValueError, match="of type dict"):
         jm.plot.graph({})
+    other, of_other = network(["another"])
+    with pytest.raises(ValueError, match="plot.graph: .*no parameter 'a.b"):
+        jm.plot.graph(graph, params=other)
+    with pytest.raises(
+        ValueError, match="plot.graph: the quantizers have one for 'a.b"
+    ):
+        jm.plot.graph(of_other, quantizers=quantizers)
+    with pytest.raises(ValueError, match="plot.graph: the parameters are traced"):
+        jax.jit(lambda p: len(str(jm.plot.graph(graph, params=p))))(params)
+
+
+def test_the_graph_of_a_pruned_network_with_batch_norms() -> None:
+    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    graph = jm.trace(apply, params, *inputs)
+    small = jm.prune(params, graph, ratios=0.5)
+    other = jm.trace(apply, small, *inputs)
+    rows = values_of(jm.plot.graph(other, params=small))
+    assert len(rows) == len(other.nodes)
+    assert any(r["state"] == "pruned or factorized" for r in rows)
 
 
 def test_hundreds_of_nodes_keep_their_height() -> None:
@@ -576,6 +619,11 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
         jm.plot.save(chart, tmp_path / "x.pdf")
     with pytest.raises(ValueError, match="of type str"):
         jm.plot.save("chart", tmp_path / "x.svg")
+    for scale in (0, -1, True, "2"):
+        with pytest.raises(ValueError, match=r"plot.save: scale is .*Give pixels"):
+            jm.plot.save(chart, tmp_path / "x.png", scale=scale)
+    with pytest.raises(ValueError, match="plot.save: the path is of type int"):
+        jm.plot.save(chart, 3)
     assert not list(tmp_path.iterdir())
 
 

@@ -273,7 +273,47 @@ def test_bad_arguments_are_refused_before_any_work(
     with pytest.raises(ValueError, match="jaxmet.report: batch is all the data"):
         data = jm.stacked(batch, batch_size=2)
         jm.report(path, params, graph, quantizers=quantizers, batch=data)
+    for several in ([batch], iter([batch])):
+        with pytest.raises(ValueError, match="jaxmet.report: batch .* Give one batch"):
+            jm.report(path, params, graph, quantizers=quantizers, batch=several)
+    with pytest.raises(ValueError, match="jaxmet.report: the tree has no parameter"):
+        jm.report(path, {"other": batch}, graph)
+    for before in ("x", {"other": params}):
+        with pytest.raises(
+            ValueError, match="jaxmet.report: before is no tree of this"
+        ):
+            jm.report(path, params, graph, before=before)
+    other = jm.Quantizers({"other": jm.Quantizer(bits=8)})
+    with pytest.raises(ValueError, match="report: the quantizers have one for 'other'"):
+        jm.report(path, params, graph, quantizers=other)
+    with pytest.raises(ValueError, match="jaxmet.report: scores is of type list"):
+        jm.report(path, params, graph, scores=[1])
+    with pytest.raises(
+        ValueError, match="jaxmet.report: settings is of type QuantConf"
+    ):
+        jm.report(path, params, graph, settings=jm.QuantConfig())
+    with pytest.raises(ValueError, match="jaxmet.report: tables is of type int"):
+        jm.report(path, params, graph, tables=3)
+    with pytest.raises(ValueError, match="'all' of scores is traced"):
+        jax.jit(lambda x: jm.report(path, params, graph, scores={"all": x}))(1.0)
+    with pytest.raises(ValueError, match="the parameters are traced"):
+        jax.jit(lambda p: jm.report(path, p, graph))(params)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_says_what_counts_as_float(model: Model, tmp_path: Path) -> None:
+    params, graph, quantizers, batch = model
+    path = tmp_path / "report.html"
+    scaled = jax.tree.map(lambda w: 3 * w, params)
+    for before, said in (
+        (None, "Float is the same tree without grids."),
+        (params, "Float is the tree from before."),
+        (scaled, "the tree from before are scaled in another way"),
+    ):
+        jm.report(
+            path, params, graph, quantizers=quantizers, batch=batch, before=before
+        )
+        assert said in path.read_text("utf-8")
 
 
 def test_a_read_only_path(model: Model, tmp_path: Path) -> None:

@@ -209,7 +209,14 @@ def test_a_score_without_number_stays_unless_float_has_it(net):
     "change, said",
     [
         ({"bits": [1]}, "bits is 1"),
+        ({"bits": 8}, r"bits is 8. Give the widths to try"),
+        ({"bits": ()}, r"bits is \(\). Give the widths to try"),
         ({"together": 0}, "together"),
+        (
+            {"score": lambda apply, params: jnp.zeros((), jnp.complex64)},
+            "is a complex number",
+        ),
+        ({"quantizers": jm.Quantizers({"z": jm.Quantizer()})}, "sensitivity: .*'z'"),
         ({"quantizers": jm.Quantizers()}, "no grid of the selected nodes is on"),
         ({"score": lambda apply, params: jnp.ones(3)}, r"array of shape \(3,\)"),
     ],

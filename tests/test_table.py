@@ -113,3 +113,12 @@ def test_columns_that_do_not_fit_the_terminal_are_named(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1")
     wide = Table({"a": ["x" * 100], "b": ["y" * 100], "c": [1]})
     assert repr(wide).endswith("(and the columns c)")
+
+
+@pytest.mark.parametrize(
+    "columns", [[1, 2], {"a": 3}, {"a": "text"}, {"a": np.ones(())}]
+)
+def test_columns_are_lists_by_name(columns):
+    with pytest.raises(ValueError, match=r"jaxmet\.Table: the columns are no mapping"):
+        Table(columns)
+    assert Table({"a": np.arange(2), "b": ("x", "y")})["a"] == [0, 1]

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Counted, Run, evaluate
 from jaxmet.transforms.layouts import wide
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.reference import float_model
 from jaxmet.transforms.simulate import (
     put_on_grid,
@@ -19,7 +21,8 @@ from jaxmet.transforms.simulate import (
     round_derived,
     round_weights,
 )
-from jaxmet.tree.batches import Stacked, as_batches
+from jaxmet.tree.batches import ONE, one_batch
+from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizer import Quantizer
@@ -64,20 +67,14 @@ def compare(
     >>> print(jm.compare(params, graph, quantizers, images))
     """
     leaves_of(params, graph, CALLER)
-    if not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{CALLER}: the quantizers are of type {type(quantizers).__name__}. "
-            "Pass what jm.calibrate returned, after params and graph."
-        )
-    if isinstance(batch, Stacked):
-        raise ValueError(
-            f"jaxmet.{CALLER}: batch is all the data, stacked. Give one batch of it: the "
-            "inputs of the model as an array, or a tuple of arrays."
-        )
-    inputs = as_batches([batch], CALLER).first
+    check_concrete(params, CALLER)
+    check_quantizers(quantizers, graph, CALLER)
+    inputs = one_batch(batch, CALLER)
     apply, tree = float_model(reference, params, graph, quantizers, CALLER)
     wanted = {n.name for n in graph.nodes if _is_quantized(n, quantizers)}
-    exact, floats = jax.jit(evaluate(apply, _keeping(wanted)))(tree, *inputs, **kwargs)
+    keeping = jax.jit(evaluate(apply, _keeping(wanted)))
+    with accepting(inputs, CALLER, f"{ONE}."):
+        exact, floats = keeping(tree, *inputs, **kwargs)
     if missing := sorted(wanted - set(floats)):
         raise ValueError(
             f"jaxmet.{CALLER}: the float model does not run {missing[0]!r}. Give a "

@@ -1,8 +1,10 @@
 """The grids of a network, with the site that each belongs to."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.transforms.matching import check_quantizers
+from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
 
 
@@ -20,16 +22,17 @@ class Place(NamedTuple):
     selected: bool
 
 
-def places(graph: Graph, quantizers: Quantizers, caller: str) -> list[Place]:
+def places(
+    params: Any, graph: Graph, quantizers: Quantizers, caller: str
+) -> list[Place]:
     """All grids that are on, weights first, in the order of the network.
 
-    Raises ValueError where there is none, or none that the graph selects.
+    Raises ValueError where there is none, or none that the graph selects, and for a tree,
+    a graph and quantizers that do not belong together.
     """
-    if not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{caller}: the quantizers are of type {type(quantizers).__name__}. "
-            "Pass what jm.calibrate returned, after params and graph."
-        )
+    leaves_of(params, graph, caller)
+    check_concrete(params, caller)
+    check_quantizers(quantizers, graph, caller)
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     users = {p: node.name for node in reversed(graph.nodes) for p in node.parameters}
     found = []

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,10 @@ from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.grids import Place, places
+from jaxmet.engine.collect import accepting
 from jaxmet.engine.gradients import Tap, energies, projected_gradients, squared
-from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.graph import Graph
+from jaxmet.engine.lift import lift
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.transforms.simulate import quantizer_at, round_weights
@@ -65,7 +68,8 @@ def noise(
     is added; `clipped`, the part of its own noise that is clipping, not rounding; and
     '2 bits' to '16 bits', its SQNR in dB at that width over the same range: what to expect
     of weights rounded to it, $\sum g_v^2 e_v^2$, and of activations by the square of the
-    step. The last row, '(all)', is of all grids at once; at other widths their sum.
+    step. The last row, '(all)', is of all grids at once, also those that the graph does not
+    select; at other widths their sum.
 
     Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
     `sensitivity` measure what this foretells. Two programs are compiled. Raises ValueError
@@ -75,14 +79,18 @@ def noise(
     >>> table = jm.noise(params, graph, quantizers, batches)
     >>> jm.plot.noise(table)
     """
-    leaves_of(params, graph, CALLER)
-    grid_of = places(graph, quantizers, CALLER)
+    grid_of = places(params, graph, quantizers, CALLER)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(
             f"jaxmet.{CALLER}: examples is {examples!r}. Give how many are differentiated."
         )
     read = as_batches(batches, CALLER, inputs=inputs)
     some = some_examples(read, examples)
+    one = jax.tree.map(lambda x: x[0], some)
+    with accepting(one, CALLER):
+        _check_outputs(
+            jax.eval_shape(partial(lift(graph.apply), **kwargs), params, *one)
+        )
     sums = _sums(params, graph, quantizers, some, kwargs, progress)
     found = {}
     for name, widths in _weights(params, quantizers, sums.gains).items():
@@ -303,6 +311,14 @@ def _scaled(rounded: float, clipped: float, quantizer: Quantizer) -> Noise:
 
 
 # The table
+
+
+def _check_outputs(outputs: Any) -> None:
+    if not any(jnp.issubdtype(y.dtype, jnp.inexact) for y in jax.tree.leaves(outputs)):
+        raise ValueError(
+            f"jaxmet.{CALLER}: no output of the model has gradients: they are integers or "
+            "booleans. Trace the model to its logits."
+        )
 
 
 def _check(found: Mapping[tuple[str, str], Noise], energy: float) -> None:

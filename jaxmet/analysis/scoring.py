@@ -110,16 +110,15 @@ def is_traceable(score: Score, graph: Graph, params: Any, caller: str) -> bool:
             f"jaxmet.{caller}: the score function keeps an array that is being traced, in a "
             "variable outside of it or an attribute. Let it return all that it computes."
         )
-    if not hasattr(shape, "shape") or shape.shape != ():
+    if not hasattr(shape, "shape") or shape.shape != () or _is_complex(shape):
         raise ValueError(_no_number(shape, caller))
     return True
 
 
 def number_of(found: Any, caller: str) -> float:
     """What a score returned, refused unless it is one number."""
-    if np.shape(found) != () or not isinstance(
-        found, int | float | np.generic | jax.Array
-    ):
+    known = isinstance(found, int | float | np.generic | jax.Array)
+    if np.shape(found) != () or not known or _is_complex(found):
         raise ValueError(_no_number(found, caller))
     return float(found)
 
@@ -134,13 +133,16 @@ def check_finite_score(number: float, where: str, caller: str) -> float:
     return number
 
 
+def _is_complex(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.complexfloating)
+
+
 def _no_number(found: Any, caller: str) -> str:
     shape = getattr(found, "shape", None)
     said = (
-        f"an array of shape {tuple(shape)}"
-        if shape is not None
-        else type(found).__name__
+        type(found).__name__ if shape is None else f"an array of shape {tuple(shape)}"
     )
+    said = "a complex number" if _is_complex(found) else said
     return (
         f"jaxmet.{caller}: the score is {said}. Let score(apply, params) return one number, "
         "higher is better."

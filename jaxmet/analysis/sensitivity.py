@@ -1,6 +1,6 @@
 """What the score loses to each grid: alone, and when all the others are on as well."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxmet.analysis.scoring import (
     number_of,
     runner,
 )
-from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.graph import Graph
 from jaxmet.numerics.grid import check_bits
 from jaxmet.transforms.ratios import check_multiple
 from jaxmet.transforms.simulate import simulate
@@ -49,8 +49,9 @@ def sensitivity(
     result of a node), the `site` (the node whose weight or result that is), the `kind`
     ('weight' or 'activation'), its `bits`, the score with this grid `only`, and with all
     `but` this one. With `bits=(4, 8)` there is a row for each width, the other grids as they
-    are. The last rows, named '(all)', are all weights, all activations, and all of both: of
-    the last one `only` is the score of the quantized network and `but` that of float.
+    are. The last rows, named '(all)', are all weights, all activations, and all of both, also
+    of nodes that the graph does not select: of the last one `only` is the score of the
+    quantized network and `but` that of float.
 
     A score that is not finite stays in the table, unless float has it. Raises ValueError for
     that, for a score that is no scalar or keeps a traced array, for impossible widths, and
@@ -60,9 +61,8 @@ def sensitivity(
     >>> table = jm.sensitivity(params, graph, quantizers, score)
     >>> jm.plot.sensitivity(table)
     """
-    leaves_of(params, graph, CALLER)
-    grid_of = places(graph, quantizers, CALLER)
-    widths = None if bits is None else [check_bits(b, caller=CALLER) for b in bits]
+    grid_of = places(params, graph, quantizers, CALLER)
+    widths = None if bits is None else _widths(bits)
     check_multiple(together, CALLER, "together")
     traceable = is_traceable(score, graph, params, CALLER)
     every = [
@@ -87,6 +87,18 @@ def sensitivity(
     )
     scores = _scores(run, asked, together, progress)
     return _table(grid_of, every, scores)
+
+
+def _widths(bits: Any) -> list[int]:
+    if (
+        isinstance(bits, str)
+        or not isinstance(bits, Iterable)
+        or not (found := [*bits])
+    ):
+        raise ValueError(
+            f"jaxmet.{CALLER}: bits is {bits!r}. Give the widths to try: bits=(4, 8)."
+        )
+    return [*dict.fromkeys(check_bits(b, caller=CALLER) for b in found)]
 
 
 class _Settings:

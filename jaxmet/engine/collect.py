@@ -1,6 +1,7 @@
 """Statistics of nodes over many batches: one compiled step, merged as it goes."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -62,12 +63,8 @@ def collect(
     with tqdm(total=batches.length, desc=caller, disable=not progress) as bar:
         for part, count in _chunks(batches):
             seen.clear()
-            try:
+            with accepting(part, caller):
                 found = step(params, part)
-            except (TypeError, ValueError, AttributeError) as error:
-                if str(error).startswith("jaxmet."):
-                    raise
-                raise ValueError(refused(caller, part, error)) from error
             if seen:  # traced for this shape
                 _check_nodes(graph, seen, caller)
             total = found if total is None else merged(total, found)
@@ -101,14 +98,27 @@ def _chunks(batches: Batches) -> Any:
         yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
 
 
-def refused(caller: str, batch: tuple, error: Exception) -> str:
-    """What to say where the model raised for a batch."""
-    said = str(error).split("\n")[0].rstrip(".")
-    return (
-        f"jaxmet.{caller}: the model did not accept a batch of {len(batch)} inputs: {said}. "
-        "If the loader yields more than the inputs, choose them: "
-        "inputs=lambda batch: batch[0]."
-    )
+OF_LOADERS = (
+    "If the loader yields more than the inputs, choose them: "
+    "inputs=lambda batch: batch[0]."
+)
+
+
+@contextlib.contextmanager
+def accepting(batch: tuple, caller: str, cure: str = OF_LOADERS) -> Iterator[None]:
+    """While the model is traced for a batch, say of its errors that the batch is refused."""
+    try:
+        yield
+    except Exception as error:
+        of_flax = type(error).__module__.startswith("flax.")
+        known = of_flax or isinstance(error, TypeError | ValueError | AttributeError)
+        if not known or str(error).startswith("jaxmet."):
+            raise
+        said = str(error).split("\n")[0].rstrip(".")
+        inputs = "1 input" if len(batch) == 1 else f"{len(batch)} inputs"
+        raise ValueError(
+            f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {cure}"
+        ) from error
 
 
 def _check_nodes(graph: Graph, seen: dict[str, None], caller: str) -> None:

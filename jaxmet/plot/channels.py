@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
+from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import dense, flatten, is_structured
 from jaxmet.tree.names import named_leaves, parameter_names
 from jaxmet.tree.structures import LowRank, multiplied, parts_of, scattered
@@ -56,15 +57,13 @@ def weights_of(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
             f"jaxmet.{caller}: the graph is of type {type(graph).__name__}. Pass the tree "
             "first and then what jm.trace returned."
         )
-    leaves = leaves_by_name(params)
+    leaves = leaves_of_sites(params, graph, caller)
     found: dict[str, Any] = {}
     seen: set[str] = set()
     for node in graph.sites:
         name = node.weight.name if node.weight is not None else None
         if name is None or name in seen:
             continue
-        if name not in leaves:
-            graph.leaves(params, caller)  # says which one is missing
         seen.add(name)
         found[node.name] = by_channel(array_of(leaves[name]), node)
     if not found:
@@ -73,6 +72,19 @@ def weights_of(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
             "graph, or select sites with graph.only."
         )
     return found
+
+
+def leaves_of_sites(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
+    """The leaves by name, refused where a selected site's weight is not there, or traced.
+
+    A tree that was pruned or factorized has those of the graph from before, too.
+    """
+    check_concrete(params, caller)
+    leaves = leaves_by_name(params)
+    names = {site.weight.name for site in graph.sites if site.weight is not None}
+    if names - {None, *leaves}:
+        graph.leaves(params, caller)  # says which one is missing
+    return leaves
 
 
 def leaves_by_name(params: Any) -> dict[str, Any]:

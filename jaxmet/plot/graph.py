@@ -5,11 +5,14 @@ from typing import Any
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
+from jaxmet.plot.channels import leaves_of_sites
 from jaxmet.plot.drawing import ROWS, altair, data, layered, titled
 from jaxmet.plot.layers import Place, lanes, places
 from jaxmet.plot.states import STATES, states_of
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.tree.quantizers import Quantizers
 
+CALLER = "plot.graph"
 ROW, COLUMN, LANE = 34, 330, 14  # pixels
 BOX, TALL = 300, 26
 
@@ -29,16 +32,20 @@ def graph(
     or bounded channel by channel. The colour says it at a glance. Edges that pass rows by run
     in lanes at the side.
 
-    Raises ValueError for what is no graph.
+    Raises ValueError for what is no graph, and for a tree or quantizers of another one.
 
     >>> jm.plot.graph(graph, params=params, quantizers=quantizers)
     """
-    alt = altair("plot.graph")
+    alt = altair(CALLER)
     if not isinstance(graph, Graph):
         raise ValueError(
-            f"jaxmet.plot.graph: the graph is of type {type(graph).__name__}. Give what "
+            f"jaxmet.{CALLER}: the graph is of type {type(graph).__name__}. Give what "
             "jm.trace returned."
         )
+    if params is not None:
+        leaves_of_sites(params, graph, CALLER)
+    if quantizers is not None:
+        check_quantizers(quantizers, graph, CALLER)
     states = states_of(graph, params, quantizers)
     where = places({n.name: _reads(n) for n in graph.nodes})
     boxes = [_box(n, where[n.name], states[n.name]) for n in graph.nodes]

@@ -8,6 +8,7 @@ from jaxmet.engine.graph import Graph
 from jaxmet.plot.channels import weights_of
 from jaxmet.plot.counts import Counts, activations, countable
 from jaxmet.plot.drawing import BAD, KINDS, ROWS, altair, colours, data, titled
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.names import select
 from jaxmet.tree.quantizer import Quantizer
@@ -15,6 +16,7 @@ from jaxmet.tree.quantizers import Quantizers
 
 CALLER = "plot.histograms"
 BINS = 60
+SEEN = 1e-3  # of the highest bar: about three pixels
 LEVELS = 32  # of more one would see no gaps
 COLUMNS = 3
 CLIPPED = "clipped"
@@ -32,12 +34,12 @@ def histograms(
     """Histograms of the weights, with `batches` of activations too, and their grids.
 
     A panel a weight (by the name of its parameter) or activation (by its node's): the share
-    of values in each of 60 bins, on a scale of square roots, so that tails are seen. With
-    `quantizers` the grid is drawn in: below the bars a tick for each level where there are 32
-    or fewer, otherwise its ends; what lies beyond them is red, and the heading has the step
-    and the share that is clipped. Where channels have grids of their own the ends are those
-    of the widest. With quantizers only activations that have a grid are drawn. `names` is a
-    glob, or several, over parameters and nodes.
+    of values in each of 60 bins, on a scale of square roots and never less than a few pixels,
+    so that tails are seen. With `quantizers` the grid is drawn in: below the bars a tick for
+    each level where there are 32 or fewer, otherwise its ends; what lies beyond them is red,
+    and the heading has the step and the share that is clipped. Where channels have grids of
+    their own the ends are those of the widest. With quantizers only activations that have a
+    grid are drawn. `names` is a glob, or several, over parameters and nodes.
 
     One pass over the batches counts up to 65,536 values of each node and batch. Nodes in
     branches and `while_loop`s are left out. Raises ValueError for names that mean nothing.
@@ -46,6 +48,8 @@ def histograms(
     """
     alt = altair(CALLER)
     weights = _weights(params, graph)
+    if quantizers is not None:
+        check_quantizers(quantizers, graph, CALLER)
     nodes = [] if batches is None else _nodes(graph, quantizers)
     chosen = set(select(names, [*weights, *nodes], caller=CALLER))
     panels = []
@@ -131,6 +135,7 @@ def _panel(
 ) -> Any:
     counts, edges = counted
     share = counts / max(counts.sum(), 1.0)
+    drawn = np.where(counts > 0, np.maximum(share, SEEN * share.max()), 0.0)
     ends = grid["ends"] if grid else None
     center = (edges[:-1] + edges[1:]) / 2
     step = (edges[1:] - edges[:-1]).max()
@@ -143,6 +148,7 @@ def _panel(
             "from": float(f"{edges[j]:.4g}"),
             "to": float(f"{edges[j + 1]:.4g}"),
             "share": float(f"{share[j]:.4g}"),
+            "drawn": float(f"{drawn[j]:.4g}"),
             "none": 0.0,
             "kind": CLIPPED if out[j] else kind,
         }
@@ -152,7 +158,7 @@ def _panel(
         "from:Q", axis=alt.Axis(title=None, tickCount=5), scale=alt.Scale(zero=False)
     )
     y = alt.Y(
-        "share:Q",
+        "drawn:Q",
         scale=alt.Scale(type="sqrt"),
         axis=alt.Axis(title=None, format="~p", tickCount=3),
     )
@@ -169,13 +175,10 @@ def _panel(
         )
     )
     layers = [bars]
-    if ends is not None:
+    if ends is not None:  # behind the bars, or one that is thin would be hidden
         marks = [{"from": v} for v in ends]
-        layers.append(
-            alt.Chart(data(alt, marks))
-            .mark_rule(strokeDash=[3, 2], color="#333")
-            .encode(x="from:Q")
-        )
+        rules = alt.Chart(data(alt, marks)).mark_rule(strokeDash=[3, 2], color="#333")
+        layers = [rules.encode(x=x), bars]
     if grid is not None and grid["levels"]:
         ticks = alt.Chart(data(alt, [{"from": v} for v in grid["levels"]]))
         layers.append(

@@ -46,7 +46,7 @@ def ratio_scores(
     ]
     rows = [r for r in every if None not in r.values()]
     names = list(dict.fromkeys(r["name"] for r in every)) or [ALL]
-    rings = _chosen(chosen or {}, rows, names, table)
+    rings = _chosen({} if chosen is None else chosen, rows, names, table)
     draw = _lines if len(names) <= LINES else _map
     whole = [number(r["score"]) for r in table.where(site=ALL)]
     chart = draw(alt, rows, names, rings, [w for w in whole if w is not None])
@@ -60,6 +60,11 @@ def _chosen(
     chosen: Mapping[str, float], rows: list[dict], names: list[str], table: Any
 ) -> list[dict]:
     """Where the chosen ratios stand: at the row of the table that is nearest."""
+    if not isinstance(chosen, Mapping):
+        raise ValueError(
+            f"jaxmet.plot.ratio_scores: chosen is of type {type(chosen).__name__}. Give the "
+            "ratios that jm.select_ratios returned."
+        )
     tied = {n for t in table.columns.get("tied", []) if t for n in str(t).split(", ")}
     rings = []
     for name, ratio in chosen.items():

@@ -4,7 +4,7 @@ import functools
 import html
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,7 +14,6 @@ from jaxmet.analysis.compare import compare as compared
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.plot.compare import compare
 from jaxmet.plot.drawing import altair, version_of_vega_lite, vl_convert
-from jaxmet.plot.files import writable, written
 from jaxmet.plot.graph import graph as graph_chart
 from jaxmet.plot.noise import noise
 from jaxmet.plot.page import Section, folded, page, picture, table_html
@@ -24,10 +23,14 @@ from jaxmet.plot.rounding_loss import rounding_loss
 from jaxmet.plot.sensitivity import sensitivity
 from jaxmet.plot.tables import kind_of, number
 from jaxmet.plot.weight_ranges import weight_ranges
-from jaxmet.tree.batches import Stacked
+from jaxmet.transforms.matching import check_quantizers
+from jaxmet.transforms.reference import float_model
+from jaxmet.tree.batches import one_batch
+from jaxmet.tree.checks import check_concrete, is_concrete
 from jaxmet.tree.quantizer import granularity, scale_text
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.writing import writable, written
 
 CALLER = "report"
 PICTURES: dict[str, Callable[..., Any]] = {
@@ -67,7 +70,8 @@ def report(
     what of it is quantized, what not and why; `scores` by name, such as float and quantized;
     ranges of weights, and those of `before`, a tree of the same model from before; with
     quantizers and one `batch` of inputs `jm.compare`, where the error enters (against
-    `before` if its channels are scaled as these are); every one of `tables`, as a picture
+    `before` if its channels are scaled as these are, else against `params` without grids, and
+    it says which); every one of `tables`, as a picture
     too where it is one of `jm.sensitivity`, `jm.noise`, `jm.compare`, `jm.score_ratios` or
     a report of `jm.adaround`; `settings` by name, and versions. Beside every picture its
     table is folded away.
@@ -81,7 +85,10 @@ def report(
     altair(CALLER)
     vl = vl_convert(CALLER)
     path = writable(path, CALLER)
-    _check(params, graph, quantizers, batch, before, tables)
+    tables = _check(params, graph, quantizers, before, tables)
+    if batch is not None:
+        batch = one_batch(batch, CALLER)
+    scores, settings = _named(scores, "scores"), _named(settings, "settings")
     book = Book()
     if scores:
         book.add("Scores", _figures(scores))
@@ -97,35 +104,58 @@ def report(
     script = _vega(vl) if book.specs else ""
     sites = f"{len(graph.nodes)} nodes, {len(graph.sites)} sites"
     content = page(title, sites, book.sections, book.specs, script)
-    written(path, content.encode())
+    written(path, lambda file: file.write(content.encode()))
 
 
 def _check(
-    params: Any, graph: Any, quantizers: Any, batch: Any, before: Any, tables: Any
-) -> None:
-    leaves_of(params, graph, CALLER, sites=False)
+    params: Any, graph: Any, quantizers: Any, before: Any, tables: Any
+) -> list[Table]:
+    leaves_of(params, graph, CALLER)
+    check_concrete(params, CALLER)
     if before is not None:
-        leaves_of(before, graph, CALLER, sites=False)
-    if quantizers is not None and not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{CALLER}: the quantizers are of type {type(quantizers).__name__}. "
-            "Give what jm.calibrate returned."
-        )
-    if isinstance(batch, Stacked):
-        raise ValueError(
-            f"jaxmet.{CALLER}: batch is all the data, stacked. Give one batch of it: the "
-            "inputs of the model as an array, or a tuple of arrays."
-        )
+        try:
+            leaves_of(before, graph, CALLER)
+            check_concrete(before, CALLER)
+        except ValueError as error:
+            said = str(error).removeprefix(f"jaxmet.{CALLER}: ").split(". ")[0]
+            raise ValueError(
+                f"jaxmet.{CALLER}: before is no tree of this graph: {said}. Factorizing and "
+                "pruning change the graph: give a tree from behind them, or none."
+            ) from error
+    if quantizers is not None:
+        check_quantizers(quantizers, graph, CALLER)
     if isinstance(tables, Table):
         raise ValueError(
             f"jaxmet.{CALLER}: tables is one table. Give several: tables=[table]."
         )
+    if not isinstance(tables, Iterable):
+        raise ValueError(
+            f"jaxmet.{CALLER}: tables is of type {type(tables).__name__}. Give a list."
+        )
+    tables = list(tables)
     for i, table in enumerate(tables):
         if not isinstance(table, Table):
             raise ValueError(
                 f"jaxmet.{CALLER}: entry {i} of tables is of type "
                 f"{type(table).__name__}. Give tables of jm.Table."
             )
+    return tables
+
+
+def _named(values: Any, what: str) -> dict[str, Any]:
+    """Values by name, refused where they are none or traced."""
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"jaxmet.{CALLER}: {what} is of type {type(values).__name__}. Give a mapping "
+            "of names to values."
+        )
+    for name, value in values.items():
+        if not all(is_concrete(leaf) for leaf in jax.tree.leaves(value)):
+            raise ValueError(
+                f"jaxmet.{CALLER}: {name!r} of {what} is traced. Call it outside of jax.jit."
+            )
+    return dict(values)
 
 
 class Book:
@@ -144,12 +174,13 @@ class Book:
         body, self.specs[name] = picture(chart, name, tall=tall)
         return body
 
-    def table(self, table: Table, kind: str | None) -> None:
+    def table(self, table: Table, kind: str | None, *notes: str) -> None:
         """A section for a table: as a picture where there is one for it."""
         if kind is None:
             self.add(table.title or "Table", table_html(table))
             return
-        said = f"<p>{html.escape(table.title)}</p>" if table.title else ""
+        lines = [table.title, *notes] if table.title else notes
+        said = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         place = self.chart(PICTURES[kind](table))
         rows = folded(f"the table, {len(table)} rows", table_html(table))
         self.add(HEADINGS[kind], said, place, rows)
@@ -225,14 +256,14 @@ def reasons(left: Table) -> Table:
 
 def _ranges(book: Book, params: Any, graph: Graph, before: Any) -> None:
     trees = (params, None) if before is None else (before, params)
-    try:
-        charts = [
-            draw(trees[0], graph, after=trees[1])
-            for draw in (relative_weight_ranges, weight_ranges)
-        ]
-    except ValueError as error:  # no site has a weight of its own
-        book.add("Ranges of weights", f'<p class="quiet">{html.escape(str(error))}</p>')
+    if not any(site.weight and site.weight.name for site in graph.sites):
+        said = "All weights are computed from several parameters."
+        book.add("Ranges of weights", f'<p class="quiet">{said}</p>')
         return
+    charts = [
+        draw(trees[0], graph, after=trees[1])
+        for draw in (relative_weight_ranges, weight_ranges)
+    ]
     heading = "Ranges of weights" + ("" if before is None else ", before and after")
     table = relative_table(trees[0], graph, after=trees[1])
     rows = folded(f"the table, {len(table)} rows", table_html(table))
@@ -248,15 +279,19 @@ def _error(
     before: Any,
 ) -> None:
     """Where the error enters: against `before`, unless its channels are scaled otherwise."""
-    table = None
+    said = "Float is the same tree without grids."
     if before is not None:
+        said = "Float is the tree from before."
         try:
-            table = compared(params, graph, quantizers, batch, reference=before)
+            float_model(before, params, graph, quantizers, CALLER)
         except ValueError:  # cannot be compared node by node: only one is equalized
-            pass
-    if table is None:
-        table = compared(params, graph, quantizers, batch)
-    book.table(table, "compare" if len(table) else None)
+            said = (
+                "Float is the same tree without grids: the channels of the tree from "
+                "before are scaled in another way."
+            )
+            before = None
+    table = compared(params, graph, quantizers, batch, reference=before)
+    book.table(table, "compare" if len(table) else None, said)
 
 
 def _pairs(values: Mapping[str, Any], what: str) -> Table:

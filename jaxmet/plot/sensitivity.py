@@ -12,7 +12,6 @@ from jaxmet.plot.drawing import (
     colours,
     data,
     height,
-    layered,
     left_out,
     names_axis,
     titled,
@@ -96,15 +95,16 @@ def _chart(
             tooltip=["name:N", "site:N", "kind:N", "bits:Q", "what:N", "score:Q"],
         )
     )
-    rules = alt.Chart(data(alt, _lines(table, bits))).mark_rule(
-        strokeDash=[4, 3], strokeWidth=1.4
-    )
+    lines = _lines(table, bits)
+    rules = alt.Chart(data(alt, lines)).mark_rule(strokeDash=[4, 3], strokeWidth=1.4)
     rules = rules.encode(
         x="score:Q",
         stroke=alt.Stroke("colour:N", scale=None),
         tooltip=["line:N", "score:Q"],
     )
-    return layered(alt, [rules, dots]).properties(height=height(names))
+    # The points have the axis of names, even where there is none.
+    chart = alt.layer(rules, dots) if lines else alt.layer(dots)
+    return chart.properties(height=height(names))
 
 
 def _lines(table: Any, bits: Any) -> list[dict[str, Any]]:

@@ -122,14 +122,21 @@ def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:
     return said + (["padding by channel"] if leaf.input_offset is not None else [])
 
 
+def _kept(leaf: Any) -> np.ndarray:
+    """What is left of a vector."""
+    while isinstance(stored := dense(leaf), Pruned):
+        leaf = stored.part
+    return np.asarray(stored, np.float64)
+
+
 def is_folded(node: Node, leaves: Mapping[str, Any]) -> bool:
     """Whether a norm with stored statistics has gain 1: an identity and a shift."""
     norm = node.norm
     stored = None if norm is None else leaves.get(norm.variance or "")
     if norm is None or norm.over != "stored" or stored is None:
         return False
-    variance = np.asarray(dense(stored), np.float64)
+    variance = _kept(stored)
     scale = leaves.get(norm.scale or "")
-    gain = 1.0 if scale is None else np.asarray(dense(scale), np.float64)
+    gain = 1.0 if scale is None else _kept(scale)
     ratio = np.reshape(gain, -1) / np.sqrt(np.reshape(variance, -1) + norm.epsilon)
     return bool(np.allclose(ratio, 1.0, rtol=1e-4))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxmet.engine.collect import refused
+from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Hook, Run
@@ -54,12 +54,8 @@ class Copy:
 
     def _cut(self, batch: tuple[Any, ...]) -> Segments:
         options = {"cuts": self.cuts, "hook": self.hook, **self.kwargs}
-        try:
+        with accepting(batch, self.caller):
             return segments(self.graph, self.params, *batch, **options)
-        except (TypeError, ValueError, AttributeError) as error:
-            if str(error).startswith("jaxmet."):
-                raise
-            raise ValueError(refused(self.caller, batch, error)) from error
 
     def _steps(self, pieces: Sequence[Segment]) -> list[Any]:
         before = [None, *(self.graph[name] for name in self.order)]

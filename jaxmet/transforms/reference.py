@@ -1,5 +1,6 @@
 """The float model that a quantized one is compared with, where it is another tree."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.structures import STRUCTURES
 
 
 def float_model(
@@ -31,7 +33,7 @@ def float_model(
     if isinstance(reference, tuple) and len(reference) == 2 and callable(reference[0]):
         apply, tree = reference
     else:
-        leaves_of(tree, graph, caller)
+        leaves_of(tree, graph, f"{caller}, reference")
     ours, theirs = named_leaves(params), named_leaves(tree)
     for site in graph.sites:
         weight = site.weight
@@ -42,6 +44,11 @@ def float_model(
     return apply, tree
 
 
+MOVED = 1.05  # steps: more than rounding to a neighbour does
+OTHER = math.log(1.25)  # a channel's typical ratio that training leaves alone
+SOME = 0.1  # of the channels
+
+
 def _check_scale(
     weight: Weight,
     ours: Mapping[str, Any],
@@ -49,29 +56,48 @@ def _check_scale(
     quantizers: Quantizers,
     caller: str,
 ) -> None:
-    """Refuse a weight that is not a rounded one of the reference's, but a rescaled one."""
+    """Refuse a weight that is not a rounded or trained one of the reference's, but rescaled."""
     name = weight.name or ""
     leaves = (ours[name], theirs[name])
     arrays = [dense(leaf) for leaf in leaves]
     if not all(is_concrete(a) and hasattr(a, "shape") for a in arrays):
         return
-    new, old = (np.abs(np.asarray(jnp.asarray(a, jnp.float32))) for a in arrays)
-    step = _step(new, quantizers.weights[name])
+    if any(isinstance(a, STRUCTURES) for a in arrays):
+        return
+    new, old = (np.asarray(jnp.asarray(a, jnp.float32)) for a in arrays)
+    step = _step(np.abs(new), quantizers.weights[name])
     scaled = new.shape != old.shape
     for axes in (weight.out_axes, weight.in_axes) if not scaled else ():
-        rest = tuple(i for i in range(new.ndim) if i not in axes)
-        # Rounding moves what is two steps or more by half of it at most.
-        known = np.max(np.maximum(new, old) - 2 * step, axis=rest) >= 0
-        power = np.sum(old * old, axis=rest)
-        known &= power > 0  # a dead channel tells no scale
-        ratio = np.sum(new * old, axis=rest)[known] / power[known]
-        scaled |= bool(known.any() and np.mean((ratio < 0.5) | (ratio > 2)) > 0.25)
+        scaled |= _is_rescaled(new, old, step, axes)
     if scaled:
         raise ValueError(
             f"jaxmet.{caller}: {name!r} of the reference is scaled in another way, so the "
             "two models cannot be compared node by node. Pass the tree from right before "
             "rounding: folded and equalized like this one."
         )
+
+
+def _is_rescaled(
+    new: np.ndarray, old: np.ndarray, step: Any, axes: tuple[int, ...]
+) -> bool:
+    """Whether many channels have most of their weights in one ratio to what they were."""
+    rest = [i for i in range(new.ndim) if i not in axes]
+    channels = int(np.prod([new.shape[i] for i in axes]))
+
+    def rows(x: Any) -> np.ndarray:
+        x = np.broadcast_to(x, new.shape)
+        return np.transpose(x, (*axes, *rest)).reshape(channels, -1)
+
+    new, old, step = rows(new), rows(old), rows(step)
+    large = (np.maximum(np.abs(new), np.abs(old)) >= 2 * step) & (new * old > 0)
+    known = large.any(axis=1)
+    if not known.any():
+        return False
+    ratio = np.log(np.where(large, new, 1) / np.where(large, old, 1))
+    typical = np.nanmedian(np.where(large, ratio, np.nan)[known], axis=1)
+    moved = np.abs(new - old) > MOVED * step
+    most = np.sum(moved & large, axis=1)[known] > np.sum(large, axis=1)[known] / 2
+    return bool(np.mean(most & (np.abs(typical) > OTHER)) > SOME)
 
 
 def _step(new: np.ndarray, quantizer: Quantizer) -> np.ndarray:

@@ -129,11 +129,16 @@ class Batches:
     def __bool__(self) -> bool:
         return True
 
+    @property
+    def one_shot(self) -> bool:
+        """Whether the data can be read once only."""
+        return _is_one_shot(self.source)
+
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self.abstract:
             return iter(())
         started, self._started = self._started, None
-        if started is None and _is_one_shot(self.source):
+        if started is None and self.one_shot:
             raise ValueError(_one_shot(self._function, "was already read"))
         return map(self.arguments, self.source if started is None else started)
 
@@ -180,6 +185,25 @@ def as_batches(
         )
     _refuse_bad_values(checked.first, function)
     return checked
+
+
+ONE = "Give one batch: the inputs of the model as an array, or a tuple of arrays"
+
+
+def one_batch(batch: Any, function: str) -> tuple[Any, ...]:
+    """The inputs that one batch holds, a tuple being all of them."""
+    if isinstance(batch, Stacked):
+        raise ValueError(f"jaxmet.{function}: batch is all the data, stacked. {ONE}.")
+    several = isinstance(batch, list) or (
+        isinstance(batch, Iterable) and not hasattr(batch, "shape")
+    )
+    if several and not isinstance(batch, tuple | Mapping):
+        raise ValueError(
+            f"jaxmet.{function}: batch is {_kind(batch)}, which could be several. {ONE}."
+        )
+    if not jax.tree.leaves(batch):
+        raise ValueError(f"jaxmet.{function}: batch is empty. {ONE}.")
+    return as_batches([batch], function).first
 
 
 def _iterable(batches: Any, function: str) -> Iterable[Any]:

@@ -16,6 +16,15 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, Tracer | jax.ShapeDtypeStruct)
 
 
+def check_concrete(params: Any, caller: str) -> None:
+    """Refuse traced trees where values have to be looked at."""
+    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            f"jaxmet.{caller}: the parameters are traced. Call it outside of jax.jit: it "
+            "compiles what it runs by itself."
+        )
+
+
 def check_finite(leaves: Mapping[str, Any], caller: str) -> None:
     """Refuse NaN and infinity in concrete floating-point parameters, by name."""
     bad = []

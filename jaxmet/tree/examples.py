@@ -9,32 +9,47 @@ import numpy as np
 from jaxmet.tree.batches import Batches, Stacked
 
 
-def some_examples(batches: Batches, number: int) -> Any:
+def some_examples(batches: Batches, number: int, *, read: bool = True) -> Any:
     """At most so many, one by one on a new leading axis, all of one shape.
 
-    From the first batch alone where batches cannot be picked, or are taken whole.
+    From the first batch alone where batches are taken whole, having no axis of examples;
+    without `read` where they cannot be picked.
     """
-    source, count = batches.source, 0
-    if len({x.shape[:1] for x in jax.tree.leaves(batches.first)}) == 1:
-        if isinstance(source, Stacked) and source.full is not None:
-            count = jax.tree.leaves(source.full)[0].shape[0]
-        elif isinstance(source, list):
-            count = len(source)
-
-    def part(i: int) -> Any:
-        if isinstance(source, Stacked):
-            return jax.tree.map(lambda x: x[i], source.full)
-        return source[i]
-
-    parts = min(count, number)
-    some = [batches.arguments(part(i * count // parts)) for i in range(parts)]
-    some = some or [batches.first]
+    source, count, at = batches.source, 0, None
+    alike = len({x.shape[:1] for x in jax.tree.leaves(batches.first)}) == 1
+    if isinstance(source, Stacked) and source.full is not None:
+        count = jax.tree.leaves(source.full)[0].shape[0]
+        at = lambda i: jax.tree.map(lambda x: x[i], source.full)
+    elif isinstance(source, list):
+        count, at = len(source), source.__getitem__
+    if alike and at is not None:
+        parts = min(count, number)
+        some = [batches.arguments(at(i * count // parts)) for i in range(parts)]
+    elif alike and read:
+        some = _thinned(batches, number)
+    else:
+        some = [batches.first]
     rows = [chosen(batch, -(-number // len(some)))[0] for batch in some]
     shapes = [[x.shape[1:] for x in jax.tree.leaves(one)] for one in rows]
     same = [one for one, s in zip(rows, shapes, strict=True) if s == shapes[0]]
     count = sum(jax.tree.leaves(one)[0].shape[0] for one in same)
     index = np.arange(min(count, number)) * count // min(count, number)
     return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *same)
+
+
+def _thinned(batches: Batches, number: int) -> list[tuple[Any, ...]]:
+    """Every so manieth example as a batch of one; never more than twice the number are held."""
+    kept: list[tuple[Any, ...]] = []
+    stride, before = 1, 0
+    for batch in batches:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        for i in range(-before % stride, size, stride):
+            # A copy: a view would hold the whole batch.
+            kept.append(jax.tree.map(lambda x, i=i: jnp.array(x[i : i + 1]), batch))
+        while len(kept) >= 2 * number:
+            kept, stride = kept[::2], 2 * stride
+        before += size
+    return kept
 
 
 def chosen(batch: tuple[Any, ...], number: int) -> tuple[Any, float]:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.structures import STRUCTURES
 from jaxmet.tree.table import Table
+from jaxmet.tree.writing import writable, written
 
 FORMAT = "jaxmet"
 VERSION = 1
@@ -74,6 +74,11 @@ def save(
             f"jaxmet.save: quantizers is of type {type(quantizers).__name__}. Give what "
             "jm.calibrate returned, and the parameters as params=."
         )
+    if table is not None and not isinstance(table, Table):
+        raise ValueError(
+            f"jaxmet.save: table is of type {type(table).__name__}. Give one jm.Table."
+        )
+    path = writable(path, "save")
     arrays: dict[str, np.ndarray] = {}
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     if params is not None:
@@ -85,7 +90,8 @@ def save(
         manifest["table"] = {"title": table.title, "columns": columns}
     text = json.dumps(manifest).encode()
     arrays["manifest"] = np.frombuffer(text, np.uint8)
-    _write(Path(path), arrays)
+    # The names of arrays are numbers and 'manifest', never 'allow_pickle'
+    written(path, lambda f: np.savez(f, **arrays))  # pyright: ignore[reportArgumentType]
 
 
 def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
@@ -245,19 +251,6 @@ def _decode(node: Any, arrays: Any) -> Any:
     if node["numpy"]:
         return data[()] if node["scalar"] else data
     return jnp.asarray(data)
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(part, "xb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)

@@ -3,7 +3,7 @@
 import html
 import numbers
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,11 @@ class Table:
     """
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], title: str = "") -> None:
+        if not isinstance(columns, Mapping) or not all(map(_is_list, columns.values())):
+            raise ValueError(
+                "jaxmet.Table: the columns are no mapping of names to lists. Give "
+                "Table({'site': names, 'score': numbers})."
+            )
         self.columns = {name: list(column) for name, column in columns.items()}
         self.title = title
         lengths = {name: len(column) for name, column in self.columns.items()}
@@ -101,6 +106,11 @@ class Table:
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         head = f"<thead><tr>{row(list(self.columns), 'th', right)}</tr></thead>"
         return f"<table>{title}{head}<tbody>{body}</tbody></table>"
+
+
+def _is_list(column: Any) -> bool:
+    scalar = isinstance(column, str) or getattr(column, "ndim", 1) == 0
+    return isinstance(column, Iterable) and not scalar
 
 
 def noted(table: Table, notes: Mapping[str, Sequence[str]]) -> str:

@@ -133,7 +133,7 @@ def equalize(
     seen = images = None
     if objective == "noise" and batches is not None:
         read = as_batches(batches, "equalize", inputs=inputs)
-        images = some_examples(read, TRIED)
+        images = some_examples(read, TRIED, read=not read.one_shot)
         seen = measured(graph, params, task.weights, read, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise

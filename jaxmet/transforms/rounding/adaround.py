@@ -9,19 +9,19 @@ import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.transforms.checkpoint import Checkpoint
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
     METHODS,
     SCALES,
-    check_concrete,
     check_key,
     check_number,
-    check_quantizers,
     check_word,
 )
 from jaxmet.transforms.rounding.sequential import Chosen, Run
 from jaxmet.transforms.rounding.solvers import Options
 from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -167,7 +167,7 @@ def adaround(
     """
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
-    check_quantizers(quantizers, CALLER)
+    check_quantizers(quantizers, graph, CALLER)
     check_word(CALLER, method=(method, METHODS), of=(of, ("weights", "both")))
     check_word(CALLER, store=(store, ("device", "host")))
     default = "refit" if method == "coordinate" else "given"

@@ -45,17 +45,9 @@ class Layer:
 def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Layer, ...]:
     """All sites, in the order in which they run.
 
-    Raises ValueError for a site that `graph.only` named and whose weight cannot be rounded,
-    and for quantizers of another tree.
+    Raises ValueError for a site that `graph.only` named and whose weight cannot be rounded.
     """
     layers = tuple(Layer(site, _unfit(site, quantizers)) for site in graph.sites)
-    known = {n for site in graph.sites for n in (*site.parameters, site.name)}
-    for name in quantizers.weights:
-        if name not in known and name not in graph.parameters:
-            raise ValueError(
-                f"jaxmet.{caller}: the quantizers have a weight {name!r} that this graph "
-                "does not know. Calibrate for this model again."
-            )
     for layer in layers:
         if layer.why is not None and layer.node.name in graph.named:
             raise ValueError(

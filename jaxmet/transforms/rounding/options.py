@@ -6,29 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.compat import is_key
-from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.quantizers import Quantizers
 
 METHODS = ("coordinate", "adam", "gram")
 SCALES = ("given", "search", "refit")
-
-
-def check_quantizers(quantizers: Any, caller: str) -> None:
-    """Refuse what jm.calibrate did not make."""
-    if not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{caller}: the quantizers are of type {type(quantizers).__name__}. "
-            "Pass what jm.calibrate returned, after params and graph."
-        )
-
-
-def check_concrete(params: Any, caller: str) -> None:
-    """Refuse traced trees: layers are looked at one after the other."""
-    if not all(is_concrete(leaf) for leaf in jax.tree.leaves(params)):
-        raise ValueError(
-            f"jaxmet.{caller}: the parameters are traced. Call it outside of jax.jit: it "
-            "compiles what it runs by itself."
-        )
 
 
 def check_word(caller: str, **words: tuple[Any, tuple[str, ...]]) -> None:

@@ -7,18 +7,18 @@ import jax
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.transforms.checkpoint import Checkpoint
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import ROWS, report, results
 from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.options import (
-    check_concrete,
     check_key,
     check_number,
-    check_quantizers,
     check_word,
 )
 from jaxmet.transforms.rounding.sequential import Run
 from jaxmet.transforms.rounding.solvers import Options
 from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
@@ -96,7 +96,7 @@ def search_scales(
     """
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
-    check_quantizers(quantizers, CALLER)
+    check_quantizers(quantizers, graph, CALLER)
     check_word(CALLER, of=(of, ("weights", "both", "float")))
     check_word(CALLER, store=(store, ("device", "host")))
     check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))

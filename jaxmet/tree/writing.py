@@ -1,0 +1,64 @@
+"""Files that are refused before the work, and that appear only when they are complete."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def writable(path: str | os.PathLike[str], caller: str) -> Path:
+    """The path, refused where nothing can be written under it."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"jaxmet.{caller}: the path is of type {type(path).__name__}. Give the name of a "
+            "file."
+        )
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(
+            f"jaxmet.{caller}: {path} is a folder. Give the name of a file."
+        )
+    if not folder.is_dir():
+        raise ValueError(
+            f"jaxmet.{caller}: there is no folder {folder}. Make it first: "
+            "pathlib.Path(folder).mkdir(parents=True)."
+        )
+    _attempt(_part(path), lambda p: p.touch(), caller)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(
+            f"jaxmet.{caller}: {path} is read-only. Give another name, or make it writable."
+        )
+    return path
+
+
+def _attempt(part: Path, make: Callable[[Path], Any], caller: str) -> None:
+    """Try a file that is gone again afterwards."""
+    try:
+        make(part)
+    except OSError as error:
+        raise ValueError(
+            f"jaxmet.{caller}: nothing can be written to the folder {part.parent} "
+            f"({error.strerror}). Give a path that can be written."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file that appears under its name only when it is complete."""
+    part = _part(path)
+    try:
+        with open(part, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
