@@ -185,7 +185,6 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
     print(f"noise: {once}; {whole.seconds / once.seconds:.1f} times less than")
     print(f"sensitivity, {warm:.1f} times less with compilation apart;")
     rank = spearmanr(table["only"][:-3], noise["SQNR (dB)"][:-1]).statistic
-    print(f"noise: {once:.1f} s, {whole / once:.1f} times less than sensitivity;")
     print(f"rank correlation of its ratios with the scores {rank:.3f}")
     for kind in ("weight", "activation"):
         pair = [

@@ -1,6 +1,9 @@
 """A user's score of many variants of one network: one program where it can be traced."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +17,8 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.lift import lift
 
 Score = Callable[[Callable[..., Any], Any], Any]
-Runner = Callable[[Sequence[tuple[Any, Any]]], Iterable[Any]]
+Setting = tuple[Any, Any]
+Runner = Callable[[Sequence[Setting]], Iterator[Any]]
 
 
 def runner(
@@ -26,12 +30,11 @@ def runner(
     traceable: bool,
     together: int = 1,
 ) -> Runner:
-    """The scores of some variants, each a pair of settings: trees of arrays, or None.
+    """The scores of some variants in turn, each a pair of settings: trees of arrays, or None.
 
     The first says how to run, `apply_of(how)`, the second on what, `params_of(params, what)`.
     Settings are data: nothing is compiled twice, whether the score can be traced or not.
-    `together` variants are computed at once, by `jax.vmap`, where it can; so many must come
-    then.
+    `together` variants are computed at once, by `jax.vmap`, where it can.
     """
     if not traceable:
         forward, changed = _compiled(apply_of), jax.jit(params_of)
@@ -50,14 +53,43 @@ def runner(
 
     # Not a batch of one: its weights would make grouped convolutions.
     if together == 1:
-        one = jax.jit(scored)
-        return lambda settings: [one(params, setting) for setting in settings]
+        return partial(_one_by_one, jax.jit(scored), params)
     many = jax.jit(jax.vmap(scored, in_axes=(None, 0)))
-    return lambda settings: many(params, jax.tree.map(_in_rows, *settings))
+
+    def in_groups(settings: Sequence[Setting]) -> Iterator[Any]:
+        for start in range(0, len(settings), together):
+            now = list(settings[start : start + together])
+            full = now + now[-1:] * (together - len(now))
+            yield from many(params, jax.tree.map(_in_rows, *full))[: len(now)]
+
+    return in_groups
 
 
 def _in_rows(*rows: Any) -> jax.Array:
     return jnp.stack([jnp.asarray(row) for row in rows])
+
+
+def _one_by_one(
+    scored: Any, params: Any, settings: Sequence[Setting]
+) -> Iterator[jax.Array]:
+    """One program for all; on a CPU two at a time, since one leaves cores idle now and then."""
+    if not settings:
+        return
+    # Compiled here: what threads call is traced in their own configuration of JAX.
+    program = scored.lower(params, settings[0]).compile()
+    ahead = 2 if jax.default_backend() == "cpu" else 1
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(ahead) as pool:
+        for setting in settings:
+            waiting.append(pool.submit(_finished, program, params, setting))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _finished(program: Any, params: Any, setting: Setting) -> jax.Array:
+    return jax.block_until_ready(program(params, setting))
 
 
 def _compiled(apply_of: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:

@@ -43,7 +43,8 @@ def sensitivity(
     model with some of its grids on. Which ones, and how wide they are, is data: if the score
     can be traced one compiled program runs every row, if not (it loops over files) it is
     called for every row on the host with an `apply` that is compiled once. So many rows as
-    `together` says are computed at once (`jax.vmap`) where the score can be traced.
+    `together` says are computed at once (`jax.vmap`) where the score can be traced; on a CPU
+    two run side by side.
 
     One row a grid of the nodes that `graph` selects: `what` is put on it (a parameter, or the
     result of a node), the `site` (the node whose weight or result that is), the `kind`
@@ -85,7 +86,7 @@ def sensitivity(
         traceable=traceable,
         together=together,
     )
-    scores = _scores(run, asked, together, progress)
+    scores = _scores(run, asked, progress)
     return _table(grid_of, every, scores)
 
 
@@ -137,18 +138,15 @@ def _grids(quantizers: Quantizers, grid_of: Sequence[Place], how: Any) -> Grids:
     )
 
 
-def _scores(run: Any, asked: list[Any], together: int, progress: bool) -> list[float]:
+def _scores(run: Any, asked: list[Any], progress: bool) -> list[float]:
     found: list[float] = []
     with tqdm(total=len(asked), desc=CALLER, disable=not progress) as bar:
-        for start in range(0, len(asked), together):
-            now = asked[start : start + together]
-            full = now + now[-1:] * (together - len(now))
-            for came, _ in zip(run([(how, None) for how in full]), now, strict=False):
-                number = number_of(came, CALLER)
-                if not found:
-                    check_finite_score(number, "the float model", CALLER)
-                found.append(number)
-                bar.update()
+        for came in run([(how, None) for how in asked]):
+            number = number_of(came, CALLER)
+            if not found:
+                check_finite_score(number, "the float model", CALLER)
+            found.append(number)
+            bar.update()
     return found
 
 

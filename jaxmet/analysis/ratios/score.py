@@ -123,7 +123,7 @@ def score_ratios(
         traceable=traceable,
         together=together,
     )
-    scores = _scores(run, sites, cells, kept, together, progress=progress)
+    scores = _scores(run, sites, cells, kept, progress=progress)
     return _table(params, leaves, graph, read.first, sites, cells, scores)
 
 
@@ -143,7 +143,6 @@ def _scores(
     sites: Mapping[str, Site],
     cells: Sequence[tuple[str, float, int]],
     kept: Checkpoint,
-    together: int,
     *,
     progress: bool,
 ) -> dict[Cell, float]:
@@ -156,21 +155,17 @@ def _scores(
     full = np.array([site.most for site in sites.values()], np.int32)
     with tqdm(total=len(every), desc=CALLER, disable=not progress) as bar:
         bar.update(len(scores))
-        for start in range(0, len(missing), together):
-            now = missing[start : start + together]
-            amounts = np.tile(full, (together, 1))
-            for row, i in zip(amounts, now, strict=False):
-                if (cell := every[i]) is not None:
-                    row[names.index(cell[0])] = cell[1]
-            for i, came in zip(
-                now, run([(None, row) for row in amounts]), strict=False
-            ):
-                number = check_finite_score(
-                    number_of(came, CALLER), _named(every[i]), CALLER
-                )
-                scores[every[i]] = number
-                kept.save(i, {"score": np.float64(number)})
-                bar.update()
+        amounts = np.tile(full, (len(missing), 1))
+        for row, i in zip(amounts, missing, strict=True):
+            if (cell := every[i]) is not None:
+                row[names.index(cell[0])] = cell[1]
+        for i, came in zip(missing, run([(None, row) for row in amounts]), strict=True):
+            number = check_finite_score(
+                number_of(came, CALLER), _named(every[i]), CALLER
+            )
+            scores[every[i]] = number
+            kept.save(i, {"score": np.float64(number)})
+            bar.update()
     return scores
 
 
