@@ -1,9 +1,6 @@
 """A user's score of many variants of one network: one program where it can be traced."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +50,8 @@ def runner(
 
     # Not a batch of one: its weights would make grouped convolutions.
     if together == 1:
-        return partial(_one_by_one, jax.jit(scored), params)
+        one = jax.jit(scored)
+        return lambda settings: (one(params, setting) for setting in settings)
     many = jax.jit(jax.vmap(scored, in_axes=(None, 0)))
 
     def in_groups(settings: Sequence[Setting]) -> Iterator[Any]:
@@ -67,29 +65,6 @@ def runner(
 
 def _in_rows(*rows: Any) -> jax.Array:
     return jnp.stack([jnp.asarray(row) for row in rows])
-
-
-def _one_by_one(
-    scored: Any, params: Any, settings: Sequence[Setting]
-) -> Iterator[jax.Array]:
-    """One program for all; on a CPU two at a time, since one leaves cores idle now and then."""
-    if not settings:
-        return
-    # Compiled here: what threads call is traced in their own configuration of JAX.
-    program = scored.lower(params, settings[0]).compile()
-    ahead = 2 if jax.default_backend() == "cpu" else 1
-    waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(ahead) as pool:
-        for setting in settings:
-            waiting.append(pool.submit(_finished, program, params, setting))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _finished(program: Any, params: Any, setting: Setting) -> jax.Array:
-    return jax.block_until_ready(program(params, setting))
 
 
 def _compiled(apply_of: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:

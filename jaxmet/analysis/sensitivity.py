@@ -43,8 +43,7 @@ def sensitivity(
     model with some of its grids on. Which ones, and how wide they are, is data: if the score
     can be traced one compiled program runs every row, if not (it loops over files) it is
     called for every row on the host with an `apply` that is compiled once. So many rows as
-    `together` says are computed at once (`jax.vmap`) where the score can be traced; on a CPU
-    two run side by side.
+    `together` says are computed at once (`jax.vmap`) where the score can be traced.
 
     One row a grid of the nodes that `graph` selects: `what` is put on it (a parameter, or the
     result of a node), the `site` (the node whose weight or result that is), the `kind`
