@@ -15,7 +15,8 @@ the float network says of the images, so no label is needed; with `--labels` it 
 labels, smoothed as when the network was trained, on images moved and flipped. *Float* is the
 folded network, and what the same steps make of it, with the labels and without. Seeds draw the
 batches. Rates were chosen with `--validate`, on 5,000 training images held out of the steps,
-none on test images.
+none on test images. `--ends 8` gives the first and the last layer, the picture and the logits 8
+bits, as most published figures of few bits do.
 
 *qwix* trains the same folded linen model, bits, batches and steps by `QtProvider`: weights a
 scale a channel, activations a scale an example, found at each step (its defaults), and is
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["jaxmet"])
     parser.add_argument("--rate", type=float, default=1e-3, help="of the weights")
     parser.add_argument("--range-rate", type=float, default=1e-3)
+    parser.add_argument("--ends", type=int, help="bits of the first and last layer")
     parser.add_argument("--labels", action="store_true", help="learn from labels")
     parser.add_argument("--validate", action="store_true", help="hold 5,000 out")
     parser.add_argument("--speed", action="store_true")
@@ -154,7 +156,12 @@ class Bench:
         weight_bits, activation_bits = WIDTHS[name]
         # Few levels: clip what is rare rather than round everything coarsely.
         ranges = "minmax" if activation_bits >= 8 else "mse"
-        config = jm.QuantConfig(weight_bits, activation_bits, activation_range=ranges)
+        config = jm.QuantConfig(
+            weight_bits,
+            activation_bits,
+            activation_range=ranges,
+            rules=ends(self.options.ends),
+        )
         apply = self.network.apply
 
         def forward(pair: Tree, x: jax.Array) -> jax.Array:
@@ -208,6 +215,15 @@ class Bench:
             )
         except Exception as error:  # which it refuses is part of the table
             return f"refused: {type(error).__name__}"
+
+
+def ends(bits: int | None) -> tuple[jm.Rule, ...]:
+    """The first and the last layer, what they read and the logits, at other widths."""
+    if bits is None:
+        return ()
+    layers = [jm.Rule(f"{n}/kernel", weight_bits=bits) for n in ("stem", "classifier")]
+    values = ("input", "head/pool", "classifier")
+    return (*layers, *(jm.Rule(n, activation_bits=bits) for n in values))
 
 
 def _idle(node: Any, run: Callable, operands: tuple) -> tuple[Any, None]:
