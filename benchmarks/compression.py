@@ -232,15 +232,17 @@ class Bench:
         )
 
     def factorized(self, method: str, ratios: Any, *, quick: bool) -> Tree:
-        return jm.factorize(
-            self.params,
-            self.graph,
+        make = partial(
+            jm.factorize,
+            graph=self.graph,
             ratios=ratios,
             method=method,
             multiple=MULTIPLE,
-            batches=None if quick else self.batches,
             progress=False,
         )
+        if quick:  # the shapes alone
+            return jax.eval_shape(make, self.params)
+        return make(self.params, batches=self.batches)
 
     def pruned(self, method: str, ratios: Any, *, quick: bool) -> Tree:
         params = self.params

@@ -14,6 +14,7 @@ alone (*plain*). Figures are those of `efficientnet_lite.py`, on evaluation pict
 
 import argparse
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,18 @@ def main() -> None:
         )
         for share in options.shares:
 
-            def make(setting: float, batches: Any = None, *, table: Any = table) -> Any:
-                ratios = jm.select_ratios(table, setting) if table else setting
-                return compressed(bench.folded, graph, method, ratios, batches)
+            def chosen(setting: float, *, table: Any = table) -> Any:
+                return jm.select_ratios(table, setting) if table else setting
 
-            setting = within(share, make, lambda p: macs(apply, p, one) / total)
-            small = make(setting, batches)
+            def quickly(setting: float, *, method: str = method) -> Any:
+                if method == "prune":
+                    return compressed(bench.folded, graph, method, chosen(setting))
+                make = partial(compressed, graph=graph, method=method)
+                shapes = partial(make, ratios=chosen(setting))
+                return jax.eval_shape(shapes, bench.folded)
+
+            setting = within(share, quickly, lambda p: macs(apply, p, one) / total)
+            small = compressed(bench.folded, graph, method, chosen(setting), batches)
             found = outcome(bench.logits(jm.Quantizers(), small), bench.reference)
             cells = [
                 f"{method}, {'whitened' if data else 'plain'}, {select}",
@@ -92,7 +99,7 @@ def main() -> None:
 
 
 def compressed(
-    params: Any, graph: jm.Graph, method: str, ratios: Any, batches: Any
+    params: Any, graph: jm.Graph, method: str, ratios: Any, batches: Any = None
 ) -> Any:
     if method == "prune":
         return jm.prune(params, graph, ratios, batches=batches, progress=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,6 +85,7 @@ def shape_of(node: Node, leaf: Any, method: str) -> Shape:
     return Shape(method, sizes, (inside,), (out,), mine, others, conv.groups, strides)
 
 
+@partial(jax.jit, static_argnames=("shape", "rank"))
 def factors_of(
     weight: jax.Array, shape: Shape, rank: int, gram: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
