@@ -239,3 +239,25 @@ def test_the_program_of_a_plain_tree_is_untouched():
     jaxpr = jax.make_jaxpr(jm.lift(apply))(params, *inputs)
     assert str(jaxpr) == str(jax.make_jaxpr(apply)(params, *inputs))
     assert program(jaxpr).equations
+
+
+def test_a_pruned_factor_that_the_model_casts():
+    """Parameters in float32, products in bfloat16: ordinary mixed precision."""
+
+    def apply(params, x):
+        a, b = (params[n].astype(jnp.bfloat16) for n in ("a", "b"))
+        h = lax.conv(jnp.moveaxis(x, -1, 1).astype(jnp.bfloat16), a, (1, 1), "SAME")
+        return jax.nn.relu(h).mean((2, 3)) @ b
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "a": jax.random.normal(keys[0], (8, 3, 3, 3)),
+        "b": jax.random.normal(keys[1], (8, 10)),
+    }
+    x = jax.random.normal(keys[2], (4, 8, 8, 3))
+    small = jm.factorize(params, jm.trace(apply, params, x), ratios=0.6)
+    small = jm.prune(small, jm.trace(apply, small, x), 0.5)
+    exact, found = apply(densify(small), x), jm.lift(apply)(small, x)
+    assert found.dtype == jnp.bfloat16
+    off = jnp.linalg.norm((exact - found).astype(jnp.float32))
+    assert off < 0.01 * jnp.linalg.norm(exact.astype(jnp.float32))

@@ -268,6 +268,8 @@ BAD = {
     "neither": ({}, "either ranks= or ratios="),
     "name": ({"ratios": {"stm": 0.5}}, "no selected site 'stm'.*'stem'"),
     "rank": ({"ranks": {"head": 11}}, "rank of 'head' is 11.*from 1 to 10"),
+    "rank of all": ({"ranks": 3}, "ranks is 3.*by name"),
+    "no rank": ({"ranks": {"head": True}}, "rank of 'head' is True"),
     "multiple": ({"ratios": 0.5, "multiple": 0}, "multiple is 0"),
     "rows": ({"ratios": 0.5, "rows": -5}, "rows is -5"),
 }
@@ -299,3 +301,63 @@ def test_a_site_without_factors_is_refused_by_name():
     assert "stacked" in report.where(site=stacked)["note"][0]
     with pytest.raises(ValueError, match=f"'{stacked}' cannot be compressed.*stacked"):
         jm.factorize(params, graph, ratios={stacked: 0.5})
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_the_first_factor_is_laid_out_as_the_second_reads_it(method):
+    """An input and an output of different layouts; nothing else tells square ones apart."""
+
+    def apply(params, x):
+        layout = ("NHWC", "HWIO", "NCHW")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=layout
+        )
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"w": jax.random.normal(keys[0], (3, 3, 6, 8))}
+    x = jax.random.normal(keys[1], (2, 6, 6, 6))
+    graph = jm.trace(apply, params, x)
+    small = jm.factorize(params, graph, ranks={"w": 6}, method=method)
+    exact = apply(densify(small), x)
+    np.testing.assert_allclose(jm.lift(apply)(small, x), exact, atol=1e-4)
+
+
+def test_factors_of_factors():
+    def apply(params, x):
+        dims = (((1, 2), (0, 1)), ((), ()))
+        y = jax.lax.dot_general(jax.nn.relu(x), params["a"], dims)  # (n, 5, 6)
+        return y.reshape(len(y), -1) @ params["b"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"a": (4, 8, 5, 6), "b": (30, 12)}
+    params = {
+        n: jax.random.normal(k, s)
+        for (n, s), k in zip(shapes.items(), keys[:2], strict=True)
+    }
+    x = jax.random.normal(keys[2], (16, 4, 8))
+    dense = jm.trace(apply, params, x)
+    small = jm.factorize(params, dense, ratios=0.9)
+    graph = jm.trace(apply, small, x)
+    small = jm.factorize(small, graph, ratios=0.6, batches=[x], progress=False)
+    again = jm.trace(apply, small, x)
+    assert "b/in/out" in [n.name for n in again.sites]
+    exact = apply(densify(small), x)
+    np.testing.assert_allclose(jm.lift(apply)(small, x), exact, rtol=1e-4, atol=1e-3)
+    before, after = jm.cost(params, dense, x), jm.cost(small, again, x)
+    assert after["macs"][-1] < 0.6 * before["macs"][-1]
+
+
+def test_whole_numbers_of_any_kind_are_ranks(net):
+    _, params, _, graph = net
+    small = jm.factorize(params, graph, ranks={"head": np.int32(3)})
+    assert jm.widths(small)["rank"] == [3]
+    half = jm.factorize(params, graph, ratios=jnp.float32(0.5), method="weight")
+    assert len(jm.widths(half)) == len(SITES)
+
+
+def test_data_are_refused_under_jit(net):
+    _, params, x, graph = net
+    with pytest.raises(
+        ValueError, match=r"jaxmet\.factorize: the parameters are traced"
+    ):
+        jax.jit(lambda p: jm.factorize(p, graph, ratios=0.5, batches=[x]))(params)

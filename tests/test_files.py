@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
@@ -16,6 +17,7 @@ from jaxmet.tree.files import load, save
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
+from jaxmet.tree.structures import Keep, Pruned
 from jaxmet.tree.table import Table
 
 
@@ -231,3 +233,15 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
     refused("is damaged: KeyError 'Gadget'")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.npz")
+
+
+def test_masks_of_optax_in_a_structured_leaf_come_back_like_a_given_tree(tmp_path):
+    def leaf(value):
+        return Compressed(Pruned(value, (Keep(0, 4, (0, 2)),)))
+
+    state = optax.masked(optax.adam(1e-3), {"a": False, "b": True})
+    state = state.init({"a": leaf(jnp.ones(2)), "b": leaf(jnp.ones(2))})
+    save(tmp_path / "state.npz", params={"state": state})
+    like = {"state": jax.tree.map(jnp.zeros_like, state)}
+    found = load(tmp_path / "state.npz", like=like).params["state"]
+    assert jax.tree.structure(found) == jax.tree.structure(state)

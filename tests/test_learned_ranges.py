@@ -209,6 +209,8 @@ def test_switches_and_widths_are_data():
     assert not off.weights["w"].enabled and not off.activations["a"].enabled
     with pytest.raises(ValueError, match=r"jaxmet\.grids: bits is 1"):
         jm.grids(quantizers, weight_bits=1)
+    with pytest.raises(ValueError, match=r"jaxmet\.grids: the bits of 'a' are nan"):
+        jm.grids(quantizers, activation_bits=jnp.nan)
 
 
 @pytest.mark.parametrize(

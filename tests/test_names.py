@@ -93,7 +93,7 @@ def test_clashing_names_say_their_collection_and_parameters_keep_theirs():
     assert named_leaves(tree) == {"batch_stats/n/s": 1.0, "other/n/s": 2.0, "n/s": 3.0}
     del tree["params"]["n"]
     assert named_leaves(tree) == {"batch_stats/n/s": 1.0, "other/n/s": 2.0}
-    assert len(named_leaves({"a/b": 1.0, "a": {"b": 2.0}})) == 2
+    assert named_leaves({"a/b": 1.0, "a": {"b": 2.0}}) == {"a|b": 1.0, "a/b": 2.0}
 
 
 def test_replace_leaves_keeps_the_tree():

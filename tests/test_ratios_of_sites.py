@@ -435,3 +435,45 @@ def test_bad_input(net, case):
 def test_bad_selections(net):
     with pytest.raises(ValueError, match="the table is none of"):
         jm.select_ratios(jm.Table({"site": ["a"]}), 0.5)
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_windows_that_change_the_size_are_counted_as_they_run(method):
+    """Little padding, and inputs spread as transposed convolutions do."""
+
+    class Resized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(12, (5, 5), padding="VALID", name="valid")(x))
+            x = nn.relu(nn.ConvTranspose(10, (4, 4), (2, 2), name="up")(x))
+            return nn.Conv(3, (5, 5), padding="VALID", name="last")(x)
+
+    model, keys = Resized(), jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 9, 9, 12))
+    params = jax.jit(model.init)(keys[1], x)
+    graph = jm.trace(model.apply, params, x)
+
+    def macs(tree, name):
+        table = jm.cost(tree, jm.trace(model.apply, tree, x), x[:1])
+        return sum(r["macs"] for r in table if f"{r['site']}/".startswith(f"{name}/"))
+
+    def score(apply, params):
+        return -jnp.mean(apply(params, x) ** 2)
+
+    table = jm.score_ratios(
+        params,
+        graph,
+        score,
+        batches=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        method=method,
+        ratios=(0.3, 0.6),
+        progress=False,
+    )
+    for row in (row for row in table if row["ratio"] < 1):
+        name, ratios = row["site"], {row["site"]: row["ratio"]}
+        small = jm.factorize(params, graph, ratios=ratios, method=method)
+        assert row["costs"][name]["macs"] == min(macs(small, name), macs(params, name))
+    ratios = jm.select_ratios(table, 0.5)
+    small = jm.factorize(params, graph, ratios=ratios, method=method)
+    whole = [macs(tree, "(all)") for tree in (small, params)]
+    assert whole[0] <= 0.5 * whole[1]

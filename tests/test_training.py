@@ -438,6 +438,8 @@ def test_no_calibration_at_all():
     assert np.any(np.asarray(gradient["params"]["conv1"]["kernel"]))
     with pytest.raises(ValueError, match=r"jaxmet\.dynamic: bits is 1"):
         jm.dynamic(bits=1)
+    with pytest.raises(ValueError, match=r"jaxmet\.simulate: jm\.dynamic .* grids="):
+        jm.simulate(model.apply, jm.dynamic(bits=6), grids=jm.grids(static))
 
 
 # Batch norm.

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.operations import works
 from jaxmet.tree.leaves import dense, flatten, is_structured
@@ -40,7 +41,9 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
             "shapes as jax.ShapeDtypeStruct: how much work a layer is depends on them."
         )
     rows = []
-    for work in works(graph, params, inputs, kwargs):
+    with accepting(inputs, CALLER, "Pass what one call takes, or its shapes."):
+        products = works(graph, params, inputs, kwargs)
+    for work in products:
         own = [n for n in work.node.parameters if n in leaves and n not in counted]
         counted.update(own)
         numbers = _stored([leaves[n] for n in own])

@@ -48,7 +48,10 @@ def expanded(apply: Apply) -> Apply:
 
 
 def opened(leaf: Any) -> Any:
-    """A leaf as the equations meet it: an array, a part of one, or two factors."""
+    """A leaf as the equations meet it: an array, a part of one, or two factors.
+
+    What is open already stays as it is.
+    """
     weight = dense(leaf)
     if not isinstance(weight, Pruned):
         return weight
@@ -124,7 +127,7 @@ class Expansion:
         if equation.name in CASTS and len(operands) == 1:
             x = operands[0]
             first, second = (
-                self.step(equation, [part])[0] for part in (x.first, x.second)
+                self.step(equation, [opened(part)])[0] for part in (x.first, x.second)
             )
             return [dataclasses.replace(x, first=first, second=second)]
         if equation.name == "conv_general_dilated" and isinstance(operands[1], LowRank):
@@ -141,6 +144,8 @@ class Expansion:
         if (kernel.in_axes, kernel.out_axes) != ((inside,), (out,)):
             return None
         one, two = dict(p), dict(p)
+        # What the first makes is laid out as the second reads it.
+        one["dimension_numbers"] = numbers._replace(out_spec=numbers.lhs_spec)
         idle: dict[str, Any] = {
             "window_strides": 1,
             "padding": (0, 0),
@@ -165,6 +170,12 @@ class Expansion:
 
     def product(self, equation: Equation, p: dict, x: Any, weight: Any) -> Any:
         """A product like that of an equation, with other parameters."""
+        if isinstance(weight, LowRank):  # a factor in two factors
+            step = dataclasses.replace(equation, params=p)
+            results = self.factors(step, [x, weight])
+            if results is not None:
+                return results[0]
+            weight = multiply(weight)
         if isinstance(x, Partial) or isinstance(weight, Partial):
             step = dataclasses.replace(equation, params=p)
             results = RULES[equation.name](step, [x, weight])
@@ -192,6 +203,7 @@ class Expansion:
     def squeezed(self, x: Any, axes: tuple[int, ...]) -> Any:
         if not axes:
             return x
+        x = multiply(x) if isinstance(x, LowRank) else x
         keep = x.keep if isinstance(x, Partial) else ()
         moved = tuple(
             k._replace(axis=k.axis - sum(a < k.axis for a in axes)) for k in keep

@@ -1,6 +1,7 @@
 """How much work the products of a program are."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxmet.engine.analyse import analyse
@@ -15,12 +16,14 @@ class Work(NamedTuple):
     """Of one product: its node, multiplications, and the operations that XLA counts.
 
     `macs` counts every tap of a window at every output position, in padding too, as papers
-    do; `flops` counts additions and multiplications where a tap meets a value.
+    do; `flops` counts additions and multiplications where a tap meets a value. `extents`
+    are the sizes of input and output along each window axis of a convolution's kernel.
     """
 
     node: Node
     macs: int
     flops: int
+    extents: Mapping[int, tuple[int, int]] = {}
 
 
 def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
@@ -31,10 +34,20 @@ def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
         if node.kind == "lookup":
             found.append(Work(node, 0, 0))
         elif node.kind == "product":
-            macs, flops = _counts(cluster.details["product"])
+            equation = cluster.details["product"]
+            macs, flops = _counts(equation)
             times = node.layers or 1
-            found.append(Work(node, macs * times, flops * times))
+            found.append(Work(node, macs * times, flops * times, _extents(equation)))
     return found
+
+
+def _extents(equation: Equation) -> dict[int, tuple[int, int]]:
+    if equation.name != "conv_general_dilated":
+        return {}
+    before, after = equation.operands[0].shape, equation.results[0].shape
+    numbers = equation.params["dimension_numbers"]
+    axes = (numbers.rhs_spec[2:], numbers.lhs_spec[2:], numbers.out_spec[2:])
+    return {axis: (before[i], after[o]) for axis, i, o in zip(*axes, strict=True)}
 
 
 def _counts(equation: Equation) -> tuple[int, int]:

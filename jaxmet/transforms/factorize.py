@@ -1,5 +1,6 @@
 """Weights in two thin factors: two products with fewer multiplications in place of one."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -13,6 +14,7 @@ from jaxmet.transforms.factors import Shape, factors_of, shape_of
 from jaxmet.transforms.grams import ROWS, grams
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.structures import LowRank
@@ -79,8 +81,10 @@ def factorize(
     holds stay with the factor that they belong to.
 
     `ratios` is the cost of a site afterwards over its cost before, in multiplications: one
-    number for all sites or one a site; `ranks` gives ranks themselves. Ranks are rounded
-    up to a `multiple` where that still saves something. A site whose factors would cost as
+    number for all sites or one a site; `ranks` gives ranks themselves. Costs are those of
+    padding that keeps sizes but for strides: where little is padded ('VALID') the first
+    factor runs on more positions than the weight did, and `jm.cost` has what it comes to.
+    Ranks are rounded up to a `multiple` where that still saves something. A site whose factors would cost as
     much as its weight is left alone.
 
     Without data the product of the factors is the nearest to the weight, by its singular
@@ -117,14 +121,21 @@ def factorize(
         )
     check_multiple(multiple, CALLER)
     check_multiple(rows, CALLER, "rows")
+    if batches is not None:
+        check_concrete(params, CALLER)
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
-        wanted = dict(ranks)
+        if not isinstance(ranks, Mapping):
+            raise ValueError(
+                f"jaxmet.{CALLER}: ranks is {ranks!r}. Give the rank of each site by name: "
+                "ranks={'stem': 12}."
+            )
+        wanted = {name: _whole(rank) for name, rank in ranks.items()}
         asked_for(dict.fromkeys(ranks, 1.0), names, graph, CALLER)
-        _check_ranks(wanted, shapes)
+        _check_ranks(wanted, shapes, ranks)
     else:
         asked = asked_for(ratios, names, graph, CALLER)
         wanted = {
@@ -190,13 +201,23 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> None:
+def _check_ranks(
+    ranks: Mapping[str, int], shapes: Mapping[str, Shape], given: Mapping[str, Any]
+) -> None:
     for name, rank in ranks.items():
-        if not isinstance(rank, int) or not 1 <= rank <= shapes[name].most:
+        if not 1 <= rank <= shapes[name].most:
             raise ValueError(
-                f"jaxmet.{CALLER}: the rank of {name!r} is {rank!r}. Give a whole number "
+                f"jaxmet.{CALLER}: the rank of {name!r} is {given[name]!r}. Give a whole number "
                 f"from 1 to {shapes[name].most}."
             )
+
+
+def _whole(rank: Any) -> int:
+    """The rank as an integer, one that no weight has if it is none."""
+    try:
+        return -1 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        return -1
 
 
 def rank_at(shape: Shape, ratio: float, multiple: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,8 @@ class Shape:
     mine: tuple[int, ...] = ()
     others: tuple[int, ...] = ()
     groups: int = 1
-    strides: int = 1  # of the axes of the second factor, before which the first runs
+    # How often the first runs for each output: strides of the axes of the second.
+    strides: float = 1
 
     def size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.sizes[i] for i in axes)
@@ -52,7 +54,7 @@ class Shape:
         taps = self.size(self.mine) * self.size(self.others)
         return self.groups * self.ins * self.outs * taps
 
-    def cost_of(self, rank: int) -> int:
+    def cost_of(self, rank: int) -> float:
         """Multiplications of both factors."""
         return rank * (self.strides * self._first + self._second)
 
@@ -70,8 +72,17 @@ class Shape:
         return self.groups * self.outs * self.size(self.others)
 
 
-def shape_of(node: Node, leaf: Any, method: str) -> Shape:
-    """How a site's weight would be factorized."""
+def shape_of(
+    node: Node,
+    leaf: Any,
+    method: str,
+    extents: Mapping[int, tuple[int, int]] | None = None,
+) -> Shape:
+    """How a site's weight would be factorized.
+
+    `extents` are the sizes of input and output along each window axis. Where they are not
+    known, outputs count as if padding kept the size of what is not strided or spread.
+    """
     weight, conv = node.weight, node.convolution
     assert weight is not None
     sizes = tuple(dense(leaf).shape)
@@ -80,8 +91,11 @@ def shape_of(node: Node, leaf: Any, method: str) -> Shape:
     out, inside, *window = conv.kernel_axes
     mine = (min(window),) if method == "spatial" and window else ()
     others = tuple(axis for axis in sorted(window) if axis not in mine)
-    steps = dict(zip(window, conv.strides, strict=True))
-    strides = math.prod(steps[axis] for axis in others)
+    known = extents or dict(
+        zip(window, zip(conv.strides, conv.input_dilation, strict=True), strict=True)
+    )
+    before, after = (math.prod(known[axis][i] for axis in others) for i in (0, 1))
+    strides = before // after if before % after == 0 else before / after
     return Shape(method, sizes, (inside,), (out,), mine, others, conv.groups, strides)
 
 

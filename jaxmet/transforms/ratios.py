@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmet.engine.graph import Graph
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import suggestion
 
 
@@ -40,6 +42,7 @@ def asked_for(
 def check_ratio(what: str, ratio: Any, caller: str) -> None:
     """Refuse what is no cost afterwards over the cost before."""
     number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
+    number |= isinstance(ratio, jax.Array) and ratio.ndim == 0 and is_concrete(ratio)
     if not number or not 0 < ratio <= 1:
         raise ValueError(
             f"jaxmet.{caller}: the {what} is {ratio!r}. It is the cost afterwards over the "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.calls import Apply
-from jaxmet.engine.graph import Graph, trace
+from jaxmet.engine.graph import Graph, leaves_of, trace
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.transforms.dynamic import Dynamic
@@ -58,6 +58,11 @@ def simulate(
         raise ValueError(
             f"jaxmet.simulate: got a {type(apply).__name__} and a "
             f"{type(quantizers).__name__}. Pass apply first, then the Quantizers."
+        )
+    if grids is not None and isinstance(quantizers, Dynamic):
+        raise ValueError(
+            "jaxmet.simulate: jm.dynamic finds its grids at every call, so grids= has nothing "
+            "to override. Calibrate, and pass the Quantizers that grids= is of."
         )
     if grids is not None and not isinstance(grids, Grids):
         raise ValueError(
@@ -192,6 +197,7 @@ def _rounded(
     if fold is None:
         quantized = quantize(leaves)
     else:
+        leaves = leaves_of(params, fold, "simulate")
         quantized = folded_and_back(fold, leaves, quantize, "simulate")
     held = {name: quantized[name] for name in quantizers.weights if name in leaves}
     return replace_leaves(params, held)

@@ -132,7 +132,22 @@ def _fill(like: Any, leaves: Mapping[str, Any]) -> Any:
             f"jaxmet.load: the file and like= differ: the file lacks {lost or 'none'} "
             f"and like lacks {extra or 'none'}. Give the tree of the same model."
         )
-    return flatten(like, whole=True)[2].unflatten([leaves[name] for name in names])
+    _, old, treedef = flatten(like, whole=True)
+    pairs = zip(names, old, strict=True)
+    return treedef.unflatten([_contained(leaf, leaves[name]) for name, leaf in pairs])
+
+
+def _contained(like: Any, found: Any) -> Any:
+    """What a leaf holds, its empty containers as in `like` (optax masks with its own)."""
+    if isinstance(found, tuple) and not found and not jax.tree.leaves(like):
+        return like
+    if not isinstance(found, tuple(STORED)) or type(found) is not type(like):
+        return found
+    fields = {
+        f.name: _contained(getattr(like, f.name), getattr(found, f.name))
+        for f in dataclasses.fields(found)
+    }
+    return type(found)(**fields)
 
 
 def _both_ways(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:

@@ -16,7 +16,8 @@ def parameter_names(params: Any, *, whole: bool = False) -> list[str]:
     """The name of every leaf, in the order of the leaves of `flatten`.
 
     A name is the path without the collection. Should two collections use one name, the
-    trained parameter keeps it and the others say their collection.
+    trained parameter keeps it and the others say their collection; should two paths, a slash
+    in a key is written '|'.
     """
     paths, _, _ = flatten(params, whole=whole)
     names = [path_name(path, params) for path in paths]
@@ -28,6 +29,11 @@ def parameter_names(params: Any, *, whole: bool = False) -> list[str]:
             for name, part in zip(names, parts, strict=True)
         ]
         count = Counter(names)
+    names = [
+        name if count[name] == 1 else path_name(path, params, slash="|")
+        for name, path in zip(names, paths, strict=True)
+    ]
+    count = Counter(names)
     return [
         name if count[name] == 1 else jax.tree_util.keystr(path)
         for name, path in zip(names, paths, strict=True)

@@ -33,9 +33,12 @@ def _own_parts(path: tuple[Any, ...]) -> list[str]:
     return [_part(key) for key in path]
 
 
-def path_name(path: tuple[Any, ...], params: Any) -> str:
-    """The name of the leaf of `params` at `path`: no collection, joined by '/'."""
-    parts = path_parts(path)
+def path_name(path: tuple[Any, ...], params: Any, *, slash: str = "/") -> str:
+    """The name of the leaf of `params` at `path`: no collection, joined by '/'.
+
+    `slash` is what one inside a key becomes.
+    """
+    parts = [part.replace("/", slash) for part in path_parts(path)]
     if has_collections(params):
         parts = parts[1:] or parts
     return "/".join(parts) or "params"

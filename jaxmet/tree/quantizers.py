@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.numerics.ranges import SCALE_FLOOR
+from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.quantizer import (
@@ -219,7 +221,7 @@ def grids(
     in coarser or finer steps.
 
     `weights` and `activations` switch a kind on or off, `weight_bits` and `activation_bits`
-    give all grids of a kind this width: 2 to 16, or more for no rounding, fractions rounded
+    give all grids of a kind this width: 2 to 16, or 32 for no rounding, fractions rounded
     up. All of them may be traced numbers, so that any function of the training step (an
     optax schedule) drives them, or mappings that give some quantizers a number each, by name.
     An int32 bias keeps its width.
@@ -252,6 +254,11 @@ def grids(
             return Grid(low, high, on)
         if isinstance(bits, int):
             check_bits(bits, caller="grids")
+        elif is_concrete(bits) and np.isnan(bits):
+            raise ValueError(
+                f"jaxmet.grids: the bits of {name!r} are {bits}. Give 2 to 16, or 32 for no "
+                "rounding: does the schedule divide by zero?"
+            )
         width = jnp.ceil(jnp.asarray(bits, jnp.float32))
         ends = ends_of_width(
             jnp.clip(width, 2, 16).astype(jnp.int32),

@@ -16,6 +16,7 @@ from jax import lax
 from jaxmet.engine.channels import Layout
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
+from jaxmet.engine.operations import works
 from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import Shape, placed_matrix, shape_of, spectrum_of
@@ -42,6 +43,8 @@ class Low:
     node: Node
     shape: Shape
     parts: Spectrum
+    known: Shape
+    """The shape with what inputs of these sizes cost."""
 
     @property
     def most(self) -> int:
@@ -58,7 +61,7 @@ class Low:
         """What is left of every site that changes."""
         if amount >= self.most:
             return {self.node.name: Shares(1.0, 1.0)}
-        work = self.shape.cost_of(amount) / self.shape.cost
+        work = self.known.cost_of(amount) / self.known.cost
         held = self.shape.entries_of(amount) / self.shape.cost
         return {self.node.name: Shares(min(1.0, work), min(1.0, held))}
 
@@ -215,12 +218,14 @@ def sites_of(
         else grams(graph, params, read, {n.name for n in nodes}, **options)
     )
     found: dict[str, Site] = {}
+    extents = {w.node.name: w.extents for w in works(graph, params, read.first, {})}
     for node in nodes:
         leaf = leaves[node.kernel]
         shape = shape_of(node, leaf, method)
+        known = shape_of(node, leaf, method, extents[node.name])
         gram = seen[node.name].mean if node.name in seen else None
         parts = spectrum_of(jnp.asarray(dense(leaf)), shape, gram)
-        found[node.name] = Low(node, shape, parts)
+        found[node.name] = Low(node, shape, parts, known)
     return found, left
 
 
