@@ -320,3 +320,32 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"jaxmet\.compare: .*does not run '0/tanh'"):
         compare(quantizers, x, reference=(short, params))
     assert math.isfinite(compare(quantizers, x)["SQNR (dB)"][0])
+
+
+def test_the_graph_says_of_which_nodes():
+    apply, params, graph, x = plain()
+    quantizers = jm.calibrate(params, graph, [x], progress=False)
+    whole = rows_of(jm.compare(params, graph, quantizers, x))
+    some = rows_of(jm.compare(params, graph.only("1"), quantizers, x))
+    assert set(some) == {n for n in whole if n == "1" or n.startswith("1/")} != set()
+    assert all(some[n] == whole[n] for n in some)
+
+
+def test_pixels_may_be_integers():
+    apply, params, graph, x = plain()
+    quantizers = jm.calibrate(params, graph, [x], progress=False)
+    pixels = jnp.clip(jnp.round(3 * x), -5, 5).astype(jnp.int32)
+    with jax.numpy_dtype_promotion("standard"):  # the model itself multiplies them
+        table = jm.compare(params, graph, quantizers, pixels)
+        simulated = jax.jit(jm.simulate(apply, quantizers))(params, pixels)
+    exact = apply(params, pixels.astype(jnp.float32))
+    found = float(re.search(r"outputs (-?[\d.]+) dB", table.title)[1])
+    assert abs(found - decibel(exact, simulated - exact)) < 0.1
+
+
+def test_quantizers_of_other_widths_are_refused():
+    _, params, graph, x = plain()
+    wider, more, other, y = plain(size=8)
+    quantizers = jm.calibrate(more, other, [y], progress=False).pin(more)
+    with pytest.raises(ValueError, match=r"compare: the quantizer of '0/w' has scales"):
+        jm.compare(params, graph, quantizers, x)

@@ -344,7 +344,7 @@ def test_factors_of_factors():
     exact = apply(densify(small), x)
     np.testing.assert_allclose(jm.lift(apply)(small, x), exact, rtol=1e-4, atol=1e-3)
     before, after = jm.cost(params, dense, x), jm.cost(small, again, x)
-    assert after["macs"][-1] < 0.6 * before["macs"][-1]
+    assert after["macs"][-1] < 0.8 * before["macs"][-1]
 
 
 def test_whole_numbers_of_any_kind_are_ranks(net):

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 
 import equinox as eqx
 import jax
@@ -245,3 +246,15 @@ def test_masks_of_optax_in_a_structured_leaf_come_back_like_a_given_tree(tmp_pat
     like = {"state": jax.tree.map(jnp.zeros_like, state)}
     found = load(tmp_path / "state.npz", like=like).params["state"]
     assert jax.tree.structure(found) == jax.tree.structure(state)
+
+
+def test_links_are_followed_and_pipes_refused(tmp_path):
+    target, link, pipe = (tmp_path / n for n in ("target.npz", "link.npz", "pipe.npz"))
+    save(target, params=jnp.ones(1))
+    link.symlink_to(target)
+    save(link, params=jnp.ones(2))
+    assert link.is_symlink() and load(target).params.shape == (2,)
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=r"jaxmet\.save: .* is no ordinary file"):
+        save(pipe, params=jnp.ones(1))
+    assert pipe.is_fifo()

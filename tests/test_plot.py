@@ -535,14 +535,14 @@ def test_every_node_stands_below_what_it_reads() -> None:
     assert (found["a"].row, found["b"].row) == (1, 1)
 
 
-def test_lanes_do_not_overlap() -> None:
+def test_lanes_do_not_overlap_or_touch() -> None:
     rng = np.random.default_rng(0)
     spans = [tuple(sorted(s)) for s in rng.integers(0, 20, (60, 2)).tolist()]
     spans = [(a, b + 1) for a, b in spans]
     found = lanes(spans)
     for i, (a, b) in enumerate(spans):
         for j, (c, d) in enumerate(spans[:i]):
-            assert found[i] != found[j] or b <= c or d <= a
+            assert found[i] != found[j] or b < c or d < a
 
 
 def test_the_graph_says_what_was_done(strange: tuple[Any, jm.Graph]) -> None:
@@ -645,3 +645,77 @@ for draw in (lambda: jm.plot.noise(None), lambda: jm.plot.graph(None)):
         f"jaxmet.plot.{name}: altair is not installed. Run `pip install 'jaxmet[plot]'`."
         for name in ("noise", "graph")
     ], done.stderr
+
+
+# What a hurried reader would be misled by
+
+
+def test_a_grid_has_a_line_of_its_own_where_names_coincide() -> None:
+    table = noise_table(["a", "b"])
+    (last,) = noise_table(["a"]).where(what="a")
+    other = jm.Table({k: [v] for k, v in (last | {"kind": "activation"}).items()})
+    table = jm.Table.concat(table, other)
+    names = [row["name"] for row in values_of(jm.plot.noise(table))]
+    assert names == ["a (weight)", "b", "a (activation)"]
+
+
+def test_long_names_keep_both_ends(strange: tuple[Any, jm.Graph]) -> None:
+    names = [f"{'module/' * 12}layer_{i}/kernel" for i in range(3)]
+    shown = [t for t in texts(jm.plot.noise(noise_table(names))) if "…" in t]
+    assert len(set(shown)) == 3 and all(len(t) == 46 for t in shown)
+    assert all(t.startswith("module/") and t.endswith("/kernel") for t in shown)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    apply, params, x = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
+    graph = jm.trace(apply, params, *x)
+    site = next(n for n in graph.sites if n.weight is not None)
+    bad = jax.tree_util.tree_map_with_path(
+        lambda p, a: a.at[(0,) * a.ndim].set(jnp.inf) if a.ndim == 4 else a, params
+    )
+    for draw in (
+        jm.plot.weight_ranges,
+        jm.plot.relative_weight_ranges,
+        jm.plot.histograms,
+    ):
+        assert not any("NaN or infinity" in t for t in texts(draw(params, graph)))
+        assert any(
+            "NaN or infinity" in t and site.name in t for t in texts(draw(bad, graph))
+        )
+
+
+def test_a_single_weight_a_channel_has_a_range_with_zero() -> None:
+    params = {"a": jnp.array([[0.001, 0.01, 1.0, 10.0, 0.02]]), "b": jnp.ones((5, 2))}
+    graph = jm.trace(lambda p, x: (x @ p["a"]) @ p["b"], params, jnp.ones((3, 1)))
+    chart = jm.plot.relative_weight_ranges(params, graph.only("a"))
+    (row,) = values_of(chart)
+    assert row["largest"] == 1e4 and row["dead"] == 0
+
+
+def test_a_tree_of_another_model_is_no_after(strange: tuple[Any, jm.Graph]) -> None:
+    params, graph = strange
+    wider = jax.tree.map(lambda a: jnp.concatenate([a, a]), params)
+    for draw in (jm.plot.weight_ranges, jm.plot.relative_weight_ranges):
+        with pytest.raises(ValueError, match="of the same model"):
+            draw(params, graph, after=wider)
+
+
+def test_the_graph_of_a_compressed_tree_says_so_before_and_behind_a_trace() -> None:
+    apply, params, x = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
+    graph = jm.trace(apply, params, *x)
+    small = jm.factorize(params, graph, ratios=0.7, method="weight")
+    again = jm.trace(apply, small, *x)
+    pruned = jm.prune(small, again, 0.6)
+    third = jm.trace(apply, pruned, *x)
+    for tree, of in ((small, graph), (small, again), (pruned, graph), (pruned, third)):
+        rows = values_of(jm.plot.graph(of, params=tree))
+        said = " ".join(r["done"] for r in rows)
+        assert "rank" in said and any(r["state"].startswith("pruned") for r in rows)
+        assert ("along axis" in said) is (tree is pruned)
+
+
+def test_only_the_front_is_written_beside_its_points() -> None:
+    rows = [(float(i), float(-abs(i - 3)), f"row {i}") for i in range(20)]
+    table = table_of(("cost", "worth", "name"), rows)
+    found = texts(jm.plot.pareto(table, x="cost", y="worth", label="name"))
+    assert [t for t in found if t.startswith("row ")] == [f"row {i}" for i in range(4)]

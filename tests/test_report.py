@@ -268,6 +268,8 @@ def test_bad_arguments_are_refused_before_any_work(
         jm.report(path, params, graph, tables=[noise_table(["a"]), {"a": 1}])
     with pytest.raises(ValueError, match="jaxmet.report: tables is one table"):
         jm.report(path, params, graph, tables=noise_table(["a"]))
+    with pytest.raises(ValueError, match="jaxmet.report: the title is of type int"):
+        jm.report(path, params, graph, title=5)
     with pytest.raises(ValueError, match="jaxmet.report: parameter"):
         jm.report(path, jax.tree.map(lambda w: w[:, :3], params), graph)
     with pytest.raises(ValueError, match="jaxmet.report: batch is all the data"):

@@ -122,3 +122,15 @@ def test_columns_are_lists_by_name(columns):
     with pytest.raises(ValueError, match=r"jaxmet\.Table: the columns are no mapping"):
         Table(columns)
     assert Table({"a": np.arange(2), "b": ("x", "y")})["a"] == [0, 1]
+
+
+def test_a_column_is_a_list_of_its_own():
+    t = Table({"a": [2, 1], "b": ["x", "y"]}, title="largest: x")
+    t["a"].sort()
+    assert t["a"] == [2, 1]
+    assert t.where(b="x").title == "" and t.where().title == "largest: x"
+    with pytest.raises(KeyError, match="no column slice"):
+        t[0:1]
+    with pytest.raises(ValueError, match=r"Table\.concat: got a list"):
+        Table.concat([t, t])
+    assert "x\\ny" in repr(Table({"a": ["x\ny"]}))

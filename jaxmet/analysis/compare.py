@@ -45,7 +45,7 @@ def compare(
 ) -> Table:
     """How far every quantized node is from float, and how much of that it adds itself.
 
-    One row a node that is on a grid or whose weight is:
+    One row a node that the graph selects and that is on a grid or whose weight is:
 
     - `SQNR (dB)`: 10·log10(Σ y² / Σ (y − ŷ)²) of the simulated result ŷ against the float
       one y, with all error that comes from the nodes before.
@@ -68,10 +68,14 @@ def compare(
     """
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
-    check_quantizers(quantizers, graph, CALLER)
+    check_quantizers(quantizers, graph, CALLER, params)
     inputs = one_batch(batch, CALLER)
     apply, tree = float_model(reference, params, graph, quantizers, CALLER)
-    wanted = {n.name for n in graph.nodes if _is_quantized(n, quantizers)}
+    wanted = {
+        n.name
+        for n in graph.nodes
+        if n.name in graph.selected and _is_quantized(n, quantizers)
+    }
     keeping = jax.jit(evaluate(apply, _keeping(wanted)))
     with accepting(inputs, CALLER, f"{ONE}."):
         exact, floats = keeping(tree, *inputs, **kwargs)
@@ -174,14 +178,20 @@ def _here(kept: Any, iteration: tuple[Any, ...]) -> Any:
 
 
 def _power(x: Any, y: Any = None) -> jax.Array:
-    x = x.astype(wide(x.dtype))
+    x = _real(x)
     return jnp.sum(jnp.square(x if y is None else x - y.astype(x.dtype)))
+
+
+def _real(x: jax.Array) -> jax.Array:
+    """In a type that holds sums; inputs may be integers."""
+    real = jnp.issubdtype(x.dtype, jnp.inexact)
+    return x.astype(wide(x.dtype) if real else jnp.float32)
 
 
 def _use(x: jax.Array, quantizer: Quantizer) -> Use:
     """How much of its grid a tensor uses: the mean over the grids it is divided into."""
     low, high = quantizer.ends
-    x = x.astype(wide(x.dtype))
+    x = _real(x)
     scale, zero_point = (a.astype(x.dtype) for a in quantizer.grid(x))
     axes = tuple(i for i in range(x.ndim) if scale.ndim == 0 or scale.shape[i] == 1)
     shape = scale.shape if scale.ndim else (1,) * x.ndim

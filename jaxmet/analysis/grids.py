@@ -32,7 +32,7 @@ def places(
     """
     leaves_of(params, graph, caller)
     check_concrete(params, caller)
-    check_quantizers(quantizers, graph, caller)
+    check_quantizers(quantizers, graph, caller, params)
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     users = {p: node.name for node in reversed(graph.nodes) for p in node.parameters}
     found = []

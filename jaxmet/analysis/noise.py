@@ -363,10 +363,11 @@ def _table(
     names = ("what", "site", "kind", "bits", "SQNR (dB)", "share", "clipped")
     names += tuple(f"{bits} bits" for bits in WIDTHS)
     worst = sorted(rows[:-1], key=lambda row: -row[5])[:3]
-    told = ", ".join(f"{row[0]} ({100 * row[5]:.0f} %)" for row in worst)
+    told = ", ".join(f"{row[2]} {row[0]} ({100 * row[5]:.0f} %)" for row in worst)
+    which = "" if len(rows) > len(known) else " of the selected grids"
     return Table(
         dict(zip(names, zip(*rows, strict=True), strict=True)),
-        title=f"{CALLER}: outputs {ratios[0]:.1f} dB foretold; most comes from {told}",
+        title=f"{CALLER}: outputs {ratios[0]:.1f} dB foretold; most{which} comes from {told}",
     )
 
 

@@ -117,15 +117,45 @@ def by_channel(weight: np.ndarray, node: Node) -> np.ndarray:
 
 
 def ranges(weight: np.ndarray) -> Ranges:
-    """The smallest and the largest value of every channel of `(channels, values)`."""
-    return Ranges(weight.min(axis=1), weight.max(axis=1))
+    """The smallest and the largest value of every channel of `(channels, values)`.
+
+    A single value is a range with zero, as every grid has it; a channel that holds NaN or
+    infinity has none, which is NaN.
+    """
+    if weight.shape[1] == 1:
+        weight = np.pad(weight, ((0, 0), (0, 1)))
+    fine = np.isfinite(weight).all(axis=1)
+    low, high = (np.where(fine, v, np.nan) for v in (weight.min(1), weight.max(1)))
+    return Ranges(low, high)
 
 
 def quartiles(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first and the third quartile of every channel, of evenly strided values."""
     stride = -(-weight.shape[1] // SAMPLES)
-    first, third = np.quantile(weight[:, ::stride], (0.25, 0.75), axis=1)
+    fine = np.isfinite(weight).all(axis=1, keepdims=True)
+    some = np.where(fine, weight, np.nan)[:, ::stride]
+    first, third = np.quantile(some, (0.25, 0.75), axis=1)
     return first, third
+
+
+def not_finite(weights: Mapping[str, np.ndarray]) -> str | None:
+    """A line for a subtitle about weights that hold NaN or infinity."""
+    names = [n for n, w in weights.items() if not np.isfinite(w).all()]
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"NaN or infinity in {len(names)}: {some}" if names else None
+
+
+def same_model(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], caller: str
+) -> None:
+    """Refuse another tree whose weights are of another shape."""
+    for name, weight in before.items():
+        if after[name].shape != weight.shape:
+            raise ValueError(
+                f"jaxmet.{caller}: the weight of {name!r} has {after[name].shape} channels "
+                f"and values in after=, and {weight.shape} before. Give a tree of the same "
+                "model."
+            )
 
 
 def relative(widths: np.ndarray) -> Relative:

@@ -62,9 +62,36 @@ def layered(alt: Any, charts: Sequence[Any]) -> Any:
     return alt.layer(*(full or charts[-1:]))
 
 
+def shortened(name: str, most: int) -> str:
+    """A name without its middle where it is long: names differ at their ends."""
+    head = most // 3
+    return name if len(name) <= most else f"{name[:head]}…{name[head + 1 - most :]}"
+
+
+def shown(most: int) -> str:
+    """`shortened` as an expression of Vega, of the label of an axis or a heading."""
+    head, label = most // 3, "datum.label"
+    ends = f"slice({label}, 0, {head}) + '…' + slice({label}, {head + 1 - most})"
+    return f"length({label}) <= {most} ? {label} : {ends}"
+
+
+def told_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of grids, with their kind where a weight and an activation share one."""
+    kinds: dict[str, set[Any]] = {}
+    for row in rows:
+        kinds.setdefault(str(row["what"]), set()).add(row["kind"])
+    return [
+        f"{row['what']} ({row['kind']})" if len(kinds[str(row["what"])]) > 1
+        else str(row["what"])
+        for row in rows
+    ]  # fmt: skip
+
+
 def names_axis(alt: Any, names: Sequence[str], field: str = "name") -> Any:
     """The names of a network from top to bottom, in the order in which it runs."""
-    axis = alt.Axis(title=None, labelLimit=280, ticks=False, domain=False)
+    axis = alt.Axis(
+        title=None, labelLimit=330, labelExpr=shown(46), ticks=False, domain=False
+    )
     scale = alt.Scale(domain=list(dict.fromkeys(names)))
     return alt.Y(f"{field}:N", scale=scale, axis=axis)
 

@@ -6,7 +6,7 @@ from typing import Any
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.plot.channels import leaves_of_sites
-from jaxmet.plot.drawing import ROWS, altair, data, layered, titled
+from jaxmet.plot.drawing import ROWS, altair, data, layered, shortened, titled
 from jaxmet.plot.layers import Place, lanes, places
 from jaxmet.plot.states import STATES, states_of
 from jaxmet.transforms.matching import check_quantizers
@@ -45,7 +45,7 @@ def graph(
     if params is not None:
         leaves_of_sites(params, graph, CALLER)
     if quantizers is not None:
-        check_quantizers(quantizers, graph, CALLER)
+        check_quantizers(quantizers, graph, CALLER, params)
     states = states_of(graph, params, quantizers)
     where = places({n.name: _reads(n) for n in graph.nodes})
     boxes = [_box(n, where[n.name], states[n.name]) for n in graph.nodes]
@@ -77,7 +77,7 @@ def graph(
     text = alt.Chart(every).mark_text(
         align="left", baseline="middle", dx=6, limit=BOX - 12
     )
-    upper = text.encode(x=x, y=_pixels(alt.Y, down, "upper"), text="name:N")
+    upper = text.encode(x=x, y=_pixels(alt.Y, down, "upper"), text="label:N")
     lower = text.mark_text(
         align="left",
         baseline="middle",
@@ -105,6 +105,7 @@ def _box(node: Node, place: Place, state: Mapping[str, Any]) -> dict[str, Any]:
     left, top = place.column * COLUMN, place.row * ROW
     return {
         "name": node.name,
+        "label": shortened(node.name, 44),
         "left": left,
         "right": left + BOX,
         "top": top,

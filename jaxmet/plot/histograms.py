@@ -5,9 +5,18 @@ from typing import Any
 import numpy as np
 
 from jaxmet.engine.graph import Graph
-from jaxmet.plot.channels import weights_of
+from jaxmet.plot.channels import not_finite, weights_of
 from jaxmet.plot.counts import Counts, activations, countable
-from jaxmet.plot.drawing import BAD, KINDS, ROWS, altair, colours, data, titled
+from jaxmet.plot.drawing import (
+    BAD,
+    KINDS,
+    ROWS,
+    altair,
+    colours,
+    data,
+    shortened,
+    titled,
+)
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.names import select
@@ -49,9 +58,13 @@ def histograms(
     alt = altair(CALLER)
     weights = _weights(params, graph)
     if quantizers is not None:
-        check_quantizers(quantizers, graph, CALLER)
+        check_quantizers(quantizers, graph, CALLER, params)
     nodes = [] if batches is None else _nodes(graph, quantizers)
     chosen = set(select(names, [*weights, *nodes], caller=CALLER))
+    if not chosen:
+        raise ValueError(
+            f"jaxmet.{CALLER}: names is empty. Give globs, or leave it out."
+        )
     panels = []
     for name, weight in weights.items():
         if name in chosen:
@@ -69,7 +82,8 @@ def histograms(
                 )
     charts = [_panel(alt, i, *panel) for i, panel in enumerate(panels)]
     chart = alt.concat(*charts, columns=COLUMNS, spacing=18)
-    return titled(alt, chart, title or "Values and grids")
+    gone = not_finite({n: w for n, w in weights.items() if n in chosen})
+    return titled(alt, chart, title or "Values and grids", gone)
 
 
 def _weights(params: Any, graph: Graph) -> dict[str, np.ndarray]:
@@ -187,7 +201,10 @@ def _panel(
             )
         )
     heading = alt.TitleParams(
-        name, subtitle=_said(grid, float(share[out].sum())), anchor="start", fontSize=11
+        shortened(name, 34),
+        subtitle=_said(grid, float(share[out].sum())),
+        anchor="start",
+        fontSize=11,
     )
     return alt.layer(*layers).properties(width=225, height=100, title=heading)
 

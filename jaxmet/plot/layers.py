@@ -29,12 +29,12 @@ def places(reads: Mapping[str, Sequence[str]]) -> dict[str, Place]:
 
 
 def lanes(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """A lane for each span of rows, so that no two in one lane overlap."""
+    """A lane for each span of rows, so that no two in one lane overlap or touch."""
     ends: list[int] = []
     found = [0] * len(spans)
     for i in sorted(range(len(spans)), key=lambda i: spans[i]):
         start, stop = spans[i]
-        free = next((k for k, end in enumerate(ends) if end <= start), len(ends))
+        free = next((k for k, end in enumerate(ends) if end < start), len(ends))
         ends[free : free + 1] = [stop]
         found[i] = free
     return found

@@ -13,12 +13,13 @@ from jaxmet.plot.drawing import (
     names_axis,
     no_names,
     titled,
+    told_apart,
 )
 from jaxmet.plot.tables import ALL, checked, number, rows_of
 
 
 def noise(table: Any, *, title: str | None = None) -> Any:
-    """The table of `jm.noise` as a chart: a bar a grid, in network order.
+    """The table of `jm.noise` as a chart: a bar a grid, weights first.
 
     The bar is the grid's share of the whole noise at the outputs; the point beside it the
     signal-to-noise ratio in dB that it alone would leave, further left being worse. The colour
@@ -30,8 +31,8 @@ def noise(table: Any, *, title: str | None = None) -> Any:
     """
     alt, table = altair("plot.noise"), checked(table, "noise")
     rows = list(rows_of(table))
-    names = [str(row["what"]) for row in rows] or [ALL]
-    bars = [_record(row) for row in rows]
+    names = told_apart(rows) or [ALL]
+    bars = [_record(row) | {"name": n} for row, n in zip(rows, names, strict=False)]
     drawn = [b for b in bars if b["share"] is not None]
     tip = [
         alt.Tooltip("name:N"),
@@ -80,7 +81,6 @@ def noise(table: Any, *, title: str | None = None) -> Any:
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": str(row["what"]),
         "site": row["site"],
         "kind": row["kind"],
         "bits": number(row["bits"]),

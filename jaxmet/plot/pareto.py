@@ -16,6 +16,8 @@ from jaxmet.plot.drawing import (
 )
 from jaxmet.plot.tables import number, with_columns
 
+FEW = 12  # more names would stand on each other
+
 
 def pareto(
     table: Any, *, x: str, y: str, label: str | None = None, title: str | None = None
@@ -23,8 +25,8 @@ def pareto(
     """Rows of any table as points, `x` a cost (less is better), `y` a worth (more is).
 
     The points that no other beats are joined: whoever wants more of `y` than one of them has
-    to pay more of `x`. `label` is the column that names the points. Rows without both numbers
-    are left out and named.
+    to pay more of `x`. `label` is the column that names them; of more than 12 rows the others
+    have their names in tooltips alone. Rows without both numbers are left out and named.
 
     Raises ValueError for an empty table, a column that is not there, or one that holds no
     number.
@@ -67,7 +69,8 @@ def pareto(
         points.encode(**base, color=alt.Color("colour:N", scale=None), tooltip=tip),
     ]
     if label is not None:
-        text = alt.Chart(data(alt, rows)).mark_text(
+        named = rows if len(rows) <= FEW else [rows[i] for i in best]
+        text = alt.Chart(data(alt, named)).mark_text(
             align="left", baseline="bottom", dx=6, dy=-3, fontSize=10
         )
         layers.append(

@@ -3,7 +3,15 @@
 from typing import Any
 
 from jaxmet.engine.graph import Graph
-from jaxmet.plot.channels import Relative, ranges, relative, weights_of, worst_first
+from jaxmet.plot.channels import (
+    Relative,
+    not_finite,
+    ranges,
+    relative,
+    same_model,
+    weights_of,
+    worst_first,
+)
 from jaxmet.plot.drawing import (
     AFTER,
     BAD,
@@ -44,11 +52,14 @@ def relative_weight_ranges(
     >>> jm.plot.relative_weight_ranges(params, graph, after=jm.equalize(params, graph))
     """
     alt = altair(CALLER)
-    found = _relative(params, graph)
+    weights, found = _relative(params, graph)
+    gone = not_finite(weights)
     order = worst_first(found)
     trees = {"before": found} if after is None else {"before": found}
     if after is not None:
-        trees["after"] = _relative(after, graph)
+        changed, trees["after"] = _relative(after, graph)
+        same_model(weights, changed, CALLER)
+        gone = not_finite(weights | changed)
     newest = [*trees][-1]
     records, points = [], []
     for tree, each in trees.items():
@@ -64,14 +75,14 @@ def relative_weight_ranges(
     }
     chart = _chart(alt, records, points, order, len(trees))
     heading = title or "Ranges of channels over the smallest of their layer"
-    return titled(alt, chart, heading, _problems(bad, len(order)))
+    return titled(alt, chart, heading, _problems(bad, len(order)), gone)
 
 
 def relative_table(params: Any, graph: Graph, *, after: Any = None) -> Table:
     """The numbers behind `relative_weight_ranges`: a row a site and tree, worst first."""
-    trees = {"before": _relative(params, graph)}
+    trees = {"before": _relative(params, graph)[1]}
     if after is not None:
-        trees["after"] = _relative(after, graph)
+        trees["after"] = _relative(after, graph)[1]
     rows = [
         {
             "site": name,
@@ -105,10 +116,10 @@ def _problems(bad: dict[str, list[str]], layers: int) -> str:
     return f"{len(names)} problem layer{plural} of {layers}{worst}"
 
 
-def _relative(params: Any, graph: Graph) -> dict[str, Relative]:
+def _relative(params: Any, graph: Graph) -> tuple[dict[str, Any], dict[str, Relative]]:
     weights = weights_of(params, graph, CALLER)
     found = {name: ranges(w) for name, w in weights.items()}
-    return {name: relative(r.high - r.low) for name, r in found.items()}
+    return weights, {name: relative(r.high - r.low) for name, r in found.items()}
 
 
 def is_problem(found: Relative) -> bool:

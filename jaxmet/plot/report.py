@@ -86,6 +86,10 @@ def report(
     vl = vl_convert(CALLER)
     path = writable(path, CALLER)
     tables = _check(params, graph, quantizers, before, tables)
+    if not isinstance(title, str):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the title is of type {type(title).__name__}. Give a text."
+        )
     if batch is not None:
         batch = one_batch(batch, CALLER)
     scores, settings = _named(scores, "scores"), _named(settings, "settings")
@@ -123,7 +127,7 @@ def _check(
                 "pruning change the graph: give a tree from behind them, or none."
             ) from error
     if quantizers is not None:
-        check_quantizers(quantizers, graph, CALLER)
+        check_quantizers(quantizers, graph, CALLER, params)
     if isinstance(tables, Table):
         raise ValueError(
             f"jaxmet.{CALLER}: tables is one table. Give several: tables=[table]."

@@ -105,7 +105,7 @@ def _curves(alt: Any, rows: list[dict[str, Any]]) -> Any:
         .mark_line(strokeWidth=1, opacity=0.6, color=AFTER)
         .encode(
             x=alt.X("done:Q", title="part of the iterations", axis=percent),
-            y=alt.Y("part:Q", title="loss / nearest"),
+            y=alt.Y("part:Q", title="loss while it is chosen / nearest"),
             detail="name:N",
             tooltip=["name:N", alt.Tooltip("part:Q", format=".3f")],
         )

@@ -15,6 +15,7 @@ from jaxmet.plot.drawing import (
     left_out,
     names_axis,
     titled,
+    told_apart,
 )
 from jaxmet.plot.tables import ALL, checked, number, rows_of
 
@@ -24,7 +25,7 @@ COLUMNS: dict[str, str] = dict(zip(("only", "but"), SHAPES, strict=True))
 
 
 def sensitivity(table: Any, *, title: str | None = None) -> Any:
-    """The table of `jm.sensitivity` as a chart: two points a grid, in network order.
+    """The table of `jm.sensitivity` as a chart: two points a grid, weights first.
 
     The full circle is the score with this grid alone on: left of the others, it harms by
     itself. The empty diamond is the score with all grids but this one: right of the others, the
@@ -37,8 +38,12 @@ def sensitivity(table: Any, *, title: str | None = None) -> Any:
     """
     alt, table = altair("plot.sensitivity"), checked(table, "sensitivity")
     rows = list(rows_of(table))
-    names = [str(row["what"]) for row in rows] or [ALL]
-    points = [_point(row, column) for row in rows for column in COLUMNS]
+    names = told_apart(rows) or [ALL]
+    points = [
+        _point(row, column) | {"name": name}
+        for row, name in zip(rows, names, strict=False)
+        for column in COLUMNS
+    ]
     known = [p for p in points if p["score"] is not None]
     gone = [p["name"] for p in points if p["score"] is None]
     widths = list(dict.fromkeys(row["bits"] for row in rows)) or [None]
@@ -59,7 +64,6 @@ def sensitivity(table: Any, *, title: str | None = None) -> Any:
 def _point(row: dict[str, Any], column: str) -> dict[str, Any]:
     fill = KINDS.get(str(row["kind"]), QUIET) if column == "only" else "white"
     return {
-        "name": str(row["what"]),
         "site": row["site"],
         "kind": row["kind"],
         "bits": number(row["bits"]),
@@ -89,7 +93,7 @@ def _chart(
         .encode(
             x=alt.X("score:Q", title="score", scale=alt.Scale(zero=False, padding=10)),
             y=y,
-            color=colours(alt, KINDS, symbolFillColor="white"),
+            color=colours(alt, KINDS, symbolType="square", symbolFillColor="white"),
             fill=alt.Fill("fill:N", scale=None),
             shape=shape,
             tooltip=["name:N", "site:N", "kind:N", "bits:Q", "what:N", "score:Q"],
@@ -124,5 +128,9 @@ def _lines(table: Any, bits: Any) -> list[dict[str, Any]]:
 
 def _legend(table: Any) -> str | None:
     found = _lines(table, None)
-    said = [f"{row['line']} {row['score'] + 0.0:.4g}" for row in found]
+    looks = {"float": "green", "quantized": "black"}
+    said = [
+        f"{row['line']} {row['score'] + 0.0:.4g} ({looks[row['line']]})"
+        for row in found
+    ]
     return f"dashed: {', '.join(said)}" if said else None

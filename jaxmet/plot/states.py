@@ -1,7 +1,6 @@
 """What was done to each node of a model, in a few words."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,10 @@ from jaxmet.engine.channels import indices_of
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.plot.channels import leaves_by_name
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, flatten, is_compressed, is_structured
+from jaxmet.tree.names import parameter_names
 from jaxmet.tree.quantizers import Quantizers
-from jaxmet.tree.structures import LowRank, Pruned
+from jaxmet.tree.structures import LowRank, Pruned, parts_of
 
 SMALLER = "pruned or factorized"
 WEIGHT = "quantized weight"
@@ -34,6 +34,7 @@ def states_of(
 ) -> dict[str, dict[str, Any]]:
     """By node: its `state`, `what` it is, what was `done` to it, and its `channels`."""
     leaves = {} if params is None else leaves_by_name(params)
+    smaller_ones = {} if params is None else structures_of(params)
     channels = _channels(graph)
     kinds = graph.table()["kind"]
     found = {}
@@ -41,7 +42,8 @@ def states_of(
         said = [kind]
         weight = _weight_bits(node, quantizers)
         result = _result_bits(node, quantizers)
-        smaller = _smaller(node, leaves)
+        weight_name = node.weight.name if node.weight is not None else None
+        smaller = smaller_ones.get(weight_name or "", [])
         folded = is_folded(node, leaves)
         said += [f"weight {weight} bits"] if weight else []
         said += [f"result {result} bits"] if result else []
@@ -96,21 +98,33 @@ def _result_bits(node: Node, quantizers: Quantizers | None) -> int | None:
     return found.bits if found is not None and found.active else None
 
 
-def _smaller(node: Node, leaves: Mapping[str, Any]) -> list[str]:
-    """What a structured weight of the node is."""
-    leaf = leaves.get(node.weight.name or "") if node.weight is not None else None
-    said: Counter[str] = Counter()
-    while leaf is not None and is_compressed(leaf):
-        weight = leaf.weight
-        if isinstance(weight, LowRank):
-            said[f"rank {weight.rank} ({weight.method})"] += 1
-            break
-        if not isinstance(weight, Pruned):
-            break
-        for keep in weight.keep:
-            said[f"{len(keep.indices)} of {keep.size} along axis {keep.axis}"] += 1
-        leaf = weight.part
-    return list(said)
+def structures_of(params: Any) -> dict[str, list[str]]:
+    """By parameter, what was factorized or pruned: of whole leaves and of their parts."""
+    whole = flatten(params, whole=True)[1]
+    parts = iter(parameter_names(params))
+    found: dict[str, list[str]] = {}
+    for name, leaf in zip(parameter_names(params, whole=True), whole, strict=True):
+        for said in _described(leaf):
+            part = next(parts)
+            for key in dict.fromkeys((part, name)):
+                found[key] = list(dict.fromkeys([*found.get(key, ()), *said]))
+    return found
+
+
+def _described(leaf: Any, said: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """What each part of a leaf is a part of, in the order of the parts."""
+    if not is_structured(leaf):
+        yield said
+        return
+    weight = leaf.weight
+    if isinstance(weight, LowRank):
+        more = [f"rank {weight.rank} ({weight.method})"]
+    else:
+        more = [
+            f"{len(k.indices)} of {k.size} along axis {k.axis}" for k in weight.keep
+        ]
+    for part in parts_of(weight).values():
+        yield from _described(part, (*said, *more))
 
 
 def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:

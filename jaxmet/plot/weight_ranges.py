@@ -5,7 +5,13 @@ from typing import Any
 import numpy as np
 
 from jaxmet.engine.graph import Graph
-from jaxmet.plot.channels import quartiles, ranges, weights_of
+from jaxmet.plot.channels import (
+    not_finite,
+    quartiles,
+    ranges,
+    same_model,
+    weights_of,
+)
 from jaxmet.plot.drawing import (
     AFTER,
     BEFORE,
@@ -16,6 +22,7 @@ from jaxmet.plot.drawing import (
     data,
     height,
     names_axis,
+    shown,
     titled,
 )
 
@@ -45,11 +52,14 @@ def weight_ranges(
     alt = altair(CALLER)
     trees = {"before": params} if after is None else {"before": params, "after": after}
     found = {k: weights_of(tree, graph, CALLER) for k, tree in trees.items()}
-    sites = list(found["before"])
+    sites, gone = list(found["before"]), not_finite(found["before"])
+    if after is not None:
+        same_model(found["before"], found["after"], CALLER)
+        gone = not_finite(found["before"] | found["after"])
     draw = _panels if len(sites) <= PANELS else _lines
     chart = draw(alt, found, sites)
     heading = title or "Ranges of the output channels of weights"
-    return titled(alt, chart, heading, f"{len(sites)} sites")
+    return titled(alt, chart, heading, f"{len(sites)} sites", gone)
 
 
 def _colour(alt: Any, found: Any) -> Any:
@@ -89,7 +99,9 @@ def _panels(alt: Any, found: Any, sites: list[str]) -> Any:
         .encode(**base, y=alt.Y("first_quartile:Q"), y2="third:Q"),
     ]
     width = 230
-    header = alt.Header(title=None, labelAnchor="start", labelFontWeight="bold")
+    header = alt.Header(
+        title=None, labelAnchor="start", labelFontWeight="bold", labelExpr=shown(34)
+    )
     facet = alt.Facet("site:N", sort=sites, header=header)
     return (
         alt.layer(*layers, data=data(alt, records))
@@ -107,8 +119,8 @@ def bars_of(weight: np.ndarray) -> list[dict[str, Any]]:
     starts = np.arange(0, len(low), step)
     widths = np.diff(np.append(starts, len(low)))
     columns = (
-        np.minimum.reduceat(low, starts),
-        np.maximum.reduceat(high, starts),
+        np.fmin.reduceat(low, starts),  # passes NaN over where there are numbers
+        np.fmax.reduceat(high, starts),
         np.add.reduceat(first, starts) / widths,
         np.add.reduceat(third, starts) / widths,
     )
@@ -157,9 +169,11 @@ def _lines(alt: Any, found: Any, sites: list[str]) -> Any:
 
 def _line(weight: np.ndarray) -> dict[str, Any]:
     low, high = ranges(weight)
+    there = np.isfinite(low)
+    low, high = (v[there] if there.any() else v[:1] for v in (low, high))
     lows, highs = (np.quantile(v, (0.25, 0.75)) for v in (low, high))
     return {
-        "channels": len(low),
+        "channels": len(weight),
         "low": _short(low.min()),
         "high": _short(high.max()),
         "low25": _short(lows[0]),

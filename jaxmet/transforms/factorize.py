@@ -84,8 +84,8 @@ def factorize(
     number for all sites or one a site; `ranks` gives ranks themselves. Costs are those of
     padding that keeps sizes but for strides: where little is padded ('VALID') the first
     factor runs on more positions than the weight did, and `jm.cost` has what it comes to.
-    Ranks are rounded up to a `multiple` where that still saves something. A site whose factors would cost as
-    much as its weight is left alone.
+    Ranks are rounded up to a `multiple` where that still saves something. A site whose
+    factors would cost as much as its weight is left alone.
 
     Without data the product of the factors is the nearest to the weight, by its singular
     values. With `batches` it is the one that changes the site's output least on them:

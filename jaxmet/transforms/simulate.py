@@ -137,9 +137,10 @@ def put_on_grid(
     quantizers: Quantizers,
     grids: Grids | None = None,
 ) -> Any:
-    """A node's result on its grid, if it has one."""
+    """A node's result on its grid, if it has one; integers, as pixels may be, stay."""
     quantizer, owner = quantizer_at(node, run, quantizers), quantizers.owner(node.name)
-    if quantizer is None or owner is None:
+    real = jnp.issubdtype(result.dtype, jnp.inexact)
+    if quantizer is None or owner is None or not real:
         return result
     examples = math.prod(result.shape[axis] for axis in node.batch)
     return quantizer(result, grids and grids.activations[owner], examples=examples)

@@ -12,8 +12,8 @@ import numpy as np
 class Table:
     """Named columns of equal length.
 
-    Iterating gives the rows as dicts, `table['site']` a column, `len` the number of
-    rows; it prints as aligned text, the columns that do not fit the terminal by name.
+    Iterating gives the rows as dicts, `table['site']` a column (a list of its own), `len` the
+    number of rows; it prints as aligned text, the columns that do not fit the terminal by name.
     """
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], title: str = "") -> None:
@@ -34,12 +34,21 @@ class Table:
     @classmethod
     def concat(cls, *tables: "Table", title: str = "") -> "Table":
         """The rows of several tables under each other; absent entries are None."""
+        for table in tables:
+            if not isinstance(table, Table):
+                raise ValueError(
+                    f"jaxmet.Table.concat: got a {type(table).__name__}. Give tables one by "
+                    "one: Table.concat(first, second)."
+                )
         names = list(dict.fromkeys(name for table in tables for name in table.columns))
         rows = [row for table in tables for row in table]
         return cls({name: [row.get(name) for row in rows] for name in names}, title)
 
     def where(self, **conditions: Any) -> "Table":
-        """The rows in which every named column has the given value."""
+        """The rows in which every named column has the given value.
+
+        The title speaks of all rows, so it stays only where all are kept.
+        """
         for name in conditions:
             self[name]
         keep = [
@@ -50,7 +59,7 @@ class Table:
             name: [value for value, kept in zip(column, keep, strict=True) if kept]
             for name, column in self.columns.items()
         }
-        return Table(columns, self.title)
+        return Table(columns, self.title if all(keep) else "")
 
     def to_pandas(self) -> Any:
         """The table as a `pandas.DataFrame`."""
@@ -64,12 +73,12 @@ class Table:
         return pandas.DataFrame(self.columns)
 
     def __getitem__(self, name: str) -> list[Any]:
-        if name not in self.columns:
+        if not isinstance(name, str) or name not in self.columns:
             raise KeyError(
                 f"jaxmet.Table: there is no column {name!r}. The columns are "
                 f"{', '.join(map(repr, self.columns))}."
             )
-        return self.columns[name]
+        return list(self.columns[name])
 
     def __len__(self) -> int:
         return max(map(len, self.columns.values()), default=0)
@@ -177,7 +186,7 @@ def _text(value: Any) -> str:
         if len(value) > 2:
             return f"{_number(value[0])} … {_number(value[-1])}"
         return ", ".join(map(_number, value))
-    return str(value)
+    return str(value).replace("\n", "\\n")
 
 
 def _number(value: Any) -> str:

@@ -8,17 +8,22 @@ from typing import Any, BinaryIO
 
 
 def writable(path: str | os.PathLike[str], caller: str) -> Path:
-    """The path, refused where nothing can be written under it."""
+    """The path, refused where nothing can be written under it; a link is what it leads to."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(
             f"jaxmet.{caller}: the path is of type {type(path).__name__}. Give the name of a "
             "file."
         )
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     folder = path.parent
     if path.is_dir():
         raise ValueError(
             f"jaxmet.{caller}: {path} is a folder. Give the name of a file."
+        )
+    if path.exists() and not path.is_file():  # a pipe or a device would be replaced
+        raise ValueError(
+            f"jaxmet.{caller}: {path} is no ordinary file. Give the name of one."
         )
     if not folder.is_dir():
         raise ValueError(
