@@ -72,6 +72,7 @@ def by_hand(one: Rounded, ins: np.ndarray, outs: np.ndarray) -> float:
     return total
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_added_noise_is_what_the_formula_says(per_channel: bool) -> None:
     every = [
@@ -219,6 +220,7 @@ def test_weights_in_float_leave_the_minimum_alone(
     jax.tree.map(np.testing.assert_array_equal, out, run())
 
 
+@pytest.mark.slow
 def test_norms_foresee_a_draw_too() -> None:
     _, params, _, graph = model("conv_bn_relu")
     config = QuantConfig(per_channel=False)

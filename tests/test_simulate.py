@@ -417,6 +417,7 @@ def test_training_and_inference_share_quantizers(name):
     assert 1e-4 < largest(found[0], plain[0]) < 1.0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     apply, *arrays = model("clip_after_add")

@@ -56,8 +56,10 @@ def score_ratios(
     model. If it can be traced (a sum over arrays at hand) one compiled program runs every
     row; if not (it loops over files) it is called for every row on the host, with an
     `apply` that is compiled once. Nothing is rebuilt either way: a row is the original
-    network with singular values cut off ('spatial', 'weight'), or channels set to zero and
-    their readers refitted ('prune'), which scores as the small one would.
+    network with singular values cut off ('spatial', 'weight'), which scores as the small one
+    would but for what `factorize` wins back by refitting the second factor to the data, or
+    with channels set to zero and their readers refitted ('prune'), which scores as the small
+    one does.
 
     `batches` are the data by which factors are whitened and channels chosen, or
     `jax.ShapeDtypeStruct`s of the inputs for neither. Costs are those of one example.
