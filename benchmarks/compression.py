@@ -289,7 +289,7 @@ class Bench:
         idle = jm.evaluate(self.model.apply, lambda n, run, o: (run(*o), None))
         run = jax.jit(lambda p, x: idle(p, x)[0])
         ways = {"small": partial(run, params, x), "float": partial(run, self.params, x)}
-        seconds = least(ways, 5)
+        seconds = least(ways, 15)
         return seconds["small"] / seconds["float"]
 
 
