@@ -682,6 +682,12 @@ def test_weights_that_are_not_finite_are_named() -> None:
         assert any(
             "NaN or infinity" in t and site.name in t for t in texts(draw(bad, graph))
         )
+    for draw in (jm.plot.weight_ranges, jm.plot.relative_weight_ranges):
+        for chart in (
+            draw(bad, graph, after=params),
+            draw(params, graph, after=bad),
+        ):
+            assert any("NaN or infinity" in t and site.name in t for t in texts(chart))
 
 
 def test_a_single_weight_a_channel_has_a_range_with_zero() -> None:

@@ -138,9 +138,10 @@ def quartiles(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, third
 
 
-def not_finite(weights: Mapping[str, np.ndarray]) -> str | None:
-    """A line for a subtitle about weights that hold NaN or infinity."""
-    names = [n for n, w in weights.items() if not np.isfinite(w).all()]
+def not_finite(*trees: Mapping[str, np.ndarray]) -> str | None:
+    """A line for a subtitle about weights that hold NaN or infinity in any of the trees."""
+    every = (pair for weights in trees for pair in weights.items())
+    names = list(dict.fromkeys(n for n, w in every if not np.isfinite(w).all()))
     some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"NaN or infinity in {len(names)}: {some}" if names else None
 

@@ -59,7 +59,7 @@ def relative_weight_ranges(
     if after is not None:
         changed, trees["after"] = _relative(after, graph)
         same_model(weights, changed, CALLER)
-        gone = not_finite(weights | changed)
+        gone = not_finite(weights, changed)
     newest = [*trees][-1]
     records, points = [], []
     for tree, each in trees.items():

@@ -52,14 +52,15 @@ def weight_ranges(
     alt = altair(CALLER)
     trees = {"before": params} if after is None else {"before": params, "after": after}
     found = {k: weights_of(tree, graph, CALLER) for k, tree in trees.items()}
-    sites, gone = list(found["before"]), not_finite(found["before"])
+    sites = list(found["before"])
     if after is not None:
         same_model(found["before"], found["after"], CALLER)
-        gone = not_finite(found["before"] | found["after"])
     draw = _panels if len(sites) <= PANELS else _lines
     chart = draw(alt, found, sites)
     heading = title or "Ranges of the output channels of weights"
-    return titled(alt, chart, heading, f"{len(sites)} sites", gone)
+    return titled(
+        alt, chart, heading, f"{len(sites)} sites", not_finite(*found.values())
+    )
 
 
 def _colour(alt: Any, found: Any) -> Any:

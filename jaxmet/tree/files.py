@@ -141,7 +141,7 @@ def _contained(like: Any, found: Any) -> Any:
     """What a leaf holds, its empty containers as in `like` (optax masks with its own)."""
     if isinstance(found, tuple) and not found and not jax.tree.leaves(like):
         return like
-    if not isinstance(found, tuple(STORED)) or type(found) is not type(like):
+    if not isinstance(found, STORED) or type(found) is not type(like):
         return found
     fields = {
         f.name: _contained(getattr(like, f.name), getattr(found, f.name))
