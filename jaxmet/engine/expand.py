@@ -20,6 +20,7 @@ from jaxmet.engine.program import Equation, Region, Value, flatten
 from jaxmet.engine.views import CASTS
 from jaxmet.tree.leaves import Compressed, dense, is_structured
 from jaxmet.tree.leaves import flatten as flatten_tree
+from jaxmet.tree.paths import path_parts
 from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
 
 
@@ -42,9 +43,41 @@ def expanded(apply: Apply) -> Apply:
         environment = dict(zip(region.inputs, (*leaves, *call.inputs), strict=True))
         machine.run(region, environment)
         outputs = [whole(machine.read(environment, v)) for v in region.outputs]
+        replaced = updated(params, shape)
+        outputs = list(map(like, replaced, outputs))
         return jax.tree.structure(shape).unflatten(outputs)
 
     return run
+
+
+def updated(params: Any, results: Any) -> list[Any]:
+    """For each result the pruned leaf that it is the new value of, None for the others.
+
+    Such a result has the leaf's path, whatever stands before it, and its shape: statistics
+    that a norm returns in training mode.
+    """
+    paths, leaves, _ = flatten_tree(params, whole=True)
+    pruned = {
+        tuple(path_parts(path)): leaf
+        for path, leaf in zip(paths, leaves, strict=True)
+        if isinstance(dense(leaf), Pruned)
+    }
+    found = []
+    for path, result in jax.tree_util.tree_flatten_with_path(results)[0]:
+        parts = tuple(path_parts(path))
+        ends = (pruned.get(parts[i:]) for i in range(len(parts)))
+        met = (leaf for leaf in ends if leaf is not None)
+        found.append(next((x for x in met if x.shape == result.shape), None))
+    return found
+
+
+def like(leaf: Any, array: Any) -> Any:
+    """The array as the leaf would hold it: what is left of it of what was pruned."""
+    weight = dense(leaf)
+    if not isinstance(weight, Pruned):
+        return array
+    part = like(weight.part, taken(array, weight.keep))
+    return leaf.replace(weight=dataclasses.replace(weight, part=part))
 
 
 def opened(leaf: Any) -> Any:
