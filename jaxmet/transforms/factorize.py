@@ -128,14 +128,7 @@ def factorize(
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
-        if not isinstance(ranks, Mapping):
-            raise ValueError(
-                f"jaxmet.{CALLER}: ranks is {ranks!r}. Give the rank of each site by name: "
-                "ranks={'stem': 12}."
-            )
-        wanted = {name: _whole(rank) for name, rank in ranks.items()}
-        asked_for(dict.fromkeys(ranks, 1.0), names, graph, CALLER)
-        _check_ranks(wanted, shapes, ranks)
+        wanted = _given(ranks, names, shapes, graph)
     else:
         asked = asked_for(ratios, names, graph, CALLER)
         wanted = {
@@ -201,15 +194,27 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_ranks(
-    ranks: Mapping[str, int], shapes: Mapping[str, Shape], given: Mapping[str, Any]
-) -> None:
-    for name, rank in ranks.items():
+def _given(
+    ranks: Any,
+    names: Mapping[str, str | None],
+    shapes: Mapping[str, Shape],
+    graph: Graph,
+) -> dict[str, int]:
+    """The ranks that were asked for by name, each of them one that its weight has."""
+    if not isinstance(ranks, Mapping):
+        raise ValueError(
+            f"jaxmet.{CALLER}: ranks is {ranks!r}. Give the rank of each site by name: "
+            "ranks={'stem': 12}."
+        )
+    asked_for(dict.fromkeys(ranks, 1.0), names, graph, CALLER)
+    wanted = {name: _whole(rank) for name, rank in ranks.items()}
+    for name, rank in wanted.items():
         if not 1 <= rank <= shapes[name].most:
             raise ValueError(
-                f"jaxmet.{CALLER}: the rank of {name!r} is {given[name]!r}. Give a whole number "
+                f"jaxmet.{CALLER}: the rank of {name!r} is {ranks[name]!r}. Give a whole number "
                 f"from 1 to {shapes[name].most}."
             )
+    return wanted
 
 
 def _whole(rank: Any) -> int:
