@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,17 @@ REPORT = Path("jaxmet-report.html")
 REPORTED = "W8A8 per tensor, fold + equalize + correct"
 
 
-def run(
-    *,
-    test_images: int | None = None,
-    progress: bool = True,
-    report: Path | None = None,
-) -> jm.Table:
+class Variant(NamedTuple):
+    """A tree, and how it is calibrated: `weights` keep the grids that were found for it."""
+
+    name: str
+    params: Any
+    config: jm.QuantConfig
+    data: Any
+    weights: jm.Quantizers | None = None
+
+
+def run(*, progress: bool = True, report: Path | None = None) -> jm.Table:
     """Quantize the demo's network in several ways and measure each on the test images.
 
     One row a variant: test accuracy in percent, the half-width of its 95 % interval
@@ -34,46 +39,13 @@ def run(
     variants is written there.
     """
     calibration, images, labels = packaged.load()
-    images, labels = images[:test_images], labels[:test_images]
     apply, trained = Network().apply, packaged.weights()
     graph = jm.trace(apply, trained, images[:1])
     batches = jm.stacked(calibration, batch_size=64)
     folded = jm.fold_batch_norm(trained, graph)
     equalized = jm.equalize(folded, graph, progress=progress)
 
-    tensor, four = jm.QuantConfig(per_channel=False), jm.QuantConfig(weight_bits=4)
-    four_per_tensor = jm.QuantConfig(weight_bits=4, per_channel=False)
-
-    def corrected(params: Any, config: jm.QuantConfig, data: Any) -> Any:
-        quantizers = jm.calibrate(params, graph, data, config, progress=False)
-        return jm.correct_bias(params, graph, quantizers, data, progress=False)
-
-    def rounded(params: Any, config: jm.QuantConfig) -> tuple[Any, jm.Quantizers]:
-        quantizers = jm.calibrate(params, graph, batches, config, progress=False)
-        key = jax.random.key(0)
-        return jm.adaround(
-            params, graph, quantizers, batches, key=key, progress=progress
-        )
-
-    adapted, weights = rounded(folded, four)
-    fixed, blind = (corrected(equalized, tensor, data) for data in (batches, None))
-    variants: list[tuple[str, Any, jm.QuantConfig, Any]] = [
-        ("W8A8 per tensor, fold", folded, tensor, batches),
-        ("W8A8 per tensor, fold + equalize", equalized, tensor, batches),
-        (REPORTED, fixed, tensor, batches),
-        ("W8A8 per tensor, the same without data", blind, tensor, None),
-        ("W8A8 per channel, fold", folded, jm.QuantConfig(), batches),
-        ("W4A8 per tensor, fold", folded, four_per_tensor, batches),
-        ("W4A8 per tensor, fold + equalize", equalized, four_per_tensor, batches),
-        ("W4A8 per channel, fold", folded, four, batches),
-        (
-            "W4A8 per channel, fold + correct",
-            corrected(folded, four, batches),
-            four,
-            batches,
-        ),
-        ("W4A8 per channel, fold + adaround", adapted, four, batches),
-    ]
+    variants = _variants(graph, folded, equalized, batches, progress=progress)
     bar = tqdm(total=len(variants) + 2, desc="variants", disable=not progress)
 
     @jax.jit
@@ -83,10 +55,9 @@ def run(
     float_logits = _logits(device, jm.Quantizers(), trained, images)
     rows = [_row("float", float_logits, float_logits, labels)]
     bar.update()
-    for name, params, config, data in variants:
-        keep = weights if params is adapted else None
+    for name, params, config, data, weights in variants:
         quantizers = jm.calibrate(
-            params, graph, data, config, weights=keep, progress=False
+            params, graph, data, config, weights=weights, progress=False
         )
         coarse = jm.round_weights(params, quantizers)
         logits = _logits(device, quantizers, coarse, images)
@@ -115,6 +86,46 @@ def run(
         {key: [row[key] for row in rows] for key in rows[0]},
         title=f"Fashion-MNIST, {len(labels)} test images, 95 % intervals",
     )
+
+
+def _variants(
+    graph: jm.Graph, folded: Any, equalized: Any, batches: Any, *, progress: bool
+) -> list[Variant]:
+    tensor, four = jm.QuantConfig(per_channel=False), jm.QuantConfig(weight_bits=4)
+    four_per_tensor = jm.QuantConfig(weight_bits=4, per_channel=False)
+
+    def corrected(params: Any, config: jm.QuantConfig, data: Any) -> Any:
+        quantizers = jm.calibrate(params, graph, data, config, progress=False)
+        return jm.correct_bias(params, graph, quantizers, data, progress=False)
+
+    def rounded(params: Any, config: jm.QuantConfig) -> tuple[Any, jm.Quantizers]:
+        quantizers = jm.calibrate(params, graph, batches, config, progress=False)
+        key = jax.random.key(0)
+        return jm.adaround(
+            params, graph, quantizers, batches, key=key, progress=progress
+        )
+
+    adapted, weights = rounded(folded, four)
+    fixed, blind = (corrected(equalized, tensor, data) for data in (batches, None))
+    return [
+        Variant("W8A8 per tensor, fold", folded, tensor, batches),
+        Variant("W8A8 per tensor, fold + equalize", equalized, tensor, batches),
+        Variant(REPORTED, fixed, tensor, batches),
+        Variant("W8A8 per tensor, the same without data", blind, tensor, None),
+        Variant("W8A8 per channel, fold", folded, jm.QuantConfig(), batches),
+        Variant("W4A8 per tensor, fold", folded, four_per_tensor, batches),
+        Variant(
+            "W4A8 per tensor, fold + equalize", equalized, four_per_tensor, batches
+        ),
+        Variant("W4A8 per channel, fold", folded, four, batches),
+        Variant(
+            "W4A8 per channel, fold + correct",
+            corrected(folded, four, batches),
+            four,
+            batches,
+        ),
+        Variant("W4A8 per channel, fold + adaround", adapted, four, batches, weights),
+    ]
 
 
 def _halved(
