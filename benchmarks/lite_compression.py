@@ -6,7 +6,8 @@
 
 *uniform* gives every layer the same ratio, *optimal* chooses ratios by how well the outputs of
 `--scored` calibration pictures are kept, one layer at a time; both are turned until the network as
-a whole is within the share.
+a whole is within the share. These pictures are not among those that factors and channels are
+chosen on: fitted to few pictures, the classifier would seem to need none of its inputs.
 *plain* factors are nearest to the weights, *whitened* ones change the outputs on the
 calibration pictures least; pruning chooses and refits on these pictures, or goes by weights
 alone (*plain*). Figures are those of `efficientnet_lite.py`, on evaluation pictures.
@@ -28,6 +29,7 @@ from shares import within
 
 import jaxmet as jm
 
+KINDS = ("plain", "whitened")
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--select", nargs="+", default=["uniform", "optimal"])
     parser.add_argument("--scored", type=int, default=32)
     parser.add_argument("--methods", nargs="+", default=["spatial", "prune"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     options = parser.parse_args()
     variant = FAMILY["lite0"]
     variables = load_weights(find_weights("lite0"), variant)
@@ -54,15 +57,17 @@ def main() -> None:
         "| method | MACs | parameters | agreement (%) | SQNR (dB) |\n|---|---|---|---|---|"
     )
     resampled = Resampled(len(bench.evaluation))
-    scored = bench.calibration[: options.scored]
+    scored, fitted = jnp.split(bench.calibration, [options.scored])
     wanted = jax.jit(jm.lift(apply))(bench.folded, scored)
 
     def score(apply: Any, params: Any) -> jax.Array:
         return -jnp.mean(jnp.square(apply(params, scored) - wanted))
 
-    each = itertools.product(options.methods, (False, True), options.select)
-    for method, data, select in each:
-        batches = bench.batches if data else None
+    each = itertools.product(options.methods, options.kinds, options.select)
+    for method, kind, select in each:
+        batches = (
+            jm.stacked(fitted, batch_size=options.batch) if kind == "whitened" else None
+        )
         shapes = jax.ShapeDtypeStruct(one.shape, one.dtype)
         table = select != "uniform" and jm.score_ratios(
             bench.folded,
@@ -89,7 +94,7 @@ def main() -> None:
             small = compressed(bench.folded, graph, method, chosen(setting), batches)
             found = outcome(bench.logits(jm.Quantizers(), small), bench.reference)
             cells = [
-                f"{method}, {'whitened' if data else 'plain'}, {select}",
+                f"{method}, {kind}, {select}",
                 f"{macs(apply, small, one) / total:.3f}",
                 f"{size(small) / size(bench.folded):.3f}",
                 str(interval(resampled.agreement(found))),

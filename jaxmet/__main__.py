@@ -9,9 +9,9 @@ def main() -> None:
         description="Quantizes a small MobileNetV2-style network, trained on Fashion-MNIST and "
         "packaged with its data: folds batch norms, equalizes, calibrates and simulates the "
         "integer device. Prints one table: test accuracy with its 95 %% interval, the paired "
-        "change against float, and the signal-to-noise ratio of the logits. About a minute on "
-        "two cores. Writes jaxmet-report.html, and nothing else, where the extra 'plot' is "
-        "installed.",
+        "change against float, and the signal-to-noise ratio of the logits. Some two minutes on "
+        "two cores, mostly compiling. Writes jaxmet-report.html, and nothing else, where the "
+        "extra 'plot' is installed.",
     )
     parser.parse_args()
     from jaxmet.demo.run import main as run_demo

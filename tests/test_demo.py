@@ -14,7 +14,7 @@ import pytest
 import jaxmet as jm
 from jaxmet.demo import run as demo
 
-slow = pytest.mark.slow  # a minute, most of it compilation
+slow = pytest.mark.slow  # two minutes, most of it compilation
 ROOT = Path(__file__).parent.parent
 DRAWN = all(map(importlib.util.find_spec, ("altair", "vl_convert")))
 

@@ -62,10 +62,11 @@ def score_ratios(
     one does.
 
     `batches` are the data by which factors are whitened and channels chosen, or
-    `jax.ShapeDtypeStruct`s of the inputs for neither. Costs are those of one example.
-    Ratios are those of `factorize` and `prune`, rounded to a `multiple` of ranks or
-    channels. So many rows as `together` says are computed at once (`jax.vmap`) where the
-    score can be traced: an accelerator with the memory for it is faster then. With
+    `jax.ShapeDtypeStruct`s of the inputs for neither. Where they are few, score other inputs:
+    a layer fitted to fewer examples than it has inputs loses nothing on those. Costs are
+    those of one example. Ratios are those of `factorize` and `prune`, rounded to a `multiple`
+    of ranks or channels. So many rows as `together` says are computed at once (`jax.vmap`)
+    where the score can be traced: an accelerator with the memory for it is faster then. With
     `checkpoint`, a folder, a run that was killed goes on behind its last finished row; it
     knows the code of the score again, but not the data that the score looks at.
 
