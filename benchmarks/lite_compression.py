@@ -63,11 +63,10 @@ def main() -> None:
     def score(apply: Any, params: Any) -> jax.Array:
         return -jnp.mean(jnp.square(apply(params, scored) - wanted))
 
+    data = {"plain": None, "whitened": jm.stacked(fitted, batch_size=options.batch)}
     each = itertools.product(options.methods, options.kinds, options.select)
     for method, kind, select in each:
-        batches = (
-            jm.stacked(fitted, batch_size=options.batch) if kind == "whitened" else None
-        )
+        batches = data[kind]
         shapes = jax.ShapeDtypeStruct(one.shape, one.dtype)
         table = select != "uniform" and jm.score_ratios(
             bench.folded,
