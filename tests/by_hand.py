@@ -282,3 +282,12 @@ def weight_on_grid(w: Any, axes: tuple[int, ...], bits: int) -> Any:
 def rounded(x: Any, scale: Any, zero_point: Any, low: float, high: float) -> Any:
     s, z = (jnp.asarray(np.asarray(a), x.dtype) for a in (scale, zero_point))
     return s * (jnp.clip(jnp.round(x / s) + z, low, high) - z)
+
+
+def best_fit(hidden, wanted, kept, *, bias=True):
+    """Least squares on some columns, with an intercept or not: coefficients and loss."""
+    rows = np.asarray(hidden, np.float64)[:, list(kept)]
+    if bias:
+        rows = np.concatenate([rows, np.ones((len(rows), 1))], 1)
+    found = np.linalg.lstsq(rows, np.asarray(wanted, np.float64), rcond=None)[0]
+    return found, np.sum((rows @ found - wanted) ** 2)

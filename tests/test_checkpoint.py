@@ -1,9 +1,11 @@
 """What a checkpoint knows again of the run that it holds."""
 
+import functools
 import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -28,6 +30,34 @@ def test_the_code_of_a_function_is_known_again():
     assert len(set(prints)) == 4
     assert fingerprint([ones, same]) == prints[0]
     assert fingerprint([2 * ones, score]) != prints[0]
+
+
+def test_what_stands_around_a_function_is_looked_through():
+    def score(apply, params, *, scale=1.0):
+        return scale * apply(params)
+
+    def other(apply, params, *, scale=1.0):
+        return scale - apply(params)
+
+    class Scored:
+        def __call__(self, apply, params):
+            return score(apply, params)
+
+    class Otherwise:
+        def __call__(self, apply, params):
+            return other(apply, params)
+
+    told = [
+        *(functools.partial(f, scale=n) for f in (score, other) for n in (2.0, 3.0)),
+        *(jax.jit(f, static_argnums=0) for f in (score, other)),
+        Scored(),
+        Otherwise(),
+    ]
+    assert len({fingerprint([one]) for one in told}) == len(told)
+    again = functools.partial(score, scale=2.0), jax.jit(score), Scored()
+    assert [fingerprint([one]) for one in again] == [
+        fingerprint([one]) for one in (told[0], told[4], told[6])
+    ]
 
 
 @pytest.mark.slow

@@ -96,6 +96,44 @@ def test_shapes_are_enough_and_factors_count_as_two_sites():
     assert len(jm.widths(params)) == 0
 
 
+def test_products_without_weights_and_steps_of_loops_count():
+    """Attention over what a scan made, each counted with one weight at a time."""
+
+    def apply(params, x):
+        def step(h, row):
+            h = jnp.tanh(h @ params["h"] + row @ params["i"])
+            return h, h
+
+        h = lax.scan(step, jnp.zeros((2, 8)), jnp.moveaxis(x, 1, 0))[1]
+        h = jnp.moveaxis(h, 0, 1)
+        seen = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", h, h), -1)
+        return jnp.einsum("bqk,bkd->bqd", seen, h) @ params["o"]
+
+    shapes = {"h": (8, 8), "i": (6, 8), "o": (8, 3)}
+    params = {n: jnp.ones(s) for n, s in shapes.items()}
+    x = jnp.ones((2, 5, 6))
+    table = jm.cost(params, jm.trace(apply, params, x), x)
+    rows = {r["site"]: r for r in table}
+    assert rows["h"]["macs"] == 5 * 2 * 8 * 8 and rows["i"]["macs"] == 5 * 2 * 6 * 8
+    assert rows["o"]["macs"] == 10 * 8 * 3
+    free = [r for r in table if r["parameters"] == 0 and r["macs"]]
+    assert [r["macs"] for r in free] == [2 * 5 * 5 * 8] * 2
+    total = 5 * 2 * 14 * 8 + 10 * 8 * 3 + 2 * 2 * 5 * 5 * 8
+    assert rows["(all)"]["macs"] == total
+    assert rows["(all)"]["parameters"] == sum(a.size for a in params.values())
+
+
+def test_widths_are_those_that_are_stored():
+    apply = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    params = {n: jax.random.normal(jax.random.key(0), (16, 16)) for n in "ab"}
+    x = jnp.ones((4, 16))
+    small = jm.factorize(params, jm.trace(apply, params, x), ranks={"a": 6, "b": 6})
+    small = jm.prune(small, jm.trace(apply, small, x), 0.5)
+    for row in jm.widths(small):
+        (_, one), (two, _) = row["stored"]
+        assert row["rank"] == one == two == 3
+
+
 def test_bad_input():
     params = {"a": {"kernel": jnp.ones((2, 3))}}
     apply = lambda p, x: x @ p["a"]["kernel"]

@@ -361,3 +361,135 @@ def test_data_are_refused_under_jit(net):
         ValueError, match=r"jaxmet\.factorize: the parameters are traced"
     ):
         jax.jit(lambda p: jm.factorize(p, graph, ratios=0.5, batches=[x]))(params)
+
+
+def test_a_weight_on_the_left_runs_as_two_products():
+    """As an equinox layer has it: outputs first, the inputs on the right."""
+
+    def apply(params, x):
+        y = jax.nn.relu(jax.vmap(lambda row: params["a"] @ row)(x))
+        return (params["b"] @ y.T).T
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "a": jax.random.normal(keys[0], (24, 16)),
+        "b": jax.random.normal(keys[1], (10, 24)),
+    }
+    x = jax.random.normal(keys[2], (64, 16))
+    dense = jm.trace(apply, params, x)
+    for batches in (None, [x]):
+        small = jm.factorize(params, dense, ratios=0.5, batches=batches, progress=False)
+        graph = jm.trace(apply, small, x)
+        assert [n.name for n in graph.sites] == ["a/in", "a/out", "b/in", "b/out"]
+        exact = apply(densify(small), x)
+        np.testing.assert_allclose(jm.lift(apply)(small, x), exact, atol=1e-3)
+        before, after = (
+            jm.cost(t, g, x)["macs"][-1] for t, g in ((params, dense), (small, graph))
+        )
+        assert 0.4 * before < after <= 0.5 * before
+    pruned = jm.prune(small, graph, 0.5)
+    exact = apply(densify(pruned), x)
+    np.testing.assert_allclose(jm.lift(apply)(pruned, x), exact, atol=1e-3)
+    less = jm.cost(pruned, jm.trace(apply, pruned, x), x)["macs"][-1]
+    assert less < 0.7 * after
+
+
+OFFSET = {
+    "plain": {"window_strides": (1, 1), "padding": "SAME"},
+    "strided": {"window_strides": (2, 1), "padding": ((1, 2), (2, 0))},
+    "dilated": {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1)},
+    "grouped": {
+        "window_strides": (1, 1),
+        "padding": "SAME",
+        "feature_group_count": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OFFSET)
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_what_padding_holds_reaches_both_factors(kind, method):
+    """A weight of rank one has exact factors, and so has what it makes of its borders."""
+
+    def apply(params, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], dimension_numbers=layout, **OFFSET[kind]
+        )
+
+    groups = OFFSET[kind].get("feature_group_count", 1)
+    ins, keys = 4 // groups, jax.random.split(jax.random.key(0), 3)
+    one, two, what = {
+        "spatial": ((3, ins, groups), (3, groups, 6 // groups), "yig,xgo->yxigo"),
+        "weight": ((ins, groups), (3, 3, groups, 6 // groups), "ig,yxgo->yxigo"),
+    }[method]
+    factors = (jax.random.normal(k, s) for k, s in zip(keys, (one, two), strict=False))
+    weight = jnp.einsum(what, *factors).reshape(3, 3, ins, 6)
+    x, offset = jax.random.normal(keys[2], (2, 7, 6, 4)), jnp.array([1.0, -2.0, 3.0, 4])
+    params = {"w": Compressed(weight, input_offset=offset)}
+    graph = jm.trace(apply, params, x)
+    wanted = jm.lift(apply)(params, x)
+    assert np.abs(wanted - apply({"w": weight}, x)).max() > 1
+    small = jm.factorize(params, graph, ranks={"w": 1}, method=method)
+    assert jm.widths(small)["rank"] == [1]
+    np.testing.assert_allclose(jm.lift(apply)(small, x), wanted, atol=1e-4)
+
+
+def test_factors_compute_in_the_precision_of_the_weight():
+    def apply(params, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, params["c"], (1, 1), "SAME", dimension_numbers=layout,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        y = y.mean((1, 2)).astype(jnp.bfloat16)
+        return jnp.matmul(y, params["d"], preferred_element_type=jnp.float32)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"c": (3, 3, 8, 8), "d": (8, 12)}
+    params = {
+        n: jax.random.normal(k, s, jnp.bfloat16)
+        for (n, s), k in zip(shapes.items(), keys, strict=False)
+    }
+    x = jax.random.normal(keys[2], (2, 6, 6, 8), jnp.bfloat16)
+    small = jm.factorize(params, jm.trace(apply, params, x), ratios=0.6)
+    made, exact = jm.lift(apply)(small, x), apply(densify(small), x)
+    assert made.dtype == exact.dtype == jnp.float32
+    np.testing.assert_allclose(made, exact, rtol=0.05, atol=0.05 * np.std(exact))
+    assert len(jm.widths(small)) == 2
+
+
+def test_factors_that_cost_more_on_such_inputs_are_refused():
+    """Where a window takes all of its input, the first factor runs on every column."""
+
+    def apply(params, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["c"], (1, 1), "VALID", dimension_numbers=layout
+        )
+
+    params = {"c": jax.random.normal(jax.random.key(0), (5, 5, 32, 32))}
+    for size, fits in ((5, False), (24, True)):
+        x = jnp.ones((1, size, size, 32))
+        graph = jm.trace(apply, params, x)
+        small, report = jm.factorize(params, graph, ratios=0.6, with_report=True)
+        assert (len(jm.widths(small)) == 1) == fits
+        assert ("cost no less" in (report["note"][0] or "")) != fits
+        if fits:
+            after = jm.cost(small, jm.trace(apply, small, x), x)["macs"][-1]
+            before = jm.cost(params, graph, x)["macs"][-1]
+            assert report["ratio"] == [pytest.approx(after / before)]
+
+
+def test_ranks_are_rounded_up_too(net):
+    _, params, _, graph = net
+    asked = {"stem": 3, "head": 6, "point": 8}
+    report = jm.factorize(
+        params, graph, ranks=asked, multiple=4, method="weight", with_report=True
+    )[1]
+    found = {r["site"]: r["rank"] for r in report if r["rank"]}
+    assert found == {
+        "stem": 4,
+        "head": 6,
+        "point": 8,
+    }  # 8 ranks of the head save nothing

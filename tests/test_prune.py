@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
+from by_hand import best_fit
 from jaxmet.tree.leaves import dense, densify, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES
@@ -90,10 +91,8 @@ def test_every_member_of_a_group_loses_its_channels(net):
         np.all(np.asarray(whole["params"]["stem"]["kernel"]) == 0, (0, 1, 2))
     )
     assert np.all(np.asarray(whole["params"]["a"]["kernel"])[:, :, gone] == 0)
-    kept = np.setdiff1d(np.arange(8), gone)
-    np.testing.assert_array_equal(
-        np.asarray(whole["params"]["b"]["kernel"])[..., kept][:, :, 0].shape, (3, 3, 4)
-    )
+    assert len(gone) == 4
+    assert np.all(np.asarray(whole["params"]["b"]["kernel"])[..., gone] == 0)
 
 
 def test_work_falls_as_the_cost_says(net):
@@ -134,9 +133,7 @@ def test_a_pruned_tree_is_the_masked_model(name):
     apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
     graph = jm.trace(apply, params, *inputs)
     small, report = jm.prune(params, graph, 0.6, with_report=True)
-    if all(k == n for k, n in zip(report["kept"], report["of"], strict=True)):
-        assert all(note for note in report["note"])
-        return
+    assert any(k < n for k, n in zip(report["kept"], report["of"], strict=True))
     assert_masked(apply, small, inputs)
     sizes = [sum(a.size for a in jax.tree.leaves(t)) for t in (small, params)]
     assert sizes[0] < sizes[1]
@@ -183,13 +180,6 @@ def chain(seed=0, n=400):
     kernel, bias = (np.asarray(params["a"][n], np.float64) for n in ("kernel", "bias"))
     hidden = np.maximum(np.asarray(x, np.float64) @ kernel + bias, 0)
     return apply, params, x, jm.trace(apply, params, x), hidden
-
-
-def best_fit(hidden, wanted, kept):
-    """Least squares with an intercept, in float64."""
-    rows = np.concatenate([hidden[:, list(kept)], np.ones((len(hidden), 1))], 1)
-    found = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    return found, np.sum((rows @ found - wanted) ** 2)
 
 
 def test_what_stays_is_refitted_by_least_squares_and_chosen_by_its_loss():

@@ -183,6 +183,36 @@ def test_with_data_the_cut_is_whitened(net):
     assert np.any(np.abs(plain - tuned) > 1e-4)
 
 
+def test_a_whitened_row_scores_as_the_whitened_network():
+    """Of dense layers nothing is refitted behind the cut: the row is the network itself."""
+
+    def apply(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = {
+        "a": jax.random.normal(keys[0], (12, 16)),
+        "b": jax.random.normal(keys[1], (16, 10)),
+    }
+    x = jax.random.normal(keys[2], (64, 12)) @ jax.random.normal(keys[3], (12, 12))
+    x = x * jnp.linspace(0.1, 3, 12)[None]
+    graph, wanted = jm.trace(apply, params, x), apply(params, x)
+
+    def score(run, tree):
+        return -jnp.mean((run(tree, x) - wanted) ** 2)
+
+    options = {"batches": [x], "progress": False}
+    table = jm.score_ratios(params, graph, score, ratios=RATIOS, **options)
+    gained = []
+    for row in (r for r in table if r["ratio"] < 1):
+        ratios = {row["site"]: row["ratio"]}
+        small = jm.factorize(params, graph, ratios=ratios, **options)
+        assert row["score"] == pytest.approx(float(score(jm.lift(apply), small)), 1e-3)
+        plain = jm.factorize(params, graph, ratios=ratios)
+        gained.append(row["score"] - float(score(jm.lift(apply), plain)))
+    assert len(gained) == 6 and min(gained) > 0
+
+
 class Tied(nn.Module):
     """A sum that two sites read, and a concatenation that a third reads with it."""
 
@@ -349,11 +379,18 @@ def test_published_thresholds():
 
 
 @pytest.mark.slow
-def test_manual_ratios_are_part_of_the_budget(net, table):
-    _, params, x, graph, score = net
+@pytest.mark.parametrize("method", ["greedy", "optimal"])
+def test_manual_ratios_are_part_of_the_budget(net, table, method):
+    apply, params, x, graph, score = net
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    found = jm.select_ratios(table, 0.8, manual={"a": 0.9, "d": 1.0})
+    manual = {"a": 0.9, "d": 1.0}
+    found = jm.select_ratios(table, 0.8, manual=manual, method=method)
     assert found["a"] == 0.9 and "d" not in found
+    small = jm.factorize(params, graph, ratios=found)
+    after, before = (
+        jm.cost(t, jm.trace(apply, t, x), x[:1])["macs"][-1] for t in (small, params)
+    )
+    assert 0.6 * before < after <= 0.8 * before
     fewer = jm.score_ratios(
         params, graph.without("b"), score, batches=shape, progress=False
     )
@@ -432,9 +469,92 @@ def test_bad_input(net, case):
         jm.score_ratios(params, graph, score, progress=False, **options)
 
 
-def test_bad_selections(net):
-    with pytest.raises(ValueError, match="the table is none of"):
-        jm.select_ratios(jm.Table({"site": ["a"]}), 0.5)
+BAD_CHOICES = {
+    "zero": ({"target": 0.0}, "the target is 0"),
+    "above one": ({"target": 1.5}, "the target is 1.5"),
+    "unreachable": (
+        {"target": 0.01},
+        r"0\.01 cannot be reached\. The smallest .* is 0\.",
+    ),
+    "method": ({"method": "luck"}, "method is 'luck'.*'greedy' or 'optimal'"),
+    "budget": ({"budget": "bytes"}, "budget is 'bytes'.*'macs' or 'parameters'"),
+    "site": ({"manual": {"z": 0.5}}, "the table has no site 'z'"),
+    "manual": ({"manual": {"a": 2.0}}, "manual ratio of 'a' is 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHOICES)
+def test_bad_selections(table, case):
+    options, message = BAD_CHOICES[case]
+    with pytest.raises(ValueError, match=rf"(?s)jaxmet\.select_ratios: .*{message}"):
+        jm.select_ratios(table, **({"target": 0.5} | options))
+
+
+def test_bad_tables(table):
+    holed = dict(table.columns) | {"score": [float("nan")] * len(table)}
+    for bad, message in (
+        (jm.Table({"site": ["a"]}), "the table is none of"),
+        (jm.Table(holed), "scores that are no numbers"),
+        (table.where(site="a"), "no rows of sites, or none of the whole"),
+    ):
+        with pytest.raises(ValueError, match=f"jaxmet.select_ratios: .*{message}"):
+            jm.select_ratios(bad, 0.5)
+
+
+def halves(params, inputs):
+    """Inputs in a dict, and a site whose outputs two others read, a part each."""
+    h = jax.nn.relu(inputs["x"] @ params["a"])
+    return h[:, :12] @ params["b"] + jnp.tanh(h[:, 12:] @ params["c"])
+
+
+@pytest.mark.parametrize("sighted", [False, True])
+def test_pieces_are_scored_as_they_are_pruned(sighted):
+    keys = jax.random.split(jax.random.key(4), 4)
+    shapes = {"a": (6, 16), "b": (12, 5), "c": (4, 5)}
+    params = {
+        n: jax.random.normal(k, s)
+        for (n, s), k in zip(shapes.items(), keys, strict=False)
+    }
+    inputs = {"x": jax.random.normal(keys[3], (80, 6))}
+    graph, wanted = jm.trace(halves, params, inputs), halves(params, inputs)
+
+    def score(run, tree):
+        return -jnp.mean((run(tree, inputs) - wanted) ** 2)
+
+    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    options = {"batches": [inputs] if sighted else shape, "progress": False}
+    table = jm.score_ratios(
+        params, graph, score, method="prune", ratios=(0.5,), **options
+    )
+    if not sighted:
+        options.pop("batches")
+    found = {r["site"]: r for r in table if r["ratio"] < 1}
+    assert {n: (r["left"], r["of"]) for n, r in found.items()} == {
+        "b": (6, 12),
+        "c": (2, 4),
+    }
+    for name, row in found.items():
+        small = jm.prune(params, graph, {name: 0.5}, **options)
+        made = float(score(jm.lift(halves), small))
+        assert row["score"] == pytest.approx(made, rel=1e-3) and made < -1e-3
+
+
+def test_a_checkpoint_knows_the_model_and_the_data(net, tmp_path):
+    _, params, x, graph, score = net
+    options = {"ratios": (0.5,), "progress": False, "checkpoint": tmp_path}
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    jm.score_ratios(params, graph.only("d"), score, batches=shape, **options)
+    smooth = type("Smooth", (Net,), {})
+
+    def gelu(params, x):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn, "relu", nn.gelu)
+            return smooth().apply(params, x)
+
+    other = jm.trace(gelu, params, x)
+    for given, batches in ((other, shape), (graph, [x]), (graph, [2 * x])):
+        with pytest.raises(ValueError, match="holds a run on another"):
+            jm.score_ratios(params, given.only("d"), score, batches=batches, **options)
 
 
 @pytest.mark.parametrize("method", ["spatial", "weight"])
@@ -472,7 +592,8 @@ def test_windows_that_change_the_size_are_counted_as_they_run(method):
     for row in (row for row in table if row["ratio"] < 1):
         name, ratios = row["site"], {row["site"]: row["ratio"]}
         small = jm.factorize(params, graph, ratios=ratios, method=method)
-        assert row["costs"][name]["macs"] == min(macs(small, name), macs(params, name))
+        assert row["costs"][name]["macs"] == macs(small, name) <= macs(params, name)
+        assert (row["left"] == row["of"]) == (not len(jm.widths(small)))
     ratios = jm.select_ratios(table, 0.5)
     small = jm.factorize(params, graph, ratios=ratios, method=method)
     whole = [macs(tree, "(all)") for tree in (small, params)]

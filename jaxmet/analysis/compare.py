@@ -12,7 +12,7 @@ from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Counted, Run, evaluate
-from jaxmet.transforms.layouts import wide
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.reference import float_model
 from jaxmet.transforms.simulate import (

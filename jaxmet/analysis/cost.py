@@ -25,11 +25,13 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     pass one example for the cost of an example. `params` may be factorized or pruned:
     what is counted is what `jm.lift` runs, two sites for two factors.
 
-    Columns: `site`; `macs`, the multiplications of its product, those with padding
-    included, as papers count them; `flops`, additions and multiplications where a window
-    meets values, as XLA counts them; `parameters` of weight and bias, and their `bytes` as
-    they are stored. A weight that several sites read counts with the first. The last two
-    rows are the parameters of no site, and the whole.
+    Columns: `site`, products of activations with each other (attention) among them; `macs`,
+    the multiplications of its product, those with padding included, as papers count them,
+    once a step of a `jax.lax.scan`, of both branches of a `cond`, of a `while_loop` once;
+    `flops`, additions and multiplications where a window meets values, as XLA counts them;
+    `parameters` of weight and bias, and their `bytes` as they are stored. A weight that
+    several sites read counts with the first. The last two rows are the parameters of no
+    site, and the whole.
 
     >>> table = jm.cost(params, graph, images[:1])
     >>> table.where(site="(all)")["macs"]
@@ -95,4 +97,9 @@ def _rank(leaf: Any) -> int | None:
     weight = leaf.weight
     while isinstance(weight, Pruned):
         weight = dense(weight.part)
-    return weight.rank if isinstance(weight, LowRank) else None
+    if not isinstance(weight, LowRank):
+        return None
+    second = dense(weight.second)
+    while isinstance(second, Pruned):
+        second = dense(second.part)
+    return int(second.shape[weight.in_axes[-1]])

@@ -19,6 +19,7 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.lift import lift
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import quantizer_at, round_weights
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.examples import some_examples
@@ -181,7 +182,7 @@ def _sums(
 
     sums = _Sums(
         {key: jnp.zeros(2) for key in keys},
-        {n: jnp.zeros(leaves[n].shape, _wide(leaves[n])) for n in rounded},
+        {n: jnp.zeros(leaves[n].shape, wide(leaves[n].dtype)) for n in rounded},
         jnp.zeros(()),
         jnp.zeros(()),
     )
@@ -203,10 +204,6 @@ def _middle(leaf: Any, change: jax.Array) -> Any:
     """The leaf half rounded."""
     weight = jnp.asarray(dense(leaf))
     return with_weight(leaf, weight + (change / 2).astype(weight.dtype))
-
-
-def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:
@@ -240,7 +237,7 @@ def _error(quantizers: Quantizers, kind: str) -> Callable:
         at = quantizer_at(node, run, quantizers)
         quantizer = at if kind == "activation" else quantizers.weights[node.name]
         assert quantizer is not None
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(wide(x.dtype))
         change = quantizer(x) - x
         scale = jnp.asarray(quantizer.grid(x)[0], x.dtype)
         if scale.ndim and scale.ndim != x.ndim:
@@ -291,7 +288,7 @@ def _changes(params: Any, rounded: Any, names: Sequence[str]) -> dict[str, jax.A
     old, new = named_leaves(params), named_leaves(rounded)
     found = {}
     for name in names:
-        dtype = _wide(old[name])
+        dtype = wide(old[name].dtype)
         one, two = (jnp.asarray(dense(a[name])).astype(dtype) for a in (new, old))
         found[name] = one - two
     return found

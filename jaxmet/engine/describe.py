@@ -29,7 +29,7 @@ from jaxmet.engine.program import (
     Region,
     Value,
 )
-from jaxmet.engine.views import CASTS, follow, holding, numbered
+from jaxmet.engine.views import CASTS, follow, holding, move_of, numbered
 
 
 def describe(analysis: Analysis) -> dict[Cluster, Node]:
@@ -187,6 +187,7 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
             tuple(numbers.lhs_spec),
             tuple(numbers.rhs_spec),
             p["batch_group_count"],
+            _extents(equation),
         )
     else:
         (lc, rc), (lb_, rb) = numbers
@@ -210,6 +211,14 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
     }
 
 
+def _extents(equation: Equation) -> tuple[tuple[int, int], ...]:
+    """The sizes of input and output along each axis of a convolution's window."""
+    numbers = equation.params["dimension_numbers"]
+    before, after = equation.operands[0].shape, equation.results[0].shape
+    axes = zip(numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True)
+    return tuple((before[i], after[o]) for i, o in axes)
+
+
 def _weight(
     cluster: Cluster,
     leaf: Leaf | None,
@@ -229,7 +238,7 @@ def _weight(
     return Weight(
         leaf.value.name,
         names,
-        tuple(e.name if e is not None else "slice of a loop" for e in leaf.views),
+        tuple(map(move_of, leaf.views)),
         leaf.stacked,
         leaf.value.name in shared,
         tuple(sorted(outs)),

@@ -31,14 +31,29 @@ def call_of(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> C
     return make_call(expanded(apply), params, args, kwargs)
 
 
-def expanded(apply: Apply) -> Apply:
-    """The model on trees with factorized or pruned leaves."""
+Scattered = list[tuple[str, tuple[Keep, ...]]]
+
+
+def scattered_before(
+    apply: Apply, params: Any, inputs: tuple, kwargs: dict[str, Any]
+) -> Scattered:
+    """The operations that get whole arrays of which a part was left, and what was left."""
+    found: Scattered = []
+    jax.eval_shape(expanded(apply, found), params, *inputs, **kwargs)
+    return found
+
+
+def expanded(apply: Apply, seen: Scattered | None = None) -> Apply:
+    """The model on trees with factorized or pruned leaves.
+
+    `seen` is told which equations got whole arrays.
+    """
 
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
         call = make_call(apply, params, args, kwargs, whole=True)
         jaxpr, shape = call.jaxpr()
         region = flatten(jaxpr)
-        machine = Expansion()
+        machine = Expansion(seen)
         leaves = [opened(leaf) for leaf in call.leaves]
         environment = dict(zip(region.inputs, (*leaves, *call.inputs), strict=True))
         machine.run(region, environment)
@@ -119,6 +134,9 @@ def composed(outer: Sequence[Keep], inner: Sequence[Keep]) -> tuple[Keep, ...]:
 class Expansion:
     """Runs equations on arrays, parts and factors."""
 
+    def __init__(self, seen: Scattered | None = None):
+        self.seen = seen if seen is not None else []
+
     def read(self, environment: Mapping[Value, Any], value: Value) -> Any:
         return environment[value] if value in environment else value.constant
 
@@ -150,7 +168,13 @@ class Expansion:
             results = rule(equation, operands) if rule is not None else None
         if results is not None:
             return results
-        return self.plain(equation, [whole(x) for x in operands])
+        return self.plain(equation, self.wholes(equation, operands))
+
+    def wholes(self, equation: Equation, operands: Sequence[Any]) -> list[Any]:
+        """The operands of an equation that has no rule for parts of them."""
+        parts = [x for x in operands if isinstance(x, Partial)]
+        self.seen += [(equation.name, x.keep) for x in parts]
+        return [whole(x) for x in operands]
 
     def plain(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
         return compat.bind(equation.primitive, equation.params, operands)
@@ -163,10 +187,14 @@ class Expansion:
                 self.step(equation, [opened(part)])[0] for part in (x.first, x.second)
             )
             return [dataclasses.replace(x, first=first, second=second)]
-        if equation.name == "conv_general_dilated" and isinstance(operands[1], LowRank):
+        if equation.name not in ("conv_general_dilated", "dot_general"):
+            return None
+        if all(isinstance(x, LowRank) for x in operands[:2]):
+            return None
+        if equation.name == "dot_general":
+            return self.two_dots(equation, operands)
+        if isinstance(operands[1], LowRank):
             return self.two_convolutions(equation, *operands)
-        if equation.name == "dot_general" and isinstance(operands[1], LowRank):
-            return self.two_dots(equation, *operands)
         return None
 
     def two_convolutions(
@@ -176,7 +204,7 @@ class Expansion:
         out, inside, *space = numbers.rhs_spec
         if (kernel.in_axes, kernel.out_axes) != ((inside,), (out,)):
             return None
-        one, two = dict(p), dict(p)
+        one, two = _between(equation), dict(p)
         # What the first makes is laid out as the second reads it.
         one["dimension_numbers"] = numbers._replace(out_spec=numbers.lhs_spec)
         idle: dict[str, Any] = {
@@ -198,39 +226,46 @@ class Expansion:
             and not isinstance(first, Partial)
         ):
             first = _of_groups(first, second, out, groups, kernel.rank)
-        x = self.product(equation, one, x, first)
-        return [self.product(equation, two, x, second)]
+        x = self.product(equation, one, [x, first])
+        return [self.product(equation, two, [x, second])]
 
-    def product(self, equation: Equation, p: dict, x: Any, weight: Any) -> Any:
+    def product(self, equation: Equation, p: dict, operands: list[Any]) -> Any:
         """A product like that of an equation, with other parameters."""
-        if isinstance(weight, LowRank):  # a factor in two factors
-            step = dataclasses.replace(equation, params=p)
-            results = self.factors(step, [x, weight])
+        step = dataclasses.replace(equation, params=p)
+        if any(isinstance(x, LowRank) for x in operands):  # a factor in two factors
+            results = self.factors(step, operands)
             if results is not None:
                 return results[0]
-            weight = multiply(weight)
-        if isinstance(x, Partial) or isinstance(weight, Partial):
-            step = dataclasses.replace(equation, params=p)
-            results = RULES[equation.name](step, [x, weight])
+            operands = [multiply(x) if isinstance(x, LowRank) else x for x in operands]
+        if any(isinstance(x, Partial) for x in operands):
+            results = RULES[equation.name](step, operands)
             if results is not None:
                 return results[0]
-        return compat.bind(equation.primitive, p, [whole(x), whole(weight)])[0]
+        return self.plain(step, self.wholes(step, operands))[0]
 
-    def two_dots(self, equation: Equation, x: Any, weight: LowRank) -> list[Any] | None:
-        (lc, rc), (lb, rb) = equation.params["dimension_numbers"]
-        free = tuple(i for i in range(len(weight.shape)) if i not in rc)
-        if lb or rb or tuple(sorted(rc)) != weight.in_axes or free != weight.out_axes:
+    def two_dots(self, equation: Equation, operands: list[Any]) -> list[Any] | None:
+        at = 1 if isinstance(operands[1], LowRank) else 0
+        weight, x = operands[at], operands[1 - at]
+        contracted, batched = equation.params["dimension_numbers"]
+        own, data = contracted[at], contracted[1 - at]
+        free = tuple(i for i in range(len(weight.shape)) if i not in own)
+        fits = (tuple(sorted(own)), free) == (weight.in_axes, weight.out_axes)
+        if any(batched) or not fits:
             return None
         first, second = opened(weight.first), opened(weight.second)
         middle, stay = weight.out_axes[:-1], weight.in_axes[:-1]
         first = self.squeezed(first, middle)
         second = self.squeezed(second, stay)
-        shifted = tuple(i - sum(m < i for m in middle) for i in rc)
-        last = len(x.shape) - len(lc)
+        shifted = tuple(i - sum(m < i for m in middle) for i in own)
+        made = len(x.shape) - len(data) if at else 0  # the axis between the factors
         inner = weight.in_axes[-1] - len(stay)
-        for factor, axes in ((first, (lc, shifted)), (second, ((last,), (inner,)))):
-            p = dict(equation.params) | {"dimension_numbers": (axes, ((), ()))}
-            x = self.product(equation, p, x, factor)
+        one, two = _between(equation), dict(equation.params)
+        for factor, p, axes in (
+            (first, one, (data, shifted)),
+            (second, two, ((made,), (inner,))),
+        ):
+            p["dimension_numbers"] = (axes if at else axes[::-1], ((), ()))
+            x = self.product(equation, p, [x, factor] if at else [factor, x])
         return [x]
 
     def squeezed(self, x: Any, axes: tuple[int, ...]) -> Any:
@@ -284,6 +319,15 @@ class Expansion:
             return run(primals[0]).part, taken(along, x.keep)
 
         return [Partial(wrapped(x.part), x.keep, result.fill)]
+
+
+def _between(equation: Equation) -> dict[str, Any]:
+    """Parameters of the first of two products, which makes what its operands are."""
+    p = dict(equation.params)
+    if p["preferred_element_type"] is not None:
+        dtypes = (v.aval.dtype for v in equation.operands[:2])
+        p["preferred_element_type"] = max(dtypes, key=lambda d: d.itemsize)
+    return p
 
 
 def _of_groups(first: Any, second: Partial, out: int, groups: int, rank: int) -> Any:

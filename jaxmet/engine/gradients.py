@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
+from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 
@@ -107,7 +108,7 @@ def energies(outputs: Any) -> list[jax.Array]:
 def _real(outputs: Any) -> list[jax.Array]:
     """The real arrays among the outputs, at least in float32."""
     return [
-        y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        y.astype(wide(y.dtype))
         for y in jax.tree.leaves(outputs)
         if jnp.issubdtype(y.dtype, jnp.floating)
     ]
@@ -115,7 +116,7 @@ def _real(outputs: Any) -> list[jax.Array]:
 
 def squared(x: jax.Array) -> jax.Array:
     """x², at least in float32."""
-    return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jnp.square(x.astype(wide(x.dtype)))
 
 
 def _projection(outputs: Any, units: Sequence[jax.Array]) -> jax.Array:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxmet.engine.analyse import Analysis, analyse
 from jaxmet.engine.calls import Apply, is_array
 from jaxmet.engine.channels import (
@@ -30,7 +32,8 @@ class Graph:
     `nodes` are all nodes in the order in which they run; `groups` and `members` say which
     axes of which parameters must be rescaled together. `selected` are the names that
     transforms may touch, `named` those that `only` asked for by their full names.
-    `left` lists parameters that no site, bias or norm uses, and why.
+    `left` lists parameters that no site, bias or norm uses, and why. `called` are the inputs
+    and keyword arguments that the model was traced with, arrays as shapes.
     """
 
     apply: Apply
@@ -41,6 +44,7 @@ class Graph:
     left: tuple[tuple[str, str], ...]
     selected: frozenset[str]
     named: frozenset[str] = frozenset()
+    called: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     @property
     def sites(self) -> tuple[Node, ...]:
@@ -225,7 +229,12 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
         tuple(analysis.leaves),
         _left(analysis, tuple(nodes.values())),
         frozenset(n.name for n in nodes.values()),
+        called=jax.tree.map(_shape, (inputs, kwargs)),
     )
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
 
 
 def bound(apply: Apply, kwargs: dict[str, Any]) -> Apply:

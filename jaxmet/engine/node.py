@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxmet.engine.arrivals import Arrivals
 from jaxmet.engine.elementwise import Formula
+from jaxmet.engine.views import Move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Edge:
 class Weight:
     """How a site reads its weight.
 
-    Axes are those of the parameter itself, before the `views`. `name` is None for a
+    Axes are those of the parameter itself, before the `moves`. `name` is None for a
     weight that is computed from several `parameters`. `stacked`: a loop slices axis 0.
     """
 
     name: str | None
     parameters: tuple[str, ...]
-    views: tuple[str, ...] = ()
+    moves: tuple[Move, ...] = ()
     stacked: bool = False
     shared: bool = False
     out_axes: tuple[int, ...] = ()
@@ -38,12 +39,18 @@ class Weight:
     window_axes: tuple[int, ...] = ()
     operand: int = 1
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The names of the moves."""
+        return tuple(move.name for move in self.moves)
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
     """What a convolution's equation says apart from its sizes.
 
-    `padding` is that of the traced size. `input_axes` are batch, channels and window of the
+    `padding` and `extents`, the sizes of input and output along each axis of the window, are
+    those of the traced size. `input_axes` are batch, channels and window of the
     input, `kernel_axes` outputs, inputs and window of the kernel, as the equation reads them.
     """
 
@@ -55,6 +62,7 @@ class Convolution:
     input_axes: tuple[int, ...]
     kernel_axes: tuple[int, ...]
     batch_groups: int = 1
+    extents: tuple[tuple[int, int], ...] = ()
 
     @property
     def pads(self) -> bool:

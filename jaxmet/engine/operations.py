@@ -9,7 +9,7 @@ from jaxmet.engine.describe import describe
 from jaxmet.engine.expand import call_of
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.engine.program import Equation
+from jaxmet.engine.program import Equation, Region
 
 
 class Work(NamedTuple):
@@ -27,17 +27,30 @@ class Work(NamedTuple):
 
 
 def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
-    """The work of every site in the order in which they run, on inputs of these shapes."""
+    """The work of every site and of products without weights, in the order in which they run.
+
+    The inputs have these shapes. What a scan runs counts once a step.
+    """
     analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
-    found = []
+    times, found = _times(analysis.region), []
     for cluster, node in describe(analysis).items():
         if node.kind == "lookup":
             found.append(Work(node, 0, 0))
-        elif node.kind == "product":
-            equation = cluster.details["product"]
-            macs, flops = _counts(equation)
-            times = node.layers or 1
-            found.append(Work(node, macs * times, flops * times, _extents(equation)))
+        elif node.kind in ("product", "matmul"):
+            equation = cluster.details.get("product", cluster.equations[0])
+            macs, flops = (n * times[equation] for n in _counts(equation))
+            found.append(Work(node, macs, flops, _extents(equation)))
+    return found
+
+
+def _times(region: Region, times: int = 1) -> dict[Equation, int]:
+    """How often each equation runs, as far as loops say how long they are."""
+    found = {}
+    for equation in region.equations:
+        found[equation] = times
+        length = equation.params["length"] if equation.name == "scan" else 1
+        for body in equation.bodies:
+            found |= _times(body, times * length)
     return found
 
 

@@ -1,6 +1,9 @@
 """Equations that only look at an array differently, and where each axis goes."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxmet.engine import labels as lb
 from jaxmet.engine.labels import Axis
@@ -113,3 +116,49 @@ VIEW_RULES: dict[str, Callable[[Equation, tuple[Axis, ...]], list[Axis] | None]]
     "rev": _reverse,
     **dict.fromkeys(CASTS, _cast),
 }
+
+
+class Move(NamedTuple):
+    """A view of one equation, or of a loop, without the arrays: `to` says where numbers go."""
+
+    name: str
+    to: tuple[Any, ...] = ()
+    shape: tuple[Any, ...] = ()
+
+
+SAID_BY = {
+    "broadcast_in_dim": "broadcast_dimensions",
+    "transpose": "permutation",
+    "squeeze": "dimensions",
+    "rev": "dimensions",
+}
+"""Which parameter of an equation is the `to` of its move."""
+
+
+def move_of(equation: Equation | None) -> Move:
+    """The view that an equation is; None stands for the slice that a loop takes."""
+    if equation is None:
+        return Move("slice of a loop")
+    said = equation.params.get(SAID_BY.get(equation.name, ""), ())
+    return Move(equation.name, tuple(said), tuple(equation.results[0].shape))
+
+
+def moved(array: np.ndarray, moves: Iterable[Move]) -> np.ndarray | None:
+    """An array of indices as it is read through views, None where a loop slices it."""
+    for move in moves:
+        if move.name in CASTS:
+            continue
+        if move.name == "transpose":
+            array = np.transpose(array, move.to)
+        elif move.name == "rev":
+            array = np.flip(array, move.to)
+        elif move.name in ("reshape", "squeeze"):
+            array = array.reshape(move.shape)
+        elif move.name == "broadcast_in_dim":
+            sizes = [1] * len(move.shape)
+            for axis, size in zip(move.to, array.shape, strict=True):
+                sizes[axis] = size
+            array = np.broadcast_to(array.reshape(sizes), move.shape)
+        else:
+            return None
+    return array

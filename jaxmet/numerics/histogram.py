@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmet.numerics.precision import wide
+
 BINS = 2048
 SMALLEST_WIDTH = 2.0**-100
 
@@ -84,7 +86,7 @@ def tally(
     They are those at every `stride`-th place, with a stride that shares no factor with the
     size, so that they spread evenly over all axes, channels too. The ends are exact.
     """
-    x = x.reshape(-1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.reshape(-1).astype(wide(x.dtype))
     low, high = jnp.min(x), jnp.max(x)
     stride = stride_of(x.size, samples)
     values, width = x[::stride], bin_width(low, high, bins)

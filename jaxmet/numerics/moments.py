@@ -12,6 +12,8 @@ import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
+from jaxmet.numerics.precision import wide
+
 N_SIGMA = 4.0
 """How many standard deviations a normal value is taken to range on either side."""
 
@@ -51,7 +53,7 @@ class Measured(NamedTuple):
 def measure(x: Float[Array, "..."], kept: Sequence[int]) -> Measured:
     """Moments over all axes but the kept ones, flattened in their order."""
     rest = [i for i in range(x.ndim) if i not in kept]
-    x = jnp.transpose(x, (*kept, *rest)).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.transpose(x, (*kept, *rest)).astype(wide(x.dtype))
     x = x.reshape(*(x.shape[i] for i in range(len(kept))), -1)
     x = x.reshape(-1, x.shape[-1])
     mean = jnp.mean(x, axis=1)

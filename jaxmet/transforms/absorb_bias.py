@@ -19,7 +19,8 @@ from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node, Norm
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
-from jaxmet.transforms.layouts import how_often, matrix, split, spread, wide
+from jaxmet.numerics.precision import wide
+from jaxmet.transforms.layouts import how_often, matrix, split, spread
 from jaxmet.transforms.statistics import Network
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight

@@ -1,6 +1,8 @@
 """What was found so far, a file a step, so that a run that was killed goes on."""
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import types
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxmet.engine.compat import is_key
+from jaxmet.engine.graph import Graph
 
 ABOUT = "about.json"
 
@@ -64,14 +67,34 @@ def write(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
+def model_of(graph: Graph) -> list[str]:
+    """What a model computes, as far as its graph says it."""
+    return [repr(node) for node in graph.nodes]
+
+
+PLAIN = (str, bytes, int, float, complex, bool, type(None))
+
+
 def _said(value: Any) -> str:
-    """What a function does, as far as its own code says it, the same in every process."""
+    """What a function does, as far as its own code says it, the same in every process.
+
+    Of a `functools.partial` that is its function with the plain values that it fills in, of
+    a function that wraps another the one inside, of another object what calling it runs.
+    """
+    if isinstance(value, functools.partial):
+        given = (
+            *value.args,
+            *(x for item in sorted(value.keywords.items()) for x in item),
+        )
+        return f"{_said(value.func)} {[x for x in given if isinstance(x, PLAIN)]}"
+    value = inspect.unwrap(value) if callable(value) else value
     code = getattr(value, "__code__", value)
     if isinstance(code, types.CodeType):
         parts = [_said(c) for c in code.co_consts]
         return f"{code.co_code.hex()} {code.co_names} {parts}"
     if callable(value):
-        return type(value).__qualname__
+        call = getattr(type(value).__call__, "__code__", None)
+        return f"{type(value).__qualname__} {_said(call)}"
     if isinstance(value, frozenset):  # in an order that changes from process to process
         return repr(sorted(map(_said, value)))
     return (

@@ -10,7 +10,13 @@ from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.views import CASTS
 from jaxmet.numerics.low_rank import largest_rank
-from jaxmet.transforms.factors import Shape, factors_of, shape_of
+from jaxmet.transforms.factors import (
+    Shape,
+    factors_of,
+    made_of,
+    shape_as_traced,
+    shape_of,
+)
 from jaxmet.transforms.grams import ROWS, grams
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
@@ -83,9 +89,10 @@ def factorize(
     `ratios` is the cost of a site afterwards over its cost before, in multiplications: one
     number for all sites or one a site; `ranks` gives ranks themselves. Costs are those of
     padding that keeps sizes but for strides: where little is padded ('VALID') the first
-    factor runs on more positions than the weight did, and `jm.cost` has what it comes to.
-    Ranks are rounded up to a `multiple` where that still saves something. A site whose
-    factors would cost as much as its weight is left alone.
+    factor runs on more positions than the weight did, and the report has what it comes to
+    for inputs like those of `jm.trace`. Ranks are rounded up to a `multiple` where that
+    still saves something. A site whose factors would cost as much as its weight is left
+    alone.
 
     Without data the product of the factors is the nearest to the weight, by its singular
     values. With `batches` it is the one that changes the site's output least on them:
@@ -126,9 +133,14 @@ def factorize(
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
+    traced = {n.name: shape_as_traced(n, leaves[n.kernel], method) for n in sites}
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
-        wanted = _given(ranks, names, shapes, graph)
+        given = _given(ranks, names, shapes, graph)
+        wanted = {
+            name: rounded_up(rank, shapes[name], multiple)
+            for name, rank in given.items()
+        }
     else:
         asked = asked_for(ratios, names, graph, CALLER)
         wanted = {
@@ -137,7 +149,7 @@ def factorize(
             if ratio < 1
         }
     for name in list(wanted):
-        if shapes[name].cost_of(wanted[name]) >= shapes[name].cost:
+        if traced[name].cost_of(wanted[name]) >= traced[name].cost:
             left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
             del wanted[name]
     read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
@@ -162,7 +174,7 @@ def factorize(
                 "site": node.name,
                 "rank": rank,
                 "of": shape.most,
-                "ratio": shape.cost_of(rank) / shape.cost,
+                "ratio": traced[node.name].cost_of(rank) / shape.cost,
                 "error": error,
             }
         )
@@ -179,6 +191,8 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
         return "its weight is computed from parameters"
     if weight.stacked or weight.shared:
         return "its weight is stacked" if weight.stacked else "its weight is shared"
+    if node.loops:
+        return f"inside a {node.loops[-1]}"
     if any(view not in CASTS for view in weight.views):
         return "its weight is reshaped before it is used"
     conv, dot = node.convolution, node.dot
@@ -187,7 +201,7 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     met = conv.kernel_axes[2:] if conv else [w for _, w in dot.summed] if dot else []
     if list(met) != sorted(met):
         return "its axes meet the input in another order"
-    if dot is not None and (dot.batched or weight.operand != 1):
+    if dot is not None and dot.batched:
         return "its weight is read along other axes"
     if not jnp.issubdtype(dense(leaves[weight.name]).dtype, jnp.floating):
         return "its weight holds no real numbers"
@@ -230,13 +244,27 @@ def rank_at(shape: Shape, ratio: float, multiple: int) -> int:
     return largest_rank(ratio, shape.cost_of(1), shape.cost, shape.most, multiple)
 
 
+def rounded_up(rank: int, shape: Shape, multiple: int) -> int:
+    """A rank up to a multiple, where that still saves something."""
+    up = min(shape.most, -(-rank // multiple) * multiple)
+    return up if shape.cost_of(up) < shape.cost else rank
+
+
 def _leaf(leaf: Any, first: Any, second: Any, shape: Shape) -> Compressed:
-    """The factors with what the leaf stated, each part of it where it belongs."""
+    """The factors with what the leaf stated, each part of it where it belongs.
+
+    What padding holds instead of zero, the first makes something of: that is what the
+    padding before the second holds.
+    """
     if is_compressed(leaf):
+        between = None
         if leaf.input_offset is not None:
+            between = made_of(leaf.input_offset, first, shape)
             first = Compressed(first, input_offset=leaf.input_offset)
-        if leaf.lower is not None or leaf.upper is not None:
-            second = Compressed(second, lower=leaf.lower, upper=leaf.upper)
+        if not (leaf.lower is leaf.upper is between is None):
+            second = Compressed(
+                second, lower=leaf.lower, upper=leaf.upper, input_offset=between
+            )
     return Compressed(
         LowRank(first, second, shape.method, shape.sizes, shape.in_axes, shape.out_axes)
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.node import Node
 from jaxmet.numerics.low_rank import Spectrum, low_rank, refit, spectrum
+from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense
 
 
@@ -99,13 +100,23 @@ def shape_of(
     return Shape(method, sizes, (inside,), (out,), mine, others, conv.groups, strides)
 
 
+def shape_as_traced(node: Node, leaf: Any, method: str) -> Shape:
+    """The same with what the site cost where the model was traced, as far as that is known."""
+    conv = node.convolution
+    sizes = conv.extents if conv is not None else ()
+    if conv is None or not all(isinstance(n, int) for pair in sizes for n in pair):
+        return shape_of(node, leaf, method)
+    extents = dict(zip(conv.kernel_axes[2:], sizes, strict=True))
+    return shape_of(node, leaf, method, extents)
+
+
 @partial(jax.jit, static_argnames=("shape", "rank"))
 def factors_of(
     weight: jax.Array, shape: Shape, rank: int, gram: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Both factors in the axes of the weight, and the relative error of what they make."""
     dtype = weight.dtype
-    weight = weight.astype(jnp.promote_types(dtype, jnp.float32))
+    weight = weight.astype(wide(dtype))
     full = _full(weight, shape)
     groups, mine, others, ins, outs = full.shape
     matrix, inner = _problem(full, gram)
@@ -126,9 +137,19 @@ def factors_of(
     return one.astype(dtype), two.astype(dtype), jnp.sqrt(error)
 
 
+def made_of(vector: Any, first: jax.Array, shape: Shape) -> jax.Array:
+    """What the first factor makes of inputs that are the same all over its window."""
+    order = (*shape.mine, *shape.others, *shape.in_axes, *shape.out_axes)
+    weight = jnp.transpose(first, order).reshape(
+        shape.size(shape.mine), shape.ins, shape.groups, -1
+    )
+    inputs = jnp.asarray(vector).reshape(shape.groups, shape.ins).astype(weight.dtype)
+    return jnp.einsum("migr,gi->gr", weight, inputs, precision="highest").reshape(-1)
+
+
 def spectrum_of(weight: jax.Array, shape: Shape, gram: jax.Array | None) -> Spectrum:
     """The decomposition that holds the products of the factors of all ranks."""
-    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    weight = weight.astype(wide(weight.dtype))
     return spectrum(*_problem(_full(weight, shape), gram))
 
 

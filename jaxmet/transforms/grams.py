@@ -12,6 +12,7 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run
 from jaxmet.engine.rows import rows_of
+from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
 
 ROWS = 65_536
@@ -62,7 +63,7 @@ def grams(
         found = rows_of(
             node, x, kernel.shape, most=most, key=jax.random.key(len(kernel.shape))
         )
-        found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
+        found = found.astype(wide(found.dtype))
         products = jnp.einsum("gri,grj->gij", found, found, precision="highest")
         number = jnp.asarray(found.shape[1], found.dtype)
         return result, Gram(number, jnp.sum(found, axis=1), products)

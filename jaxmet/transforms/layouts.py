@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.channels import Joined, Layout, Member, Span, layout_size
 from jaxmet.numerics.moments import Moments
+from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense
 
 Tensor = dict[int, Moments]  # by channel group
@@ -101,8 +102,3 @@ def matrix(members: Sequence[Member], leaf: Any) -> jax.Array:
     weight = jnp.transpose(weight, (*axes, *outs, *rest))
     weight = weight.reshape(number, groups, made // groups, -1)
     return jnp.moveaxis(weight.astype(wide(weight.dtype)), 1, 0)
-
-
-def wide(*dtypes: Any) -> Any:
-    """What to compute in: the widest of these, at least float32."""
-    return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: d.itemsize)

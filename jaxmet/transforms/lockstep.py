@@ -11,7 +11,7 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Hook, Run
 from jaxmet.engine.segments import Segment, Segments, segments
-from jaxmet.transforms.layouts import wide
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
 from jaxmet.tree.quantizers import Quantizers
 

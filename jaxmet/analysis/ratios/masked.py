@@ -22,7 +22,7 @@ from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import Shape, placed_matrix, shape_of, spectrum_of
 from jaxmet.transforms.grams import grams
 from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along
-from jaxmet.transforms.prune.prune import kept_at, refused, removal
+from jaxmet.transforms.prune.prune import kept_at, readers_of, refused, removal
 from jaxmet.transforms.prune.readers import Reader
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight
@@ -51,7 +51,10 @@ class Low:
         return self.shape.most
 
     def amount(self, ratio: float, multiple: int) -> int:
-        return rank_at(self.shape, ratio, multiple)
+        """The rank at this ratio, all of them where factors would cost no less."""
+        rank = rank_at(self.shape, ratio, multiple)
+        dear = self.known.cost_of(rank) >= self.known.cost
+        return self.most if dear else rank
 
     @property
     def tied(self) -> tuple[str, ...]:
@@ -63,7 +66,7 @@ class Low:
             return {self.node.name: Shares(1.0, 1.0)}
         work = self.known.cost_of(amount) / self.known.cost
         held = self.shape.entries_of(amount) / self.shape.cost
-        return {self.node.name: Shares(min(1.0, work), min(1.0, held))}
+        return {self.node.name: Shares(work, held)}
 
     def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
         leaf = leaves[self.node.kernel]
@@ -83,13 +86,13 @@ class Narrow:
     """Channels that a site reads, bundle by bundle, with the order in which they go.
 
     `tied` are the other sites that read some of them. `layouts` are those of the axes along
-    which sites read or make them, by site and role; a depthwise convolution, which does
-    both at once, has one. `readers` are refitted. `counts` has a row for each amount that
+    which sites read or make them, by site, role and axis; a depthwise convolution, which
+    does both at once, has one. `readers` are refitted. `counts` has a row for each amount that
     may be asked for, and how many channels of each bundle stay then.
     """
 
     graph: Graph
-    layouts: Mapping[tuple[str, str], Layout]
+    layouts: Mapping[tuple[str, str, int], Layout]
     tied: tuple[str, ...]
     readers: tuple[Reader, ...]
     bundles: tuple[Bundle, ...]
@@ -107,7 +110,7 @@ class Narrow:
         """What is left of every site that reads or makes them."""
         counts = self.counts[np.searchsorted(self.counts.sum(axis=1), amount)]
         found: dict[str, float] = {}
-        for (name, _), layout in self.layouts.items():
+        for (name, *_), layout in self.layouts.items():
             gone = 0.0
             for bundle, count in zip(self.bundles, counts, strict=True):
                 entries = np.sum(channel_along(layout, bundle.indices) >= 0)
@@ -142,9 +145,9 @@ class Narrow:
         leaves: dict[str, Any],
         amount: jax.Array,
     ) -> dict[str, Any]:
-        along = jnp.ones(reader.entries, bool)
+        along = jnp.ones(reader.weight.shape[0], bool)
         for bundle, left in zip(self.bundles, lefts, strict=True):
-            along &= _along(left, channel_along(reader.layout, bundle.indices))
+            along &= _along(left, reader.channels_of(bundle))
 
         def refitted() -> dict[str, Any]:
             return reader.refitted(along, leaves)[0]
@@ -240,9 +243,12 @@ def _narrow(
     bundles = [b for b in bundles_of(graph) if refused(b, coupled=True) is None]
     names = {n for b in bundles for n in b.readers}
     seen = {} if read.abstract else grams(graph, params, read, names, **options)
-    readers = {n: Reader.of(graph, n, leaves, seen.get(n)) for n in names}
+    readers = readers_of(graph, names, leaves, seen)
     selection = "obs" if seen else "magnitude"
-    orders = {b.name: removal(b, readers, selection, b.size // 2 or 1) for b in bundles}
+    orders = {
+        b.index: removal(graph, leaves, b, readers, selection, b.size // 2 or 1)
+        for b in bundles
+    }
     through = {n for b in bundles for n in b.through}
     found: dict[str, Site] = {}
     for tied in _tied(graph, bundles):
@@ -252,18 +258,14 @@ def _narrow(
         counts = np.array(sorted(rows, key=sum), np.int32)
         indices = {i for b in own for i in b.indices}
         layouts = {
-            (m.node, m.role): m.layout
+            (m.node, m.role, m.axis): m.layout
             for m in graph.members
             if m.role == "in" or (m.role == "out" and m.node not in through)
             if (channel_along(m.layout, indices) >= 0).any()
         }
-        each = tuple(orders[b.name] for b in own)
-        refit = [
-            r for n in tied if (r := readers[n]) is not None and r.gram is not None
-        ]
-        found[tied[0]] = Narrow(
-            graph, layouts, tied[1:], tuple(refit), own, each, counts
-        )
+        each = tuple(orders[b.index] for b in own)
+        refit = tuple(readers[n] for n in tied if n in readers)
+        found[tied[0]] = Narrow(graph, layouts, tied[1:], refit, own, each, counts)
     known = {n for name, site in found.items() for n in (name, *site.tied)}
     why = "it reads no channels that can be removed"
     return found, {n.name: why for n in graph.sites if n.name not in known}

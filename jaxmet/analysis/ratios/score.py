@@ -21,7 +21,7 @@ from jaxmet.analysis.scoring import (
 )
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.lift import lift
-from jaxmet.transforms.checkpoint import Checkpoint
+from jaxmet.transforms.checkpoint import Checkpoint, model_of
 from jaxmet.transforms.grams import ROWS
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
@@ -68,7 +68,8 @@ def score_ratios(
     of ranks or channels. So many rows as `together` says are computed at once (`jax.vmap`)
     where the score can be traced: an accelerator with the memory for it is faster then. With
     `checkpoint`, a folder, a run that was killed goes on behind its last finished row; it
-    knows the code of the score again, but not the data that the score looks at.
+    knows the model, the first batch and the code of the score again, but not the data that
+    the score looks at.
 
     Columns of the table: `site`, and the sites that are `tied` to it because they read the
     same channels and take the same ratio; `ratio`; how many ranks or channels are `left`
@@ -115,7 +116,9 @@ def score_ratios(
             f"{'; '.join(f'{n}: {why}' for n, why in list(left.items())[:3])}."
         )
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
-    told = (params, method, ratios, multiple, rows, list(sites), score)
+    data = None if read.abstract else (read.first, read.length)
+    options = (method, ratios, multiple, rows, list(sites))
+    told = (params, model_of(graph), data, options, score)
     kept = Checkpoint(checkpoint, CALLER, told)
     apply = lift(graph.apply)
     run = runner(
@@ -185,7 +188,9 @@ def _table(
     cells: Sequence[tuple[str, float, int]],
     scores: Mapping[Cell, float],
 ) -> Table:
-    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch]
+    one = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
+    )
     costs = {row["site"]: row for row in cost(params, graph, *one)}
     entries = {
         n.name: math.prod(leaves[n.kernel].shape)

@@ -98,11 +98,20 @@ def _within(
     other = spent.total - spent.alone[free, -1].sum()
     other += sum(spent.alone[i, at] - spent.alone[i, -1] for i, at in given.items())
 
+    # A row that costs no less than the site is the site as it is.
+    last = len(ratios) - 1
+    dear = spent.alone >= spent.alone[:, -1:]
+    costs = np.minimum(spent.alone, spent.alone[:, -1:])[free]
+
     def choice(allowed: float) -> np.ndarray:
-        found, costs = chosen.copy(), spent.alone[free]
+        found = chosen.copy()
+        found[free] = _chosen(allowed)
+        found[free] = np.where(dear[free, found[free]], last, found[free])
+        return found
+
+    def _chosen(allowed: float) -> np.ndarray:
         if method == "optimal":
-            found[free] = optimal(scores[free], costs, allowed - other).options
-            return found
+            return optimal(scores[free], costs, allowed - other).options
         threshold = allowed / (other + costs[:, -1].sum())
         index = greedy(
             ratios[:-1],
@@ -112,8 +121,7 @@ def _within(
             threshold,
             other=other,
         )
-        found[free] = np.where(index < 0, len(ratios) - 1, index)
-        return found
+        return np.where(index < 0, last, index)
 
     if spent.separate:
         return choice(budget)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.once import run_once
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.correct_bias.sequential import Found
-from jaxmet.transforms.layouts import join, matrix, wide
+from jaxmet.transforms.layouts import join, matrix
 from jaxmet.transforms.statistics import Network
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves

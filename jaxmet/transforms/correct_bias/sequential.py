@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
-from jaxmet.transforms.layouts import wide
 from jaxmet.transforms.lockstep import Copy
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmet.engine.graph import Graph
 from jaxmet.numerics.chance import Rounded, added_noise
+from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import log_scales
 from jaxmet.transforms.equalize.channels import (
     Channels,
@@ -48,7 +49,7 @@ def tried(
         real = [
             y for y in jax.tree.leaves(every) if jnp.issubdtype(y.dtype, jnp.floating)
         ]
-        return [y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in real]
+        return [y.astype(wide(y.dtype)) for y in real]
 
     exact = outputs({})
     energy = [jnp.sum(jnp.square(y)) for y in exact]

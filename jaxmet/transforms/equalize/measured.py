@@ -11,6 +11,7 @@ from jaxmet.engine.gradients import by_channel, energies, projected_gradients, s
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import evaluate
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.equalize.channels import Weight
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.examples import chosen
@@ -123,7 +124,7 @@ def _is_float(leaf: Any) -> bool:
 
 def _extremes(x: jax.Array, kept: Any) -> tuple[jax.Array, jax.Array]:
     rest = [i for i in range(x.ndim) if i not in kept]
-    x = jnp.transpose(x, (*kept, *rest)).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.transpose(x, (*kept, *rest)).astype(wide(x.dtype))
     rest = tuple(range(len(kept), x.ndim))
     return jnp.min(x, axis=rest).reshape(-1), jnp.max(x, axis=rest).reshape(-1)
 

@@ -18,6 +18,7 @@ class Bundle:
     """Groups with one fate; `why` says what forbids to remove a channel.
 
     `through` are the depthwise convolutions between those that make and those that read.
+    Two bundles may have one name: pieces of what one site makes.
     """
 
     groups: tuple[Group, ...]
@@ -25,7 +26,11 @@ class Bundle:
     readers: tuple[str, ...]
     through: tuple[str, ...]
     why: str | None
-    note: str | None = None
+
+    @property
+    def index(self) -> int:
+        """Its number: no other bundle has it."""
+        return self.groups[0].index
 
     @property
     def name(self) -> str:
@@ -52,7 +57,10 @@ def bundles_of(graph: Graph) -> list[Bundle]:
 
     fixed: dict[int, str] = {}
     depthwise = set()
+    loops = {n.name: n.loops for n in graph.nodes if n.loops}
     for member in graph.members:
+        for index in indices_of(member.layout) if member.node in loops else ():
+            fixed.setdefault(index, f"{member.node}: inside a {loops[member.node][-1]}")
         if member.groups == 1 or member.role != "in":
             continue
         outs = [m for m in graph.members if m.node == member.node and m.role == "out"]
@@ -91,16 +99,15 @@ def _bundle(
         return tuple(dict.fromkeys(n for n in every if (n in depthwise) == through))
 
     makers, readers = names("makers"), names("readers")
+    through = names("readers", through=True)
     why = next((fixed[g.index] for g in groups if g.index in fixed), None)
     for group in groups:
         alone = group.fixed in ("no site makes it", "no site reads it")
         why = why or (None if alone else group.fixed)
     why = why or ("no site reads it" if not readers else None)
-    chosen = [n for n in makers if n not in graph.selected]
-    why = why or (f"{chosen[0]!r} is not selected" if chosen else None)
-    full = [g.frozen for g in groups if g.frozen and g.frozen.endswith("no rule")]
-    note = f"whole arrays before {full[0].split(':')[0]}" if full else None
-    return Bundle(groups, makers, readers, names("readers", through=True), why, note)
+    spared = [n for n in (*makers, *through, *readers) if n not in graph.selected]
+    why = why or (f"{spared[0]!r} is not selected" if spared else None)
+    return Bundle(groups, makers, readers, through, why)
 
 
 def left_along(layout: Layout, masks: Mapping[int, np.ndarray]) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Channels that matter least, removed from everything that makes or reads them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 
+from jaxmet.engine.channels import indices_of
+from jaxmet.engine.expand import scattered_before
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.transforms.grams import ROWS, grams
+from jaxmet.transforms.grams import ROWS, Gram, grams
 from jaxmet.transforms.prune.bundles import (
     Bundle,
     axes_of,
@@ -18,7 +20,7 @@ from jaxmet.transforms.prune.bundles import (
     left_along,
 )
 from jaxmet.transforms.prune.leaves import pruned
-from jaxmet.transforms.prune.readers import SELECTIONS, Reader
+from jaxmet.transforms.prune.readers import SELECTIONS, Reader, magnitudes
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
@@ -86,14 +88,16 @@ def prune(
     Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
     run: trace the model again with the new tree. It computes what the dense model does with
     zeros in place of all that is gone (`jm.densify`). Where an operation has no rule for
-    fewer channels it gets whole arrays, with a note in the report.
+    fewer channels it gets whole arrays, with a note in the report. Nothing is removed inside
+    loops and branches, nor of what a site reads that `graph.without` leaves out.
 
     `selection` says which channels go: 'magnitude', those that are read with the smallest
     weights (the default without data); 'obs', with `batches`, one after the other the one
     whose loss the others can make good for best (the default with data); 'lasso', those
     that one factor a channel does best without. With `batches` each site is then refitted,
     weights and bias, to what it made of all channels: least squares on the Gram matrix of
-    its inputs in the model as it is, from at most `rows` rows a batch.
+    its inputs in the model as it is, from at most `rows` rows a batch. A site that is no
+    single product of a matrix is judged by its weights and not refitted, with a note.
 
     With `with_report` also a Table: the channels by the first site that makes them, how
     many are kept, who makes and who reads them, the relative error of the sites that were
@@ -118,12 +122,12 @@ def prune(
     bundles = bundles_of(graph)
     why = _why(graph, bundles, coupled)
     asked = asked_for(ratios, why, graph, CALLER)
-    keep = {}
+    keep = {b.index: b.size for b in bundles}
     for bundle in bundles:
         wanted = [asked[name] for name in bundle.readers if name in asked]
         if wanted and refused(bundle, coupled) is None:
-            keep[bundle.name] = kept_at(bundle.size, max(wanted), multiple)
-    chosen = [b for b in bundles if keep.get(b.name, b.size) < b.size]
+            keep[bundle.index] = kept_at(bundle.size, max(wanted), multiple)
+    chosen = [b for b in bundles if keep[b.index] < b.size]
     read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
     names = {name for b in chosen for name in b.readers}
     seen: Mapping[str, Any] = {}
@@ -131,17 +135,29 @@ def prune(
         seen = grams(
             graph, params, read, names, caller=CALLER, rows=rows, progress=progress
         )
-    readers = {n: Reader.of(graph, n, leaves, seen.get(n)) for n in names}
+    readers = readers_of(graph, names, leaves, seen)
     masks: dict[int, np.ndarray] = {}
     for bundle in chosen:
-        mask = choose(bundle, readers, selection, keep[bundle.name])
+        order = removal(graph, leaves, bundle, readers, selection, keep[bundle.index])
+        mask = np.ones(bundle.size, bool)
+        mask[order[: bundle.size - keep[bundle.index]]] = False
         masks |= dict.fromkeys(bundle.indices, mask)
     work, errors = _refit(readers, masks, leaves)
     result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
     if not with_report:
         return result
-    table = _table(bundles, keep, errors, lambda b: refused(b, coupled))
-    return result, table
+    notes: dict[int, list[str]] = {}
+    for b in bundles:
+        why = refused(b, coupled)
+        notes[b.index] = [f"left alone: {why}"] if why else []
+    for b in chosen if seen else ():
+        lone = [n for n in b.readers if n not in readers]
+        notes[b.index] += [f"not refitted: {n!r} is no single matrix" for n in lone]
+    before = whole_before(graph, result, masks)
+    for b in chosen:
+        notes[b.index] += [f"whole arrays before {n}" for n in before.pop(b.index, ())]
+    notes_of = {index: "; ".join(n) or None for index, n in notes.items()}
+    return result, _table(bundles, keep, errors, notes_of)
 
 
 def removed(
@@ -156,42 +172,49 @@ def removed(
     return {n: leaf for n, leaf in leaves.items() if n not in found} | found
 
 
-def choose(
-    bundle: Bundle, readers: Mapping[str, Reader | None], selection: str, keep: int
-) -> np.ndarray:
-    """Which channels of a bundle stay."""
-    order = removal(bundle, readers, selection, keep)
-    mask = np.ones(bundle.size, bool)
-    mask[order[: bundle.size - keep]] = False
-    return mask
+def readers_of(
+    graph: Graph,
+    names: Iterable[str],
+    leaves: Mapping[str, Any],
+    seen: Mapping[str, Gram],
+) -> dict[str, Reader]:
+    """What the data say to the sites with these names, as far as they have seen any."""
+    found = {n: Reader.of(graph, n, leaves, seen[n]) for n in names if n in seen}
+    return {n: reader for n, reader in found.items() if reader is not None}
 
 
 def removal(
-    bundle: Bundle, readers: Mapping[str, Reader | None], selection: str, keep: int
+    graph: Graph,
+    leaves: Mapping[str, Any],
+    bundle: Bundle,
+    readers: Mapping[str, Reader],
+    selection: str,
+    keep: int,
 ) -> np.ndarray:
-    """The channels in the order in which they go."""
-    found = [r for n in bundle.readers if (r := readers[n]) is not None]
-    if selection == "obs" and len(found) == len(bundle.readers) == 1:
-        order = found[0].order(bundle)
+    """The channels of a bundle in the order in which they go."""
+    known = [readers.get(n) for n in bundle.readers]
+    if selection == "obs" and len(known) == 1 and known[0] is not None:
+        order = known[0].order(bundle)
         if order is not None:
             return order
     scores = np.zeros(bundle.size)
-    for reader in found:
-        scores += reader.scores(bundle, selection, keep)
+    for name, reader in zip(bundle.readers, known, strict=True):
+        if reader is None or selection == "magnitude":
+            scores += magnitudes(graph, name, leaves, bundle)
+        else:
+            scores += reader.scores(bundle, selection, keep)
     return np.argsort(scores, kind="stable")
 
 
 def _refit(
-    readers: Mapping[str, Reader | None],
+    readers: Mapping[str, Reader],
     masks: Mapping[int, np.ndarray],
     leaves: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Leaves in which the readers make good for what they lose, and what they cannot."""
     work, errors = dict(leaves), {}
     for name, reader in readers.items():
-        if reader is None or reader.gram is None:
-            continue
-        found, error = reader.refitted(left_along(reader.layout, masks), leaves)
+        found, error = reader.refitted(reader.left(masks), leaves)
         work |= found
         errors[name] = float(error)
     return work, errors
@@ -269,30 +292,51 @@ def _why_of(
     return None if None in whys else whys[0]
 
 
+def whole_before(
+    graph: Graph, pruned: Any, masks: Mapping[int, np.ndarray]
+) -> dict[int, list[str]]:
+    """By group the operations that get whole arrays of its channels, some of them gone.
+
+    Where it cannot be told whose channels an array has, they count for all groups.
+    """
+    places: dict[tuple[int, tuple[int, ...]], set[int]] = {}
+    for member in graph.members:
+        left = left_along(member.layout, masks)
+        kept = left.size, tuple(map(int, np.flatnonzero(left)))
+        of = indices_of(member.layout) & masks.keys()
+        places.setdefault(kept, set()).update(of)
+    found: dict[int, dict[str, None]] = {}
+    inputs, kwargs = graph.called
+    for operation, keep in scattered_before(graph.apply, pruned, inputs, kwargs):
+        for _, size, indices in keep:
+            for index in places.get((size, indices), masks):
+                found.setdefault(index, {})[operation] = None
+    return {index: list(names) for index, names in found.items()}
+
+
 def _table(
     bundles: Sequence[Bundle],
-    keep: Mapping[str, int],
+    keep: Mapping[int, int],
     errors: Mapping[str, float],
-    why_left: Callable[[Bundle], str | None],
+    notes: Mapping[int, str | None],
 ) -> Table:
     rows = []
     for b in bundles:
-        why = why_left(b)
         known = [errors[n] for n in b.readers if n in errors]
-        less = keep.get(b.name, b.size) < b.size
+        less = keep[b.index] < b.size
         rows.append(
             (
                 b.name,
-                keep.get(b.name, b.size),
+                keep[b.index],
                 b.size,
                 ", ".join(b.makers) or None,
                 ", ".join(b.readers) or None,
                 max(known) if less and known else None,
-                f"left alone: {why}" if why else b.note if less else None,
+                notes[b.index],
             )
         )
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
-    count = sum(keep.get(b.name, b.size) < b.size for b in bundles)
+    count = sum(keep[b.index] < b.size for b in bundles)
     return Table(
         dict(zip(COLUMNS, columns, strict=True)),
         title=f"{CALLER}: {count} of {len(bundles)} groups of channels",

@@ -1,113 +1,151 @@
 """What the sites that read channels say of them, and how they make good for those that go."""
 
 import dataclasses
-from collections.abc import Mapping
-from functools import partial
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import Layout
+from jaxmet.engine.channels import Layout, Member
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.rows import matrix_of
-from jaxmet.engine.views import CASTS
+from jaxmet.engine.views import moved
 from jaxmet.numerics.channel_selection import (
     by_block_obs,
     by_lasso,
-    by_magnitude,
     reconstruct,
     removal_order,
 )
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.grams import Gram
-from jaxmet.transforms.prune.bundles import Bundle, channel_along
+from jaxmet.transforms.prune.bundles import Bundle, channel_along, left_along
 from jaxmet.tree.leaves import dense, with_weight
 
 SELECTIONS = ("magnitude", "lasso", "obs")
 
+product = functools.partial(jnp.matmul, precision="highest")
+
+
+def magnitudes(
+    graph: Graph, name: str, leaves: Mapping[str, Any], bundle: Bundle
+) -> np.ndarray:
+    """The share of a site's squared weights that reads each channel."""
+    found, total = np.zeros(bundle.size), 0.0
+    for member in read_by(graph, name):
+        of = channel_along(member.layout, bundle.indices)
+        if (of >= 0).any():
+            array = np.asarray(dense(leaves[member.parameter])).astype(np.float64)
+            rest = tuple(i for i in range(array.ndim) if i != member.axis)
+            found += _gathered(np.sum(array**2, axis=rest), of, bundle.size)
+            total = float(np.sum(array**2))
+    return found / total if total else found
+
+
+def read_by(graph: Graph, name: str) -> tuple[Member, ...]:
+    """The axes along which the weight of a site reads channels."""
+    return tuple(m for m in graph.members if m.node == name and m.role == "in")
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A site, the layout of its input axis, and what the data say of its inputs."""
+    """A site as a matrix, where it stands in the parameter, and what the data say of its inputs.
+
+    `index` are the places of the matrix in the flattened parameter; `along` has, by axis of
+    the parameter that runs along channels, which entry of it each row reads.
+    """
 
     node: Node
-    layout: Layout
-    weight: jax.Array  # (ins, outs), the entries of the input axis last among ins
-    gram: Gram | None = None
+    members: tuple[Member, ...]
+    weight: jax.Array  # (ins, outs)
+    index: np.ndarray  # (ins, outs)
+    along: Mapping[int, np.ndarray]  # (ins,) each
+    gram: Gram
 
     @staticmethod
     def of(
-        graph: Graph, name: str, leaves: Mapping[str, Any], gram: Any
+        graph: Graph, name: str, leaves: Mapping[str, Any], gram: Gram
     ) -> "Reader | None":
-        """None for a site whose inputs are no single axis of one product."""
-        node = graph[name]
-        layouts = [m.layout for m in graph.members if m.node == name and m.role == "in"]
-        conv, weight = node.convolution, node.weight
-        assert weight is not None
-        if len(layouts) != 1 or weight.name is None:
+        """None for a site that is not one product of a matrix that a parameter holds."""
+        node, members = graph[name], read_by(graph, name)
+        kernel = jnp.asarray(dense(leaves[node.kernel]))
+        assert node.weight is not None
+        places = np.arange(kernel.size, dtype=np.int32).reshape(kernel.shape)
+        read = moved(places, node.weight.moves)
+        groups = (
+            None if read is None else np.asarray(matrix_of(node, jnp.asarray(read)))
+        )
+        if groups is None or len(groups) != 1 or np.unique(groups).size != kernel.size:
             return None
-        if conv is not None and conv.groups != 1 or node.dot and node.dot.batched:
+        weight = kernel.astype(wide(kernel.dtype))
+        entries = np.unravel_index(groups[0], kernel.shape)
+        along = {m.axis: entries[m.axis] for m in members}
+        if any((e != e[:, :1]).any() for e in along.values()):
             return None
-        array = jnp.asarray(dense(leaves[weight.name]))
-        array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-        if any(view not in CASTS for view in weight.views):
-            return None
-        return Reader(node, layouts[0], matrix_of(node, array)[0], gram)
+        rows = {axis: e[:, 0] for axis, e in along.items()}
+        return Reader(
+            node, members, weight.reshape(-1)[groups[0]], groups[0], rows, gram
+        )
 
-    @property
-    def entries(self) -> int:
-        return int(channel_along(self.layout, set()).size)
+    def channels_of(self, bundle: Bundle) -> np.ndarray:
+        """For each row of the matrix the channel of a bundle that it reads, −1 for none."""
+        each = self._rows(lambda layout: channel_along(layout, bundle.indices))
+        return functools.reduce(np.maximum, each)
+
+    def left(self, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The rows of the matrix that are left, where masks of groups say what is."""
+        each = self._rows(lambda layout: left_along(layout, masks))
+        return functools.reduce(np.logical_and, each)
+
+    def _rows(self, of: Callable[[Layout], np.ndarray]) -> list[np.ndarray]:
+        return [of(m.layout)[self.along[m.axis]] for m in self.members]
 
     def scores(self, bundle: Bundle, selection: str, keep: int) -> np.ndarray:
         """How much each channel of a bundle is worth to this site, as a share."""
-        weight, rows, channels, of = self.by_channel(bundle)
-        if self.gram is None or selection == "magnitude":
-            found = by_magnitude(weight, channels)
-            return _gathered(np.asarray(found / jnp.sum(weight**2)), of, bundle.size)
-        gram = self.centered[rows][:, rows]
-        cross = jnp.matmul(gram, weight, precision="highest")
+        rows, channels, of = self.by_channel(bundle)
+        weight, gram = self.weight[rows], self.centered[rows][:, rows]
+        cross = product(gram, weight)
         if selection == "lasso":
             share = max(1, round(keep / bundle.size * channels))
-            found = np.asarray(by_lasso(gram, cross, weight, channels, share))
-            return _gathered(found, of, bundle.size)
-        found = by_block_obs(gram, cross, channels) / jnp.sum(weight * cross)
+            found = by_lasso(gram, cross, weight, channels, share)
+        else:
+            energy = jnp.sum(weight * cross)
+            found = by_block_obs(gram, cross, channels) / jnp.where(
+                energy > 0, energy, 1.0
+            )
         return _gathered(np.asarray(found), of, bundle.size)
 
     def order(self, bundle: Bundle) -> np.ndarray | None:
         """Its channels as they go one after the other, None if others are among them."""
-        weight, rows, channels, of = self.by_channel(bundle)
-        if (
-            self.gram is None
-            or channels != bundle.size
-            or not np.array_equal(of, np.arange(channels))
-        ):
+        rows, channels, of = self.by_channel(bundle)
+        if channels != bundle.size or not np.array_equal(of, np.arange(channels)):
             return None
         gram = self.centered[rows][:, rows]
-        cross = jnp.matmul(gram, weight, precision="highest")
+        cross = product(gram, self.weight[rows])
         return np.asarray(removal_order(gram, cross, channels))
 
-    def by_channel(
-        self, bundle: Bundle
-    ) -> tuple[jax.Array, np.ndarray, int, np.ndarray]:
-        """The weight with its rows by channel, the rows, how many channels, and which."""
-        own = channel_along(self.layout, bundle.indices)
-        rows = np.arange(self.weight.shape[0])
+    def by_channel(self, bundle: Bundle) -> tuple[np.ndarray, int, np.ndarray]:
+        """The rows tap by tap of as many channels, and which channel of the bundle each is.
+
+        Where not all are of the bundle, or not as many of each, they are those of entries of
+        the axes that the site sums over.
+        """
+        own = self.channels_of(bundle)
         count = np.bincount(own[own >= 0], minlength=bundle.size)
         if (own >= 0).all() and len(set(count)) == 1:
-            taps = self.weight.shape[0] // own.size
-            order = (
-                np.argsort(own, kind="stable").reshape(bundle.size, -1).T.reshape(-1)
-            )
-            rows = (np.arange(taps)[:, None] * own.size + order[None]).reshape(-1)
-            return self.weight[rows], rows, bundle.size, np.arange(bundle.size)
-        return self.weight, rows, own.size, own
+            return _by_tap(own, bundle.size), bundle.size, np.arange(bundle.size)
+        ends = [int(e.max()) + 1 for e in self.along.values()]
+        entry = np.ravel_multi_index(tuple(self.along.values()), ends)
+        number = int(entry.max()) + 1
+        rows = _by_tap(entry, number)
+        return rows, number, own[rows[:number]]
 
     @property
     def centered(self) -> jax.Array:
         """The products of the inputs, of what differs from their means where a bias is."""
-        assert self.gram is not None
         mean, center = self.gram.mean[0], self.gram.center[0]
         if self.node.bias is None:
             return mean
@@ -116,14 +154,12 @@ class Reader:
     def refitted(
         self, left: Any, leaves: Mapping[str, Any]
     ) -> tuple[dict[str, Any], jax.Array]:
-        """The leaves of this site that make good for the entries gone, and the error.
+        """The leaves of this site that make good for the rows gone, and the error.
 
         The error is that of the output over its energy, of its variance where a bias is.
         `left` may be traced.
         """
-        assert self.gram is not None
         gram, weight = self.centered, self.weight
-        product = partial(jnp.matmul, precision="highest")
         cross = product(gram, weight)
         new = reconstruct(gram, cross, jnp.asarray(left), start=weight).weight
         energy = jnp.sum(weight * cross)
@@ -137,7 +173,8 @@ class Reader:
     ) -> dict[str, Any]:
         name, bias = self.node.kernel, self.node.bias
         old = dense(leaves[name])
-        array = array_of(self.node, matrix, tuple(old.shape)).astype(old.dtype)
+        flat = jnp.zeros(old.size, matrix.dtype).at[self.index].set(matrix)
+        array = flat.reshape(old.shape).astype(old.dtype)
         found = {name: with_weight(leaves[name], array)}
         if bias is not None and bias in leaves and bias not in self.node.shared:
             given = jnp.asarray(dense(leaves[bias]))
@@ -146,23 +183,13 @@ class Reader:
         return found
 
 
+def _by_tap(own: np.ndarray, number: int) -> np.ndarray:
+    """Rows in the order in which a row of each of so many things comes, then the next of each."""
+    return np.argsort(own, kind="stable").reshape(number, -1).T.reshape(-1)
+
+
 def _gathered(scores: np.ndarray, of: np.ndarray, size: int) -> np.ndarray:
     """The scores of all entries of each channel together."""
     found = np.zeros(size)
     np.add.at(found, of[of >= 0], scores[of >= 0])
     return found
-
-
-def array_of(node: Node, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `matrix_of` for one group."""
-    if node.convolution is not None:
-        outs, ins, *window = node.convolution.kernel_axes
-        order = (outs, *window, ins)
-        array = matrix.T.reshape([shape[i] for i in order])
-    else:
-        assert node.dot is not None
-        summed = [w for _, w in node.dot.summed]
-        free = [i for i in range(len(shape)) if i not in summed]
-        order = (*summed, *free)
-        array = matrix.reshape([shape[i] for i in order])
-    return jnp.transpose(array, [order.index(i) for i in range(len(order))])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.checkpoint import Checkpoint
+from jaxmet.transforms.checkpoint import Checkpoint, model_of
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
@@ -217,6 +217,7 @@ def adaround(
     )
     told = (
         params,
+        model_of(graph),
         quantizers,
         read.first,
         read.length,

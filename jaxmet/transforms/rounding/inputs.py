@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Hook, Run
 from jaxmet.engine.rows import rows_of
+from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
 from jaxmet.transforms.lockstep import Copy
 from jaxmet.transforms.rounding.layers import Layer
@@ -101,7 +102,7 @@ class Look:
                 most=self.most,
                 key=self.key,
             )
-            return result, rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+            return result, rows.astype(wide(rows.dtype))
 
         return watching
 

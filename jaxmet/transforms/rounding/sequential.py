@@ -16,6 +16,7 @@ from jaxmet.engine.elementwise import Formula, compute
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import bounds_of
+from jaxmet.numerics.precision import wide
 from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.lockstep import Copy, quantized_copy
 from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
@@ -213,7 +214,7 @@ class Run:
         """A layer in terms of its matrix."""
         name = layer.node.name
         leaf = np.asarray(dense(self.leaves[layer.parameter]))
-        leaf = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+        leaf = leaf.astype(wide(leaf.dtype))
         quantizer = self.quantizers.weights[layer.parameter]
         grid = LeafGrid.of(quantizer, leaf)
         how: Sharing = sharing(self.views, name, grid, leaf.shape)
@@ -256,8 +257,7 @@ class Run:
             or layer.node.name not in self.graph.selected
         ):
             return None
-        wide = np.promote_types(bias.dtype, np.float32)
-        return bias.astype(wide).reshape(shape[0], shape[2])
+        return bias.astype(wide(bias.dtype)).reshape(shape[0], shape[2])
 
     def activation(
         self, node: Node, shape: Sequence[int], bias: Any
@@ -287,14 +287,14 @@ class Run:
         """A solution in terms of the leaves; weights exactly on the grid of the leaf."""
         name, quantizer = layer.node.name, self.quantizers.weights[layer.parameter]
         leaf = np.asarray(dense(self.leaves[layer.parameter]))
-        wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-        old = LeafGrid.of(quantizer, wide)
+        exact = leaf.astype(wide(leaf.dtype))
+        old = LeafGrid.of(quantizer, exact)
         grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape)
         weight = self.views.leaf(name, np.asarray(solution.weight), leaf.shape)
         pinned = quantizer.holding(
             jnp.asarray(grid.scale), jnp.asarray(grid.zero_point)
         )
-        weight = np.asarray(pinned(jnp.asarray(weight.astype(wide.dtype))))
+        weight = np.asarray(pinned(jnp.asarray(weight.astype(exact.dtype))))
         curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
         sums = solution.loss, solution.nearest_loss, solution.inherited
         loss, plain, inherited = (np.asarray(v) for v in sums)
@@ -329,8 +329,8 @@ class Run:
             assert layer.node.bias is not None
             leaf = self.leaves[layer.node.bias]
             bias = jnp.asarray(dense(leaf))
-            wide = jnp.promote_types(bias.dtype, chosen.shift.dtype)
-            moved = bias.astype(wide) + chosen.shift.reshape(bias.shape).astype(wide)
+            dtype = wide(bias.dtype, chosen.shift.dtype)
+            moved = bias.astype(dtype) + chosen.shift.reshape(bias.shape).astype(dtype)
             new[layer.node.bias] = with_weight(leaf, moved.astype(bias.dtype))
         return new
 

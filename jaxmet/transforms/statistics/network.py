@@ -29,7 +29,8 @@ from jaxmet.numerics.moments import (
     normal,
     through,
 )
-from jaxmet.transforms.layouts import Tensor, join, matrix, split, wide
+from jaxmet.numerics.precision import wide
+from jaxmet.transforms.layouts import Tensor, join, matrix, split
 from jaxmet.tree.leaves import dense, is_compressed
 
 KEEPING = (
