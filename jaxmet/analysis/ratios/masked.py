@@ -21,8 +21,8 @@ from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import Shape, placed_matrix, shape_of, spectrum_of
 from jaxmet.transforms.grams import grams
-from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along
-from jaxmet.transforms.prune.prune import kept_at, readers_of, refused, removal
+from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along, refused
+from jaxmet.transforms.prune.choose import kept_at, readers_of, removal
 from jaxmet.transforms.prune.readers import Reader
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight

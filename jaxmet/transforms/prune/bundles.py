@@ -110,6 +110,12 @@ def _bundle(
     return Bundle(groups, makers, readers, through, why)
 
 
+def refused(bundle: Bundle, coupled: bool) -> str | None:
+    """Why none of the channels may go, None where some may."""
+    tied = len(bundle.makers) > 1 and not coupled
+    return bundle.why or (f"tied: {', '.join(bundle.makers)}" if tied else None)
+
+
 def left_along(layout: Layout, masks: Mapping[int, np.ndarray]) -> np.ndarray:
     """Which entries of an axis are left, where masks of groups say what is left of them."""
     mask = np.ones(1, bool)

@@ -1,26 +1,25 @@
 """Channels that matter least, removed from everything that makes or reads them."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 
-from jaxmet.engine.channels import indices_of
-from jaxmet.engine.expand import scattered_before
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.transforms.grams import ROWS, Gram, grams
+from jaxmet.transforms.grams import ROWS, grams
 from jaxmet.transforms.prune.bundles import (
     Bundle,
     axes_of,
     bundles_of,
     channel_along,
-    left_along,
+    refused,
 )
+from jaxmet.transforms.prune.choose import kept_at, readers_of, removal
 from jaxmet.transforms.prune.leaves import pruned
-from jaxmet.transforms.prune.readers import SELECTIONS, Reader, magnitudes
+from jaxmet.transforms.prune.readers import SELECTIONS, Reader
+from jaxmet.transforms.prune.report import report, whole_before
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
@@ -28,7 +27,6 @@ from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 
 CALLER = "prune"
-COLUMNS = ("channels", "kept", "of", "made by", "read by", "error", "note")
 
 
 @overload
@@ -146,18 +144,19 @@ def prune(
     result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
     if not with_report:
         return result
-    notes: dict[int, list[str]] = {}
-    for b in bundles:
-        why = refused(b, coupled)
-        notes[b.index] = [f"left alone: {why}"] if why else []
-    for b in chosen if seen else ():
-        lone = [n for n in b.readers if n not in readers]
-        notes[b.index] += [f"not refitted: {n!r} is no single matrix" for n in lone]
     before = whole_before(graph, result, masks)
-    for b in chosen:
-        notes[b.index] += [f"whole arrays before {n}" for n in before.pop(b.index, ())]
-    notes_of = {index: "; ".join(n) or None for index, n in notes.items()}
-    return result, _table(bundles, keep, errors, notes_of)
+
+    def notes(b: Bundle) -> list[str]:
+        why = refused(b, coupled)
+        lone = [n for n in b.readers if seen and n not in errors and b in chosen]
+        whole = dict.fromkeys(n for i in b.indices for n in before.get(i, ()))
+        return [
+            *([f"left alone: {why}"] if why else []),
+            *(f"not refitted: {n!r} is no single matrix" for n in lone),
+            *(f"whole arrays before {n}" for n in whole),
+        ]
+
+    return result, report(bundles, keep, errors, notes, caller=CALLER)
 
 
 def removed(
@@ -172,40 +171,6 @@ def removed(
     return {n: leaf for n, leaf in leaves.items() if n not in found} | found
 
 
-def readers_of(
-    graph: Graph,
-    names: Iterable[str],
-    leaves: Mapping[str, Any],
-    seen: Mapping[str, Gram],
-) -> dict[str, Reader]:
-    """What the data say to the sites with these names, as far as they have seen any."""
-    found = {n: Reader.of(graph, n, leaves, seen[n]) for n in names if n in seen}
-    return {n: reader for n, reader in found.items() if reader is not None}
-
-
-def removal(
-    graph: Graph,
-    leaves: Mapping[str, Any],
-    bundle: Bundle,
-    readers: Mapping[str, Reader],
-    selection: str,
-    keep: int,
-) -> np.ndarray:
-    """The channels of a bundle in the order in which they go."""
-    known = [readers.get(n) for n in bundle.readers]
-    if selection == "obs" and len(known) == 1 and known[0] is not None:
-        order = known[0].order(bundle)
-        if order is not None:
-            return order
-    scores = np.zeros(bundle.size)
-    for name, reader in zip(bundle.readers, known, strict=True):
-        if reader is None or selection == "magnitude":
-            scores += magnitudes(graph, name, leaves, bundle)
-        else:
-            scores += reader.scores(bundle, selection, keep)
-    return np.argsort(scores, kind="stable")
-
-
 def _refit(
     readers: Mapping[str, Reader],
     masks: Mapping[int, np.ndarray],
@@ -218,12 +183,6 @@ def _refit(
         work |= found
         errors[name] = float(error)
     return work, errors
-
-
-def kept_at(size: int, ratio: float, multiple: int) -> int:
-    """How many of so many channels stay: one at least, rounded up to a multiple."""
-    count = max(1, math.floor(size * ratio * (1 + 1e-12)))
-    return min(size, -(-count // multiple) * multiple)
 
 
 def _selection(selection: str | None, batches: Any) -> str:
@@ -251,11 +210,6 @@ def _check_concrete(leaves: Mapping[str, Any]) -> None:
             f"jaxmet.{CALLER}: parameter {traced[0]!r} is traced. Which channels stay decides "
             "about shapes, so prune outside of jax.jit."
         )
-
-
-def refused(bundle: Bundle, coupled: bool) -> str | None:
-    tied = len(bundle.makers) > 1 and not coupled
-    return bundle.why or (f"tied: {', '.join(bundle.makers)}" if tied else None)
 
 
 def _why(
@@ -290,54 +244,3 @@ def _why_of(
         return "it reads no channels that a site makes"
     whys = [refused(b, coupled) for b in reads]
     return None if None in whys else whys[0]
-
-
-def whole_before(
-    graph: Graph, pruned: Any, masks: Mapping[int, np.ndarray]
-) -> dict[int, list[str]]:
-    """By group the operations that get whole arrays of its channels, some of them gone.
-
-    Where it cannot be told whose channels an array has, they count for all groups.
-    """
-    places: dict[tuple[int, tuple[int, ...]], set[int]] = {}
-    for member in graph.members:
-        left = left_along(member.layout, masks)
-        kept = left.size, tuple(map(int, np.flatnonzero(left)))
-        of = indices_of(member.layout) & masks.keys()
-        places.setdefault(kept, set()).update(of)
-    found: dict[int, dict[str, None]] = {}
-    inputs, kwargs = graph.called
-    for operation, keep in scattered_before(graph.apply, pruned, inputs, kwargs):
-        for _, size, indices in keep:
-            for index in places.get((size, indices), masks):
-                found.setdefault(index, {})[operation] = None
-    return {index: list(names) for index, names in found.items()}
-
-
-def _table(
-    bundles: Sequence[Bundle],
-    keep: Mapping[int, int],
-    errors: Mapping[str, float],
-    notes: Mapping[int, str | None],
-) -> Table:
-    rows = []
-    for b in bundles:
-        known = [errors[n] for n in b.readers if n in errors]
-        less = keep[b.index] < b.size
-        rows.append(
-            (
-                b.name,
-                keep[b.index],
-                b.size,
-                ", ".join(b.makers) or None,
-                ", ".join(b.readers) or None,
-                max(known) if less and known else None,
-                notes[b.index],
-            )
-        )
-    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
-    count = sum(keep[b.index] < b.size for b in bundles)
-    return Table(
-        dict(zip(COLUMNS, columns, strict=True)),
-        title=f"{CALLER}: {count} of {len(bundles)} groups of channels",
-    )

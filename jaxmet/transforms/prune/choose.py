@@ -1,0 +1,52 @@
+"""Which channels go first, and how many of them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxmet.engine.graph import Graph
+from jaxmet.transforms.grams import Gram
+from jaxmet.transforms.prune.bundles import Bundle
+from jaxmet.transforms.prune.readers import Reader, magnitudes
+
+
+def kept_at(size: int, ratio: float, multiple: int) -> int:
+    """How many of so many channels stay: one at least, rounded up to a multiple."""
+    count = max(1, math.floor(size * ratio * (1 + 1e-12)))
+    return min(size, -(-count // multiple) * multiple)
+
+
+def readers_of(
+    graph: Graph,
+    names: Iterable[str],
+    leaves: Mapping[str, Any],
+    seen: Mapping[str, Gram],
+) -> dict[str, Reader]:
+    """What the data say to the sites with these names, as far as they have seen any."""
+    found = {n: Reader.of(graph, n, leaves, seen[n]) for n in names if n in seen}
+    return {n: reader for n, reader in found.items() if reader is not None}
+
+
+def removal(
+    graph: Graph,
+    leaves: Mapping[str, Any],
+    bundle: Bundle,
+    readers: Mapping[str, Reader],
+    selection: str,
+    keep: int,
+) -> np.ndarray:
+    """The channels of a bundle in the order in which they go."""
+    known = [readers.get(n) for n in bundle.readers]
+    if selection == "obs" and len(known) == 1 and known[0] is not None:
+        order = known[0].order(bundle)
+        if order is not None:
+            return order
+    scores = np.zeros(bundle.size)
+    for name, reader in zip(bundle.readers, known, strict=True):
+        if reader is None or selection == "magnitude":
+            scores += magnitudes(graph, name, leaves, bundle)
+        else:
+            scores += reader.scores(bundle, selection, keep)
+    return np.argsort(scores, kind="stable")
