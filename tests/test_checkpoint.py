@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmet.transforms.checkpoint import fingerprint
+from jaxmet.transforms.checkpoint import Checkpoint, fingerprint
 
 SCRIPT = """
 from jaxmet.transforms.checkpoint import fingerprint
@@ -73,3 +73,12 @@ def test_another_process_says_the_same_of_it():
         )
         found.add(run.stdout)
     assert len(found) == 1
+
+
+def test_a_folder_whose_mark_was_cut_off_is_refused(tmp_path):
+    Checkpoint(tmp_path, "test", ["this run"])
+    Checkpoint(tmp_path, "test", ["this run"])
+    about = tmp_path / "about.json"
+    about.write_text(about.read_text()[:-5])
+    with pytest.raises(ValueError, match="holds a run on another"):
+        Checkpoint(tmp_path, "test", ["this run"])

@@ -75,7 +75,7 @@ def test_data_choose_and_refit_a_weight_of_any_form(name):
         params, graph, 7 / 8, batches=[x], progress=False, with_report=True
     )
     kept = kept_columns(small)
-    if name in IN_TWO:  # 3 of 4 for each of 2, of which one stays
+    if name in IN_TWO:  # 3 of 4 for the one of 2 that stays: the roots of 7/8 of both
         assert len(kept) == 3
     else:
         losses = [
@@ -90,6 +90,37 @@ def test_data_choose_and_refit_a_weight_of_any_form(name):
     share = np.sqrt(loss / np.sum(np.asarray(wanted, np.float64) ** 2))
     errors = [e for e in report["error"] if e is not None]
     assert errors[0] == pytest.approx(share, rel=2e-2)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7, 0.9])
+def test_a_ratio_is_shared_by_the_axes_that_a_site_sums_over(ratio):
+    def apply(p, x):
+        h = jax.nn.relu(jnp.einsum("ni,ihd->nhd", x, p["a"]))
+        return jnp.einsum("nhd,hdo->no", h, p["b"])
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "a": jax.random.normal(keys[0], (6, 20, 30)),
+        "b": jax.random.normal(keys[1], (20, 30, 5)),
+    }
+    x = jax.random.normal(keys[2], (32, 6))
+    graph, wanted = jm.trace(apply, params, x), apply(params, x)
+    small = jm.prune(params, graph, {"b": ratio})
+    (heads, each) = small["b"].weight.part.shape[:2]
+    assert 0.85 * ratio < heads * each / 600 <= ratio
+    np.testing.assert_allclose(
+        jm.lift(apply)(small, x), apply(densify(small), x), atol=1e-3
+    )
+    table = jm.score_ratios(
+        params, graph, lambda run, tree: -jnp.mean((run(tree, x) - wanted) ** 2),
+        batches=jax.ShapeDtypeStruct(x.shape, x.dtype), method="prune",
+        ratios=(ratio,), progress=False,
+    )  # fmt: skip
+    row = next(r for r in table if r["ratio"] < 1)
+    made = -jnp.mean((jm.lift(apply)(small, x) - wanted) ** 2)
+    assert row["score"] == pytest.approx(float(made), rel=1e-3)
+    after = jm.cost(small, jm.trace(apply, small, x), x[:1])["macs"][-1]
+    assert row["macs"] == pytest.approx(after, abs=2)
 
 
 def test_readers_that_are_no_one_matrix_are_judged_by_their_weights():
@@ -187,8 +218,9 @@ def test_the_report_says_what_gets_whole_arrays():
     small, report = jm.prune(params, graph, 0.5, with_report=True)
     assert report.where(channels="a")["note"] == ["whole arrays before sort"]
     assert jm.widths(small)["stored"] == [[(6, 4)], [(4, 5)]]
-    through = lambda p, x: jax.nn.silu(x @ p["a"]) @ p["b"]
-    graph = jm.trace(through, params, jnp.ones((4, 6)))
+    # Static keywords stay with the graph; without the sort nothing is noted.
+    through = lambda p, x, how, deep: jax.nn.silu(x @ p["a"]) @ p["b"] * len(how)
+    graph = jm.trace(through, params, jnp.ones((4, 6)), how="well", deep=[True])
     assert jm.prune(params, graph, 0.5, with_report=True)[1]["note"][0] is None
 
 

@@ -152,3 +152,21 @@ def test_a_result_of_another_shape_or_name_is_whole():
     found = jax.jit(jm.lift(features))(small, X)
     assert found["mean"].shape == (8,)
     assert found["batch_stats"]["bn1"]["mean"].shape == (8, 8)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_a_result_with_the_name_and_shape_of_a_parameter_is_none(rows):
+    """A batch may have as many rows as a weight has inputs."""
+
+    def apply(params, x):
+        return {"head": jax.nn.relu(x @ params["body"]) @ params["head"]}
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "body": jax.random.normal(keys[0], (16, 16)),
+        "head": jax.random.normal(keys[1], (16, 5)),
+    }
+    x = jax.random.normal(keys[2], (rows, 16))
+    small = jm.prune(params, jm.trace(apply, params, x[:1]), 0.5)
+    found = jax.jit(jm.lift(apply))(small, x)["head"]
+    np.testing.assert_allclose(found, apply(densify(small), x)["head"], atol=1e-4)

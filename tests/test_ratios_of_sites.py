@@ -1,6 +1,7 @@
 """The table of scores against networks really rebuilt, and what is chosen from it."""
 
 import itertools
+import re
 
 import flax.linen as nn
 import jax
@@ -246,6 +247,10 @@ def test_sites_that_read_the_same_channels_take_one_ratio():
     assert {n: c["macs"] for n, c in costs.items()} == own
     (costs,) = table.where(site="c", ratio=1.0)["costs"]
     assert {n: c["macs"] for n, c in costs.items()} == {n: own[n] for n in "bc"}
+    again = jm.select_ratios(table, 0.9, manual={"d": 0.5, "b": 0.5})
+    assert again["b"] == again["d"] == again["e"] == 0.5
+    with pytest.raises(ValueError, match="'d' reads the same channels as 'b'"):
+        jm.select_ratios(table, 0.9, manual={"b": 0.5, "d": 0.6})
     for target in (0.3, 0.5, 0.6, 0.8):
         chains, best = every_choice(table, own, before["macs"][-1], target)
         for method in ("greedy", "optimal"):
@@ -488,6 +493,18 @@ def test_bad_selections(table, case):
     options, message = BAD_CHOICES[case]
     with pytest.raises(ValueError, match=rf"(?s)jaxmet\.select_ratios: .*{message}"):
         jm.select_ratios(table, **({"target": 0.5} | options))
+
+
+@pytest.mark.parametrize("digits", [3, 4, 5])
+def test_the_ratio_that_is_named_can_be_reached(table, digits):
+    whole = table["macs"][-1]
+    columns = dict(table.columns)
+    columns["macs"] = [*table["macs"][:-1], whole + digits]
+    costs = jm.Table(columns)
+    with pytest.raises(ValueError, match=r"allows is 0\.\d{4}") as refused:
+        jm.select_ratios(costs, 0.01)
+    named = float(re.search(r"allows is (0\.\d{4})", str(refused.value))[1])
+    assert jm.select_ratios(costs, named)
 
 
 def test_bad_tables(table):

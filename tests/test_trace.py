@@ -531,9 +531,8 @@ def test_what_a_convolution_says():
         return traced(name)[node].convolution
 
     plain = Convolution(
-        1, (1, 1), (1, 1), (1, 1), ((1, 1), (1, 1)), (0, 3, 1, 2), (3, 2, 0, 1),
-        extents=((8, 8), (8, 8)),
-    )  # fmt: skip
+        1, (1, 1), (1, 1), (1, 1), ((1, 1), (1, 1)), (0, 3, 1, 2), (3, 2, 0, 1)
+    )
     assert found("conv_bn_relu", "stem") == plain and plain.pads
     assert found("grouped", "grouped").groups == 2
     assert found("grouped", "depthwise").groups == 8

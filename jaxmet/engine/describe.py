@@ -187,7 +187,6 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
             tuple(numbers.lhs_spec),
             tuple(numbers.rhs_spec),
             p["batch_group_count"],
-            _extents(equation),
         )
     else:
         (lc, rc), (lb_, rb) = numbers
@@ -209,14 +208,6 @@ def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
         "features": cluster.details["features"],
         "in_features": in_features,
     }
-
-
-def _extents(equation: Equation) -> tuple[tuple[int, int], ...]:
-    """The sizes of input and output along each axis of a convolution's window."""
-    numbers = equation.params["dimension_numbers"]
-    before, after = equation.operands[0].shape, equation.results[0].shape
-    axes = zip(numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True)
-    return tuple((before[i], after[o]) for i, o in axes)
 
 
 def _weight(

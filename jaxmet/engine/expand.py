@@ -16,6 +16,7 @@ from jax import lax
 from jaxmet.engine import compat
 from jaxmet.engine.calls import Apply, Call, make_call
 from jaxmet.engine.parts import RULES, Partial, Uniform, taken, whole
+from jaxmet.engine.pointwise import POINTWISE
 from jaxmet.engine.program import Equation, Region, Value, flatten
 from jaxmet.engine.views import CASTS
 from jaxmet.tree.leaves import Compressed, dense, is_structured
@@ -31,6 +32,8 @@ def call_of(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> C
     return make_call(expanded(apply), params, args, kwargs)
 
 
+ENTRYWISE = (*POINTWISE, *CASTS)
+
 Scattered = list[tuple[str, tuple[Keep, ...]]]
 
 
@@ -39,7 +42,7 @@ def scattered_before(
 ) -> Scattered:
     """The operations that get whole arrays of which a part was left, and what was left."""
     found: Scattered = []
-    jax.eval_shape(expanded(apply, found), params, *inputs, **kwargs)
+    make_call(expanded(apply, found), params, inputs, kwargs).jaxpr()
     return found
 
 
@@ -58,15 +61,17 @@ def expanded(apply: Apply, seen: Scattered | None = None) -> Apply:
         environment = dict(zip(region.inputs, (*leaves, *call.inputs), strict=True))
         machine.run(region, environment)
         outputs = [whole(machine.read(environment, v)) for v in region.outputs]
-        replaced = updated(params, shape)
-        outputs = list(map(like, replaced, outputs))
+        known = dict(zip(map(id, call.leaves), region.inputs, strict=False))
+        for i, leaf in enumerate(updated(params, shape)):
+            if leaf is not None and comes_from(region.outputs[i], known[id(leaf)]):
+                outputs[i] = like(leaf, outputs[i])
         return jax.tree.structure(shape).unflatten(outputs)
 
     return run
 
 
 def updated(params: Any, results: Any) -> list[Any]:
-    """For each result the pruned leaf that it is the new value of, None for the others.
+    """For each result the pruned leaf that it may be the new value of, None for the others.
 
     Such a result has the leaf's path, whatever stands before it, and its shape: statistics
     that a norm returns in training mode.
@@ -84,6 +89,21 @@ def updated(params: Any, results: Any) -> list[Any]:
         met = (leaf for leaf in ends if leaf is not None)
         found.append(next((x for x in met if x.shape == result.shape), None))
     return found
+
+
+def comes_from(result: Value, source: Value) -> bool:
+    """Whether a result is made of a value entry by entry, as a running mean of its old one."""
+    stack, seen = [result], set()
+    while stack:
+        value = stack.pop()
+        if value is source:
+            return True
+        producer = value.producer
+        if value in seen or producer is None or producer.name not in ENTRYWISE:
+            continue
+        seen.add(value)
+        stack += [v for v in producer.operands if v.shape == source.shape]
+    return False
 
 
 def like(leaf: Any, array: Any) -> Any:

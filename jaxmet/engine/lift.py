@@ -14,8 +14,8 @@ def lift(apply: Apply) -> Apply:
     A tree of plain arrays goes to `apply` itself. Otherwise the model's equations are run
     again with each leaf as what it stands for: exact bounds of an equalized ReLU6, for
     example. New values of pruned parameters (statistics of norms in training mode) come back
-    pruned likewise: results with a parameter's path and shape are taken for them.
-    Differentiable; each call traces `apply`, so wrap the result in `jax.jit`.
+    pruned likewise: results with a parameter's path and shape that are made of it entry by
+    entry. Differentiable; each call traces `apply`, so wrap the result in `jax.jit`.
 
     Raises ValueError for a leaf whose statement the model has no place for.
 

@@ -49,8 +49,7 @@ class Weight:
 class Convolution:
     """What a convolution's equation says apart from its sizes.
 
-    `padding` and `extents`, the sizes of input and output along each axis of the window, are
-    those of the traced size. `input_axes` are batch, channels and window of the
+    `padding` is that of the traced size. `input_axes` are batch, channels and window of the
     input, `kernel_axes` outputs, inputs and window of the kernel, as the equation reads them.
     """
 
@@ -62,7 +61,6 @@ class Convolution:
     input_axes: tuple[int, ...]
     kernel_axes: tuple[int, ...]
     batch_groups: int = 1
-    extents: tuple[tuple[int, int], ...] = ()
 
     @property
     def pads(self) -> bool:

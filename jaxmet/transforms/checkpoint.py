@@ -33,7 +33,7 @@ class Checkpoint:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         about, mark = self.path / ABOUT, {"of": fingerprint(told)}
-        if about.exists() and json.loads(about.read_text()) != mark:
+        if about.exists() and _read(about) != mark:
             raise ValueError(
                 f"jaxmet.{caller}: the folder {str(self.path)!r} holds a run on another "
                 "tree, data, key or options. Name another folder, or delete this one."
@@ -58,6 +58,14 @@ class Checkpoint:
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.path / f"{step:04}.npz")
+
+
+def _read(path: Path) -> Any:
+    """What a file says, None where it was cut off."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def write(path: Path, content: bytes) -> None:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
+from jaxmet.engine.operations import works
 from jaxmet.engine.views import CASTS
 from jaxmet.numerics.low_rank import largest_rank
 from jaxmet.transforms.factors import (
     Shape,
     factors_of,
     made_of,
-    shape_as_traced,
     shape_of,
 )
 from jaxmet.transforms.grams import ROWS, grams
@@ -133,7 +133,7 @@ def factorize(
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
-    traced = {n.name: shape_as_traced(n, leaves[n.kernel], method) for n in sites}
+    traced = _as_traced(params, graph, sites, leaves, method)
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
         given = _given(ranks, names, shapes, graph)
@@ -182,6 +182,28 @@ def factorize(
     return (result, _table(table)) if with_report else result
 
 
+def _as_traced(
+    params: Any,
+    graph: Graph,
+    sites: Sequence[Node],
+    leaves: Mapping[str, Any],
+    method: str,
+) -> dict[str, Shape]:
+    """The shapes with what the sites cost where the model was traced, if sizes were known."""
+    inputs, kwargs = graph.called
+    spread = any(n.convolution is not None for n in sites)
+    found = works(graph, params, inputs, kwargs) if spread else []
+    extents = {
+        w.node.name: w.extents
+        for w in found
+        if all(isinstance(size, int) for pair in w.extents.values() for size in pair)
+    }
+    return {
+        n.name: shape_of(n, leaves[n.kernel], method, extents.get(n.name))
+        for n in sites
+    }
+
+
 def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     """Why a site's weight has no factors, None where it has."""
     weight = node.weight
@@ -194,13 +216,13 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     if node.loops:
         return f"inside a {node.loops[-1]}"
     if any(view not in CASTS for view in weight.views):
-        return "its weight is reshaped before it is used"
+        return "its weight is transposed or reshaped before it is used"
     conv, dot = node.convolution, node.dot
     if conv is not None and conv.batch_groups != 1:
         return "its batch is split into groups"
     met = conv.kernel_axes[2:] if conv else [w for _, w in dot.summed] if dot else []
     if list(met) != sorted(met):
-        return "its axes meet the input in another order"
+        return "its axes meet the input in another order than they stand in"
     if dot is not None and dot.batched:
         return "its weight is read along other axes"
     if not jnp.issubdtype(dense(leaves[weight.name]).dtype, jnp.floating):

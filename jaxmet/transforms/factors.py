@@ -100,16 +100,6 @@ def shape_of(
     return Shape(method, sizes, (inside,), (out,), mine, others, conv.groups, strides)
 
 
-def shape_as_traced(node: Node, leaf: Any, method: str) -> Shape:
-    """The same with what the site cost where the model was traced, as far as that is known."""
-    conv = node.convolution
-    sizes = conv.extents if conv is not None else ()
-    if conv is None or not all(isinstance(n, int) for pair in sizes for n in pair):
-        return shape_of(node, leaf, method)
-    extents = dict(zip(conv.kernel_axes[2:], sizes, strict=True))
-    return shape_of(node, leaf, method, extents)
-
-
 @partial(jax.jit, static_argnames=("shape", "rank"))
 def factors_of(
     weight: jax.Array, shape: Shape, rank: int, gram: jax.Array | None

@@ -22,7 +22,7 @@ from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import Shape, placed_matrix, shape_of, spectrum_of
 from jaxmet.transforms.grams import grams
 from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along, refused
-from jaxmet.transforms.prune.choose import kept_at, readers_of, removal
+from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
 from jaxmet.transforms.prune.readers import Reader
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight
@@ -104,7 +104,7 @@ class Narrow:
         return sum(b.size for b in self.bundles)
 
     def amount(self, ratio: float, multiple: int) -> int:
-        return sum(kept_at(b.size, ratio, multiple) for b in self.bundles)
+        return sum(_counts(self.graph, self.bundles, ratio, multiple))
 
     def shares(self, amount: int) -> dict[str, Shares]:
         """What is left of every site that reads or makes them."""
@@ -156,6 +156,15 @@ class Narrow:
         return lax.cond(
             amount < self.most, refitted, lambda: {name: leaves[name] for name in names}
         )
+
+
+def _counts(
+    graph: Graph, bundles: Sequence[Bundle], ratio: float, multiple: int
+) -> tuple[int, ...]:
+    """How many channels of each bundle stay when all that read them have this ratio."""
+    names = {name for b in bundles for name in b.readers}
+    each = ratios_of(graph, bundles, dict.fromkeys(names, ratio))
+    return tuple(kept_at(b.size, each[b.index], multiple) for b in bundles)
 
 
 def _left(order: np.ndarray, count: jax.Array) -> jax.Array:
@@ -253,7 +262,7 @@ def _narrow(
     found: dict[str, Site] = {}
     for tied in _tied(graph, bundles):
         own = tuple(b for b in bundles if set(b.readers) & set(tied))
-        rows = {tuple(kept_at(b.size, *ask) for b in own) for ask in asked}
+        rows = {_counts(graph, own, *ask) for ask in asked}
         rows.add(tuple(b.size for b in own))
         counts = np.array(sorted(rows, key=sum), np.int32)
         indices = {i for b in own for i in b.indices}

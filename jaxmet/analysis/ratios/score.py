@@ -111,9 +111,10 @@ def score_ratios(
     )
     asked_for(1.0, {**dict.fromkeys(sites), **left}, graph, CALLER)
     if not sites:
+        whys = [f"{n}: {why}" for n, why in list(left.items())[:3]]
         raise ValueError(
             f"jaxmet.{CALLER}: no selected site can be compressed by {method!r}: "
-            f"{'; '.join(f'{n}: {why}' for n, why in list(left.items())[:3])}."
+            f"{'; '.join(whys) or 'no site is selected'}. Look at print(graph)."
         )
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
     data = None if read.abstract else (read.first, read.length)

@@ -1,5 +1,6 @@
 """From the table of scores to one ratio a site, within a budget."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,12 +33,15 @@ def select_ratios(
     sites, an exact multiple-choice knapsack; 'greedy' is AIMET's: one threshold for all
     scores, each site at its smallest ratio that still scores as much. Costs are `budget`:
     'macs' or 'parameters', those of all other parameters included. `fit` makes each site's
-    scores rise with the ratio first. `manual` fixes the ratios of some sites.
+    scores rise with the ratio first. `manual` fixes the ratios of some sites, and of those
+    tied to them.
 
     The result is what `factorize` and `prune` take; sites that stay as they are are not in
     it. Channels that go make both who reads them and who makes them cheaper, so that ratios
     of pruning multiply along the network: the choice is made with what each saves alone, and
-    turned until all together are within the target.
+    turned until all together are within the target. It is exact where costs add up, as those
+    of factors do. Of pruned channels 'parameters' are those of weights, not of biases and
+    norms, so that a network of them comes out a little smaller than the target.
 
     Raises ValueError for a target outside (0, 1], for one that cannot be reached, naming the
     smallest that can, and for a table of something else.
@@ -47,14 +51,9 @@ def select_ratios(
     """
     _check(table, target, method, budget)
     sites = [n for n in dict.fromkeys(table["site"]) if n != ALL]
-    manual = dict(manual or {})
-    for name, ratio in manual.items():
-        if name not in sites:
-            raise ValueError(
-                f"jaxmet.{CALLER}: the table has no site {name!r}. {suggestion(name, sites)}"
-            )
-        check_ratio(f"manual ratio of {name!r}", ratio, CALLER)
     by_site = {name: table.where(site=name) for name in sites}
+    tied = {name: _tied(by_site[name]) for name in sites}
+    manual = _manual(manual or {}, tied)
     ratios = np.array(by_site[sites[0]]["ratio"], np.float64)
     scores = np.array([by_site[n]["score"] for n in sites], np.float64)
     order = np.argsort(ratios)
@@ -68,9 +67,36 @@ def select_ratios(
     found = {n: float(ratios[i]) for n, i in zip(sites, chosen, strict=True)}
     every = dict(found | manual)
     for name in sites:
-        tied = by_site[name].columns.get("tied", [None])[0]
-        every |= dict.fromkeys(tied.split(", ") if tied else [], every[name])
+        every |= dict.fromkeys(tied[name], every[name])
     return {n: r for n, r in every.items() if r < 1}
+
+
+def _tied(rows: Table) -> list[str]:
+    """The sites that take the ratio of another."""
+    names = rows.columns.get("tied", [None])[0]
+    return names.split(", ") if names else []
+
+
+def _manual(
+    given: Mapping[str, float], tied: Mapping[str, list[str]]
+) -> dict[str, float]:
+    """The ratios that were given, by the site of the table that takes them."""
+    owner = {n: site for site, others in tied.items() for n in (site, *others)}
+    found: dict[str, float] = {}
+    for name, ratio in given.items():
+        if name not in owner:
+            raise ValueError(
+                f"jaxmet.{CALLER}: the table has no site {name!r}. "
+                f"{suggestion(name, list(owner))}"
+            )
+        check_ratio(f"manual ratio of {name!r}", ratio, CALLER)
+        site = owner[name]
+        if found.setdefault(site, ratio) != ratio:
+            raise ValueError(
+                f"jaxmet.{CALLER}: {name!r} reads the same channels as {site!r} and takes its "
+                f"ratio, but the manual ones are {found[site]!r} and {ratio!r}. Give one."
+            )
+    return found
 
 
 def _within(
@@ -88,10 +114,10 @@ def _within(
     least = chosen.copy()
     least[free] = np.argmin(spent.alone[free], axis=1)
     if spent.together(least) > budget:
+        reached = math.ceil(spent.together(least) / spent.total * 1e4) / 1e4
         raise ValueError(
             f"jaxmet.{CALLER}: {target} cannot be reached. The smallest ratio that the table "
-            f"allows is {spent.together(least) / spent.total:.4f}: score smaller ratios, or "
-            "more sites."
+            f"allows is {reached:.4f}: score smaller ratios, or more sites."
         )
     if not free:
         return chosen

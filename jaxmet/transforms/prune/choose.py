@@ -1,15 +1,44 @@
 """Which channels go first, and how many of them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxmet.engine.channels import indices_of
 from jaxmet.engine.graph import Graph
 from jaxmet.transforms.grams import Gram
 from jaxmet.transforms.prune.bundles import Bundle
-from jaxmet.transforms.prune.readers import Reader, magnitudes
+from jaxmet.transforms.prune.readers import Reader, magnitudes, read_by
+
+
+def ratios_of(
+    graph: Graph, bundles: Sequence[Bundle], asked: Mapping[str, float]
+) -> dict[int, float]:
+    r"""The ratio of each bundle, the largest that a site that reads it is asked for.
+
+    What reads channels along n axes, or of n groups along one, keeps $r^{1/n}$ of each.
+    """
+    found = {}
+    for b in bundles:
+        each = (
+            asked[name] ** (1 / max(1, _times(graph, name, bundles)))
+            for name in b.readers
+            if name in asked
+        )
+        found[b.index] = max(each, default=1.0)
+    return found
+
+
+def _times(graph: Graph, name: str, bundles: Sequence[Bundle]) -> int:
+    """By how many groups of channels the inputs of a site are laid out."""
+    known = {i for b in bundles for i in b.indices}
+    return sum(
+        bool(known & indices_of((item,)))
+        for member in read_by(graph, name)
+        for item in member.layout
+    )
 
 
 def kept_at(size: int, ratio: float, multiple: int) -> int:

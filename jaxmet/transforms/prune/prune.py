@@ -16,7 +16,7 @@ from jaxmet.transforms.prune.bundles import (
     channel_along,
     refused,
 )
-from jaxmet.transforms.prune.choose import kept_at, readers_of, removal
+from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
 from jaxmet.transforms.prune.leaves import pruned
 from jaxmet.transforms.prune.readers import SELECTIONS, Reader
 from jaxmet.transforms.prune.report import report, whole_before
@@ -79,9 +79,10 @@ def prune(
     a site keeps, which is its cost afterwards over its cost before as long as its outputs
     stay. Whoever makes these channels makes fewer: products, depthwise convolutions, norms
     and biases in between lose them too, so the network's own ratio is lower (`jm.cost`).
-    Channels that additions tie are removed together from all that make or read them, or
-    with `coupled=False` not at all. Where several sites read the same channels, the largest
-    of their ratios counts.
+    A site that reads channels along two axes (heads and what each holds) keeps the root of
+    it of both. Channels that additions tie are removed together from all that make or read
+    them, or with `coupled=False` not at all. Where several sites read the same channels, the
+    largest of their ratios counts.
 
     Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
     run: trace the model again with the new tree. It computes what the dense model does with
@@ -120,11 +121,11 @@ def prune(
     bundles = bundles_of(graph)
     why = _why(graph, bundles, coupled)
     asked = asked_for(ratios, why, graph, CALLER)
-    keep = {b.index: b.size for b in bundles}
-    for bundle in bundles:
-        wanted = [asked[name] for name in bundle.readers if name in asked]
-        if wanted and refused(bundle, coupled) is None:
-            keep[bundle.index] = kept_at(bundle.size, max(wanted), multiple)
+    free = [b for b in bundles if refused(b, coupled) is None]
+    each = ratios_of(graph, free, asked)
+    keep = {b.index: b.size for b in bundles} | {
+        b.index: kept_at(b.size, each[b.index], multiple) for b in free
+    }
     chosen = [b for b in bundles if keep[b.index] < b.size]
     read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
     names = {name for b in chosen for name in b.readers}
