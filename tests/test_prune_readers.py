@@ -187,7 +187,7 @@ def read_twice(p, x):
     return h @ p["b"] + h @ p["c"]
 
 
-def test_a_site_that_is_left_out_keeps_all_that_it_reads():
+def test_a_site_that_is_left_out_makes_all_its_channels():
     keys = jax.random.split(jax.random.key(2), 3)
     shapes = {"a": (6, 8), "b": (8, 5), "c": (8, 5)}
     params = {
@@ -195,12 +195,15 @@ def test_a_site_that_is_left_out_keeps_all_that_it_reads():
         for (n, s), k in zip(shapes.items(), keys, strict=True)
     }
     graph = jm.trace(read_twice, params, jnp.ones((2, 6)))
-    assert jm.widths(jm.prune(params, graph, 0.5))["parameter"] == ["a", "b", "c"]
-    left = graph.without("c")
+    # Of what 'c' reads with 'b' it loses what 'b' loses.
+    for given in (graph, graph.without("c")):
+        small = jm.prune(params, given, 0.5)
+        assert jm.widths(small)["parameter"] == ["a", "b", "c"]
+    left = graph.without("a")
     small, report = jm.prune(params, left, 0.5, with_report=True)
     assert len(jm.widths(small)) == 0
-    assert "'c' is not selected" in report.where(channels="a")["note"][0]
-    with pytest.raises(ValueError, match="'b' cannot be compressed: 'c' is not"):
+    assert "'a' is not selected" in report.where(channels="a")["note"][0]
+    with pytest.raises(ValueError, match="'b' cannot be compressed: 'a' is not"):
         jm.prune(params, left, {"b": 0.5})
     # A reader without weights says nothing; the other one decides.
     for batches in (None, [jax.random.normal(keys[0], (50, 6))]):

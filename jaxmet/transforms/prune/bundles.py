@@ -105,7 +105,7 @@ def _bundle(
         alone = group.fixed in ("no site makes it", "no site reads it")
         why = why or (None if alone else group.fixed)
     why = why or ("no site reads it" if not readers else None)
-    spared = [n for n in (*makers, *through, *readers) if n not in graph.selected]
+    spared = [n for n in makers if n not in graph.selected]
     why = why or (f"{spared[0]!r} is not selected" if spared else None)
     return Bundle(groups, makers, readers, through, why)
 

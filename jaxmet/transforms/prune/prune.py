@@ -88,7 +88,8 @@ def prune(
     run: trace the model again with the new tree. It computes what the dense model does with
     zeros in place of all that is gone (`jm.densify`). Where an operation has no rule for
     fewer channels it gets whole arrays, with a note in the report. Nothing is removed inside
-    loops and branches, nor of what a site reads that `graph.without` leaves out.
+    loops and branches. A site that `graph.without` leaves out makes all its channels; of
+    those that it reads with others it loses what they lose.
 
     `selection` says which channels go: 'magnitude', those that are read with the smallest
     weights (the default without data); 'obs', with `batches`, one after the other the one
