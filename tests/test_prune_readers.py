@@ -25,20 +25,21 @@ FORMS = {
 }
 
 
-def form(name, seed=0):
+def drawn(seed, *shapes):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+def form(name):
     shape, use = FORMS[name]
-    keys = jax.random.split(jax.random.key(seed), 3)
-    params = {
-        "a": jax.random.normal(keys[0], (6, 8)),
-        "b": jax.random.normal(keys[1], shape),
-    }
+    a, b, x = drawn(0, (6, 8), shape, (200, 6))
+    params = {"a": a, "b": b}
     if name == "cast":
         params["b"] = params["b"].astype(jnp.bfloat16).astype(jnp.float32)
 
     def apply(p, x):
         return use(jax.nn.relu(x @ p["a"]), p["b"])
 
-    x = jax.random.normal(keys[2], (200, 6))
     return apply, params, x, jm.trace(apply, params, x)
 
 
@@ -98,12 +99,8 @@ def test_a_ratio_is_shared_by_the_axes_that_a_site_sums_over(ratio):
         h = jax.nn.relu(jnp.einsum("ni,ihd->nhd", x, p["a"]))
         return jnp.einsum("nhd,hdo->no", h, p["b"])
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "a": jax.random.normal(keys[0], (6, 20, 30)),
-        "b": jax.random.normal(keys[1], (20, 30, 5)),
-    }
-    x = jax.random.normal(keys[2], (32, 6))
+    a, b, x = drawn(0, (6, 20, 30), (20, 30, 5), (32, 6))
+    params = {"a": a, "b": b}
     graph, wanted = jm.trace(apply, params, x), apply(params, x)
     small = jm.prune(params, graph, {"b": ratio})
     (heads, each) = small["b"].weight.part.shape[:2]
@@ -130,12 +127,8 @@ def test_readers_that_are_no_one_matrix_are_judged_by_their_weights():
         h = jax.nn.relu(jnp.einsum("ngi,gio->ngo", x, p["a"]))
         return jnp.einsum("ngi,gio->ngo", h, p["b"])
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "a": jax.random.normal(keys[0], (3, 4, 8)),
-        "b": jax.random.normal(keys[1], (3, 8, 5)).at[:, 2:6].set(0),
-    }
-    x = jax.random.normal(keys[2], (20, 3, 4))
+    a, b, x = drawn(0, (3, 4, 8), (3, 8, 5), (20, 3, 4))
+    params = {"a": a, "b": b.at[:, 2:6].set(0)}
     graph = jm.trace(apply, params, x)
     for batches in (None, [x]):
         small, report = jm.prune(
@@ -152,18 +145,13 @@ def test_readers_that_are_no_one_matrix_are_judged_by_their_weights():
 
 def pieces():
     """One site whose outputs two others read, a part each."""
-    keys = jax.random.split(jax.random.key(1), 4)
-    shapes = {"a": (6, 16), "b": (12, 5), "c": (4, 5)}
-    params = {
-        n: jax.random.normal(k, s)
-        for (n, s), k in zip(shapes.items(), keys, strict=False)
-    }
+    *weights, x = drawn(1, (6, 16), (12, 5), (4, 5), (64, 6))
+    params = dict(zip("abc", weights, strict=True))
 
     def apply(p, x):
         h = jax.nn.relu(x @ p["a"])
         return h[:, :12] @ p["b"] + jnp.tanh(h[:, 12:] @ p["c"])
 
-    x = jax.random.normal(keys[3], (64, 6))
     return apply, params, x, jm.trace(apply, params, x)
 
 
@@ -188,12 +176,8 @@ def read_twice(p, x):
 
 
 def test_a_site_that_is_left_out_makes_all_its_channels():
-    keys = jax.random.split(jax.random.key(2), 3)
-    shapes = {"a": (6, 8), "b": (8, 5), "c": (8, 5)}
-    params = {
-        n: jax.random.normal(k, s)
-        for (n, s), k in zip(shapes.items(), keys, strict=True)
-    }
+    *weights, x = drawn(2, (6, 8), (8, 5), (8, 5), (50, 6))
+    params = dict(zip("abc", weights, strict=True))
     graph = jm.trace(read_twice, params, jnp.ones((2, 6)))
     # Of what 'c' reads with 'b' it loses what 'b' loses.
     for given in (graph, graph.without("c")):
@@ -206,7 +190,7 @@ def test_a_site_that_is_left_out_makes_all_its_channels():
     with pytest.raises(ValueError, match="'b' cannot be compressed: 'a' is not"):
         jm.prune(params, left, {"b": 0.5})
     # A reader without weights says nothing; the other one decides.
-    for batches in (None, [jax.random.normal(keys[0], (50, 6))]):
+    for batches in (None, [x]):
         given = params | {"b": params["b"].at[2:6].set(0), "c": 0 * params["c"]}
         small = jm.prune(given, graph, 0.5, batches=batches, progress=False)
         assert small["a"].weight.keep[0].indices == (0, 1, 6, 7)

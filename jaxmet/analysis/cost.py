@@ -94,12 +94,15 @@ def widths(params: Any) -> Table:
 
 
 def _rank(leaf: Any) -> int | None:
-    weight = leaf.weight
-    while isinstance(weight, Pruned):
-        weight = dense(weight.part)
+    weight = _left_of(leaf)
     if not isinstance(weight, LowRank):
         return None
-    second = dense(weight.second)
-    while isinstance(second, Pruned):
-        second = dense(second.part)
-    return int(second.shape[weight.in_axes[-1]])
+    return int(_left_of(weight.second).shape[weight.in_axes[-1]])
+
+
+def _left_of(leaf: Any) -> Any:
+    """What is stored of a leaf, however often it was pruned."""
+    weight = dense(leaf)
+    while isinstance(weight, Pruned):
+        weight = dense(weight.part)
+    return weight

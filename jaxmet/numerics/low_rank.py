@@ -135,10 +135,20 @@ def largest_rank(
     """
     exact = ratio * cost / cost_of_rank_one
     rank = min(max(math.floor(exact * (1 + 1e-12)), 1), most)  # 0.29 * 100 is not 29
-    above, below = -(-rank // multiple) * multiple, rank // multiple * multiple
-    if above <= most and above * cost_of_rank_one < cost:
-        return above
-    return below or rank
+    above = multiple_above(rank, cost_of_rank_one, cost, most, multiple)
+    return above or rank // multiple * multiple or rank
+
+
+def multiple_above(
+    rank: int,
+    cost_of_rank_one: float | int,
+    cost: float | int,
+    most: int,
+    multiple: int,
+) -> int | None:
+    """A rank up to a multiple, None where there is none or it saves nothing."""
+    above = -(-rank // multiple) * multiple
+    return above if above <= most and above * cost_of_rank_one < cost else None
 
 
 def _root(gram: jax.Array, damping: float | jax.Array) -> jax.Array:

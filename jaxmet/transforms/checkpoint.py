@@ -36,7 +36,7 @@ class Checkpoint:
         if about.exists() and _read(about) != mark:
             raise ValueError(
                 f"jaxmet.{caller}: the folder {str(self.path)!r} holds a run on another "
-                "tree, data, key or options. Name another folder, or delete this one."
+                "model, tree, data, key or options. Name another folder, or delete this one."
             )
         write(about, json.dumps(mark).encode())
 

@@ -8,15 +8,9 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.engine.operations import works
 from jaxmet.engine.views import CASTS
-from jaxmet.numerics.low_rank import largest_rank
-from jaxmet.transforms.factors import (
-    Shape,
-    factors_of,
-    made_of,
-    shape_of,
-)
+from jaxmet.numerics.low_rank import largest_rank, multiple_above
+from jaxmet.transforms.factors import Shape, factors_of, made_of, shape_of, shapes_on
 from jaxmet.transforms.grams import ROWS, grams
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
@@ -133,12 +127,12 @@ def factorize(
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
-    traced = _as_traced(params, graph, sites, leaves, method)
+    traced = shapes_on(params, graph, sites, leaves, method, *graph.called)
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
         given = _given(ranks, names, shapes, graph)
         wanted = {
-            name: rounded_up(rank, shapes[name], multiple)
+            name: _rounded_up(rank, shapes[name], multiple)
             for name, rank in given.items()
         }
     else:
@@ -180,28 +174,6 @@ def factorize(
         )
     result = replace_leaves(params, found, caller=CALLER)
     return (result, _table(table)) if with_report else result
-
-
-def _as_traced(
-    params: Any,
-    graph: Graph,
-    sites: Sequence[Node],
-    leaves: Mapping[str, Any],
-    method: str,
-) -> dict[str, Shape]:
-    """The shapes with what the sites cost where the model was traced, if sizes were known."""
-    inputs, kwargs = graph.called
-    spread = any(n.convolution is not None for n in sites)
-    found = works(graph, params, inputs, kwargs) if spread else []
-    extents = {
-        w.node.name: w.extents
-        for w in found
-        if all(isinstance(size, int) for pair in w.extents.values() for size in pair)
-    }
-    return {
-        n.name: shape_of(n, leaves[n.kernel], method, extents.get(n.name))
-        for n in sites
-    }
 
 
 def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
@@ -266,10 +238,10 @@ def rank_at(shape: Shape, ratio: float, multiple: int) -> int:
     return largest_rank(ratio, shape.cost_of(1), shape.cost, shape.most, multiple)
 
 
-def rounded_up(rank: int, shape: Shape, multiple: int) -> int:
+def _rounded_up(rank: int, shape: Shape, multiple: int) -> int:
     """A rank up to a multiple, where that still saves something."""
-    up = min(shape.most, -(-rank // multiple) * multiple)
-    return up if shape.cost_of(up) < shape.cost else rank
+    one = shape.cost_of(1)
+    return multiple_above(rank, one, shape.cost, shape.most, multiple) or rank
 
 
 def _leaf(leaf: Any, first: Any, second: Any, shape: Shape) -> Compressed:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
+from jaxmet.engine.operations import works
 from jaxmet.numerics.low_rank import Spectrum, low_rank, refit, spectrum
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense
@@ -98,6 +100,29 @@ def shape_of(
     before, after = (math.prod(known[axis][i] for axis in others) for i in (0, 1))
     strides = before // after if before % after == 0 else before / after
     return Shape(method, sizes, (inside,), (out,), mine, others, conv.groups, strides)
+
+
+def shapes_on(
+    params: Any,
+    graph: Graph,
+    sites: Sequence[Node],
+    leaves: Mapping[str, Any],
+    method: str,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Shape]:
+    """The shapes of sites with what inputs of these sizes cost, where sizes are numbers."""
+    spread = any(n.convolution is not None for n in sites)
+    found = works(graph, params, inputs, kwargs) if spread else []
+    extents = {
+        w.node.name: w.extents
+        for w in found
+        if all(isinstance(size, int) for pair in w.extents.values() for size in pair)
+    }
+    return {
+        n.name: shape_of(n, leaves[n.kernel], method, extents.get(n.name))
+        for n in sites
+    }
 
 
 @partial(jax.jit, static_argnames=("shape", "rank"))

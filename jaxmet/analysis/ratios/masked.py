@@ -16,10 +16,15 @@ from jax import lax
 from jaxmet.engine.channels import Layout
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.engine.operations import works
 from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
-from jaxmet.transforms.factors import Shape, placed_matrix, shape_of, spectrum_of
+from jaxmet.transforms.factors import (
+    Shape,
+    placed_matrix,
+    shape_of,
+    shapes_on,
+    spectrum_of,
+)
 from jaxmet.transforms.grams import grams
 from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along, refused
 from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
@@ -230,14 +235,13 @@ def sites_of(
         else grams(graph, params, read, {n.name for n in nodes}, **options)
     )
     found: dict[str, Site] = {}
-    extents = {w.node.name: w.extents for w in works(graph, params, read.first, {})}
+    known = shapes_on(params, graph, nodes, leaves, method, read.first, {})
     for node in nodes:
         leaf = leaves[node.kernel]
         shape = shape_of(node, leaf, method)
-        known = shape_of(node, leaf, method, extents[node.name])
         gram = seen[node.name].mean if node.name in seen else None
         parts = spectrum_of(jnp.asarray(dense(leaf)), shape, gram)
-        found[node.name] = Low(node, shape, parts, known)
+        found[node.name] = Low(node, shape, parts, known[node.name])
     return found, left
 
 

@@ -20,25 +20,19 @@ def ratios_of(
 
     What reads channels along n axes, or of n groups along one, keeps $r^{1/n}$ of each.
     """
-    found = {}
-    for b in bundles:
-        each = (
-            asked[name] ** (1 / max(1, _times(graph, name, bundles)))
-            for name in b.readers
-            if name in asked
-        )
-        found[b.index] = max(each, default=1.0)
-    return found
-
-
-def _times(graph: Graph, name: str, bundles: Sequence[Bundle]) -> int:
-    """By how many groups of channels the inputs of a site are laid out."""
     known = {i for b in bundles for i in b.indices}
-    return sum(
-        bool(known & indices_of((item,)))
-        for member in read_by(graph, name)
-        for item in member.layout
-    )
+
+    def of_each(name: str) -> float:
+        laid_out = (item for m in read_by(graph, name) for item in m.layout)
+        times = sum(bool(known & indices_of((item,))) for item in laid_out)
+        return asked[name] ** (1 / max(1, times))
+
+    names = {name for b in bundles for name in b.readers if name in asked}
+    share = {name: of_each(name) for name in names}
+    return {
+        b.index: max((share[n] for n in b.readers if n in share), default=1.0)
+        for b in bundles
+    }
 
 
 def kept_at(size: int, ratio: float, multiple: int) -> int:

@@ -18,7 +18,7 @@ from jaxmet.transforms.prune.bundles import (
 )
 from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
 from jaxmet.transforms.prune.leaves import pruned
-from jaxmet.transforms.prune.readers import SELECTIONS, Reader
+from jaxmet.transforms.prune.readers import SELECTIONS, Reader, read_by
 from jaxmet.transforms.prune.report import report, whole_before
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
@@ -227,9 +227,7 @@ def _why(
 def _why_of(
     graph: Graph, node: Node, bundles: Sequence[Bundle], coupled: bool
 ) -> str | None:
-    layouts = [
-        m.layout for m in graph.members if m.node == node.name and m.role == "in"
-    ]
+    layouts = [m.layout for m in read_by(graph, node.name)]
     reads = [b for b in bundles if node.name in b.readers]
     reads = [
         b

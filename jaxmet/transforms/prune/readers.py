@@ -40,8 +40,9 @@ def magnitudes(
         if (of >= 0).any():
             array = np.asarray(dense(leaves[member.parameter])).astype(np.float64)
             rest = tuple(i for i in range(array.ndim) if i != member.axis)
-            found += _gathered(np.sum(array**2, axis=rest), of, bundle.size)
-            total = float(np.sum(array**2))
+            squares = np.sum(array**2, axis=rest)
+            found += _gathered(squares, of, bundle.size)
+            total = float(np.sum(squares))
     return found / total if total else found
 
 
