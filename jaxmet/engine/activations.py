@@ -44,7 +44,8 @@ def classify(
         name = core[0].name
         name = _renamed(name)
         return name, {"known": name in ("tanh", "sigmoid", "abs", "erf")}
-    return _named(core, outer, own), {}
+    name = _named(core, outer, own)
+    return ("pointwise" if name in (*HOMOGENEOUS, "clip") else name), {}
 
 
 def _renamed(name: str) -> str:

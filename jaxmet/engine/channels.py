@@ -57,7 +57,8 @@ class Member:
 class Group:
     """Channels with one scale each.
 
-    `frozen` says why they may not be rescaled, `fixed` why none may be removed.
+    `frozen` says why they may not be rescaled, `fixed` why none may be removed. `tied` are
+    the numbers of other groups that lose the same channels: a gate and what it scales.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Group:
     clips: tuple[str, ...]
     frozen: str | None
     fixed: str | None = None
+    tied: tuple[int, ...] = ()
 
     @property
     def free(self) -> bool:
@@ -86,6 +88,7 @@ class _Finder:
         self.analysis, self.nodes = analysis, nodes
         self.indices: dict[lb.Atom, int] = {}
         self.members: list[tuple[str, int, str, lb.Axis, str, int, int]] = []
+        self.tied: list[tuple[int, int]] = []
 
     def find(self) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
         for value in self.analysis.region.outputs:
@@ -97,18 +100,49 @@ class _Finder:
                 self.freeze(cluster.exit.axes, "made by a lookup")
             elif node.kind == "norm" and node.norm is not None:
                 self.norm(cluster, node)
-            elif node.kind == "add":
+            elif node.kind in ("add", "concat"):
                 for value in cluster.operands:
                     if value.kind == PARAM:
                         self.shift(value, node.name)
+        ties = self.ties()
         for _, _, _, axis, *_ in self.members:
             for atom in lb.leaves(axis):
                 self.indices.setdefault(atom, len(self.indices))
+        for pair in ties:
+            self.tie(*pair)
         members = tuple(
             Member(p, a, role, self.layout(axis), n, groups, out)
             for p, a, role, axis, n, groups, out in self.members
         )
         return self.groups(members), members
+
+    def ties(self) -> list[tuple[lb.Atom, lb.Atom]]:
+        """Channels and their gates, atom by atom; those that do not line up stay whole."""
+        found = []
+        for equation in self.analysis.region.walk():
+            for one, two in (pair for v in equation.results for pair in v.tied):
+                for x, y in lb.paired(one, two):
+                    inside = [list(lb.leaves((atom,))) for atom in (x, y)]
+                    if [a.size for a in inside[0]] == [a.size for a in inside[1]]:
+                        found += zip(*inside, strict=True)
+                    else:
+                        for axis in inside:
+                            lb.fix(
+                                tuple(axis), "gated in other pieces than it is made of"
+                            )
+        return found
+
+    def tie(self, one: lb.Atom, two: lb.Atom) -> None:
+        """Two groups that lose the same channels, or none where one cannot."""
+        pair = one.root(), two.root()
+        known = [self.indices.get(atom) for atom in pair]
+        why = pair[0].fixed or pair[1].fixed
+        if None in known:
+            why = why or "tied to channels that no layer makes"
+        for atom in pair if why else ():
+            lb.fix((atom,), why)
+        if None not in known:
+            self.tied.append((known[0], known[1]))
 
     def freeze(self, axes: Iterable[lb.Axis], why: str) -> None:
         for axis in axes:
@@ -207,6 +241,7 @@ class _Finder:
 
     def groups(self, members: tuple[Member, ...]) -> tuple[Group, ...]:
         clips = self.clips()
+        both = [*self.tied, *((b, a) for a, b in self.tied)]
         groups = []
         for atom, index in self.indices.items():
             mine = [m for m in members if index in indices_of(m.layout)]
@@ -226,6 +261,7 @@ class _Finder:
                     clips.get(index, ()),
                     why,
                     atom.fixed or alone,
+                    tuple(sorted({b for a, b in both if a == index})),
                 )
             )
         return tuple(groups)

@@ -19,6 +19,7 @@ from jaxmet.engine.cluster import (
 )
 from jaxmet.engine.elementwise import formula_of
 from jaxmet.engine.grouping import REDUCTIONS
+from jaxmet.engine.masks import Masks
 from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Dot, Node, Norm, Weight
 from jaxmet.engine.origins import Origins
@@ -36,7 +37,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
     """The static node of every named cluster, in the order in which they run."""
     regions = _regions(analysis.region)
     shared = _shared(analysis)
-    origins = Origins(analysis)
+    origins, masks = Origins(analysis), Masks(analysis.region)
     nodes, named = {}, set(analysis.clusters)
     norms = {c.exit: c for c in named if c.kind == "norm"}
     for cluster in analysis.clusters:
@@ -54,6 +55,8 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             region=tuple(e.name for e in place),
             layers=_layers(place),
             arrivals=_arrivals(cluster, named, norms),
+            masked=masks.hidden(cluster),
+            selects=masks.selects(cluster),
             **_details(cluster, shared),
         )
     carriers = _carriers(nodes)

@@ -11,20 +11,17 @@ from collections.abc import Iterable
 
 from jaxmet.engine.activations import number_of
 from jaxmet.engine.cluster import (
-    LINEAR,
     SCALE,
     SHIFT,
     Cluster,
-    cone,
     is_free,
     only_use,
-    order_of,
-    through_views,
 )
-from jaxmet.engine.norms import centre, norms
+from jaxmet.engine.norms import norms
 from jaxmet.engine.pointwise import activations
 from jaxmet.engine.products import products
 from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Region, Value
+from jaxmet.engine.softmax import softmaxes
 
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
 WINDOWS = {
@@ -41,7 +38,7 @@ def group(region: Region) -> None:
     for equation in region.equations:
         for body in equation.bodies:
             group(body)
-    for find in (products, norms, _softmaxes, _resizes, activations, _rest):
+    for find in (products, norms, softmaxes, _resizes, activations, _rest):
         for cluster in find(region):
             _claim(cluster)
 
@@ -58,28 +55,6 @@ def _claim(cluster: Cluster) -> None:
     ordered = sorted(operands, key=lambda v: v.kind != DATA)
     cluster.operands = ordered
     assert cluster.exit.producer in inside
-
-
-def _softmaxes(region: Region) -> Iterable[Cluster]:
-    order = order_of(region)
-    for equation in region.equations:
-        if equation.name != "exp" or not is_free(equation) or equation.kind != DATA:
-            continue
-        numerator = equation.results[0]
-        quotient = next(
-            (u for u in numerator.uses if u is not None and u.name == "div"), None
-        )
-        if quotient is None or quotient.operands[0] is not numerator:
-            continue
-        total = through_views(quotient.operands[1])
-        if total.producer is None or total.producer.name != "reduce_sum":
-            continue
-        if through_views(total.producer.operands[0], LINEAR) is not numerator:
-            continue
-        source, _ = centre(equation.operands[0])
-        exit = quotient.results[0]
-        equations = cone(exit, {source}, order)
-        yield Cluster("activation", "softmax", equations, exit, source)
 
 
 def _resizes(region: Region) -> Iterable[Cluster]:

@@ -92,13 +92,30 @@ def carries_batch(axis: Axis) -> bool:
     return any(atom.batch for atom in expand(axis))
 
 
+def fix(axis: Axis, why: str) -> None:
+    """Forbid to remove anything on this axis, which may still be rescaled."""
+    for atom in leaves(axis):
+        atom.fixed = atom.fixed or why
+
+
+def meet(one: Axis, two: Axis) -> bool:
+    """Whether anything is on both axes."""
+    return not set(leaves(one)).isdisjoint(leaves(two))
+
+
 def unify(one: Axis, two: Axis) -> None:
     """Say that two axes of equal size are indexed by the same thing."""
+    for x, y in paired(one, two):
+        _merge(x, y)
+
+
+def paired(one: Axis, two: Axis) -> Iterator[tuple[Atom, Atom]]:
+    """The atoms of two axes of equal size that follow the same index, split to fit."""
     a, b = list(reversed(expand(one))), list(reversed(expand(two)))
     while a and b:
         x, y = a.pop(), b.pop()
         if x.size == y.size:
-            _merge(x, y)
+            yield x, y
         elif x.size == 1 or y.size == 1:  # a batch of one has no counterpart to match
             (b if x.size == 1 else a).append(y if x.size == 1 else x)
         elif x.size > y.size and x.size % y.size == 0 and x.parts is None:

@@ -112,7 +112,9 @@ class Node:
     bounds for it, channel by channel. `region` names the loops and branches around it,
     `layers` is the length of a loop that runs stacked layers. Of an activation,
     `formula` says what it does to a number, and of one that reads a norm `arrivals`
-    says where a constant arrives that its channels lose.
+    says where a constant arrives that its channels lose. `masked`: it has entries that stand
+    for −∞, or is a sum that only a softmax reads. `selects`: it has no weights in it, and
+    decides what a mask hides or an index means.
     """
 
     name: str
@@ -139,6 +141,8 @@ class Node:
     layers: int | None = None
     arrivals: Arrivals | None = None
     formula: Formula | None = None
+    masked: bool = False
+    selects: bool = False
 
     @property
     def loops(self) -> tuple[str, ...]:

@@ -57,6 +57,16 @@ class Origins:
             )
             found = [f for b in bodies for f in self.of(b.outputs[i], seen)]
             return list(dict.fromkeys(found))
+        if (
+            equation.name == "select_n" and value.inexact
+        ):  # one of its cases
+            cases = [v for v in equation.operands[1:] if v.kind == DATA]
+            found = [
+                (node, (*moves, "select_n"), affine if len(cases) == 1 else None)
+                for v in dict.fromkeys(cases)
+                for node, moves, affine in self.of(v, seen)
+            ]
+            return list(dict.fromkeys(found)) or [(None, ("select_n",), None)]
         if len(data) != 1:  # index arithmetic reads one input several times
             nodes = {node for v in data for node, _, _ in self.of(v, seen)}
             return [(nodes.pop() if len(nodes) == 1 else None, (equation.name,), None)]

@@ -45,12 +45,19 @@ def _pointwise(equation: Equation) -> bool:
     if any(v.kind == NOISE for v in equation.operands):
         return False
     shape = equation.results[0].shape
-    if any(v.shape != shape for v in equation.data):
+    if any(v.shape != shape for v in equation.data) or _masks(equation):
         return False
     if equation.name in compat.CUSTOM:
         others = [v for v in equation.operands if v.kind != DATA]
         return len(equation.data) == 1 and all(v.kind == CONST for v in others)
     return equation.name in POINTWISE
+
+
+def _masks(equation: Equation) -> bool:
+    """Whether values are kept or replaced by their position: a move, which makes none."""
+    if equation.name != "select_n" or equation.operands[0].kind == DATA:
+        return False
+    return len(equation.data) == 1
 
 
 def _is_linear(equation: Equation) -> bool:

@@ -36,6 +36,8 @@ class Value:
         default=None, repr=False
     )  # outside a region
     sliced: bool = False  # and whether a loop takes one slice of it
+    tied: list = dataclasses.field(default_factory=list, repr=False)
+    """Pairs of axes whose channels are the same ones though each has its own scale."""
 
     @property
     def shape(self) -> tuple[compat.Size, ...]:

@@ -4,7 +4,12 @@ A channel may be rescaled where everything it meets is positively homogeneous or
 parameter that can follow. What is not known to be so freezes the channel and says why.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
@@ -27,6 +32,7 @@ from jaxmet.engine.program import (
 from jaxmet.engine.views import VIEW_RULES, view
 
 FOLLOWED = ("norm", "activation")
+JOINS = ("add", "sub", "add_any", "max", "min", "select_n")
 
 
 def label_inputs(region: Region) -> None:
@@ -77,6 +83,45 @@ def _apply(equation: Equation) -> None:
         _opaque(equation)
 
 
+def _neutral(value: Value) -> bool:
+    """Whether a value is the same once its channels are scaled: 0, ±∞ or NaN all over."""
+    constant = value.constant
+    number = number_of(value)
+    if number is not None:
+        return number == 0 or not math.isfinite(number)
+    if value.kind != CONST or constant is None or isinstance(constant, Tracer):
+        return False
+    if not jnp.issubdtype(value.aval.dtype, jnp.floating):
+        return False
+    array = np.asarray(constant, np.float32)
+    return bool(((array == 0) | ~np.isfinite(array)).all())
+
+
+def _join(equation: Equation, operands: Sequence[Value], axes: Iterable[int]) -> None:
+    """Freeze channels that one value has along an axis where it meets another without them.
+
+    What joins by addition, selection or concatenation must follow the scale of a channel,
+    position for position. Only zero follows any, and parameters where a node carries them.
+    """
+    node, out = equation.node, equation.results[0]
+    follows = node is not None and node.kind in ("add", "concat", "product", "norm")
+    for i in axes:
+        if out.shape[i] == 1:
+            continue
+        labels = [
+            v.axes[i] if v.ndim == out.ndim and v.axes and v.shape[i] != 1 else ()
+            for v in operands
+        ]
+        wide = [axis for axis in labels if axis]
+        for value, known in zip(operands, labels, strict=True) if wide else ():
+            if known and (value.kind != PARAM or follows):
+                continue
+            if value.kind == PARAM or not _neutral(value):
+                why = f"{equation.name}: what joins there cannot be rescaled with it"
+                for axis in wide:
+                    lb.freeze(axis, why, fixed=False)
+
+
 def _freeze(value: Value, why: str, *, fixed: bool = True) -> None:
     for axis in value.axes:
         lb.freeze(axis, why, fixed=fixed)
@@ -105,10 +150,48 @@ def _opaque(equation: Equation, why: str | None = None) -> None:
 
 def _elementwise(equation: Equation) -> None:
     out = equation.results[0]
+    if equation.name in ("mul", "div") and len(equation.data) == 2:
+        _scaled_by(equation)
+        return
     _align(equation.operands, out)
     if why := _inhomogeneous(equation):
         for value in (out, *equation.operands):
             _freeze(value, why, fixed=equation.kind == PARAM)
+    elif equation.kind == DATA and equation.name in JOINS:
+        cases = equation.operands[equation.name == "select_n" :]
+        _join(equation, cases, range(out.ndim))
+
+
+def _scaled_by(equation: Equation) -> None:
+    """A product of two activations: one keeps its scale, the other is a gate that has none.
+
+    The channels of both are the same ones, so both lose a channel that is removed.
+    """
+    out, (one, two) = equation.results[0], equation.operands
+    divides = equation.name == "div"
+    swaps = not divides and any(map(lb.frozen, one.axes)) and not _frozen_channels(two)
+    kept, gate = (two, one) if swaps else (one, two)
+    axes: list[Axis] = []
+    for a, b in zip(kept.axes, gate.axes, strict=True):
+        axes.append(a or b)
+        if not (a and b):
+            if b:
+                lb.freeze(b, "a gate", fixed=False)
+        elif lb.carries_batch(a) or lb.carries_batch(b):
+            lb.unify(a, b)
+        elif lb.meet(a, b):
+            lb.unify(a, b)
+            lb.freeze(a, "a product of two activations", fixed=False)
+        else:
+            lb.freeze(b, "a gate", fixed=False)
+            out.tied.append((a, b))
+    out.axes = tuple(axes)
+
+
+def _frozen_channels(value: Value) -> bool:
+    """Whether no axis but the batch is left to rescale."""
+    own = [a for a in value.axes if a and not lb.carries_batch(a)]
+    return all(lb.frozen(axis) for axis in own)
 
 
 def _align(operands: list[Value], out: Value) -> None:
@@ -133,15 +216,11 @@ def _inhomogeneous(equation: Equation) -> str | None:
     if name in LINEAR or name in ("abs", "max", "min") and len(equation.data) == 2:
         return None
     if name in ("mul", "div"):
-        if len(equation.data) == 2:
-            return "a product of two activations"
         return "a division" if name == "div" and operands[1].kind == DATA else None
     if name in ("add", "sub", "add_any"):
         constants = [v for v in operands if v.kind in (CONST, NOISE)]
-        if all(number_of(v) == 0 for v in constants):
-            return None
-        return "a constant is added"
-    if name == "select_n" and operands[0].kind in (CONST, NOISE):
+        return None if all(map(_neutral, constants)) else "a constant is added"
+    if name == "select_n":
         return None
     return name
 
@@ -157,6 +236,10 @@ def _followed(cluster: Cluster) -> None:
     elif entry.ndim == exit.ndim:
         exit.axes = entry.axes
     if cluster.kind == "norm" and cluster.details["affine"]:
+        for equation in cluster.equations:
+            if equation.name in ("add", "sub") and equation.kind == DATA:
+                whole = [exit, *(v for v in equation.operands if v.kind != DATA)]
+                _join(equation, whole, range(exit.ndim))
         return
     over_data = cluster.kind == "norm"
     if over_data:
@@ -207,7 +290,7 @@ def _split(equation: Equation) -> None:
 def _pad(equation: Equation) -> None:
     source, filler = equation.operands[:2]
     axes = list(source.axes)
-    if number_of(filler) != 0:
+    if not _neutral(filler):
         _freeze(source, "padded with a constant", fixed=False)
     for i, config in enumerate(equation.params["padding_config"]):
         low, high, inner = map(int, config)  # numpy integers, at times
@@ -237,7 +320,7 @@ def _concatenate(equation: Equation) -> None:
             ]
             axes.append(lb.concatenate(every, [v.shape[i] for v in equation.operands]))
             for v, axis in zip(equation.operands, every, strict=True):
-                if v.kind in (CONST, NOISE) and number_of(v) != 0:
+                if v.kind in (CONST, NOISE) and not _neutral(v):
                     lb.freeze(axes[-1], "concatenated with a constant", fixed=False)
                 if lb.carries_batch(axis):
                     axes[-1] = axis
@@ -247,6 +330,7 @@ def _concatenate(equation: Equation) -> None:
             lb.unify(known[0], other)
         axes.append(known[0] if known else ())
     out.axes = tuple(axes)
+    _join(equation, equation.operands, (i for i in range(out.ndim) if i != d))
 
 
 def _reduce(equation: Equation) -> None:
@@ -261,6 +345,8 @@ def _reduce(equation: Equation) -> None:
 def _window(equation: Equation) -> None:
     source, out, p = equation.operands[0], equation.results[0], equation.params
     axes = []
+    if equation.name == "reduce_window":  # any function, from any start
+        _freeze(source, "pooled by a function of its own", fixed=False)
     for i, axis in enumerate(source.axes):
         idle = p["window_dimensions"][i] == 1 and source.shape[i] == out.shape[i]
         if not idle:
@@ -277,6 +363,9 @@ def _gather(equation: Equation) -> None:
     )
     out = equation.results[0]
     batching = getattr(numbers, "operand_batching_dims", ())
+    filler = equation.params.get("fill_value")
+    if filler is not None and filler != 0 and math.isfinite(filler):
+        _freeze(source, "filled with a constant", fixed=False)
     axes: list[Axis | None] = [None] * out.ndim
     kept = [
         i for i in range(source.ndim)
@@ -312,6 +401,8 @@ def _dot(equation: Equation) -> None:
 
     for i, j in zip((*lc, *lb_), (*rc, *rb), strict=True):
         lb.unify(axis(lhs, i), axis(rhs, j))
+        if not (axis(lhs, i) and axis(rhs, j)):
+            lb.freeze((*axis(lhs, i), *axis(rhs, j)), "summed with one weight for all")
     fixed = [axis(lhs, i) for i in lb_]
     free_l = [axis(lhs, i) for i in range(lhs.ndim) if i not in (*lc, *lb_)]
     free_r = [axis(rhs, i) for i in range(rhs.ndim) if i not in (*rc, *rb)]

@@ -16,6 +16,8 @@ MOVES = (
     "sub", "sort",
 )  # fmt: skip
 VIEWS = MOVES[:11]
+MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
+SELECTS = "a mask or an index: rounding it would change what it selects"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,9 @@ def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
         if node.name not in wanted:
             continue
         settings = config.resolve(node.name, "activation")
-        if node.name not in graph.selected:
+        if node.masked or node.selects:
+            left[node.name] = MASKED if node.masked else SELECTS
+        elif node.name not in graph.selected:
             left[node.name] = "not selected"
         elif not settings.quantize:
             left[node.name] = "a rule says so"

@@ -100,7 +100,7 @@ class Weight:
     @property
     def parameter(self) -> str:
         """The name of the weight."""
-        return self.outs[0].parameter
+        return (self.outs or self.ins)[0].parameter
 
     def matrix(self, leaf: Any) -> jax.Array:
         """The weight with axes (groups, ins, outs, window)."""

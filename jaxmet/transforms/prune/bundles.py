@@ -1,7 +1,7 @@
 """Channels that can only be removed together, and every parameter axis they run along.
 
-Additions tie channels in the graph's groups already. A depthwise convolution ties what it
-reads to what it makes.
+Additions tie channels in the graph's groups already. A gate goes with the channels that it
+scales. A depthwise convolution ties what it reads to what it makes.
 """
 
 import dataclasses
@@ -55,6 +55,10 @@ def bundles_of(graph: Graph) -> list[Bundle]:
             index = parent[index]
         return index
 
+    for group in groups.values():
+        for index in map(root, group.tied):
+            a = root(group.index)
+            parent[max(a, index)] = min(a, index)
     fixed: dict[int, str] = {}
     depthwise = set()
     loops = {n.name: n.loops for n in graph.nodes if n.loops}
