@@ -96,6 +96,10 @@ class _Finder:
         for cluster, node in self.nodes.items():
             if node.kind == "product":
                 self.product(cluster, node)
+            elif node.kind == "ragged":
+                weight, (rows, _, *_) = cluster.details["weight"], cluster.operands
+                why = f"{node.name}: its rows choose among several matrices"
+                self.freeze((*weight.axes, *rows.axes, *cluster.exit.axes), why)
             elif node.kind == "lookup":
                 self.freeze(cluster.exit.axes, "made by a lookup")
             elif node.kind == "norm" and node.norm is not None:

@@ -23,6 +23,7 @@ from jaxmet.engine.masks import Masks
 from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Dot, Node, Norm, Weight
 from jaxmet.engine.origins import Origins
+from jaxmet.engine.products import ragged_numbers
 from jaxmet.engine.program import (
     DATA,
     PARAM,
@@ -148,6 +149,8 @@ def _shared(analysis: Analysis) -> set[str]:
 def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
     if cluster.kind == "product":
         return _product(cluster, shared)
+    if cluster.kind == "ragged":
+        return _ragged(cluster, shared)
     if cluster.kind == "lookup":
         weight = cluster.details["weight"]
         leaf = leaf_of(weight)
@@ -170,6 +173,19 @@ def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
             "formula": formula_of(cluster),
         }
     return {}
+
+
+def _ragged(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+    """Of its weight each matrix has its own outputs; the group axis counts as one of them."""
+    weight: Value = cluster.details["weight"]
+    numbers = ragged_numbers(cluster.details["product"]).dot_dimension_numbers
+    (lc, rc), _ = numbers
+    outs = tuple(i for i in range(weight.ndim) if i not in rc)
+    return {
+        "weight": _weight(cluster, leaf_of(weight), outs, tuple(rc), shared),
+        "features": (cluster.exit.ndim - 1,),
+        "in_features": tuple(lc),
+    }
 
 
 def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:

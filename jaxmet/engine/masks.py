@@ -33,6 +33,7 @@ CARRIES = (
     "dynamic_slice", "dynamic_update_slice", "gather", "reduce_sum", "reduce_min", "sort",
     "cumsum",
 )  # fmt: skip
+WEIGHTED = ("product", "ragged", "lookup")
 DECIDES = ("eq", "ne", "floor", "ceil", "round", "sign", "argmax", "argmin")
 COMPARES = ("ge", "gt", "le", "lt")
 
@@ -53,7 +54,7 @@ class Masks:
 
     def hidden(self, cluster: Cluster) -> bool:
         """Whether a softmax is all that sees a result, or it has entries that mean −∞."""
-        if cluster.kind in ("output", "product", "lookup", "matmul", "norm"):
+        if cluster.kind in (*WEIGHTED, "output", "matmul", "norm"):
             return False
         if cluster.exit in self.masked:
             return True
@@ -63,7 +64,7 @@ class Masks:
 
     def selects(self, cluster: Cluster) -> bool:
         """Whether a result without weights decides what a mask hides or an index means."""
-        if cluster.kind in ("output", "product", "lookup", "matmul", "norm"):
+        if cluster.kind in (*WEIGHTED, "output", "matmul", "norm"):
             return False
         if cluster.exit in self.weighted:
             return False
@@ -214,7 +215,7 @@ class Masks:
             for use in value.uses:
                 if use is None:
                     continue
-                if use.node is not None and use.node.kind in ("product", "matmul"):
+                if use.node is not None and use.node.kind in (*WEIGHTED, "matmul"):
                     return True
                 after = list(use.results)
                 for body, outer in zip(use.bodies, body_operands(use), strict=True):

@@ -13,8 +13,8 @@ from jaxmet.engine import labels as lb
 from jaxmet.engine.cluster import Cluster, leaf_of, leaves_under
 from jaxmet.engine.program import DATA, Equation, Region, Value, body_operands, carried
 
-OWN_NAME = ("product", "lookup", "norm", "activation")
-SITES = ("product", "lookup")
+OWN_NAME = ("product", "ragged", "lookup", "norm", "activation")
+SITES = ("product", "ragged", "lookup")
 
 
 def live_values(region: Region) -> set[Value]:

@@ -101,7 +101,8 @@ class Norm:
 class Node:
     """A group of equations with a name, a kind and a single exit.
 
-    `kind` is one of input, product, matmul, lookup, norm, activation, add, multiply,
+    `kind` is one of input, product, ragged (each row meets one of several matrices, as of
+    experts), matmul, lookup, norm, activation, add, multiply,
     concat, pool, resize, output; `function` says which. `features` are the axes of the
     result that the weight makes, `in_features` the axes of the first operand that it sums
     over; of a norm, `features` are the axes along which its parameters differ. `batch` are
@@ -157,4 +158,4 @@ class Node:
 
     @property
     def is_site(self) -> bool:
-        return self.kind in ("product", "lookup")
+        return self.kind in ("product", "ragged", "lookup")

@@ -9,7 +9,7 @@ from jaxmet.engine.describe import describe
 from jaxmet.engine.expand import call_of
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.engine.program import Equation, Region
+from jaxmet.engine.program import RAGGED, Equation, Region
 
 
 class Work(NamedTuple):
@@ -36,7 +36,7 @@ def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
     for cluster, node in describe(analysis).items():
         if node.kind == "lookup":
             found.append(Work(node, 0, 0))
-        elif node.kind in ("product", "matmul"):
+        elif node.kind in ("product", "ragged", "matmul"):
             equation = cluster.details.get("product", cluster.equations[0])
             macs, flops = (n * times[equation] for n in _counts(equation))
             found.append(Work(node, macs, flops, _extents(equation)))
@@ -67,6 +67,9 @@ def _counts(equation: Equation) -> tuple[int, int]:
     if equation.name == "conv_general_dilated":
         return _convolution(equation)
     lhs, rhs = equation.operands[:2]
+    if equation.name in RAGGED:  # a row meets one matrix, whichever it is
+        macs = math.prod(lhs.shape) * equation.results[0].shape[-1]
+        return macs, 2 * macs
     (_, rc), (_, rb) = equation.params["dimension_numbers"]
     free = [n for i, n in enumerate(rhs.shape) if i not in (*rc, *rb)]
     macs = math.prod(lhs.shape) * math.prod(free)

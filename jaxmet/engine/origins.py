@@ -57,9 +57,7 @@ class Origins:
             )
             found = [f for b in bodies for f in self.of(b.outputs[i], seen)]
             return list(dict.fromkeys(found))
-        if (
-            equation.name == "select_n" and value.inexact
-        ):  # one of its cases
+        if equation.name == "select_n" and value.inexact:  # one of its cases
             cases = [v for v in equation.operands[1:] if v.kind == DATA]
             found = [
                 (node, (*moves, "select_n"), affine if len(cases) == 1 else None)

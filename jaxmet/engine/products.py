@@ -1,6 +1,7 @@
 """Products with their bias, and lookups: the nodes that hold a weight."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from jaxmet.engine.cluster import (
     VIEWS,
@@ -11,7 +12,7 @@ from jaxmet.engine.cluster import (
     order_of,
     varying_axes,
 )
-from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value
+from jaxmet.engine.program import DATA, PARAM, RAGGED, Equation, Region, Value
 from jaxmet.engine.views import follow, holding, numbered
 
 
@@ -27,6 +28,16 @@ def products(region: Region) -> Iterable[Cluster]:
                 equation.operands[1],
                 {"weight": equation.operands[0]},
             )
+        if equation.name in RAGGED and _is_ragged(equation):
+            rows, weight = equation.operands[:2]
+            yield Cluster(
+                "ragged",
+                "ragged_dot",
+                [equation],
+                equation.results[0],
+                rows,
+                {"weight": weight, "product": equation},
+            )
         if equation.name not in ("conv_general_dilated", "dot_general"):
             continue
         one, two = equation.operands[:2]
@@ -41,6 +52,18 @@ def products(region: Region) -> Iterable[Cluster]:
 def _is_lookup(equation: Equation) -> bool:
     table, indices = equation.operands[:2]
     return table.kind == PARAM and indices.kind == DATA and table.inexact
+
+
+def _is_ragged(equation: Equation) -> bool:
+    """Whether each row of data meets one of several matrices of a parameter."""
+    numbers = ragged_numbers(equation)
+    kinds = [v.kind for v in equation.operands[:2]]
+    return kinds == [DATA, PARAM] and len(numbers.rhs_group_dimensions) == 1
+
+
+def ragged_numbers(equation: Equation) -> Any:
+    """Which axes of a ragged product meet, and which choose."""
+    return equation.params["ragged_dot_dimension_numbers"]
 
 
 def feature_axes(equation: Equation, weight: Value) -> tuple[int, ...]:

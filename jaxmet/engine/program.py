@@ -18,7 +18,8 @@ from jaxmet.engine import compat
 
 CONST, PARAM, NOISE, DATA = range(4)
 
-PRODUCTS = ("conv_general_dilated", "dot_general")
+RAGGED = ("ragged_dot_general", "ragged_dot")
+PRODUCTS = ("conv_general_dilated", "dot_general", *RAGGED)
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -180,7 +180,11 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     """Why a site's weight has no factors, None where it has."""
     weight = node.weight
     if node.kind != "product" or weight is None:
-        return f"a {node.kind} multiplies nothing"
+        return (
+            "its rows choose among matrices"
+            if node.kind == "ragged"
+            else f"a {node.kind} multiplies nothing"
+        )
     if weight.name is None:
         return "its weight is computed from parameters"
     if weight.stacked or weight.shared:

@@ -16,6 +16,7 @@ MOVES = (
     "sub", "sort",
 )  # fmt: skip
 VIEWS = MOVES[:11]
+MULTIPLIES = ("product", "ragged", "matmul")
 MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
 SELECTS = "a mask or an index: rounding it would change what it selects"
 
@@ -166,7 +167,7 @@ def _fuses(node: Node, reader: Node) -> bool:
         over = reader.norm.over if reader.norm is not None else None
         return over in ("stored", "constant", "batch") and node.kind == "product"
     if reader.kind == "activation" and reader.function in FUSED:
-        return node.kind in ("product", "norm", "add")
+        return node.kind in ("product", "ragged", "norm", "add")
     return False
 
 
@@ -174,7 +175,7 @@ def _entering(graph: Graph) -> set[str]:
     """The nodes whose results enter a product, or a matmul of activations."""
     wanted: set[str] = set()
     for node in graph.nodes:
-        if node.kind in ("product", "matmul") and node.name in graph.selected:
+        if node.kind in MULTIPLIES and node.name in graph.selected:
             edges = [e for e in node.inputs if _keeps(e) and e.node is not None]
             wanted |= {grid_source(graph, e.node) for e in edges if e.node is not None}
     return {name for name in wanted if graph[name].function != "integers"}
@@ -212,7 +213,7 @@ def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
     """Say which products compute on a value that is on no grid."""
     for node in graph.nodes:
-        if node.kind not in ("product", "matmul") or node.name not in graph.selected:
+        if node.kind not in MULTIPLIES or node.name not in graph.selected:
             continue
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None

@@ -58,7 +58,11 @@ def _unfit(quantizers: Quantizers, site: Node) -> str | None:
     """Why a site is not corrected, whatever parameters it has."""
     weight = site.weight
     if site.kind != "product" or weight is None:
-        return f"a {site.kind} adds nothing up"
+        return (
+            "its rows choose among matrices"
+            if site.kind == "ragged"
+            else f"a {site.kind} adds nothing up"
+        )
     quantizer = quantizers.weights.get(weight.name or site.name)
     if quantizer is None or not quantizer.active:
         return "its weight is not quantized"

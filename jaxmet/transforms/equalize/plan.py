@@ -101,6 +101,8 @@ def _why_alone(node: Node) -> str:
     weight = node.weight
     if node.kind == "lookup":
         return "a lookup"
+    if node.kind == "ragged":
+        return "its rows choose among matrices"
     if weight is not None and weight.name is None:
         return "its weight is computed from several parameters"
     if weight is not None and weight.stacked:
