@@ -8,7 +8,8 @@ from jaxmet.engine.calls import Call
 from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.grouping import group
 from jaxmet.engine.labels import Atom
-from jaxmet.engine.naming import live_values, name_all
+from jaxmet.engine.liveness import live_values
+from jaxmet.engine.naming import name_all
 from jaxmet.engine.program import DATA, PARAM, Region, Value, flatten, spread_kinds
 from jaxmet.engine.rules import label, label_inputs
 
