@@ -6,8 +6,8 @@ from typing import Any
 from jaxmet.engine import compat
 from jaxmet.engine.calls import Call
 from jaxmet.engine.cluster import Cluster
-from jaxmet.engine.grouping import group
-from jaxmet.engine.labels import Atom
+from jaxmet.engine.grouping import WINDOWS, group
+from jaxmet.engine.labels import Atom, carries_batch
 from jaxmet.engine.liveness import live_values
 from jaxmet.engine.naming import name_all
 from jaxmet.engine.program import DATA, PARAM, Region, Value, flatten, spread_kinds
@@ -26,6 +26,42 @@ class Analysis:
     clusters: list[Cluster]
     unnamed: list[Cluster]
     output_shape: Any
+
+
+def analyse_structure(call: Call) -> Analysis:
+    """The nodes of a model whatever batch it is called with.
+
+    Found at a batch size that tells the axes apart, where the model runs at one; else at
+    the sizes that are given (a table of positions along axis 0, one example without a
+    batch).
+    """
+    for other in call.other_batches():
+        try:
+            analysis = analyse(other)
+        except Exception:  # whatever a model raises where it refuses a batch
+            continue
+        if _keeps_batch_apart(analysis.region):
+            return analysis
+    return analyse(call)
+
+
+def _keeps_batch_apart(region: Region) -> bool:
+    """Whether axis 0 of the inputs can be a batch: no window slides along it."""
+    for equation in region.walk():
+        if any(0 in v.shape for v in equation.results):
+            return False
+        if equation.name == "conv_general_dilated":
+            lhs = equation.operands[0]
+            along = equation.params["dimension_numbers"].lhs_spec[2:]
+        elif equation.name in WINDOWS:
+            lhs = equation.operands[0]
+            sizes = equation.params["window_dimensions"]
+            along = [i for i, n in enumerate(sizes) if n != 1]
+        else:
+            continue
+        if lhs.axes and any(carries_batch(lhs.axes[i]) for i in along):
+            return False
+    return True
 
 
 def analyse(call: Call) -> Analysis:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxmet.engine.analyse import Analysis, analyse
+from jaxmet.engine.analyse import Analysis, analyse_structure
 from jaxmet.engine.calls import Apply, is_array
 from jaxmet.engine.channels import (
     Group,
@@ -198,7 +198,8 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     `params` is whatever the model takes first; `inputs` may be arrays or
     `jax.ShapeDtypeStruct`s, axis 0 of each being its batch. Keyword arguments pass through;
     static ones (flags) stay with the graph. The graph holds no values and serves every batch
-    and image size.
+    and image size: the model is traced with a batch size of the library's own where it runs
+    at one, and at the given sizes where it does not.
 
     Raises ValueError for a model without a product of an input and a parameter (for example
     one whose parameters are closed over instead of passed).
@@ -211,7 +212,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
             "module, or what jm.functional(module) returns for an nnx one."
         )
-    analysis = analyse(call_of(apply, params, inputs, kwargs))
+    analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
     nodes = describe(analysis)
     if not any(node.is_site for node in nodes.values()):
         raise ValueError(
