@@ -82,7 +82,7 @@ def analyse(call: Call) -> Analysis:
     label(region)
     live = live_values(region)
     starts = [
-        Cluster("input", "values" if v.inexact else "integers", [], v, operands=[v])
+        Cluster("input", _content(v), [], v, operands=[v])
         for v in inputs
         if v in live and not compat.is_key(v.aval)
     ]
@@ -100,6 +100,12 @@ def analyse(call: Call) -> Analysis:
     clusters = [*starts, *middle, *ends]
     name_all(clusters, starts)
     return Analysis(call, region, leaves, atoms, inputs, clusters, hidden, shape)
+
+
+def _content(value: Value) -> str:
+    if value.is_complex:
+        return "complex"
+    return "values" if value.inexact else "integers"
 
 
 def _last(equation: Any) -> bool:

@@ -82,6 +82,8 @@ class _Recipe:
 
     def place(self, value: Value) -> int:
         """Where a value stands in the row."""
+        if value.is_complex:
+            raise _NotElementwiseError
         if value not in self.places:
             self.places[value] = self.make(value)
         return self.places[value]

@@ -219,7 +219,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             "jaxmet.trace: the equations hold no product of an input with a parameter "
             f"({len(analysis.leaves)} parameters, {len(analysis.inputs)} inputs). Pass the "
             "parameters as the first argument of apply instead of closing over them, and the "
-            "inputs after them, each with a leading batch axis."
+            "inputs after them. Complex values are not quantized."
         )
     groups, members = find_channels(analysis, nodes)
     return Graph(
@@ -261,6 +261,7 @@ def _left(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str],
             continue
         readers = sorted({u.name for u in value.uses if u is not None})
         why = f"used by {', '.join(readers)}" if readers else "unused"
+        why = "complex values stay in float" if value.is_complex else why
         rows.append((name, why))
     for equation in analysis.region.walk():
         if equation.name in PRODUCTS and equation.node is None:

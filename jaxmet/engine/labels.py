@@ -99,6 +99,9 @@ def unify(one: Axis, two: Axis) -> None:
         x, y = a.pop(), b.pop()
         if x.size == y.size:
             _merge(x, y)
+        elif x.size == 0 or y.size == 0:
+            freeze((x, y, *a, *b), "its axes do not line up")
+            return
         elif x.size == 1 or y.size == 1:  # a batch of one has no counterpart to match
             (b if x.size == 1 else a).append(y if x.size == 1 else x)
         elif x.size > y.size and x.size % y.size == 0 and x.parts is None:
@@ -144,8 +147,11 @@ def _merge(x: Atom, y: Atom) -> None:
 
 def concatenate(axes: Sequence[Axis], sizes: Sequence[Size]) -> Axis:
     """The label of a concatenation along an axis."""
+    parts = [a or fresh_one(n) for a, n in zip(axes, sizes, strict=True) if n != 0]
+    if len(parts) <= 1:
+        return parts[0] if parts else fresh_one(0)
     atom = Atom(sum(sizes))
-    atom.parts = tuple(a or fresh_one(n) for a, n in zip(axes, sizes, strict=True))
+    atom.parts = tuple(parts)
     return (atom,)
 
 
@@ -158,6 +164,8 @@ def cut(axis: Axis, start: Size, stop: Size) -> Axis | None:
     atoms = expand(axis)
     if start == 0 and stop == size(atoms):
         return atoms
+    if start == stop:
+        return fresh_one(0)
     if len(atoms) != 1 or atoms[0].batch:
         return None
     atom = atoms[0]

@@ -7,6 +7,7 @@ norm, also where a running average reads them too.
 
 from collections.abc import Iterable
 
+from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
 from jaxmet.engine.cluster import Cluster, leaf_of, through_views
 from jaxmet.engine.pointwise import POINTWISE
@@ -132,7 +133,8 @@ def is_running_average(value: Value) -> bool:
     """Whether a value is a·old + b·new entry by entry, with a stored parameter as old.
 
     Told by the arithmetic: the old value is scaled or chosen by what does not depend on the
-    data, or comes in twice, as in old − c·(old − new). What adds a bias does neither.
+    data, or comes in twice, as in old − c·(old − new). What adds a bias does neither. The new
+    value is a statistic, so a layer's result does not enter entry by entry.
     """
     met: dict[Value, int] = {}
     first: dict[Value, Value] = {}  # what a loop's carry is at the start
@@ -153,7 +155,9 @@ def is_running_average(value: Value) -> bool:
                 body = equation.bodies[-1]
                 first[inside] = body_operands(equation)[-1][body.inputs.index(inside)]
             continue
-        if equation.name not in (*POINTWISE, *CASTS):
+        if equation.node is not None and equation.node.kind in LAYERS:
+            return False
+        if equation.name not in (*POINTWISE, *CASTS, *compat.CUSTOM):
             continue
         for operand in equation.operands:
             if operand.shape != top.shape:
@@ -166,9 +170,9 @@ def is_running_average(value: Value) -> bool:
             if equation.name == "select_n":
                 others = [equation.operands[0]]
             scaled = equation.name in ("mul", "div", "select_n")
-            if scaled and all(v.kind < DATA for v in others):
-                return True
             met[old] = met.get(old, 0) + 1
+            if scaled and all(v.kind < DATA for v in others):
+                met[old] += 1
     return any(n > 1 for n in met.values())
 
 
