@@ -40,8 +40,13 @@ def analyse_structure(call: Call) -> Analysis:
             analysis = analyse(other)
         except Exception:  # whatever a model raises where it refuses a batch
             continue
-        if _keeps_batch_apart(analysis.region):
-            return analysis
+        if not _keeps_batch_apart(analysis.region):
+            continue
+        if _takes_examples(analysis.region):  # perhaps each one: as many nodes as examples
+            given = analyse(call)
+            same = {c.name for c in given.clusters} == {c.name for c in analysis.clusters}
+            return analysis if same else given
+        return analysis
     return analyse(call)
 
 
@@ -62,6 +67,21 @@ def _keeps_batch_apart(region: Region) -> bool:
         if lhs.axes and any(carries_batch(lhs.axes[i]) for i in along):
             return False
     return True
+
+
+def _takes_examples(region: Region) -> bool:
+    """Whether some examples of a batch are taken out of it."""
+    for equation in region.walk():
+        if equation.name not in ("slice", "split", "dynamic_slice", "gather"):
+            continue
+        source = equation.operands[0]
+        taken = [equation.params.get("slice_sizes", source.shape)]
+        if equation.name in ("slice", "split"):
+            taken = [v.shape for v in equation.results]
+        for i, axis in enumerate(source.axes):
+            if carries_batch(axis) and any(n[i] != source.shape[i] for n in taken):
+                return True
+    return False
 
 
 def analyse(call: Call) -> Analysis:

@@ -31,10 +31,15 @@ class Atom:
         return Atom(size, batch, self.frozen, fixed=self.fixed)
 
     def root(self) -> "Atom":
+        root = self
+        while root.parent is not None:
+            root = root.parent
         atom = self
-        while atom.parent is not None:
-            atom = atom.parent
-        return atom
+        while atom.parent is not None and atom.parent is not root:
+            after = atom.parent
+            atom.parent = root  # the next one that asks has a short way
+            atom = after
+        return root
 
 
 Axis = tuple[Atom, ...]
@@ -71,6 +76,8 @@ def leaves(axis: Axis) -> Iterator[Atom]:
 def freeze(axis: Axis, why: str, *, fixed: bool = True) -> None:
     """Forbid to rescale anything on this axis, and with `fixed` to remove any of it."""
     for atom in expand(axis):
+        if atom.frozen and (atom.fixed or not fixed):
+            continue  # and so are its parts
         atom.frozen = atom.frozen or why
         atom.fixed = atom.fixed or (why if fixed else None)
         for part in atom.parts or ():
