@@ -6,9 +6,10 @@ from typing import Any
 from jaxmet.engine import compat
 from jaxmet.engine.calls import Call
 from jaxmet.engine.cluster import Cluster
-from jaxmet.engine.grouping import group
-from jaxmet.engine.labels import Atom
-from jaxmet.engine.naming import live_values, name_all
+from jaxmet.engine.grouping import WINDOWS, group
+from jaxmet.engine.labels import Atom, carries_batch
+from jaxmet.engine.liveness import live_values
+from jaxmet.engine.naming import name_all
 from jaxmet.engine.program import DATA, PARAM, Region, Value, flatten, spread_kinds
 from jaxmet.engine.rules import label, label_inputs
 
@@ -25,6 +26,66 @@ class Analysis:
     clusters: list[Cluster]
     unnamed: list[Cluster]
     output_shape: Any
+
+
+def analyse_structure(call: Call) -> Analysis:
+    """The nodes of a model whatever batch it is called with.
+
+    Found at a batch size that tells the axes apart, where the model runs at one; else at
+    the sizes that are given (a table of positions along axis 0, one example without a
+    batch).
+    """
+    for other in call.other_batches():
+        try:
+            analysis = analyse(other)
+        except Exception:  # whatever a model raises where it refuses a batch
+            continue
+        if not _keeps_batch_apart(analysis.region):
+            continue
+        if _takes_examples(
+            analysis.region
+        ):  # perhaps each one: as many nodes as examples
+            given = analyse(call)
+            same = {c.name for c in given.clusters} == {
+                c.name for c in analysis.clusters
+            }
+            return analysis if same else given
+        return analysis
+    return analyse(call)
+
+
+def _keeps_batch_apart(region: Region) -> bool:
+    """Whether axis 0 of the inputs can be a batch: no window slides along it."""
+    for equation in region.walk():
+        if any(0 in v.shape for v in equation.results):
+            return False
+        if equation.name == "conv_general_dilated":
+            lhs = equation.operands[0]
+            along = equation.params["dimension_numbers"].lhs_spec[2:]
+        elif equation.name in WINDOWS:
+            lhs = equation.operands[0]
+            sizes = equation.params["window_dimensions"]
+            along = [i for i, n in enumerate(sizes) if n != 1]
+        else:
+            continue
+        if lhs.axes and any(carries_batch(lhs.axes[i]) for i in along):
+            return False
+    return True
+
+
+def _takes_examples(region: Region) -> bool:
+    """Whether some examples of a batch are taken out of it."""
+    for equation in region.walk():
+        if equation.name not in ("slice", "split", "dynamic_slice", "gather"):
+            continue
+        source = equation.operands[0]
+        taken = [equation.params.get("slice_sizes", source.shape)]
+        if equation.name in ("slice", "split"):
+            taken = [v.shape for v in equation.results]
+        for i, axis in enumerate(source.axes):
+            if carries_batch(axis) and any(n[i] != source.shape[i] for n in taken):
+                return True
+    return False
 
 
 def analyse(call: Call) -> Analysis:
@@ -45,7 +106,7 @@ def analyse(call: Call) -> Analysis:
     label(region)
     live = live_values(region)
     starts = [
-        Cluster("input", "values" if v.inexact else "integers", [], v, operands=[v])
+        Cluster("input", _content(v), [], v, operands=[v])
         for v in inputs
         if v in live and not compat.is_key(v.aval)
     ]
@@ -63,6 +124,12 @@ def analyse(call: Call) -> Analysis:
     clusters = [*starts, *middle, *ends]
     name_all(clusters, starts)
     return Analysis(call, region, leaves, atoms, inputs, clusters, hidden, shape)
+
+
+def _content(value: Value) -> str:
+    if value.is_complex:
+        return "complex"
+    return "values" if value.inexact else "integers"
 
 
 def _last(equation: Any) -> bool:

@@ -32,7 +32,7 @@ def arrivals(
     """Follow what is taken off `channels` of a result to the products that read it."""
     found: dict[str, None] = {}
     try:
-        _follow(cluster.exit, named, channels, found)
+        _follow(cluster.exit, named, channels, found, set())
     except _StoppedError as why:
         return Arrivals(tuple(found), str(why))
     return Arrivals(tuple(found), None if found else "no product reads it")
@@ -43,7 +43,11 @@ def _follow(
     named: Collection[Cluster],
     channels: Collection[lb.Atom],
     found: dict[str, None],
+    seen: set[Value],
 ) -> None:
+    if value in seen:
+        return
+    seen.add(value)
     for use in value.uses:
         if use is None:
             raise _StoppedError("it is an output")
@@ -64,7 +68,7 @@ def _follow(
         else:
             raise _StoppedError(f"{reader.name!r} reads it")
         for result in after:
-            _follow(result, named, channels, found)
+            _follow(result, named, channels, found, seen)
 
 
 def _passes(use: Equation) -> bool:

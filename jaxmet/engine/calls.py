@@ -1,11 +1,12 @@
 """One call of a model: what of it is traced, what is static, and how to put it back."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from jaxmet.engine import compat
 from jaxmet.tree.leaves import flatten, is_compressed
 from jaxmet.tree.names import parameter_names
 
@@ -41,6 +42,48 @@ class Call:
             for leaf in self.leaves
         ]
         return jax.make_jaxpr(self.run, return_shape=True)(abstract, list(self.inputs))
+
+    def other_batches(self) -> Iterator["Call"]:
+        """The same call with batches of other sizes, the likeliest to run first.
+
+        A batch of one, or one that is as long as another axis, leaves open which axis is
+        which. The size is a prime that divides no other one, or a multiple of it where the
+        model takes the batch apart (several crops of one image).
+        """
+        sizes = [x.shape[0] if _has_batch(x) else None for x in self.inputs]
+        first = next((i for i, n in enumerate(sizes) if n is not None), None)
+        every = [n for x in (*self.leaves, *self.inputs) for n in x.shape]
+        if first is None or not all(isinstance(n, int) for n in every):
+            return
+        given, prime = sizes[first], _prime_beside(every)
+        same = {i for i, n in enumerate(sizes) if n == given}
+        yield self.with_batch(prime, same)
+        if given > 1:
+            yield self.with_batch(prime * given, same)
+        if same != {first}:
+            yield self.with_batch(prime, {first})
+
+    def with_batch(self, size: int, which: Collection[int]) -> "Call":
+        """The same call where axis 0 of some inputs has another size."""
+        inputs = [
+            jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) if i in which else x
+            for i, x in enumerate(self.inputs)
+        ]
+        return dataclasses.replace(self, inputs=tuple(inputs))
+
+
+def _has_batch(x: Any) -> bool:
+    return len(x.shape) > 0 and not compat.is_key(x)
+
+
+def _prime_beside(sizes: Collection[int]) -> int:
+    """A prime of which none of these sizes is a multiple."""
+    number = 11  # small primes are sizes of windows and numbers of heads
+    while any(number % k == 0 for k in range(2, number)) or any(
+        n and n % number == 0 for n in sizes
+    ):
+        number += 1
+    return number
 
 
 def make_call(

@@ -6,6 +6,7 @@ between. A group that something forbids to rescale says what.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 
 from jaxmet.engine import compat
@@ -87,6 +88,7 @@ class _Finder:
     def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node]):
         self.analysis, self.nodes = analysis, nodes
         self.indices: dict[lb.Atom, int] = {}
+        self.uses = Counter(p for n in nodes.values() for p in n.parameters)
         self.members: list[tuple[str, int, str, lb.Axis, str, int, int]] = []
         self.tied: list[tuple[int, int]] = []
 
@@ -201,10 +203,7 @@ class _Finder:
                 self.add(name, axis, role, label, node)
 
     def is_shared(self, name: str) -> bool:
-        uses = 0
-        for node in self.nodes.values():
-            uses += node.parameters.count(name)
-        return uses > 1
+        return self.uses[name] > 1
 
     def norm(self, cluster: Cluster, node: Node) -> None:
         norm = node.norm
@@ -247,8 +246,12 @@ class _Finder:
         clips = self.clips()
         both = [*self.tied, *((b, a) for a, b in self.tied)]
         groups = []
+        along: dict[int, list[Member]] = {}
+        for member in members:
+            for index in indices_of(member.layout):
+                along.setdefault(index, []).append(member)
         for atom, index in self.indices.items():
-            mine = [m for m in members if index in indices_of(m.layout)]
+            mine = along.get(index, [])
             makers = tuple(dict.fromkeys(m.node for m in mine if m.role == "out"))
             readers = tuple(dict.fromkeys(m.node for m in mine if m.role == "in"))
             alone = "no site makes it" if not makers else None

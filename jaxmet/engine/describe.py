@@ -19,8 +19,8 @@ from jaxmet.engine.cluster import (
 )
 from jaxmet.engine.elementwise import formula_of
 from jaxmet.engine.grouping import REDUCTIONS
+from jaxmet.engine.liveness import carries
 from jaxmet.engine.masks import Masks
-from jaxmet.engine.naming import carries
 from jaxmet.engine.node import Convolution, Dot, Node, Norm, Weight
 from jaxmet.engine.origins import Origins
 from jaxmet.engine.products import ragged_numbers

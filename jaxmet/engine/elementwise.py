@@ -29,6 +29,8 @@ def formula_of(cluster: Cluster) -> Formula | None:
     assert cluster.entry is not None
     recipe = _Recipe(cluster.entry)
     try:
+        for equation in cluster.equations:  # in order, so that no look-up goes deep
+            recipe.place(equation.results[0])
         last = recipe.place(cluster.exit)
     except _NotElementwiseError:
         return None
@@ -82,6 +84,8 @@ class _Recipe:
 
     def place(self, value: Value) -> int:
         """Where a value stands in the row."""
+        if value.is_complex:
+            raise _NotElementwiseError
         if value not in self.places:
             self.places[value] = self.make(value)
         return self.places[value]
@@ -121,4 +125,6 @@ class _Recipe:
         body = flatten(compat.call_body(equation.params))
         for inside, outside in zip(body.inputs, equation.operands, strict=True):
             self.places[inside] = self.place(outside)
+        for inner in body.equations:
+            self.place(inner.results[0])
         return self.place(body.outputs[equation.results.index(value)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxmet.engine.analyse import Analysis, analyse
+from jaxmet.engine.analyse import Analysis, analyse_structure
 from jaxmet.engine.calls import Apply, is_array
 from jaxmet.engine.channels import (
     Group,
@@ -198,7 +198,8 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     `params` is whatever the model takes first; `inputs` may be arrays or
     `jax.ShapeDtypeStruct`s, axis 0 of each being its batch. Keyword arguments pass through;
     static ones (flags) stay with the graph. The graph holds no values and serves every batch
-    and image size.
+    and image size: the model is traced with a batch size of the library's own where it runs
+    at one, and at the given sizes where it does not.
 
     Raises ValueError for a model without a product of an input and a parameter (for example
     one whose parameters are closed over instead of passed).
@@ -211,14 +212,14 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
             "module, or what jm.functional(module) returns for an nnx one."
         )
-    analysis = analyse(call_of(apply, params, inputs, kwargs))
+    analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
     nodes = describe(analysis)
     if not any(node.is_site for node in nodes.values()):
         raise ValueError(
             "jaxmet.trace: the equations hold no product of an input with a parameter "
             f"({len(analysis.leaves)} parameters, {len(analysis.inputs)} inputs). Pass the "
             "parameters as the first argument of apply instead of closing over them, and the "
-            "inputs after them, each with a leading batch axis."
+            "inputs after them. Complex values are not quantized."
         )
     groups, members = find_channels(analysis, nodes)
     return Graph(
@@ -260,6 +261,7 @@ def _left(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str],
             continue
         readers = sorted({u.name for u in value.uses if u is not None})
         why = f"used by {', '.join(readers)}" if readers else "unused"
+        why = "complex values stay in float" if value.is_complex else why
         rows.append((name, why))
     for equation in analysis.region.walk():
         if equation.name in PRODUCTS and equation.node is None:

@@ -31,10 +31,15 @@ class Atom:
         return Atom(size, batch, self.frozen, fixed=self.fixed)
 
     def root(self) -> "Atom":
+        root = self
+        while root.parent is not None:
+            root = root.parent
         atom = self
-        while atom.parent is not None:
-            atom = atom.parent
-        return atom
+        while atom.parent is not None and atom.parent is not root:
+            after = atom.parent
+            atom.parent = root  # the next one that asks has a short way
+            atom = after
+        return root
 
 
 Axis = tuple[Atom, ...]
@@ -71,6 +76,8 @@ def leaves(axis: Axis) -> Iterator[Atom]:
 def freeze(axis: Axis, why: str, *, fixed: bool = True) -> None:
     """Forbid to rescale anything on this axis, and with `fixed` to remove any of it."""
     for atom in expand(axis):
+        if atom.frozen and (atom.fixed or not fixed):
+            continue  # and so are its parts
         atom.frozen = atom.frozen or why
         atom.fixed = atom.fixed or (why if fixed else None)
         for part in atom.parts or ():
@@ -116,6 +123,9 @@ def paired(one: Axis, two: Axis) -> Iterator[tuple[Atom, Atom]]:
         x, y = a.pop(), b.pop()
         if x.size == y.size:
             yield x, y
+        elif x.size == 0 or y.size == 0:
+            freeze((x, y, *a, *b), "its axes do not line up")
+            return
         elif x.size == 1 or y.size == 1:  # a batch of one has no counterpart to match
             (b if x.size == 1 else a).append(y if x.size == 1 else x)
         elif x.size > y.size and x.size % y.size == 0 and x.parts is None:
@@ -161,8 +171,11 @@ def _merge(x: Atom, y: Atom) -> None:
 
 def concatenate(axes: Sequence[Axis], sizes: Sequence[Size]) -> Axis:
     """The label of a concatenation along an axis."""
+    parts = [a or fresh_one(n) for a, n in zip(axes, sizes, strict=True) if n != 0]
+    if len(parts) <= 1:
+        return parts[0] if parts else fresh_one(0)
     atom = Atom(sum(sizes))
-    atom.parts = tuple(a or fresh_one(n) for a, n in zip(axes, sizes, strict=True))
+    atom.parts = tuple(parts)
     return (atom,)
 
 
@@ -175,6 +188,8 @@ def cut(axis: Axis, start: Size, stop: Size) -> Axis | None:
     atoms = expand(axis)
     if start == 0 and stop == size(atoms):
         return atoms
+    if start == stop:
+        return fresh_one(0)
     if len(atoms) != 1 or atoms[0].batch:
         return None
     atom = atoms[0]

@@ -1,72 +1,18 @@
-"""What each node is called, and which values deserve a name.
+"""What each node is called.
 
 A node with parameters is named by their module, others after the nearest product before
-them and their kind. Named are inexact values that reach an output through values that carry
-the batch: index arithmetic, masks and running averages are not.
+them and their kind.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from jaxmet.engine import labels as lb
 from jaxmet.engine.cluster import Cluster, leaf_of, leaves_under
-from jaxmet.engine.program import DATA, Equation, Region, Value, body_operands, carried
+from jaxmet.engine.program import DATA, Value
 
 OWN_NAME = ("product", "ragged", "lookup", "norm", "activation")
 SITES = ("product", "ragged", "lookup")
-
-
-def live_values(region: Region) -> set[Value]:
-    """The values that reach an output through values that carry the batch."""
-    live: set[Value] = set()
-    _mark(region, {v for v in region.outputs if carries(v)}, live)
-    return live
-
-
-def carries(value: Value) -> bool:
-    return value.kind == DATA and any(lb.carries_batch(a) for a in value.axes)
-
-
-def _mark(
-    region: Region, ends: Iterable[Value], live: set[Value], mapped=False
-) -> None:
-    live.update(ends)
-    for equation in reversed(region.equations):
-        if not any(v in live for v in equation.results):
-            continue
-        if not equation.bodies:
-            found = equation.node.operands if equation.node else equation.operands
-            live.update(v for v in found if v.kind == DATA and (mapped or carries(v)))
-            continue
-        _mark_bodies(equation, live, mapped)
-
-
-def _mark_bodies(equation: Equation, live: set[Value], mapped: bool) -> None:
-    """Carry liveness into loops and branches, and out of them again."""
-    if equation.name == "scan":
-        xs = [v for v in equation.operands if v.axes and v.kind == DATA]
-        inner = [any(lb.carries_batch(a) for a in v.axes[1:]) for v in xs]
-        first = [v.axes and lb.carries_batch(v.axes[0]) for v in xs]
-        mapped = mapped or (any(first) and not any(inner))
-    pairs = carried(equation)
-    for body in equation.bodies:
-        same = len(body.outputs) == len(equation.results)
-        ends = {
-            inside
-            for i, inside in enumerate(body.outputs)
-            if not same or equation.results[i] in live
-        }
-        while True:
-            _mark(body, {v for v in ends if v.kind == DATA}, live, mapped)
-            more = {o for i, o in pairs if i in live and o not in ends}
-            if not more:
-                break
-            ends |= more
-    for body, outer in zip(equation.bodies, body_operands(equation), strict=True):
-        for inside, outside in zip(body.inputs, outer, strict=True):
-            if inside in live and (mapped or carries(outside)):
-                live.add(outside)
 
 
 def modules(cluster: Cluster) -> list[str]:

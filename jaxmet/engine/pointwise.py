@@ -31,8 +31,8 @@ def activations(region: Region) -> Iterable[Cluster]:
             root[equation.results[0]] = source
             members.setdefault(source, []).append(equation)
     sizes = _sizes_of_calls(region.equations)
-    for source, equations in members.items():
-        for start, chain in _closed_cones(source, equations):
+    for equations in members.values():
+        for start, chain in _closed_cones(equations):
             inside = _sizes_of_calls(chain)
             own = {call for call, size in inside.items() if size == sizes[call]}
             yield from _segments(start, chain, own, order)
@@ -75,43 +75,24 @@ def _sizes_of_calls(equations: Iterable[Equation]) -> Counter[int]:
 
 
 def _closed_cones(
-    source: Value, equations: list[Equation]
+    equations: list[Equation],
 ) -> Iterable[tuple[Value, list[Equation]]]:
     """Split a pointwise family at every value that is needed in two places."""
     inside = set(equations)
-    terminals = {
-        e.results[0]: None
-        for e in equations
-        if any(u not in inside for u in e.results[0].uses)
-    }
-    while True:
-        cones = {t: _back(t, source, terminals, inside) for t in terminals}
-        count: dict[Equation, int] = {}
-        for found in cones.values():
-            for equation in found:
-                count[equation] = count.get(equation, 0) + 1
-        shared = [e.results[0] for e in equations if count.get(e, 0) > 1]
-        if not shared:
-            break
-        terminals[shared[-1]] = None
+    end: dict[Equation, Value] = {}  # the value that each equation's cone makes
+    for equation in reversed(equations):
+        value = equation.results[0]
+        ends = {end[u] if u in inside else None for u in value.uses}
+        one = ends.pop() if len(ends) == 1 else None
+        end[equation] = value if one is None else one
+    cones: dict[Value, list[Equation]] = {}
+    for equation in equations:
+        cones.setdefault(end[equation], []).append(equation)
     for found in cones.values():
         made = {e.results[0] for e in found}
         entries = {v for e in found for v in e.data if v not in made}
         if len(entries) == 1:
-            yield entries.pop(), [e for e in equations if e in found]
-
-
-def _back(exit: Value, source: Value, terminals, inside) -> set[Equation]:
-    found: set[Equation] = set()
-    stack = [exit]
-    while stack:
-        value = stack.pop()
-        equation = value.producer
-        if equation is None or equation not in inside or equation in found:
-            continue
-        found.add(equation)
-        stack += [v for v in equation.data if v not in terminals and v is not source]
-    return found
+            yield entries.pop(), found
 
 
 def _segments(
@@ -128,12 +109,16 @@ def _segments(
 
 def _pieces(entry: Value, equations: list[Equation]) -> list[Piece]:
     """Cut wherever a single value passes."""
+    place = {e.results[0]: i for i, e in enumerate(equations)}
+    first = len(equations)  # of the values that the equations behind this one read
+    needed = []
+    for equation in reversed(equations):
+        needed.append(first)
+        first = min(first, *(place.get(v, -1) for v in equation.data))
     pieces, start, current = [], entry, []
     for i, equation in enumerate(equations):
         current.append(equation)
-        rest = equations[i + 1 :]
-        later = {equation.results[0], *(e.results[0] for e in rest)}
-        if all(v in later for e in rest for v in e.data):
+        if needed[-1 - i] >= i:
             pieces.append((start, current))
             start, current = equation.results[0], []
     return pieces
@@ -163,17 +148,19 @@ def _joined(pieces: list[Piece], own: set[int]) -> list[Piece]:
     """Join unnamed neighbours into the largest group: `1 / (1 + exp(-x))` is one."""
     out: list[Piece] = []
     linear: list[Equation] = []
+    alone = False  # whether the last group has a name; none that was joined has
     for start, piece in pieces:
         if all(_is_linear(e) for e in piece):
             linear += piece if out else []
             continue
         known = _stands_alone(start, piece, own)
-        if out and not known and not _stands_alone(*out[-1], own):
-            out[-1] = (out[-1][0], [*out[-1][1], *linear, *piece])
+        if out and not known and not alone:
+            out[-1][1].extend([*linear, *piece])
         elif out and not linear and _bounds(piece) and _bounds(out[-1][1]):
-            out[-1] = (out[-1][0], [*out[-1][1], *piece])
+            out[-1][1].extend(piece)
         else:
-            out.append((start, piece))
+            out.append((start, [*piece]))
+            alone = known
         linear = []
     return out
 

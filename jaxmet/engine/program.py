@@ -50,13 +50,19 @@ class Value:
 
     @property
     def inexact(self) -> bool:
-        return bool(jnp.issubdtype(self.aval.dtype, jnp.inexact))
+        """Whether this holds real numbers that can be rounded: no integers, not complex."""
+        return bool(jnp.issubdtype(self.aval.dtype, jnp.floating))
+
+    @property
+    def is_complex(self) -> bool:
+        return bool(jnp.issubdtype(self.aval.dtype, jnp.complexfloating))
 
     def scalar(self) -> float | None:
         """The number, if this is a constant scalar that is known while tracing."""
         if self.constant is None or self.ndim or isinstance(self.constant, Tracer):
             return None
-        return float(self.constant) if not compat.is_key(self.aval) else None
+        known = not compat.is_key(self.aval) and not self.is_complex
+        return float(self.constant) if known else None
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -9,6 +9,7 @@ from jaxmet.engine.node import Edge, Node
 from jaxmet.tree.config import QuantConfig, Settings
 
 FUSED = ("relu", "clip", "leaky_relu", "prelu")
+NO_NUMBERS = ("integers", "complex")
 KEEPS_GRID = ("max_pool", "min_pool", "max", "min")
 MOVES = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
@@ -152,7 +153,7 @@ def _stored(graph: Graph) -> set[str]:
         for node in graph.nodes
         if node.kind != "output"
         and node.function not in KEEPS_GRID
-        and node.function != "integers"
+        and node.function not in NO_NUMBERS
         and not (counts[node.name] == 1 and _fuses(node, graph.readers(node.name)[0]))
     }
 
@@ -178,7 +179,7 @@ def _entering(graph: Graph) -> set[str]:
         if node.kind in MULTIPLIES and node.name in graph.selected:
             edges = [e for e in node.inputs if _keeps(e) and e.node is not None]
             wanted |= {grid_source(graph, e.node) for e in edges if e.node is not None}
-    return {name for name in wanted if graph[name].function != "integers"}
+    return {name for name in wanted if graph[name].function not in NO_NUMBERS}
 
 
 def _keeps(edge: Edge) -> bool:
@@ -199,15 +200,23 @@ def grid_source(graph: Graph, name: str) -> str:
 def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
     """What a concatenation reads uses the concatenation's grid."""
     owner: dict[str, str] = {}
+
+    def last(name: str) -> str:
+        while name in owner:
+            name = owner[name]
+        return name
+
     for node in reversed(graph.nodes):
         if node.kind != "concat" or node.name not in activations:
             continue
-        mine = owner.get(node.name, node.name)
+        mine = last(node.name)
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None
-            if source in activations and _keeps(edge) and source not in owner:
+            if source is None or source not in activations or not _keeps(edge):
+                continue
+            if source not in owner and source != mine:  # a loop's carry may be its own
                 owner[source] = mine
-    return owner
+    return {name: last(name) for name in owner}
 
 
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
