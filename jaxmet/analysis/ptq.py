@@ -109,8 +109,8 @@ def ptq(
 
 def _is_coarse(graph: Graph, config: QuantConfig) -> bool:
     """Whether any weight is to have less than 8 bits."""
-    weights = (site.weight for site in graph.sites)
-    found = (config.resolve(w.name, "weight") for w in weights if w and w.name)
+    weights = ((site.weight, site.name) for site in graph.sites)
+    found = (config.resolve((w.name, n), "weight") for w, n in weights if w and w.name)
     return any(one.quantize and one.bits < 8 for one in found)
 
 

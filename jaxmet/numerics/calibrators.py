@@ -12,7 +12,7 @@ clipped and $(x - h)^3/3$ beyond an end $h$ of the grid.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ from jaxmet.numerics.ranges import (
     minmax,
 )
 
-CALIBRATORS = ("minmax", "percentile", "mse", "sqnr", "entropy")
+RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse", "sqnr", "entropy"]
+CALIBRATORS = get_args(RangeMethod)
 GAMMA = 3.0
 """What AIMET lets clipping cost, where rounding costs 1."""
 

@@ -68,7 +68,7 @@ def calibrate(
     """
     config = config or QuantConfig()
     leaves = leaves_of(params, graph, "calibrate")
-    placement = place(graph, config, "calibrate")
+    placement = place(graph, config, leaves, "calibrate")
     grids = {w.name: weight_quantizer(w, leaves) for w in placement.weights}
     grids |= _kept(weights, grids)
     for bias in placement.biases:
