@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.numerics.ranges import grid_between, split_shape
+from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.foresee import WHY, foreseen_ranges
 from jaxmet.transforms.observe import Range, check_samples, is_signed, observed_ranges
 from jaxmet.transforms.placement import WeightPlace, place
@@ -68,6 +69,7 @@ def calibrate(
     """
     config = config or QuantConfig()
     leaves = leaves_of(params, graph, "calibrate")
+    check_keywords(kwargs, graph, params, "calibrate", config=True)
     placement = place(graph, config, leaves, "calibrate")
     grids = {w.name: weight_quantizer(w, leaves) for w in placement.weights}
     grids |= _kept(weights, grids)
