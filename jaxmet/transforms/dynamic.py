@@ -21,7 +21,7 @@ class Dynamic:
         """The quantizers of one traced call, all of which follow their tensor."""
         placement = place(graph, self.config, leaves, "dynamic")
         return Quantizers(
-            {w.name: weight_quantizer(w, leaves) for w in placement.weights},
+            {w.name: weight_quantizer(w) for w in placement.weights},
             {n: activation_quantizer(s) for n, s in placement.activations.items()},
             tuple(placement.shared.items()),
             tuple(placement.left.items()),
