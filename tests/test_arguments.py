@@ -1,5 +1,7 @@
 """What is refused before any work: options among the model's keywords, keys, whole batches."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +35,14 @@ def quantizers(graph):
 
 def calls(graph, q, batches):
     """Every function that passes keywords to the model and knows quantizers."""
-    key = jax.random.key(0)
+    key: Any = jax.random.key(0)
     on = (PARAMS, graph)
     return {
         "calibrate": lambda **kw: jm.calibrate(*on, batches, **kw),
         "ptq": lambda **kw: jm.ptq(apply, PARAMS, batches, **kw),
-        "adaround": lambda **kw: jm.adaround(*on, q, batches, **{"key": key} | kw),
+        "adaround": lambda **kw: jm.adaround(
+            *on, q, batches, **dict[str, Any](key=key) | kw
+        ),
         "search_scales": lambda **kw: jm.search_scales(*on, q, batches, **kw),
         "correct_bias": lambda **kw: jm.correct_bias(*on, q, batches, **kw),
         "reestimate_batch_norm": lambda **kw: jm.reestimate_batch_norm(
