@@ -160,3 +160,16 @@ def test_integers_tracers_and_shapes_pass():
         assert batches.abstract and list(batches) == []
         assert len(batches.first) == (2 if isinstance(source, tuple) else 1)
     assert not as_batches([data()], "ptq", abstract=True).abstract
+
+
+def test_printing_batches_shows_shapes_and_dtypes():
+    images = {"x": np.zeros((10, 5, 3), np.float32), "y": (jnp.arange(10), None)}
+    shown = repr(stacked(images, 4))
+    assert shown == (
+        "Stacked(2 batches of {'x': float32[4, 5, 3], 'y': (int32[4], None)}, "
+        "the last of {'x': float32[2, 5, 3], 'y': (int32[2], None)})"
+    )
+    assert repr(stacked(data(4), 4)) == "Stacked(1 batch of float32[4, 3])"
+    assert repr(stacked(data(3), 4)) == "Stacked(the last of float32[3, 3])"
+    empty = jax.tree.map(lambda x: object(), stacked(data(3), 4))
+    assert "object" in repr(empty)

@@ -284,7 +284,7 @@ NAN = np.full_like(X, np.nan)
         (
             [{"image": X}],
             {},
-            r"did not accept a batch.*inputs=lambda batch: batch\[0\]",
+            r"did not accept a batch.*inputs=lambda batch: batch\['image'\]",
         ),
         ([["a", "b"]], {}, r"where an array belongs"),
     ],
@@ -310,7 +310,6 @@ def test_bad_batches_are_refused(batches, options, message):
         (("head/bias", np.inf), {}, "parameter 'head/bias' holds NaN or inf"),
         ("concatenation", {}, "shape|no parameter"),
         ("tied", {}, "no parameter 'stem/kernel'.*trace again"),
-        (None, {"block": 5}, "blocks of 5 do not divide.*Choose a block"),
         (None, {"placement": "everywhere"}, "placement is 'everywhere'.*'operations'"),
         (None, {"weight_bits": 1}, "weight_bits is 1.*2 to 16, or 32"),
     ],
@@ -321,10 +320,8 @@ def test_bad_arguments_are_refused_before_the_data_is_touched(params, config, me
         own = spoiled("conv_bn_relu", *params)
     elif params is not None:
         own = model(params)[1]
-    rows_of_rule = {"rules": [jm.Rule("head", block=None, weight_bits=8)]}
     with pytest.raises(ValueError, match=rf"jaxmet\.\w+: .*({message})"):
-        options = config if "block" not in config else {**config, **rows_of_rule}
-        jm.calibrate(own, graph, untouchable(), jm.QuantConfig(**options))
+        jm.calibrate(own, graph, untouchable(), jm.QuantConfig(**config))
 
 
 def test_nan_in_a_later_batch_names_the_first_node_that_holds_it():

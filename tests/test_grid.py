@@ -123,10 +123,11 @@ def test_per_channel_is_a_loop_of_per_tensor():
         np.testing.assert_array_equal(q[..., c], one)
 
 
-@pytest.mark.parametrize("block", [2, 3, 6])
+@pytest.mark.parametrize("block", [2, 3, 6, 4, 5, 7])
 def test_blocks_are_a_loop_too_and_one_block_is_per_channel(block):
     x, scale, zero_point = case()
-    scale = scale * jnp.arange(1.0, 1 + 6 // block).reshape(1, -1, 1)
+    blocks = -(-6 // block)  # the last may be shorter
+    scale = scale * jnp.arange(1.0, 1 + blocks).reshape(1, -1, 1)
 
     def blocked(x, scale):
         return fake_quant(x, scale, zero_point, 0, 15, axis=(1, 2), block=block)
@@ -136,7 +137,7 @@ def test_blocks_are_a_loop_too_and_one_block_is_per_channel(block):
             per_channel(
                 x[:, i * block : (i + 1) * block], scale[:, i : i + 1], zero_point
             )
-            for i in range(6 // block)
+            for i in range(blocks)
         ]
         return jnp.concatenate(parts, 1)
 
@@ -392,4 +393,4 @@ def test_a_grid_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=r"jaxmet\.fake_quant: a grid of shape"):
             fake_quant(x, bad, 0, -7, 7)
     with pytest.raises(ValueError, match="in blocks of 4"):
-        fake_quant(x, jnp.ones((1, 2, 1)), 0, -7, 7, block=4)
+        fake_quant(x, jnp.ones((1, 3, 1)), 0, -7, 7, block=4)

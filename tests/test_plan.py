@@ -138,9 +138,9 @@ def test_what_is_stored_gets_a_grid(name, placement):
 @pytest.mark.parametrize("name", AXES)
 def test_one_scale_an_output_channel(name):
     _, graph, _ = traced(name)
-    weights = place(graph, jm.QuantConfig(), "plan").weights
+    weights = place(graph, jm.QuantConfig(), {}, "plan").weights
     assert {w.name: w.axis for w in weights} == AXES[name]
-    whole = place(graph, jm.QuantConfig(per_channel=False), "plan").weights
+    whole = place(graph, jm.QuantConfig(per_channel=False), {}, "plan").weights
     stacked = {"stack/dense/kernel": (0,)}  # each layer keeps a scale of its own
     assert {w.name: w.axis for w in whole} == {n: stacked.get(n) for n in AXES[name]}
 

@@ -13,6 +13,7 @@ from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Counted, Run, evaluate
 from jaxmet.numerics.precision import wide
+from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.reference import float_model
 from jaxmet.transforms.simulate import (
@@ -69,6 +70,7 @@ def compare(
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER, params)
+    check_keywords(kwargs, graph, params, CALLER)
     inputs = one_batch(batch, CALLER)
     apply, tree = float_model(reference, params, graph, quantizers, CALLER)
     wanted = {

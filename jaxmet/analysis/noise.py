@@ -20,6 +20,7 @@ from jaxmet.engine.lift import lift
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run, evaluate
 from jaxmet.numerics.precision import wide
+from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.simulate import quantizer_at, round_weights
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.examples import some_examples
@@ -81,6 +82,7 @@ def noise(
     >>> jm.plot.noise(table)
     """
     grid_of = places(params, graph, quantizers, CALLER)
+    check_keywords(kwargs, graph, params, CALLER)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(
             f"jaxmet.{CALLER}: examples is {examples!r}. Give how many are differentiated."

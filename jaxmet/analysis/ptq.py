@@ -9,7 +9,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.engine.calls import Apply
+from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph, trace
+from jaxmet.transforms.arguments import check_key, refuse_options
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
@@ -61,14 +63,16 @@ def ptq(
     """
     config = config or QuantConfig()
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
-    graph = trace(apply, params, *read.first, **kwargs)
+    refuse_options(kwargs, apply, params, read.first, "ptq")
+    if key is not None:
+        key = check_key(key, "ptq")
+    with accepting(read.first, "ptq"):
+        graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
     rounds = data is not None and _is_coarse(graph, config)
-    if rounds and key is None:
-        raise ValueError(
-            "jaxmet.ptq: weights of less than 8 bits are rounded by jm.adaround, which "
-            "draws rows at random. Give key=jax.random.key(0)."
-        )
+    if rounds:
+        why = "weights of less than 8 bits are rounded by jm.adaround, which draws rows"
+        key = check_key(key, "ptq", why=why)
     options: dict[str, Any] = {"inputs": inputs, "progress": progress}
     exact = _float_model(reference, graph.apply, params)
     rows: list[dict[str, Any]] = []
@@ -109,8 +113,8 @@ def ptq(
 
 def _is_coarse(graph: Graph, config: QuantConfig) -> bool:
     """Whether any weight is to have less than 8 bits."""
-    weights = (site.weight for site in graph.sites)
-    found = (config.resolve(w.name, "weight") for w in weights if w and w.name)
+    weights = ((site.weight, site.name) for site in graph.sites)
+    found = (config.resolve((w.name, n), "weight") for w, n in weights if w and w.name)
     return any(one.quantize and one.bits < 8 for one in found)
 
 

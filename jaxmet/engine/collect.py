@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.replay import Hook, evaluate
-from jaxmet.tree.batches import Batches, Stacked
+from jaxmet.tree.batches import Batches, Stacked, inputs_from
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]
@@ -98,14 +98,8 @@ def _chunks(batches: Batches) -> Any:
         yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
 
 
-OF_LOADERS = (
-    "If the loader yields more than the inputs, choose them: "
-    "inputs=lambda batch: batch[0]."
-)
-
-
 @contextlib.contextmanager
-def accepting(batch: tuple, caller: str, cure: str = OF_LOADERS) -> Iterator[None]:
+def accepting(batch: tuple, caller: str, cure: str | None = None) -> Iterator[None]:
     """While the model is traced for a batch, say of its errors that the batch is refused."""
     try:
         yield
@@ -115,6 +109,7 @@ def accepting(batch: tuple, caller: str, cure: str = OF_LOADERS) -> Iterator[Non
         if not known or str(error).startswith("jaxmet."):
             raise
         said = str(error).split("\n")[0].rstrip(".")
+        cure = inputs_from(batch) if cure is None else cure
         inputs = "1 input" if len(batch) == 1 else f"{len(batch)} inputs"
         raise ValueError(
             f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {cure}"

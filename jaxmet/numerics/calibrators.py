@@ -12,7 +12,7 @@ clipped and $(x - h)^3/3$ beyond an end $h$ of the grid.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,11 @@ from jaxmet.numerics.ranges import (
     grid_between,
     groups_of,
     minmax,
+    over_blocks,
 )
 
-CALIBRATORS = ("minmax", "percentile", "mse", "sqnr", "entropy")
+RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse", "sqnr", "entropy"]
+CALIBRATORS = get_args(RangeMethod)
 GAMMA = 3.0
 """What AIMET lets clipping cost, where rounding costs 1."""
 
@@ -112,11 +114,15 @@ def range_of(
     """
     if method == "minmax":
         return minmax(x, axis, block=block, block_axis=block_axis)
-    groups, shape = groups_of(x, axis, block=block, block_axis=block_axis)
-    ends = (jnp.asarray(end, groups.dtype) for end in (low, high))
-    tail = jnp.asarray(1 - percentile / 100, groups.dtype)
-    found = _range_of(groups, *ends, tail, method=method, symmetric=symmetric)
-    return found[0].reshape(shape), found[1].reshape(shape)
+
+    def of(x: jax.Array, block: int | None) -> Extremes:
+        groups, shape = groups_of(x, axis, block=block, block_axis=block_axis)
+        ends = (jnp.asarray(end, groups.dtype) for end in (low, high))
+        tail = jnp.asarray(1 - percentile / 100, groups.dtype)
+        found = _range_of(groups, *ends, tail, method=method, symmetric=symmetric)
+        return found[0].reshape(shape), found[1].reshape(shape)
+
+    return over_blocks(of, x, block, block_axis)
 
 
 @partial(jax.jit, static_argnames=("method", "symmetric"))

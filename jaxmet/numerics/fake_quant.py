@@ -50,7 +50,8 @@ def fake_quant(
 
     The other operands are scalars, or have the rank of `x` with size 1 on the axes
     along which they do not change; with `block`, an axis may have one entry for each
-    `block` neighbours. `axis` only names the axes that have scales of their own. Half
+    `block` neighbours, the last of which may be fewer. `axis` only names the axes that have
+    scales of their own. Half
     precision is computed in float32.
     """
     x = jnp.asarray(x)
@@ -68,7 +69,7 @@ def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> Any:
         one = (1,) * x.ndim
         return a.reshape(one) if isinstance(a, np.ndarray) else lax.broadcast(a, one)
     fits = a.ndim == x.ndim and all(
-        n in (1, m) or (block is not None and n * block == m)
+        n in (1, m) or (block is not None and n == -(-m // block))
         for n, m in zip(a.shape, x.shape, strict=True)
     )
     if not fits:
@@ -89,7 +90,8 @@ def _along(a: Any, shape: Sequence[Any], block: int | None) -> jax.Array:
                 kept = tuple(k + (k > i) for k in range(a.ndim))
                 split = (*a.shape[: i + 1], block, *a.shape[i + 1 :])
                 repeated = lax.broadcast_in_dim(a, split, kept)
-                a = lax.reshape(repeated, (*a.shape[:i], m, *a.shape[i + 1 :]))
+                long = (*a.shape[:i], n * block, *a.shape[i + 1 :])
+                a = lax.slice_in_dim(lax.reshape(repeated, long), 0, m, axis=i)
     return lax.broadcast_in_dim(a, shape, range(a.ndim))
 
 

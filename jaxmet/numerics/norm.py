@@ -83,7 +83,7 @@ def gain_before(
     factor = _factor(gain, spread, unit, epsilon, stored)
     can = jnp.isfinite(factor) & jnp.isfinite(mean * factor) & jnp.isfinite(spread)
     can &= spread + epsilon >= SMALLEST
-    moves = can & ~_is_one(gain, stored)
+    moves = can & ~is_one(gain, stored)
     return Moved(
         jnp.where(moves, factor, 1.0),
         jnp.where(moves, mean * factor, mean),
@@ -115,7 +115,7 @@ def gain_behind(
     can = jnp.isfinite(factor) & jnp.isfinite(shift) & (jnp.abs(factor) >= SMALLEST)
     can &= variance + epsilon >= SMALLEST
     can &= jnp.abs(scale) > FAINT * jnp.abs(bias)
-    moves = can & ~_is_one(gain, stored)
+    moves = can & ~is_one(gain, stored)
     return Moved(
         jnp.where(moves, factor, 1.0),
         mean,
@@ -149,7 +149,7 @@ def _factor(
     return gain / norm_gain(variance, scale, epsilon)
 
 
-def _is_one(gain: Channels, stored: tuple[Any, Any]) -> Bool[Array, "..."]:
+def is_one(gain: Channels, stored: tuple[Any, Any]) -> Bool[Array, "..."]:
     """Whether a gain is one but for rounding, as it is when it has moved before."""
     last = max(float(jnp.finfo(dtype).eps) for dtype in stored)
     return jnp.abs(gain - 1.0) <= max(4 * float(jnp.finfo(gain.dtype).eps), last)

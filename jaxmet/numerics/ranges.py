@@ -7,11 +7,13 @@ stands for zero; a symmetric grid has $z = 0$.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Num
 
 from jaxmet.numerics.grid import grid_ends
@@ -113,11 +115,36 @@ def minmax(
     """The smallest and largest value, apart for each index of the axes in `axis`.
 
     The results keep the rank of `x`. With `block`, `block_axis` keeps one pair for
-    each `block` neighbours. Half precision is reduced in float32.
+    each `block` neighbours, the last of which may be fewer. Half precision is reduced in
+    float32.
     """
-    x, others, within = _grouped(x, axis, block, block_axis)
-    least, most = jnp.min(x, others, keepdims=True), jnp.max(x, others, keepdims=True)
-    return (least, most) if within is None else (least[within], most[within])
+
+    def of(x: jax.Array, block: int | None) -> Extremes:
+        x, others, within = _grouped(x, axis, block, block_axis)
+        ends = (end(x, others, keepdims=True) for end in (jnp.min, jnp.max))
+        least, most = ends if within is None else (end[within] for end in ends)
+        return least, most
+
+    return over_blocks(of, x, block, block_axis)
+
+
+def over_blocks(
+    of: Callable[[jax.Array, int | None], Extremes],
+    x: Numbers,
+    block: int | None,
+    block_axis: int | None,
+) -> Extremes:
+    """`of(x, block)`, apart for whole blocks and for a shorter last one: nothing is padded."""
+    x = jnp.asarray(x)
+    rest = 0 if block is None or block_axis is None else x.shape[block_axis] % block
+    if not rest:
+        return of(x, block)
+    at = (block_axis or 0) % x.ndim
+    whole = x.shape[at] - rest
+    parts = [(0, whole, block), (whole, x.shape[at], rest)]
+    found = [of(lax.slice_in_dim(x, i, j, axis=at), n) for i, j, n in parts if i < j]
+    least, most = (jnp.concatenate(ends, axis=at) for ends in zip(*found, strict=True))
+    return least, most
 
 
 def groups_of(
@@ -127,7 +154,10 @@ def groups_of(
     block: int | None = None,
     block_axis: int | None = None,
 ) -> tuple[Float[Array, "groups n"], tuple[int, ...]]:
-    """The values whose range `minmax` takes, a row a range; and the shape of the result."""
+    """The values whose range `minmax` takes, a row a range; and the shape of the result.
+
+    Blocks fill their axis here.
+    """
     x, others, within = _grouped(x, axis, block, block_axis)
     kept = [a for a in range(x.ndim) if a not in others]
     number = math.prod(x.shape[a] for a in kept)
@@ -152,12 +182,7 @@ def _grouped(
 
 
 def split_shape(shape: tuple[int, ...], axis: int, block: int) -> tuple[int, ...]:
-    """The shape with one axis split into blocks, which must fill it."""
-    if shape[axis] % block:
-        raise ValueError(
-            f"jaxmet.minmax: blocks of {block} do not divide axis {axis} of shape "
-            f"{shape}. Choose a block that divides {shape[axis]}."
-        )
+    """The shape with one axis split into blocks, which fill it."""
     return (*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
 
 

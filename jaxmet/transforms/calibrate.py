@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.numerics.ranges import grid_between, split_shape
+from jaxmet.numerics.ranges import grid_between
+from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.foresee import WHY, foreseen_ranges
 from jaxmet.transforms.observe import Range, check_samples, is_signed, observed_ranges
 from jaxmet.transforms.placement import WeightPlace, place
@@ -68,8 +69,9 @@ def calibrate(
     """
     config = config or QuantConfig()
     leaves = leaves_of(params, graph, "calibrate")
-    placement = place(graph, config, "calibrate")
-    grids = {w.name: weight_quantizer(w, leaves) for w in placement.weights}
+    check_keywords(kwargs, graph, params, "calibrate", config=True)
+    placement = place(graph, config, leaves, "calibrate")
+    grids = {w.name: weight_quantizer(w) for w in placement.weights}
     grids |= _kept(weights, grids)
     for bias in placement.biases:
         grids[bias.name] = Quantizer(bits=32, product=bias.product)
@@ -144,11 +146,9 @@ def _fits_int32(name: str, quantizers: Quantizers, leaves: dict[str, Any]) -> bo
     return bool(jnp.all(jnp.abs(bias).astype(scale.dtype) < 2.0**31 * scale))
 
 
-def weight_quantizer(place: WeightPlace, leaves: dict[str, Any]) -> Quantizer:
+def weight_quantizer(place: WeightPlace) -> Quantizer:
     """What quantizes a weight, following it."""
     s = place.settings
-    if s.block is not None and place.block_axis is not None and place.name in leaves:
-        split_shape(leaves[place.name].shape, place.block_axis, s.block)
     return Quantizer(
         bits=s.bits,
         symmetric=s.symmetric,

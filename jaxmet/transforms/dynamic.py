@@ -19,9 +19,9 @@ class Dynamic:
 
     def quantizers(self, graph: Graph, leaves: dict[str, Any]) -> Quantizers:
         """The quantizers of one traced call, all of which follow their tensor."""
-        placement = place(graph, self.config, "dynamic")
+        placement = place(graph, self.config, leaves, "dynamic")
         return Quantizers(
-            {w.name: weight_quantizer(w, leaves) for w in placement.weights},
+            {w.name: weight_quantizer(w) for w in placement.weights},
             {n: activation_quantizer(s) for n, s in placement.activations.items()},
             tuple(placement.shared.items()),
             tuple(placement.left.items()),
@@ -36,7 +36,8 @@ def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
     range is that of the whole tensor at hand, the batch included, so results depend on the
     batch; no gradient goes through it. `config` says the rest, its bits aside.
 
-    Raises ValueError for impossible bit-widths.
+    Raises ValueError for impossible bit-widths, and for `bias='int32'`, which needs scales
+    that calibration found.
 
     >>> loss = cross_entropy(jm.simulate(model.apply, jm.dynamic(bits=8))(params, images))
     """
@@ -46,5 +47,10 @@ def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
         raise ValueError(
             f"jaxmet.dynamic: config is of type {type(config).__name__}. Give a "
             "jm.QuantConfig, for example jm.QuantConfig(per_channel=False)."
+        )
+    if "int32" in (config.bias, *(rule.bias for rule in config.rules)):
+        raise ValueError(
+            "jaxmet.dynamic: the configuration has bias='int32', whose scale is that of a "
+            "calibrated input. Use jm.calibrate, or bias='float'."
         )
     return Dynamic(dataclasses.replace(config, weight_bits=bits, activation_bits=bits))

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Edge, Node
+from jaxmet.transforms.fold.shift import folded_norm, norm_to_fold
+from jaxmet.transforms.rules import Tensor, agreed, check_rules, says_float
 from jaxmet.tree.config import QuantConfig, Settings
 
 FUSED = ("relu", "clip", "leaky_relu", "prelu")
@@ -32,14 +35,27 @@ class WeightPlace:
     axis: tuple[int, ...] | None
     block_axis: int | None
     note: str | None = None
+    can_have_blocks: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a rule may call it: the parameter, and the nodes that read it."""
+        return (self.name, *(n.name for n in self.nodes))
 
 
 @dataclasses.dataclass(frozen=True)
 class BiasPlace:
-    """A bias held as int32, and the two grids whose scales make its own."""
+    """A bias held as int32, and the two quantizers whose scales make its own.
+
+    `beside` are the parameters that are added to it in the accumulator, with their signs: of
+    a folded norm its mean, and the bias of the product before it. `names` are what a rule
+    may call it.
+    """
 
     name: str
     product: tuple[str, str]
+    beside: tuple[tuple[str, float], ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +69,29 @@ class Placement:
     left: dict[str, str]
 
 
-def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
-    """Decide where the grids go. Raises ValueError for a rule that means nothing."""
+def place(
+    graph: Graph, config: QuantConfig, leaves: Mapping[str, Any], caller: str
+) -> Placement:
+    """Decide where the quantizers go.
+
+    Raises ValueError for a rule that names nothing or reaches nothing, and for rules that
+    disagree about one weight.
+    """
     if not isinstance(config, QuantConfig):
         raise ValueError(
             f"jaxmet.{caller}: config is of type {type(config).__name__}. Give a "
             "jm.QuantConfig, for example jm.QuantConfig(weight_bits=4)."
         )
     names = [n.name for n in graph.nodes]
-    parameters = [p for n in graph.nodes for p in n.parameters]
+    parameters = [*graph.parameters, *(p for n in graph.nodes for p in n.parameters)]
     for rule in config.unused([*names, *parameters]):
         raise ValueError(
             f"jaxmet.{caller}: {rule!r} means no node and no parameter of this model. "
             "Correct its glob (print(graph) lists the names) or drop the rule."
         )
     left: dict[str, str] = {}
-    weights = tuple(_weights(graph, config, left))
+    found = tuple(_weights(graph, config, caller))
+    weights = tuple(_quantized(graph, config, found, left))
     wanted = _stored(graph) if config.placement == "operations" else _entering(graph)
     activations: dict[str, Settings] = {}
     for node in graph.nodes:
@@ -80,45 +103,86 @@ def place(graph: Graph, config: QuantConfig, caller: str) -> Placement:
         elif node.name not in graph.selected:
             left[node.name] = "not selected"
         elif not settings.quantize:
-            left[node.name] = "a rule says so"
+            left[node.name] = says_float(config, node.name, "activation")
         elif settings.bits == 32:
             left[node.name] = "32 bits"
         else:
             activations[node.name] = settings
     shared = _shared(graph, activations)
+    tensors = _tensors(graph, config, found, wanted, shared, caller)
+    check_rules(graph, config, tensors, caller)
     on_grid = set(activations) | set(shared)
     _floats(graph, on_grid, left)
-    biases = _agreed(tuple(_biases(graph, config, weights, on_grid, left)), left)
+    biases = tuple(_biases(graph, config, weights, on_grid, leaves, left))
+    biases = _agreed(biases, left)
+    for bias in biases:
+        left |= {p: f"in the int32 bias {bias.name}" for p, _ in bias.beside}
     activations = {k: v for k, v in activations.items() if k not in shared}
     _parameters(graph, weights, biases, left)
     return Placement(weights, biases, activations, shared, left)
 
 
+def _tensors(
+    graph: Graph,
+    config: QuantConfig,
+    weights: tuple[WeightPlace, ...],
+    wanted: set[str],
+    shared: dict[str, str],
+    caller: str,
+) -> list[Tensor]:
+    """Everything that a rule can say something about."""
+    biases: dict[str, list[tuple[str, ...]]] = {}
+    found = [
+        Tensor(w.name, "weight", w.names, w.settings, blocks=w.can_have_blocks)
+        for w in weights
+    ]
+    for node in graph.nodes:
+        name = node.name
+        if name in wanted:
+            settings = config.resolve(name, "activation")
+            owner = shared.get(name)
+            found.append(Tensor(name, "activation", (name,), settings, owner))
+        norm = norm_to_fold(graph, node)
+        if node.kind == "product" and (node.bias is not None or norm is not None):
+            names = _names_of_bias(node, norm)
+            biases.setdefault(names[0], []).append(names)
+    for name, calls in biases.items():
+        settings = agreed(config, calls, "bias", caller)
+        names = tuple(dict.fromkeys(n for names in calls for n in names))
+        found.append(Tensor(name, "bias", names, settings))
+    return found
+
+
 # Weights
 
 
-def _weights(
-    graph: Graph, config: QuantConfig, left: dict[str, str]
-) -> Iterator[WeightPlace]:
+def _weights(graph: Graph, config: QuantConfig, caller: str) -> Iterator[WeightPlace]:
+    """Every weight, with what the rules say of it."""
     readers: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.is_site and node.weight is not None:
             name = node.weight.name or node.name
             readers.setdefault(name, []).append(node)
     for name, nodes in readers.items():
-        settings = config.resolve(name, "weight")
-        if nodes[0].weight is not None and nodes[0].weight.name is not None:
-            by_node = [config.resolve(n.name, "weight") for n in nodes]
-            if not all(s.quantize for s in by_node):
-                settings = dataclasses.replace(settings, quantize=False)
-        if not any(n.name in graph.selected for n in nodes):
-            left[name] = "not selected"
-        elif not settings.quantize:
-            left[name] = "a rule says so"
-        elif settings.bits == 32:
-            left[name] = "32 bits"
+        calls = [(name, node.name) for node in nodes]
+        yield _weight(name, tuple(nodes), agreed(config, calls, "weight", caller))
+
+
+def _quantized(
+    graph: Graph,
+    config: QuantConfig,
+    weights: tuple[WeightPlace, ...],
+    left: dict[str, str],
+) -> Iterator[WeightPlace]:
+    for weight in weights:
+        if not any(n.name in graph.selected for n in weight.nodes):
+            left[weight.name] = "not selected"
+        elif not weight.settings.quantize:
+            left[weight.name] = says_float(config, weight.names, "weight")
+        elif weight.settings.bits == 32:
+            left[weight.name] = "32 bits"
         else:
-            yield _weight(name, tuple(nodes), settings)
+            yield weight
 
 
 def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPlace:
@@ -133,13 +197,15 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
             axis = (*kept, *weights[0].out_axes) or None
         else:
             note = "per tensor: its uses disagree about the channel axis"
+    ins = {w.in_axes for w in weights}
+    blocks = len(ins) == len(outs) == 1 and len(weights[0].in_axes) == 1
     if settings.block is not None:
-        if all(len(w.in_axes) == 1 for w in weights) and len(outs) == 1:
+        if blocks:
             block_axis = weights[0].in_axes[0]
         else:
             note = "no blocks: it has no single input axis"
             settings = dataclasses.replace(settings, block=None)
-    return WeightPlace(name, nodes, settings, axis, block_axis, note)
+    return WeightPlace(name, nodes, settings, axis, block_axis, note, blocks)
 
 
 # Activations
@@ -241,53 +307,90 @@ def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
 # Biases and the rest
 
 
+def _names_of_bias(node: Node, norm: Node | None) -> tuple[str, ...]:
+    """What a rule may call the bias of a product: the parameter that holds it is first."""
+    holders: list[str | None] = [node.bias]
+    if norm is not None and norm.norm is not None:
+        holders = [norm.norm.bias or norm.norm.mean, norm.name, node.bias]
+    return (*(h for h in holders if h is not None), node.name)
+
+
 def _biases(
     graph: Graph,
     config: QuantConfig,
     weights: tuple[WeightPlace, ...],
     on_grid: set[str],
+    leaves: Mapping[str, Any],
     left: dict[str, str],
 ) -> Iterator[BiasPlace]:
-    quantized = {w.name for w in weights}
+    quantized = {w.name: w for w in weights}
     for node in graph.nodes:
-        if (
-            node.kind != "product"
-            or node.bias is None
-            or node.name not in graph.selected
-        ):
+        norm = norm_to_fold(graph, node)
+        if node.kind != "product" or node.name not in graph.selected:
             continue
-        wanted = config.resolve(node.bias, "bias").quantize
-        wanted = wanted and config.resolve(node.name, "bias").quantize
-        if not wanted:
-            left.setdefault(node.bias, "a bias stays in float")
+        if norm is not None:
+            names = _names_of_bias(node, norm)
+            wanted = config.resolve(names, "bias").quantize
+            folded = wanted and folded_norm(norm, leaves)
+            if wanted and not folded:
+                left[norm.name] = (
+                    "the parameters of a norm stay in float: it is not folded "
+                    "(jm.fold_batch_norm)"
+                )
+            norm = norm if folded else None
+        if norm is None and node.bias is None:
+            continue
+        names = _names_of_bias(node, norm)
+        name, beside = names[0], _beside(node, norm)
+        if not config.resolve(names, "bias").quantize:
+            left.setdefault(name, "a bias stays in float")
             continue
         weight, edges = node.weight, [e for e in node.inputs if e.operand == 0]
         sources = {grid_source(graph, e.node) if e.node else None for e in edges}
         source = sources.pop() if len(sources) == 1 else None
         exact = all(m in VIEWS for e in edges for m in e.moves)
         if weight is None or weight.name not in quantized:
-            left[node.bias] = "its weight stays in float"
+            why = "its weight stays in float"
+        elif quantized[weight.name].settings.block is not None:
+            why = "the weight of its product has several scales an output: blocks"
         elif source not in on_grid or not exact or source is None:
-            left[node.bias] = "the input of its product is on no grid of known scale"
+            why = "the input of its product is on no grid of known scale"
         elif graph[source].layers or node.layers:
-            left[node.bias] = (
-                "the grid of its product's input changes from layer to layer"
-            )
+            why = "the grid of its product's input changes from layer to layer"
         else:
-            yield BiasPlace(node.bias, (weight.name, source))
+            yield BiasPlace(name, (weight.name, source), beside, names)
+            continue
+        left[name] = why
+        if node.bias is not None:
+            left[node.bias] = why
+
+
+def _beside(node: Node, norm: Node | None) -> tuple[tuple[str, float], ...]:
+    """What a folded norm and its product add to the parameter that holds the bias.
+
+    The norm is x − mean + bias of the product's x + b: where it has a bias that holds the sum,
+    else its mean holds the sum's negative.
+    """
+    if norm is None or norm.norm is None:
+        return ()
+    own = () if node.bias is None else ((node.bias, 1.0),)
+    mean = norm.norm.mean
+    if norm.norm.bias is None:
+        return tuple((name, -sign) for name, sign in own)
+    return (*(((mean, -1.0),) if mean is not None else ()), *own)
 
 
 def _agreed(
     biases: tuple[BiasPlace, ...], left: dict[str, str]
 ) -> tuple[BiasPlace, ...]:
     """The biases that have one grid, whichever of their products reads them."""
-    products: dict[str, set[tuple[str, str]]] = {}
+    products: dict[str, set[Any]] = {}
     for bias in biases:
-        products.setdefault(bias.name, set()).add(bias.product)
+        products.setdefault(bias.name, set()).add((bias.product, bias.beside))
     for name, several in products.items():
         if len(several) > 1:
             left[name] = "the inputs of its products are on different grids"
-    return tuple(dict.fromkeys(b for b in biases if b.name not in left))
+    return tuple({b.name: b for b in biases if b.name not in left}.values())
 
 
 def _parameters(
@@ -304,7 +407,11 @@ def _parameters(
     for node in graph.nodes:
         rest = [p for p in node.parameters if p not in said]
         if rest and node.kind == "norm":
-            left.setdefault(node.name, "the parameters of a norm stay in float")
+            held = [b.name for b in biases if b.beside and node.name in b.names]
+            why = "the parameters of a norm stay in float"
+            if held:
+                why = f"folded: the identity, and a shift in the int32 bias {held[0]}"
+            left.setdefault(node.name, why)
         elif rest:
             left.update(dict.fromkeys(rest, f"used by {node.name} ({node.kind})"))
         said |= set(rest)

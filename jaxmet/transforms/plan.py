@@ -1,32 +1,43 @@
 """What will be quantized, how, and what not and why, before any data is seen."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.placement import place
-from jaxmet.tree.config import QuantConfig
+from jaxmet.transforms.placement import WeightPlace, place
+from jaxmet.tree.config import Kind, QuantConfig
 from jaxmet.tree.table import Table
 
 
 def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
     """What `calibrate` with this configuration would quantize.
 
-    One row a weight, bias, activation, and thing that stays in float: `name`, `what`,
+    One row per weight, bias, activation, and thing that stays in float: `name`, `what`,
     `bits`, `symmetric`, `one scale per`, `shape` of a parameter, and `note`, which says
-    with whom a grid is shared or why there is none.
+    with whom a quantizer is shared or why there is none. With rules, `rules` lists the
+    globs of those that say something about the tensor: a name without a wildcard, as
+    'conv1', covers that node and everything below it, so the weight 'conv1/kernel', the bias
+    'conv1/bias' and the activation 'conv1/relu'.
 
-    Raises ValueError for a rule that means nothing, and for a tree that is not the graph's.
+    Raises ValueError for a rule that names or reaches nothing, for rules that disagree about
+    a shared weight, and for a tree that is not the graph's.
 
     >>> print(jm.plan(params, graph, jm.QuantConfig(weight_bits=4)))
     """
     config = config or QuantConfig()
     leaves = leaves_of(params, graph, "plan")
-    placement = place(graph, config, "plan")
+    placement = place(graph, config, leaves, "plan")
     rows = []
 
     def row(
-        name: str, what: str, settings: Any = None, per: Any = None, note: Any = None
-    ):
+        name: str,
+        what: Kind | Literal["float"],
+        settings: Any = None,
+        per: Any = None,
+        note: Any = None,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        rules = () if what == "float" else config.rules_for(names or name, what)
         shape = leaves[name].shape if name in leaves else None
         rows.append(
             {
@@ -45,19 +56,20 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
                 "note": note,
             }
         )
+        if config.rules:
+            rows[-1]["rules"] = ", ".join(r.glob for r in rules) or None
 
     for w in placement.weights:
-        per = "channel" if w.axis else "tensor"
-        per = f"block of {w.settings.block}" if w.settings.block else per
-        row(w.name, "weight", w.settings, per, w.note)
+        row(w.name, "weight", w.settings, _granularity(w, leaves), w.note, w.names)
     for b in placement.biases:
-        settings = config.resolve(b.name, "bias")
+        settings = config.resolve(b.names, "bias")
         row(
             b.name,
             "bias",
             settings,
             "channel",
             f"scales of {b.product[0]} and {b.product[1]}",
+            b.names,
         )
     for name, settings in placement.activations.items():
         row(name, "activation", settings, "tensor")
@@ -76,3 +88,15 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
         f"{len(placement.weights)} weights, {len(placement.activations)} activations"
     )
     return Table(columns, title=f"plan: {counts}")
+
+
+def _granularity(place: WeightPlace, leaves: Mapping[str, Any]) -> str:
+    """What has a scale of its own, in a few words."""
+    weight, block = place.nodes[0].weight, place.settings.block
+    if block is not None and place.block_axis is not None:
+        size = leaves[place.name].shape[place.block_axis] if place.name in leaves else 0
+        rest = size % block
+        return f"block of {block}" + (f", the last of {rest}" if rest else "")
+    if place.axis is None:
+        return "tensor"
+    return "layer" if weight and weight.stacked and len(place.axis) == 1 else "channel"

@@ -13,6 +13,7 @@ from jaxmet.engine.replay import Run
 from jaxmet.engine.segments import Live, Segments, segments
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
+from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
 from jaxmet.transforms.stored import check_mode, check_stored
 from jaxmet.tree.batches import as_batches
@@ -93,6 +94,7 @@ def reestimate_batch_norm(
     >>> params = jm.reestimate_batch_norm(params, graph, jm.stacked(images))
     """
     leaves = leaves_of(params, graph, CALLER)
+    check_keywords(kwargs, graph, params, CALLER)
     if store not in STORES:
         raise ValueError(
             f"jaxmet.{CALLER}: store is {store!r}. It is 'host' or 'device': where the "

@@ -15,7 +15,7 @@ from jaxmet.tree.checks import is_concrete
 CURE = "Give jm.stacked(x, batch_size=32), or a list of batches"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Stacked:
     """Data cut into batches of one size, and what was left over.
 
@@ -28,6 +28,16 @@ class Stacked:
 
     def __len__(self) -> int:
         return _leading(self.full) + (self.rest is not None)
+
+    def __repr__(self) -> str:
+        parts = []
+        if self.full is not None:
+            number = _leading(self.full)
+            several = "batch" if number == 1 else "batches"
+            parts.append(f"{number} {several} of {_shown(self.full, 1)}")
+        if self.rest is not None:
+            parts.append(f"the last of {_shown(self.rest, 0)}")
+        return f"Stacked({', '.join(parts)})"
 
     def __iter__(self) -> Iterator[Any]:
         for i in range(_leading(self.full)):
@@ -93,6 +103,24 @@ def _rows(x: Any, path: tuple[Any, ...]) -> int:
 def _leading(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     return leaves[0].shape[0] if leaves else 0
+
+
+def _shown(tree: Any, axes: int) -> str:
+    """The shapes and dtypes of one batch, without the first so many axes."""
+
+    def shape(x: Any) -> Any:
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            return _Word(type(x).__name__)
+        return _Word(f"{x.dtype}[{', '.join(map(str, x.shape[axes:]))}]")
+
+    return repr(jax.tree.map(shape, tree))
+
+
+class _Word(str):
+    """A text that prints without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class Batches:
@@ -161,7 +189,9 @@ def as_batches(
     def arguments(batch: Any) -> tuple[Any, ...]:
         picked = batch if inputs is None else inputs(batch)
         picked = picked if isinstance(picked, tuple) else (picked,)
-        return jax.tree.map(lambda x: _array(x, function), picked)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: _array(x, path, picked, function), picked
+        )
 
     inputs_alone = isinstance(batches, tuple | Mapping | jax.ShapeDtypeStruct)
     if inputs_alone and _is_abstract(batches):
@@ -268,17 +298,42 @@ def _is_abstract(tree: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
-def _array(x: Any, function: str) -> Any:
+def _array(x: Any, path: tuple[Any, ...], batch: tuple[Any, ...], function: str) -> Any:
     if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return x
     if hasattr(x, "__array__") and hasattr(x, "shape"):
         return np.asarray(x)
+    cure = inputs_from(batch) if isinstance(batch[0], Mapping) else f"{CURE}."
     raise ValueError(
-        f"jaxmet.{function}: a batch holds {_kind(x)} where an array belongs. {CURE}."
+        f"jaxmet.{function}: a batch holds {_kind(x)} where an array belongs, in input "
+        f"{path[0].idx}{jax.tree_util.keystr(path[1:])}. {cure}"
     )
+
+
+def inputs_from(batch: tuple[Any, ...]) -> str:
+    """How to choose the model's inputs from a batch that it did not accept."""
+    if len(batch) == 1 and isinstance(batch[0], Mapping):
+        keys = [*batch[0]]
+        chosen = f"batch[{keys[0]!r}]" if keys else "…"
+        return (
+            f"A batch is a {type(batch[0]).__name__} with {_keys(batch[0])}: choose the "
+            f"inputs among them, for example inputs=lambda batch: {chosen}."
+        )
+    return (
+        "If the loader yields more than the inputs, choose them: "
+        "inputs=lambda batch: batch[0]."
+    )
+
+
+def _keys(batch: Mapping[Any, Any]) -> str:
+    keys = [repr(key) for key in batch]
+    more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+    return f"the keys {', '.join(keys[:10])}{more}" if keys else "no keys"
 
 
 def _kind(x: Any) -> str:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{type(x).__name__} of shape {tuple(x.shape)}"
+    if isinstance(x, Mapping):
+        return f"of type {type(x).__name__} with {_keys(x)}"
     return f"of type {type(x).__name__}" if not isinstance(x, str) else "a text"

@@ -3,15 +3,15 @@
 import dataclasses
 import enum
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
-from jaxmet.numerics.calibrators import CALIBRATORS, is_percentile
+from jaxmet.numerics.calibrators import CALIBRATORS, RangeMethod, is_percentile
 from jaxmet.numerics.grid import check_bits
 from jaxmet.tree.names import match
 
-PLACEMENTS = ("operations", "products")
-BIASES = ("float", "int32")
-KINDS = ("weight", "activation", "bias")
+BiasFormat: TypeAlias = Literal["float", "int32"]
+Placing: TypeAlias = Literal["operations", "products"]
+Kind: TypeAlias = Literal["weight", "activation", "bias"]
 
 
 class _Keep(enum.Enum):
@@ -22,6 +22,32 @@ class _Keep(enum.Enum):
 
 
 KEEP = _Keep.KEEP
+Kept: TypeAlias = Literal[_Keep.KEEP]
+
+FIELDS: dict[str, frozenset[str]] = {
+    "weight": frozenset(
+        {
+            "quantize_weights",
+            "weight_bits",
+            "per_channel",
+            "block",
+            "symmetric_weights",
+            "weight_range",
+            "percentile",
+        }
+    ),
+    "activation": frozenset(
+        {
+            "quantize_activations",
+            "activation_bits",
+            "symmetric_activations",
+            "activation_range",
+            "percentile",
+        }
+    ),
+    "bias": frozenset({"quantize", "bias"}),
+}
+"""The fields that say something about a tensor of each kind; `quantize` says it of all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +65,38 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """An exception for the parameters and nodes that a glob means.
+    """An override for the parameters and nodes that a glob names.
 
-    Fields that are not given keep what the configuration, or an earlier rule, says.
-    `quantize=False` leaves the tensor in float.
+    A name without a wildcard means that node and everything below it: 'conv1' means the
+    weight 'conv1/kernel', the bias 'conv1/bias' and the output of the activation function
+    'conv1/relu', so `Rule('conv1', quantize=False)` takes the quantizers off weight and
+    activation alike (`jm.plan` lists the rules of each tensor). `quantize_weights` and
+    `quantize_activations` switch one kind, `quantize` sets both, and biases.
+
+    Fields that are not given keep what the configuration, or an earlier rule, says. Each
+    field must reach a tensor of its kind: `weight_bits` a weight, `activation_bits` an
+    activation that has a quantizer. The calls of a shared weight ('w:0', 'w:1') have one
+    quantizer, so rules must say the same of all of them: name the weight ('w').
+
+    >>> jm.Rule("head", weight_bits=16)
+    >>> jm.Rule("*", quantize_activations=False)  # weights alone
     """
 
     glob: str
     _: dataclasses.KW_ONLY
-    quantize: bool | _Keep = KEEP
-    weight_bits: int | _Keep = KEEP
-    activation_bits: int | _Keep = KEEP
-    per_channel: bool | _Keep = KEEP
-    block: int | None | _Keep = KEEP
-    symmetric_weights: bool | _Keep = KEEP
-    symmetric_activations: bool | _Keep = KEEP
-    weight_range: str | _Keep = KEEP
-    activation_range: str | _Keep = KEEP
-    percentile: float | int | _Keep = KEEP
-    bias: str | _Keep = KEEP
+    quantize: bool | Kept = KEEP
+    quantize_weights: bool | Kept = KEEP
+    quantize_activations: bool | Kept = KEEP
+    weight_bits: int | Kept = KEEP
+    activation_bits: int | Kept = KEEP
+    per_channel: bool | Kept = KEEP
+    block: int | None | Kept = KEEP
+    symmetric_weights: bool | Kept = KEEP
+    symmetric_activations: bool | Kept = KEEP
+    weight_range: RangeMethod | Kept = KEEP
+    activation_range: RangeMethod | Kept = KEEP
+    percentile: float | int | Kept = KEEP
+    bias: BiasFormat | Kept = KEEP
 
     def __post_init__(self) -> None:
         if not self.glob or not isinstance(self.glob, str):
@@ -71,11 +110,25 @@ class Rule:
                 "field, for example weight_bits=16 or quantize=False."
             )
         _check(self.overrides(), "Rule")
+        both = {"quantize_weights", "quantize_activations"} & self.overrides().keys()
+        if both and self.quantize is not KEEP:
+            raise ValueError(
+                f"jaxmet.Rule: the rule for {self.glob!r} gives quantize, which sets "
+                f"weights and activations, and {sorted(both)[0]} too. Give one of them."
+            )
 
     def overrides(self) -> dict[str, Any]:
         """The fields that this rule changes."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {n: v for n, v in fields.items() if n != "glob" and v is not KEEP}
+
+    def says(self) -> dict[str, Any]:
+        """What the rule changes, with `quantize` spelt out for weights and activations."""
+        fields = self.overrides()
+        if "quantize" in fields:
+            both = ("quantize_weights", "quantize_activations")
+            fields |= dict.fromkeys(both, fields["quantize"])
+        return fields
 
     def __repr__(self) -> str:
         said = (f"{name}={value!r}" for name, value in self.overrides().items())
@@ -90,7 +143,11 @@ class QuantConfig:
     and largest value; 'percentile' where `percentile` percent of the values lie below and
     as many above the other end; 'mse' and 'sqnr' where the squared error is least, with
     clipping three times as dear in 'sqnr'; 'entropy' where the histogram changes least.
-    `rules` are exceptions, applied in their order: the later one wins.
+    `block` neighbours along the inputs of a weight share a scale, the last block of an axis
+    may be shorter. With `bias='int32'` a bias is an integer at the product of the scales of
+    weight and input, as in integer accumulators; so is the shift of a folded batch norm,
+    with the product's own bias in it. `rules` are overrides, applied in their order: the
+    later one wins.
     """
 
     weight_bits: int = 8
@@ -99,11 +156,11 @@ class QuantConfig:
     block: int | None = None
     symmetric_weights: bool = True
     symmetric_activations: bool = False
-    weight_range: str = "minmax"
-    activation_range: str = "minmax"
+    weight_range: RangeMethod = "minmax"
+    activation_range: RangeMethod = "minmax"
     percentile: float | int = 99.99
-    bias: str = "float"
-    placement: str = "operations"
+    bias: BiasFormat = "float"
+    placement: Placing = "operations"
     rules: tuple[Rule, ...] | list[Rule] = ()
 
     def __post_init__(self) -> None:
@@ -121,35 +178,46 @@ class QuantConfig:
                 )
         object.__setattr__(self, "rules", tuple(self.rules))
 
-    def resolve(self, name: str, kind: str) -> Settings:
-        """What holds for the 'weight', 'activation' or 'bias' of this name."""
-        if kind not in KINDS:
-            raise ValueError(
-                f"jaxmet.QuantConfig.resolve: the kind is {kind!r}. It is one of "
-                f"{', '.join(KINDS)}."
-            )
+    def resolve(self, names: str | Iterable[str], kind: Kind) -> Settings:
+        """What holds for the 'weight', 'activation' or 'bias' that has these names.
+
+        A weight has the name of its parameter and that of the node that reads it: a rule
+        for either holds for it.
+        """
         say = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        say["quantize"] = True
-        for rule in self.rules:
-            if match(rule.glob, name):
-                say |= rule.overrides()
-        quantize = say["quantize"]
+        on = {"quantize", "quantize_weights", "quantize_activations"}
+        say |= dict.fromkeys(on, True)
+        for rule in self.rules_for(names, kind):
+            say |= rule.says()
         if kind == "bias":
-            quantize = quantize and say["bias"] == "int32"
+            quantize = say["quantize"] and say["bias"] == "int32"
             return Settings(
                 quantize, 32, True, say["per_channel"], None, "minmax", 100.0
             )
         is_weight = kind == "weight"
         return Settings(
-            quantize=quantize,
+            quantize=say[f"quantize_{kind}s"],
             bits=say[f"{kind}_bits"],
-            symmetric=say[
-                "symmetric_weights" if is_weight else "symmetric_activations"
-            ],
+            symmetric=say[f"symmetric_{kind}s"],
             per_channel=is_weight and say["per_channel"],
             block=say["block"] if is_weight else None,
             calibrator=say[f"{kind}_range"],
             percentile=float(say["percentile"]),
+        )
+
+    def rules_for(self, names: str | Iterable[str], kind: Kind) -> tuple[Rule, ...]:
+        """The rules that say something about the tensor of this kind and these names."""
+        if kind not in FIELDS:
+            raise ValueError(
+                f"jaxmet.QuantConfig.resolve: the kind is {kind!r}. It is one of "
+                f"{', '.join(FIELDS)}."
+            )
+        names = (names,) if isinstance(names, str) else tuple(names)
+        return tuple(
+            rule
+            for rule in self.rules
+            if FIELDS[kind] & rule.says().keys()
+            and any(match(rule.glob, name) for name in names)
         )
 
     def unused(self, names: Iterable[str]) -> list[Rule]:
@@ -158,13 +226,28 @@ class QuantConfig:
         return [r for r in self.rules if not any(match(r.glob, n) for n in names)]
 
 
+OPTIONS = frozenset(
+    field.name
+    for kind in (QuantConfig, Rule)
+    for field in dataclasses.fields(kind)
+    if field.name not in ("glob", "_")
+)
+"""The names of all fields of a configuration and of a rule."""
+
 _CHOICES = {
     "weight_range": CALIBRATORS,
     "activation_range": CALIBRATORS,
-    "bias": BIASES,
-    "placement": PLACEMENTS,
+    "bias": get_args(BiasFormat),
+    "placement": get_args(Placing),
 }
-_FLAGS = ("quantize", "per_channel", "symmetric_weights", "symmetric_activations")
+_FLAGS = (
+    "quantize",
+    "quantize_weights",
+    "quantize_activations",
+    "per_channel",
+    "symmetric_weights",
+    "symmetric_activations",
+)
 
 
 def _check(fields: dict[str, Any], caller: str) -> None:

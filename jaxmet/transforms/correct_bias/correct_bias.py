@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of, trace
+from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
 from jaxmet.transforms.correct_bias.places import Place, find_places
 from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
@@ -106,6 +107,7 @@ def correct_bias(
     >>> params = jm.correct_bias(params, graph, quantizers, batches)
     """
     leaves_of(params, graph, CALLER)
+    check_keywords(kwargs, graph, params, CALLER)
     _check_options(quantizers, batches, of, store)
     places = find_places(graph, quantizers)
     model = float_model(reference, params, graph, quantizers, CALLER)

@@ -21,7 +21,7 @@ from jaxmet.transforms.equalize.channels import (
 from jaxmet.transforms.equalize.measured import Seen
 from jaxmet.transforms.equalize.statistics import Observed
 from jaxmet.transforms.simulate import round_weights, simulate
-from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.config import QuantConfig, Settings
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
 
@@ -96,7 +96,7 @@ def _rounded(
     """Weights of one shape, with what is known of them."""
     weight = stack.matrix(leaves)
     names = [w.node.name for w in stack.weights]
-    settings = [config.resolve(w.parameter, "weight") for w in stack.weights]
+    settings = [_settings(w, config) for w in stack.weights]
 
     def each(of: Callable[[str], jax.Array], *shape: int) -> jax.Array:
         return jnp.stack([of(n).reshape(shape).astype(weight.dtype) for n in names])
@@ -116,6 +116,10 @@ def _rounded(
     )
 
 
+def _settings(weight: Weight, config: QuantConfig) -> Settings:
+    return config.resolve((weight.parameter, weight.node.name), "weight")
+
+
 def plain(weights: Sequence[Weight], config: QuantConfig) -> dict[str, Weight]:
     """The weights whose grid the scales alone decide, by parameter.
 
@@ -123,7 +127,7 @@ def plain(weights: Sequence[Weight], config: QuantConfig) -> dict[str, Weight]:
     """
     found = {}
     for weight in weights:
-        s = config.resolve(weight.parameter, "weight")
+        s = _settings(weight, config)
         decided = s.symmetric and s.block is None and s.calibrator == "minmax"
         if s.quantize and s.bits < 32 and decided:
             found[weight.parameter] = weight
@@ -134,7 +138,7 @@ def grids(weights: Mapping[str, Weight], config: QuantConfig) -> Quantizers:
     """The grids of plain weights."""
     found = {}
     for name, weight in weights.items():
-        s, how = config.resolve(name, "weight"), weight.node.weight
+        s, how = _settings(weight, config), weight.node.weight
         assert how is not None
         found[name] = Quantizer(
             bits=s.bits, axis=how.out_axes if s.per_channel else None

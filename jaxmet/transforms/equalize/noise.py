@@ -85,9 +85,8 @@ def _by_input(
 def _settings(weight: Weight, config: QuantConfig) -> tuple[Settings, Settings]:
     """What the configuration says of a product's weight and of its input."""
     before = weight.node.inputs[0].node or weight.node.name
-    return config.resolve(weight.parameter, "weight"), config.resolve(
-        before, "activation"
-    )
+    names = (weight.parameter, weight.node.name)
+    return config.resolve(names, "weight"), config.resolve(before, "activation")
 
 
 def _log_step(settings: Settings, steps: float) -> float:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.transforms.arguments import check_key, check_keywords
 from jaxmet.transforms.checkpoint import Checkpoint, model_of
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
     METHODS,
     SCALES,
-    check_key,
     check_number,
     check_word,
 )
@@ -168,6 +168,8 @@ def adaround(
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
+    check_keywords(kwargs, graph, params, CALLER)
+    key = check_key(key, CALLER)
     check_word(CALLER, method=(method, METHODS), of=(of, ("weights", "both")))
     check_word(CALLER, store=(store, ("device", "host")))
     default = "refit" if method == "coordinate" else "given"
@@ -184,7 +186,6 @@ def adaround(
     check_number(CALLER, rows=(rows, 1), batch=(batch, 1))
     check_number(CALLER, learning_rate=(learning_rate, 0), warm_start=(warm_start, 0))
     check_number(CALLER, regularisation=(regularisation, 0))
-    key = check_key(key, CALLER)
     options = Options(
         method,
         scales,

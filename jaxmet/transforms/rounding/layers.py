@@ -163,6 +163,7 @@ class LeafGrid(NamedTuple):
     scale: np.ndarray
     zero_point: np.ndarray
     ends: tuple[float, float]
+    block: int | None = None
 
     @staticmethod
     def of(quantizer: Quantizer, leaf: Any) -> "LeafGrid":
@@ -170,32 +171,40 @@ class LeafGrid(NamedTuple):
         scale, zero_point = quantizer.grid(jnp.asarray(leaf))
         zero_point = jnp.broadcast_to(zero_point, scale.shape)
         low, high = map(float, quantizer.ends)
-        return LeafGrid(np.asarray(scale), np.asarray(zero_point), (low, high))
+        return LeafGrid(
+            np.asarray(scale), np.asarray(zero_point), (low, high), quantizer.block
+        )
 
 
-def spread(v: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def spread(v: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray:
     """What belongs to a leaf's channels or blocks, repeated to the shape of the leaf."""
     if v.ndim:
         for axis, (n, m) in enumerate(zip(v.shape, shape, strict=True)):
-            v = np.repeat(v, m // n, axis=axis) if n not in (1, m) else v
+            if n not in (1, m):
+                v = np.repeat(v, block, axis=axis).take(range(m), axis=axis)
     return np.broadcast_to(v, tuple(shape))
 
 
-def gathered(v: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def gathered(v: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray:
     """The inverse of `spread`: the first of every channel or block."""
     if not shape:
         return v.reshape(-1)[0]
-    steps = (m // n for n, m in zip(shape, v.shape, strict=True))
+    steps = (
+        m if n == 1 else 1 if n == m else block
+        for n, m in zip(shape, v.shape, strict=True)
+    )
     return v[tuple(slice(None, None, step) for step in steps)]
 
 
 class Sharing(NamedTuple):
     """Which weights of a matrix have one scale.
 
-    `blocks` of inputs to an output are equally long; `shared` are the axes of (groups,
-    blocks, outs) along which there is one scale, None where the pattern is another.
+    `blocks` of `length` inputs to an output, of which the last may be shorter; `shared` are
+    the axes of (groups, blocks, outs) along which there is one scale, None where the pattern
+    is another.
     """
 
+    length: int
     blocks: int
     shared: tuple[int, ...] | None
 
@@ -203,34 +212,37 @@ class Sharing(NamedTuple):
 def sharing(views: Views, site: str, grid: LeafGrid, shape: Sequence[int]) -> Sharing:
     """How a leaf's scales lie in its matrix."""
     number = np.arange(grid.scale.size).reshape(grid.scale.shape)
-    index = views.matrix(site, spread(number, shape))
-    groups, ins, outs = index.shape
-    blocks = next(n for n in range(1, ins + 1) if ins % n == 0 and _constant(index, n))
-    own = index.reshape(groups, blocks, -1, outs)[:, :, 0]
+    index = views.matrix(site, spread(number, shape, grid.block))
+    ins = index.shape[1]
     if grid.scale.size == 1:
-        return Sharing(1, (0, 1, 2))
-    return Sharing(blocks, () if np.unique(own).size == own.size else None)
-
-
-def _constant(index: np.ndarray, blocks: int) -> bool:
-    split = index.reshape(index.shape[0], blocks, -1, index.shape[2])
-    return bool(np.all(split == split[:, :, :1]))
+        return Sharing(ins, 1, (0, 1, 2))
+    # A block can only end where a scale changes: at multiples of its length.
+    changes = 1 + np.flatnonzero(np.any(index[:, 1:] != index[:, :-1], axis=(0, 2)))
+    length = int(np.gcd.reduce(changes)) if changes.size else ins
+    own = index[:, ::length]
+    alone = np.unique(own).size == own.size
+    return Sharing(length, own.shape[1], () if alone else None)
 
 
 def grid_in_blocks(
-    views: Views, site: str, grid: LeafGrid, shape: Sequence[int], blocks: int
+    views: Views, site: str, grid: LeafGrid, shape: Sequence[int], how: Sharing
 ) -> Grid:
     """The grid of a leaf as that of its matrix."""
 
     def own(v: np.ndarray) -> Any:
-        m = views.matrix(site, spread(v.astype(np.float32), shape))
-        return m.reshape(m.shape[0], blocks, -1, m.shape[2])[:, :, 0]
+        m = views.matrix(site, spread(v.astype(np.float32), shape, grid.block))
+        return m[:, :: how.length]
 
     return Grid(own(grid.scale), own(grid.zero_point), *grid.ends)
 
 
 def grid_of_leaf(
-    views: Views, site: str, new: Grid, old: LeafGrid, shape: Sequence[int]
+    views: Views,
+    site: str,
+    new: Grid,
+    old: LeafGrid,
+    shape: Sequence[int],
+    how: Sharing,
 ) -> LeafGrid:
     """The grid of a matrix as that of its leaf."""
     index = views.index[site]
@@ -238,7 +250,7 @@ def grid_of_leaf(
 
     def back(v: Any) -> np.ndarray:
         v = np.asarray(v, np.float32)
-        wide = np.repeat(v, ins // v.shape[1], axis=1).reshape(index.shape)
-        return gathered(views.leaf(site, wide, shape), old.scale.shape)
+        wide = np.repeat(v, how.length, axis=1)[:, :ins]
+        return gathered(views.leaf(site, wide, shape), old.scale.shape, old.block)
 
-    return LeafGrid(back(new.scale), back(new.zero_point), old.ends)
+    return old._replace(scale=back(new.scale), zero_point=back(new.zero_point))

@@ -2,11 +2,6 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jaxmet.engine.compat import is_key
-
 METHODS = ("coordinate", "adam", "gram")
 SCALES = ("given", "search", "refit")
 
@@ -29,21 +24,3 @@ def check_number(caller: str, **numbers: tuple[Any, float | int]) -> None:
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {value!r}. Give a number, {least:g} or more."
             )
-
-
-def check_key(key: Any, caller: str) -> jax.Array:
-    """A typed key of what may be a raw one."""
-    if key is None:
-        raise ValueError(
-            f"jaxmet.{caller}: there is no key, and rows are drawn at random. Give "
-            "key=jax.random.key(0)."
-        )
-    if hasattr(key, "dtype") and is_key(key):
-        return key
-    try:
-        return jax.random.wrap_key_data(jnp.asarray(key))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"jaxmet.{caller}: the key is a {type(key).__name__}. Give "
-            "key=jax.random.key(0)."
-        ) from error

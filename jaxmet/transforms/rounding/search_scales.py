@@ -6,12 +6,12 @@ from typing import Any, Literal, overload
 import jax
 
 from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.transforms.arguments import check_key, check_keywords
 from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import ROWS, report, results
 from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.options import (
-    check_key,
     check_number,
     check_word,
 )
@@ -97,6 +97,8 @@ def search_scales(
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
+    check_keywords(kwargs, graph, params, CALLER)
+    key = check_key(jax.random.key(0) if key is None else key, CALLER)
     check_word(CALLER, of=(of, ("weights", "both", "float")))
     check_word(CALLER, store=(store, ("device", "host")))
     check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
@@ -113,7 +115,7 @@ def search_scales(
         store,
         of == "both",
         False,
-        check_key(jax.random.key(0) if key is None else key, CALLER),
+        key,
         kwargs,
         apart=of == "float",
     )

@@ -224,7 +224,7 @@ class Run:
             jnp.asarray(weight),
             jax.tree.map(
                 jnp.float32,
-                grid_in_blocks(self.views, name, grid, leaf.shape, how.blocks),
+                grid_in_blocks(self.views, name, grid, leaf.shape, how),
             ),
             seen[name],
             jnp.zeros((weight.shape[0], weight.shape[2]), weight.dtype)
@@ -239,12 +239,13 @@ class Run:
             problem = problem._replace(rows=tuple(both), bounds=bounds)
         kind = Kind(
             quantizer.symmetric,
-            *how,
+            how.blocks,
+            how.shared,
             centred=self.bias and bias is not None,
             free=quantizer.follows or self.options.method == "search",
             activation=activation,
         )
-        return kind, problem
+        return kind, _filled(problem, how.blocks * how.length - weight.shape[1])
 
     def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
         """The site's own bias as (groups, outs), None where no mean can be put."""
@@ -289,8 +290,11 @@ class Run:
         leaf = np.asarray(dense(self.leaves[layer.parameter]))
         exact = leaf.astype(wide(leaf.dtype))
         old = LeafGrid.of(quantizer, exact)
-        grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape)
-        weight = self.views.leaf(name, np.asarray(solution.weight), leaf.shape)
+        how = sharing(self.views, name, old, leaf.shape)
+        grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape, how)
+        ins = self.views.index[name].shape[1]
+        weight = np.asarray(solution.weight)[:, :ins]
+        weight = self.views.leaf(name, weight, leaf.shape)
         pinned = quantizer.holding(
             jnp.asarray(grid.scale), jnp.asarray(grid.zero_point)
         )
@@ -333,6 +337,26 @@ class Run:
             moved = bias.astype(dtype) + chosen.shift.reshape(bias.shape).astype(dtype)
             new[layer.node.bias] = with_weight(leaf, moved.astype(bias.dtype))
         return new
+
+
+def _filled(problem: Problem, more: int) -> Problem:
+    """The same with so many more inputs, always zero, that fill the last block."""
+    if not more:
+        return problem
+
+    def fill(x: jax.Array, *axes: int) -> jax.Array:
+        return jnp.pad(x, [(0, more if i in axes else 0) for i in range(x.ndim)])
+
+    seen = problem.inputs
+    return problem._replace(
+        weight=fill(problem.weight, 1),
+        inputs=seen._replace(
+            products=jax.tree.map(lambda x: fill(x, 1, 2), seen.products),
+            mean=fill(seen.mean, 1),
+            float_mean=fill(seen.float_mean, 1),
+        ),
+        rows=jax.tree.map(lambda x: fill(x, 2), problem.rows),
+    )
 
 
 def free_memory() -> int | None:
