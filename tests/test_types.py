@@ -138,8 +138,9 @@ def test_the_words_of_the_type_are_those_of_the_check(function):
     quantizers = jm.calibrate(params, graph, [x], progress=False)
     positional, options = WORDS[function]
     if positional is None:
-        columns = ("site", "ratio", "score", "macs", "parameters")
-        arguments = [jm.Table({name: [1.0] for name in columns}), 0.5]
+        columns = {"site": ["dense", "(all)"]}
+        columns |= dict.fromkeys(("ratio", "score", "macs", "parameters"), [1.0, 1.0])
+        arguments = [jm.Table(columns), 0.5]
     else:
         given = [quantizers if isinstance(p, str) else p for p in positional]
         arguments = [params, graph, *given]
