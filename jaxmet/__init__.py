@@ -59,3 +59,4 @@ from jaxmet.tree.quantizers import grids as grids
 from jaxmet.tree.structures import LowRank as LowRank
 from jaxmet.tree.structures import Pruned as Pruned
 from jaxmet.tree.table import Table as Table
+from jaxmet.tree.version import __version__ as __version__

@@ -68,7 +68,7 @@ def test_it_says_where_the_report_is_or_how_to_get_it(
     told = capsys.readouterr().out
     assert asked == [demo.REPORT if drawn else None]
     assert (str(tmp_path / "jaxmet-report.html") in told) is drawn
-    assert ("pip install 'jaxmet[plot]'" in told) is not drawn
+    assert ("pip install altair vl-convert-python" in told) is not drawn
 
 
 def decibels(table):

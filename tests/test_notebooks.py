@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -155,10 +156,12 @@ def test_each_begins_alike_and_goes_on_in_short_cells(name):
     assert notebook["nbformat"] == 4 and len({c["id"] for c in cells}) == len(cells)
     assert source(cells[0]).startswith(f"# {int(name[:2])}. ")
     install, setup = source(codes[0]), source(codes[1])
-    assert re.fullmatch(
-        r"try:\n    import jaxmet as jm\nexcept ImportError:\n"
-        r"    %pip install --quiet 'jaxmet\[plot\]'\n    import jaxmet as jm",
-        install,
+    address = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))
+    source_url = address["project"]["urls"]["Source"]
+    assert install == (
+        "try:\n    import jaxmet as jm\nexcept ImportError:\n"
+        f'    %pip install --quiet "jaxmet[plot] @ git+{source_url}"\n'
+        "    import jaxmet as jm"
     )
     assert "JAXMET_NOTEBOOK" in setup and "jax.devices()" in setup
     assert "Device" in text_of(codes[1])

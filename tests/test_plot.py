@@ -642,7 +642,7 @@ for draw in (lambda: jm.plot.noise(None), lambda: jm.plot.graph(None)):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines() == [
-        f"jaxmet.plot.{name}: altair is not installed. Run `pip install 'jaxmet[plot]'`."
+        f"jaxmet.plot.{name}: altair is not installed. Run `pip install altair vl-convert-python`."
         for name in ("noise", "graph")
     ], done.stderr
 

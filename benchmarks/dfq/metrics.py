@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"dfq.metrics: {error.name} is not installed. Run "
-        "`pip install 'jaxmet[benchmarks]'`."
+        "`pip install '.[benchmarks]'`."
     ) from error
 
 RESAMPLES = 200

@@ -22,11 +22,12 @@ from jaxmet.tree.batches import as_batches
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 
 def ptq(
     apply: Apply,
-    params: Any,
+    params: P,
     batches: Any,
     config: QuantConfig | None = None,
     *,
@@ -35,7 +36,7 @@ def ptq(
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = True,
     **kwargs: Any,
-) -> tuple[Any, Quantizers, Table]:
+) -> tuple[P, Quantizers, Table]:
     """Quantize a trained model: `(params, quantizers, table)`.
 
     Folds batch norms, equalizes, calibrates on `batches` and corrects biases, or, where

@@ -197,5 +197,6 @@ def main() -> None:
         print(f"What was lost where, in pictures: {REPORT.resolve()}")
     else:
         print(
-            "Pictures of what was lost where: pip install 'jaxmet[plot]', then again."
+            "Pictures of what was lost where: pip install altair vl-convert-python, then "
+            "again."
         )

@@ -1,4 +1,6 @@
-"""Pictures of tables, weights and graphs, on Altair: `pip install 'jaxmet[plot]'`.
+"""Pictures of tables, weights and graphs, on Altair.
+
+`pip install altair vl-convert-python`, or the extra `plot`, installs what they need.
 
 Each function takes what another one computed and returns a chart, which shows itself in a
 notebook and can be changed like any other; `save` writes it to a file.

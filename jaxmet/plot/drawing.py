@@ -40,7 +40,7 @@ def _package(module: str, name: str, caller: str) -> Any:
         return __import__(module)
     except ImportError as error:
         raise ImportError(
-            f"jaxmet.{caller}: {name} is not installed. Run `pip install 'jaxmet[plot]'`."
+            f"jaxmet.{caller}: {name} is not installed. Run `pip install altair vl-convert-python`."
         ) from error
 
 

@@ -30,6 +30,7 @@ from jaxmet.tree.checks import check_concrete, is_concrete
 from jaxmet.tree.quantizer import granularity, scale_text
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.version import __version__
 from jaxmet.tree.writing import writable, written
 
 CALLER = "report"
@@ -47,7 +48,7 @@ HEADINGS = {
     "ratio_scores": "Compression: score by ratio",
     "rounding_loss": "Rounding",
 }
-PACKAGES = ("jaxmet", "jax", "jaxlib", "flax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 TALL = 26  # nodes of a graph that are seen without scrolling
 
 
@@ -308,7 +309,7 @@ def _shown(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"jaxmet": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -26,6 +26,7 @@ from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 CALLER = "absorb_bias"
 RECTIFIERS = ("relu", "leaky_relu", "prelu")
@@ -34,16 +35,16 @@ COLUMNS = ("rectifier", "norm", "into", "padded", "channels", "largest", "note")
 
 @overload
 def absorb_bias(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
     n_sigma: float = ...,
     with_report: Literal[False] = False,
-) -> Any: ...
+) -> P: ...
 @overload
 def absorb_bias(
-    params: Any, graph: Graph, *, n_sigma: float = ..., with_report: Literal[True]
-) -> tuple[Any, Table]: ...
+    params: P, graph: Graph, *, n_sigma: float = ..., with_report: Literal[True]
+) -> tuple[P, Table]: ...
 def absorb_bias(
     params: Any, graph: Graph, *, n_sigma: float = 3.0, with_report: bool = False
 ) -> Any:

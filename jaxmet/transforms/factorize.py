@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax.numpy as jnp
 
@@ -19,49 +19,51 @@ from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.structures import LowRank
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 CALLER = "factorize"
-METHODS = ("spatial", "weight")
+Method = Literal["spatial", "weight"]
+METHODS = get_args(Method)
 COLUMNS = ("site", "rank", "of", "ratio", "error", "note")
 
 
 @overload
 def factorize(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
     ranks: Mapping[str, int] | None = ...,
     ratios: float | Mapping[str, float] | None = ...,
-    method: str = ...,
+    method: Method = ...,
     batches: Any = ...,
     multiple: int = ...,
     rows: int = ...,
     inputs: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = False,
-) -> Any: ...
+) -> P: ...
 @overload
 def factorize(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
     ranks: Mapping[str, int] | None = ...,
     ratios: float | Mapping[str, float] | None = ...,
-    method: str = ...,
+    method: Method = ...,
     batches: Any = ...,
     multiple: int = ...,
     rows: int = ...,
     inputs: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
-) -> tuple[Any, Table]: ...
+) -> tuple[P, Table]: ...
 def factorize(
     params: Any,
     graph: Graph,
     *,
     ranks: Mapping[str, int] | None = None,
     ratios: float | Mapping[str, float] | None = None,
-    method: str = "spatial",
+    method: Method = "spatial",
     batches: Any = None,
     multiple: int = 1,
     rows: int = ROWS,

@@ -1,7 +1,7 @@
 """Batch norms' statistics measured again: after training, pruning or rounding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,37 +21,37 @@ from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P, Store
 
 CALLER = "reestimate_batch_norm"
-STORES = ("host", "device")
 
 
 @overload
 def reestimate_batch_norm(
-    params: Any,
+    params: P,
     graph: Graph,
     batches: Any,
     *,
     quantizers: Quantizers | None = ...,
     inputs: Callable[[Any], Any] | None = ...,
-    store: str = ...,
+    store: Store = ...,
     progress: bool = ...,
     with_report: Literal[False] = False,
     **kwargs: Any,
-) -> Any: ...
+) -> P: ...
 @overload
 def reestimate_batch_norm(
-    params: Any,
+    params: P,
     graph: Graph,
     batches: Any,
     *,
     quantizers: Quantizers | None = ...,
     inputs: Callable[[Any], Any] | None = ...,
-    store: str = ...,
+    store: Store = ...,
     progress: bool = ...,
     with_report: Literal[True],
     **kwargs: Any,
-) -> tuple[Any, Table]: ...
+) -> tuple[P, Table]: ...
 def reestimate_batch_norm(
     params: Any,
     graph: Graph,
@@ -59,7 +59,7 @@ def reestimate_batch_norm(
     *,
     quantizers: Quantizers | None = None,
     inputs: Callable[[Any], Any] | None = None,
-    store: str = "host",
+    store: Store = "host",
     progress: bool = True,
     with_report: bool = False,
     **kwargs: Any,
@@ -95,7 +95,7 @@ def reestimate_batch_norm(
     """
     leaves = leaves_of(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
-    if store not in STORES:
+    if store not in get_args(Store):
         raise ValueError(
             f"jaxmet.{CALLER}: store is {store!r}. It is 'host' or 'device': where the "
             "values between two pieces of the model wait."

@@ -16,6 +16,7 @@ from jaxmet.transforms.fold.grids import folded_and_back
 from jaxmet.tree.checks import is_concrete, tested
 from jaxmet.tree.names import named_leaves, replace_leaves, suggestion
 from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers
+from jaxmet.tree.types import P
 
 
 def simulate(
@@ -163,12 +164,12 @@ def round_derived(
 
 
 def round_weights(
-    params: Any,
+    params: P,
     quantizers: Quantizers,
     *,
     grids: Grids | None = None,
     fold: Graph | None = None,
-) -> Any:
+) -> P:
     """The same tree with every quantized parameter on its grid.
 
     What `simulate` does at each call, with `fold` too, done once: pass the result to

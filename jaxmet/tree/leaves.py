@@ -23,6 +23,7 @@ from jaxmet.tree.structures import (
     scattered,
 )
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 
 class NotAnArrayError(TypeError, AttributeError):
@@ -226,7 +227,7 @@ def _from_plain(value: Any) -> Any:
     return tuple(_from_plain(value[str(i)]) for i in range(len(value)))
 
 
-def densify(params: Any) -> Any:
+def densify(params: P) -> P:
     """Plain arrays in place of compressed leaves, where arrays can say the same.
 
     Factors are multiplied, and what was pruned is zero again: the dense tree computes what

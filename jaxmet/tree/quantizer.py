@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jaxmet.numerics.ranges import grid_between, regrid
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import suggestion
 
-LEARN = ("lsq", "minmax", None)
+Learn = Literal["lsq", "minmax"]
+LEARN = (*get_args(Learn), None)
 
 
 class Grid(NamedTuple):
@@ -70,7 +71,7 @@ class Quantizer:
     percentile: float | int = 99.99
     product: tuple[str, str] | None = None
     enabled: bool = True
-    learn: str | None = "lsq"
+    learn: Learn | None = "lsq"
 
     @property
     def follows(self) -> bool:

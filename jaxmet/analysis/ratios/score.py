@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -28,7 +28,8 @@ from jaxmet.tree.batches import as_batches
 from jaxmet.tree.table import Table
 
 CALLER = "score_ratios"
-METHODS = ("spatial", "weight", "prune")
+Method = Literal["spatial", "weight", "prune"]
+METHODS = get_args(Method)
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = ("site", "tied", "ratio", "left", "of", *BUDGETS, "score", "costs")
 
@@ -41,7 +42,7 @@ def score_ratios(
     score: Score,
     *,
     batches: Any,
-    method: str = "spatial",
+    method: Method = "spatial",
     ratios: Sequence[float] = RATIOS,
     multiple: int = 1,
     rows: int = ROWS,

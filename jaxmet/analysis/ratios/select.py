@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jaxmet.analysis.cost import ALL
-from jaxmet.analysis.ratios.spending import BUDGETS, Spending
+from jaxmet.analysis.ratios.spending import BUDGETS, Budget, Spending
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 from jaxmet.transforms.ratios import check_ratio
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
 
 CALLER = "select_ratios"
-METHODS = ("greedy", "optimal")
+Method = Literal["greedy", "optimal"]
+METHODS = get_args(Method)
 TURNS = 16
 
 
@@ -22,8 +23,8 @@ def select_ratios(
     table: Table,
     target: float,
     *,
-    method: str = "optimal",
-    budget: str = "macs",
+    method: Method = "optimal",
+    budget: Budget = "macs",
     manual: Mapping[str, float] | None = None,
     fit: bool = True,
 ) -> dict[str, float]:

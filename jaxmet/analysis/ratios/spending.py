@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-BUDGETS = ("macs", "parameters")
+Budget = Literal["macs", "parameters"]
+BUDGETS = get_args(Budget)
 
 
 @dataclasses.dataclass(frozen=True)

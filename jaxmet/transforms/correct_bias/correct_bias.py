@@ -5,7 +5,7 @@ zero: the error of one weight meets every example with the same sign.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -20,50 +20,51 @@ from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P, Rounded, Store
 
 CALLER = "correct_bias"
 
 
 @overload
 def correct_bias(
-    params: Any,
+    params: P,
     graph: Graph,
     quantizers: Quantizers,
     batches: Any = ...,
     *,
-    of: str = ...,
+    of: Rounded = ...,
     reference: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
-    store: str = ...,
+    store: Store = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
     **kwargs: Any,
-) -> Any: ...
+) -> P: ...
 @overload
 def correct_bias(
-    params: Any,
+    params: P,
     graph: Graph,
     quantizers: Quantizers,
     batches: Any = ...,
     *,
-    of: str = ...,
+    of: Rounded = ...,
     reference: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
-    store: str = ...,
+    store: Store = ...,
     progress: bool = ...,
     with_report: Literal[True],
     **kwargs: Any,
-) -> tuple[Any, Table]: ...
+) -> tuple[P, Table]: ...
 def correct_bias(
     params: Any,
     graph: Graph,
     quantizers: Quantizers,
     batches: Any = None,
     *,
-    of: str = "weights",
+    of: Rounded = "weights",
     reference: Any = None,
     inputs: Callable[[Any], Any] | None = None,
-    store: str = "device",
+    store: Store = "device",
     progress: bool = True,
     with_report: bool = False,
     **kwargs: Any,
@@ -145,8 +146,8 @@ def _check_options(quantizers: Any, batches: Any, of: str, store: str) -> None:
             "Pass what jm.calibrate returned, after params and graph."
         )
     for name, value, known in (
-        ("of", of, ("weights", "both")),
-        ("store", store, ("device", "host")),
+        ("of", of, get_args(Rounded)),
+        ("store", store, get_args(Store)),
     ):
         if value not in known:
             raise ValueError(

@@ -31,6 +31,8 @@ from jaxmet.transforms.equalize.expected import expected
 from jaxmet.transforms.equalize.measured import Seen, measured
 from jaxmet.transforms.equalize.noise import noisy_layers
 from jaxmet.transforms.equalize.plan import (
+    Clip,
+    Objective,
     Plan,
     check_leaves,
     check_named,
@@ -43,6 +45,7 @@ from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 MAX_SCALE = 1e6
 TRIED = 16
@@ -51,38 +54,38 @@ TRIED = 16
 
 @overload
 def equalize(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
-    clip: str = ...,
-    objective: str = ...,
+    clip: Clip = ...,
+    objective: Objective = ...,
     config: QuantConfig | None = ...,
     batches: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     max_scale: float = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
-) -> Any: ...
+) -> P: ...
 @overload
 def equalize(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
-    clip: str = ...,
-    objective: str = ...,
+    clip: Clip = ...,
+    objective: Objective = ...,
     config: QuantConfig | None = ...,
     batches: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     max_scale: float = ...,
     progress: bool = ...,
     with_report: Literal[True],
-) -> tuple[Any, Table]: ...
+) -> tuple[P, Table]: ...
 def equalize(
     params: Any,
     graph: Graph,
     *,
-    clip: str = "exact",
-    objective: str = "noise",
+    clip: Clip = "exact",
+    objective: Objective = "noise",
     config: QuantConfig | None = None,
     batches: Any = None,
     inputs: Callable[[Any], Any] | None = None,

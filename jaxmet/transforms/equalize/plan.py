@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -11,8 +11,10 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.tree.table import Table
 
-CLIPS = ("exact", "skip", "relu")
-OBJECTIVES = ("noise", "range")
+Clip = Literal["exact", "skip", "relu"]
+CLIPS = get_args(Clip)
+Objective = Literal["noise", "range"]
+OBJECTIVES = get_args(Objective)
 COLUMNS = (
     "group",
     "makers",

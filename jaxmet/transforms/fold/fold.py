@@ -24,34 +24,35 @@ from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 CALLER = "fold_batch_norm"
 
 
 @overload
 def fold_batch_norm(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
     quantizers: None = None,
     with_report: Literal[False] = False,
-) -> Any: ...
+) -> P: ...
 @overload
 def fold_batch_norm(
-    params: Any, graph: Graph, *, quantizers: None = None, with_report: Literal[True]
-) -> tuple[Any, Table]: ...
+    params: P, graph: Graph, *, quantizers: None = None, with_report: Literal[True]
+) -> tuple[P, Table]: ...
 @overload
 def fold_batch_norm(
-    params: Any,
+    params: P,
     graph: Graph,
     *,
     quantizers: Quantizers,
     with_report: Literal[False] = False,
-) -> tuple[Any, Quantizers]: ...
+) -> tuple[P, Quantizers]: ...
 @overload
 def fold_batch_norm(
-    params: Any, graph: Graph, *, quantizers: Quantizers, with_report: Literal[True]
-) -> tuple[Any, Quantizers, Table]: ...
+    params: P, graph: Graph, *, quantizers: Quantizers, with_report: Literal[True]
+) -> tuple[P, Quantizers, Table]: ...
 def fold_batch_norm(
     params: Any,
     graph: Graph,

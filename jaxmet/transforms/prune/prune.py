@@ -18,54 +18,55 @@ from jaxmet.transforms.prune.bundles import (
 )
 from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
 from jaxmet.transforms.prune.leaves import pruned
-from jaxmet.transforms.prune.readers import SELECTIONS, Reader, read_by
+from jaxmet.transforms.prune.readers import SELECTIONS, Reader, Selection, read_by
 from jaxmet.transforms.prune.report import report, whole_before
 from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P
 
 CALLER = "prune"
 
 
 @overload
 def prune(
-    params: Any,
+    params: P,
     graph: Graph,
     ratios: float | Mapping[str, float],
     *,
     batches: Any = ...,
-    selection: str | None = ...,
+    selection: Selection | None = ...,
     coupled: bool = ...,
     multiple: int = ...,
     rows: int = ...,
     inputs: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = False,
-) -> Any: ...
+) -> P: ...
 @overload
 def prune(
-    params: Any,
+    params: P,
     graph: Graph,
     ratios: float | Mapping[str, float],
     *,
     batches: Any = ...,
-    selection: str | None = ...,
+    selection: Selection | None = ...,
     coupled: bool = ...,
     multiple: int = ...,
     rows: int = ...,
     inputs: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
-) -> tuple[Any, Table]: ...
+) -> tuple[P, Table]: ...
 def prune(
     params: Any,
     graph: Graph,
     ratios: float | Mapping[str, float],
     *,
     batches: Any = None,
-    selection: str | None = None,
+    selection: Selection | None = None,
     coupled: bool = True,
     multiple: int = 1,
     rows: int = ROWS,
@@ -187,7 +188,7 @@ def _refit(
     return work, errors
 
 
-def _selection(selection: str | None, batches: Any) -> str:
+def _selection(selection: Selection | None, batches: Any) -> Selection:
     if selection is None:
         return "magnitude" if batches is None else "obs"
     if selection not in SELECTIONS:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from jaxmet.transforms.grams import Gram
 from jaxmet.transforms.prune.bundles import Bundle, channel_along, left_along
 from jaxmet.tree.leaves import dense, with_weight
 
-SELECTIONS = ("magnitude", "lasso", "obs")
+Selection = Literal["magnitude", "lasso", "obs"]
+SELECTIONS = get_args(Selection)
 
 product = functools.partial(jnp.matmul, precision="highest")
 

@@ -2,7 +2,7 @@ r"""Rounding that the data decide: AdaRound, and two solvers of the same problem
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,8 @@ from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
     METHODS,
     SCALES,
+    Method,
+    Scales,
     check_number,
     check_word,
 )
@@ -25,6 +27,7 @@ from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import P, Rounded, Store
 
 CALLER = "adaround"
 ROWS = {"adam": 2**14, "gram": 2**16, "coordinate": 2**16}
@@ -33,20 +36,20 @@ ITERATIONS = {"adam": 2000, "gram": 2000, "coordinate": 20}
 
 @overload
 def adaround(
-    params: Any,
+    params: P,
     graph: Graph,
     quantizers: Quantizers,
     batches: Any,
     *,
     key: Any,
-    method: str = ...,
+    method: Method = ...,
     iterations: int | None = ...,
-    scales: str | None = ...,
-    of: str = ...,
+    scales: Scales | None = ...,
+    of: Rounded = ...,
     bias: bool = ...,
     damping: float = ...,
     rows: int | None = ...,
-    store: str = ...,
+    store: Store = ...,
     learning_rate: float = ...,
     regularisation: float = ...,
     beta_range: tuple[float, float] = ...,
@@ -57,23 +60,23 @@ def adaround(
     progress: bool = ...,
     with_report: Literal[False] = ...,
     **kwargs: Any,
-) -> tuple[Any, Quantizers]: ...
+) -> tuple[P, Quantizers]: ...
 @overload
 def adaround(
-    params: Any,
+    params: P,
     graph: Graph,
     quantizers: Quantizers,
     batches: Any,
     *,
     key: Any,
-    method: str = ...,
+    method: Method = ...,
     iterations: int | None = ...,
-    scales: str | None = ...,
-    of: str = ...,
+    scales: Scales | None = ...,
+    of: Rounded = ...,
     bias: bool = ...,
     damping: float = ...,
     rows: int | None = ...,
-    store: str = ...,
+    store: Store = ...,
     learning_rate: float = ...,
     regularisation: float = ...,
     beta_range: tuple[float, float] = ...,
@@ -84,7 +87,7 @@ def adaround(
     progress: bool = ...,
     with_report: Literal[True],
     **kwargs: Any,
-) -> tuple[Any, Quantizers, Table]: ...
+) -> tuple[P, Quantizers, Table]: ...
 def adaround(
     params: Any,
     graph: Graph,
@@ -92,14 +95,14 @@ def adaround(
     batches: Any,
     *,
     key: Any,
-    method: str = "coordinate",
+    method: Method = "coordinate",
     iterations: int | None = None,
-    scales: str | None = None,
-    of: str = "weights",
+    scales: Scales | None = None,
+    of: Rounded = "weights",
     bias: bool = True,
     damping: float = 0.2,
     rows: int | None = None,
-    store: str = "device",
+    store: Store = "device",
     learning_rate: float = 1e-2,
     regularisation: float = 0.01,
     beta_range: tuple[float, float] = (20.0, 2.0),
@@ -170,8 +173,8 @@ def adaround(
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = check_key(key, CALLER)
-    check_word(CALLER, method=(method, METHODS), of=(of, ("weights", "both")))
-    check_word(CALLER, store=(store, ("device", "host")))
+    check_word(CALLER, method=(method, METHODS), of=(of, get_args(Rounded)))
+    check_word(CALLER, store=(store, get_args(Store)))
     default = "refit" if method == "coordinate" else "given"
     scales = default if scales is None else scales
     check_word(CALLER, scales=(scales, SCALES))

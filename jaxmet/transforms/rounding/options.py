@@ -1,9 +1,11 @@
 """What the public calls are told, checked before any work."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
-METHODS = ("coordinate", "adam", "gram")
-SCALES = ("given", "search", "refit")
+Method = Literal["coordinate", "adam", "gram"]
+METHODS = get_args(Method)
+Scales = Literal["given", "search", "refit"]
+SCALES = get_args(Scales)
 
 
 def check_word(caller: str, **words: tuple[Any, tuple[str, ...]]) -> None:

@@ -1,7 +1,7 @@
 """Weight scales by the outputs that they give: sequential MSE."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax
 
@@ -21,8 +21,10 @@ from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
+from jaxmet.tree.types import Store
 
 CALLER = "search_scales"
+Read = Literal["weights", "both", "float"]
 
 
 @overload
@@ -33,9 +35,9 @@ def search_scales(
     batches: Any,
     *,
     candidates: int = ...,
-    of: str = ...,
+    of: Read = ...,
     rows: int = ...,
-    store: str = ...,
+    store: Store = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
@@ -50,9 +52,9 @@ def search_scales(
     batches: Any,
     *,
     candidates: int = ...,
-    of: str = ...,
+    of: Read = ...,
     rows: int = ...,
-    store: str = ...,
+    store: Store = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
@@ -66,9 +68,9 @@ def search_scales(
     batches: Any,
     *,
     candidates: int = 20,
-    of: str = "weights",
+    of: Read = "weights",
     rows: int = ROWS["coordinate"],
-    store: str = "device",
+    store: Store = "device",
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = True,
@@ -99,8 +101,8 @@ def search_scales(
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = check_key(jax.random.key(0) if key is None else key, CALLER)
-    check_word(CALLER, of=(of, ("weights", "both", "float")))
-    check_word(CALLER, store=(store, ("device", "host")))
+    check_word(CALLER, of=(of, get_args(Read)))
+    check_word(CALLER, store=(store, get_args(Store)))
     check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
     options = Options("search", "search", candidates=int(candidates), damping=0.0)
     read = as_batches(batches, CALLER, inputs=inputs)
