@@ -100,7 +100,7 @@ class _Finder:
                 self.product(cluster, node)
             elif node.kind == "ragged":
                 weight, (rows, _, *_) = cluster.details["weight"], cluster.operands
-                why = f"{node.name}: its rows choose among several matrices"
+                why = f"{node.name}: {node.why_kept()}"
                 self.freeze((*weight.axes, *rows.axes, *cluster.exit.axes), why)
             elif node.kind == "lookup":
                 self.freeze(cluster.exit.axes, "made by a lookup")
@@ -141,14 +141,15 @@ class _Finder:
     def tie(self, one: lb.Atom, two: lb.Atom) -> None:
         """Two groups that lose the same channels, or none where one cannot."""
         pair = one.root(), two.root()
-        known = [self.indices.get(atom) for atom in pair]
+        first, second = (self.indices.get(atom) for atom in pair)
         why = pair[0].fixed or pair[1].fixed
-        if None in known:
+        if first is not None and second is not None:
+            self.tied.append((first, second))
+        else:
             why = why or "tied to channels that no layer makes"
-        for atom in pair if why else ():
-            lb.fix((atom,), why)
-        if None not in known:
-            self.tied.append((known[0], known[1]))
+        if why is not None:
+            for atom in pair:
+                lb.fix((atom,), why)
 
     def freeze(self, axes: Iterable[lb.Axis], why: str) -> None:
         for axis in axes:
@@ -165,14 +166,8 @@ class _Finder:
         operand: Value = cluster.details["weight"]
         data = next(v for v in equation.operands[:2] if v is not operand)
         inputs = [data.axes[i] for i in node.in_features]
-        why = None
         assert weight is not None
-        if weight.name is None:
-            why = "its weight is computed from several parameters"
-        elif weight.stacked:
-            why = "its weight is stacked"
-        elif weight.shared:
-            why = "its weight is used more than once"
+        why = node.why_kept()
         if why is not None:
             why = f"{node.name}: {why}"
             self.freeze((*operand.axes, *inputs, *cluster.exit.axes), why)

@@ -156,6 +156,27 @@ class Node:
         assert self.weight is not None and self.weight.name is not None
         return self.weight.name
 
+    def why_kept(self, *, stacked: bool = False) -> str | None:
+        """Why the weight of this layer may not be changed, None where it may.
+
+        The one wording of what holds for every transform; with `stacked` a weight of which
+        a loop takes slices may be changed.
+        """
+        weight = self.weight
+        if self.kind == "ragged":
+            return "its rows choose among matrices"
+        if self.kind == "lookup" or weight is None:
+            return f"a {self.kind} sums nothing"
+        if weight.name is None:
+            return "its weight is computed from parameters"
+        if weight.shared:
+            return f"its weight {weight.name!r} is used elsewhere too"
+        return (
+            "its weight is stacked by a loop"
+            if weight.stacked and not stacked
+            else None
+        )
+
     @property
     def is_site(self) -> bool:
         return self.kind in ("product", "ragged", "lookup")

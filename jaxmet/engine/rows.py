@@ -21,9 +21,7 @@ def why_no_rows(node: Node) -> str | None:
     if node.convolution is not None:
         spread = node.convolution.batch_groups != 1
         return "its batch is split into groups" if spread else None
-    if node.kind == "ragged":
-        return "its rows choose among matrices"
-    return None if node.dot is not None else f"a {node.kind} sums nothing up"
+    return None if node.dot is not None else node.why_kept()
 
 
 def rows_of(

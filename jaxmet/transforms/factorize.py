@@ -181,16 +181,9 @@ def factorize(
 def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     """Why a site's weight has no factors, None where it has."""
     weight = node.weight
-    if node.kind != "product" or weight is None:
-        return (
-            "its rows choose among matrices"
-            if node.kind == "ragged"
-            else f"a {node.kind} multiplies nothing"
-        )
-    if weight.name is None:
-        return "its weight is computed from parameters"
-    if weight.stacked or weight.shared:
-        return "its weight is stacked" if weight.stacked else "its weight is shared"
+    if (why := node.why_kept()) is not None:
+        return why
+    assert weight is not None and weight.name is not None
     if node.loops:
         return f"inside a {node.loops[-1]}"
     if any(view not in CASTS for view in weight.views):

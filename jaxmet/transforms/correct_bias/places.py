@@ -56,22 +56,16 @@ def _place(graph: Graph, quantizers: Quantizers, site: Node) -> Place:
 
 def _unfit(quantizers: Quantizers, site: Node) -> str | None:
     """Why a site is not corrected, whatever parameters it has."""
-    weight = site.weight
-    if site.kind != "product" or weight is None:
-        return (
-            "its rows choose among matrices"
-            if site.kind == "ragged"
-            else f"a {site.kind} adds nothing up"
-        )
-    quantizer = quantizers.weights.get(weight.name or site.name)
+    if site.loops:
+        return f"inside a {site.loops[-1]}"
+    derived = site.weight is not None and site.weight.name is None
+    why = None if derived and site.kind == "product" else site.why_kept()
+    if why is not None:
+        return why
+    assert site.weight is not None
+    quantizer = quantizers.weights.get(site.weight.name or site.name)
     if quantizer is None or not quantizer.active:
         return "its weight is not quantized"
-    if inside := site.loops:
-        return f"inside a {inside[-1]}"
-    if weight.stacked:
-        return "its weight is stacked"
-    if weight.shared:
-        return f"its weight {weight.name!r} is used elsewhere too"
     return None
 
 

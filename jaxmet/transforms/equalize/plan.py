@@ -100,18 +100,7 @@ def _why_left(graph: Graph, group: Group, clip: str) -> str | None:
 
 
 def _why_alone(node: Node) -> str:
-    weight = node.weight
-    if node.kind == "lookup":
-        return "a lookup"
-    if node.kind == "ragged":
-        return "its rows choose among matrices"
-    if weight is not None and weight.name is None:
-        return "its weight is computed from several parameters"
-    if weight is not None and weight.stacked:
-        return "its weight is stacked"
-    if weight is not None and weight.shared:
-        return "its weight is used more than once"
-    return "no channels that anything ties"
+    return node.why_kept() or "no channels that anything ties"
 
 
 # Refusals

@@ -58,18 +58,13 @@ def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Laye
 
 
 def _unfit(site: Node, quantizers: Quantizers) -> str | None:
-    weight = site.weight
-    if weight is None:
-        return "it has no weight"
-    if (why := why_no_rows(site)) is not None:
+    if (why := why_no_rows(site) or site.why_kept(stacked=True)) is not None:
         return why
-    quantizer = quantizers.weights.get(weight.name or site.name)
+    assert site.weight is not None
+    weight = site.weight
+    quantizer = quantizers.weights.get(site.kernel)
     if quantizer is None or not quantizer.active:
         return "its weight is not quantized"
-    if weight.name is None:
-        return "its weight is computed from parameters"
-    if weight.shared:
-        return f"its weight {weight.name!r} is used elsewhere too"
     if inside := [region for region in site.region if region in ("while", "cond")]:
         return f"inside a {inside[-1]}"
     if site.region.count("scan") > 1 or ("scan" in site.region) != weight.stacked:

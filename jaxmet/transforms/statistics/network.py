@@ -165,12 +165,8 @@ class Network:
     def inputs(self, node: Node) -> Moments:
         """Moments of a product's inputs, in the order of its weight."""
         tensors = self.operands(node)
-        weight = node.weight
-        if weight is None or weight.name is None:
-            raise _UnreachedError(f"the weight of {node.name} is computed")
-        if weight.shared or weight.stacked:
-            how = "used more than once" if weight.shared else "stacked"
-            raise _UnreachedError(f"the weight of {node.name} is {how}")
+        if (why := node.why_kept()) is not None:
+            raise _UnreachedError(f"{node.name}: {why}")
         member = self.axis(node, "in")
         found = join(member.layout, tensors[0]) if tensors else None
         if found is None:
