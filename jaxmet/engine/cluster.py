@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from jaxmet.engine.program import PARAM, Equation, Region, Value
+from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value
 from jaxmet.engine.views import CASTS, VIEW_RULES
 
 LINEAR = ("neg", *CASTS)
@@ -80,6 +80,18 @@ def through_views(value: Value, names: Iterable[str] = VIEWS) -> Value:
             break
         value = value.producer.operands[0]
     return value
+
+
+def centre(value: Value) -> tuple[Value, Value | None]:
+    """The value that is centred and its mean: (x, m) of x − m, else (x, None)."""
+    value = through_views(value, ("convert_element_type",))
+    if value.producer is not None and value.producer.name == "sub":
+        x, mean = value.producer.operands
+        same = x.ndim == mean.ndim and x.kind == DATA
+        if same and (mean.kind < DATA or varying_axes(mean) != varying_axes(x)):
+            x = through_views(x, ("convert_element_type",))
+            return x, mean
+    return value, None
 
 
 def varying_axes(value: Value) -> set[int]:

@@ -15,13 +15,14 @@ from jaxmet.engine.cluster import (
     SCALE,
     SHIFT,
     Cluster,
+    centre,
     cone,
     is_free,
     only_use,
     order_of,
     through_views,
 )
-from jaxmet.engine.norms import centre, norms
+from jaxmet.engine.norms import norms
 from jaxmet.engine.pointwise import activations
 from jaxmet.engine.products import products
 from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Region, Value
