@@ -26,7 +26,7 @@ from jaxmet.analysis.sensitivity import sensitivity as sensitivity
 from jaxmet.engine.graph import Graph as Graph
 from jaxmet.engine.graph import trace as trace
 from jaxmet.engine.lift import lift as lift
-from jaxmet.engine.nnx import functional as functional
+from jaxmet.engine.frontends import functional as functional
 from jaxmet.engine.replay import evaluate as evaluate
 from jaxmet.engine.segments import segments as segments
 from jaxmet.numerics.fake_quant import fake_quant as fake_quant

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.engine.calls import Apply
+from jaxmet.engine.frontends import refuse_module
 from jaxmet.engine.graph import Graph, trace
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
@@ -59,6 +60,7 @@ def ptq(
     >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.stacked(images))
     >>> print(table)
     """
+    refuse_module(apply, params, "ptq")
     config = config or QuantConfig()
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
     graph = trace(apply, params, *read.first, **kwargs)

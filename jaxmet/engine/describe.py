@@ -127,8 +127,9 @@ def _layers(place: Place) -> int | None:
 
 
 def _shared(analysis: Analysis) -> set[str]:
-    """Parameters that more than one equation reads."""
+    """Parameters that more than one equation reads, those of a norm being one."""
     uses: Counter[str] = Counter()
+    norms: set[tuple[Cluster, str]] = set()
     for value in analysis.region.outputs:
         if (
             value.kind == PARAM and leaf_of(value) is None
@@ -139,7 +140,12 @@ def _shared(analysis: Analysis) -> set[str]:
             continue
         for value in equation.operands:
             for leaf in leaves_under(value) if value.kind == PARAM else ():
-                uses[leaf.name or ""] += not equation.bodies
+                name = leaf.name or ""
+                if equation.node is not None and equation.node.kind == "norm":
+                    norms.add((equation.node, name))
+                else:
+                    uses[name] += not equation.bodies
+    uses.update(name for _, name in norms)
     return {name for name, n in uses.items() if n > 1}
 
 
@@ -273,7 +279,8 @@ def _stored(details: dict[str, Any]) -> Norm:
         plain = formula is not None and count.ndim == 0 and count.name is not None
         if plain:
             debias = Debias(count.name, formula, not found.inverse)
-    return Norm(over, **roles, epsilon=found.epsilon, plain=plain, debias=debias)
+    numbers = {"epsilon": found.epsilon, "factor": found.factor}
+    return Norm(over, **roles, **numbers, plain=plain, debias=debias)
 
 
 def _batch_labels(value: Value, norm: Cluster) -> list[lb.Axis] | None:

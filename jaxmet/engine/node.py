@@ -98,8 +98,8 @@ class Norm:
 
     `over` is 'stored' (parameters: only then is it an affine map of its input), 'data'
     (each example's own), 'batch' (a batch norm in training) or 'constant'. `plain` says
-    that it is (x − mean)·scale/√(variance + epsilon) + bias and nothing else, where mean
-    and variance are the stored ones or, with `debias`, these times one number.
+    that it is (x − mean)·factor·scale/√(variance + epsilon) + bias and nothing else, where
+    mean and variance are the stored ones or, with `debias`, these over one number.
     """
 
     over: str
@@ -109,6 +109,7 @@ class Norm:
     bias: str | None = None
     epsilon: float = 0.0
     plain: bool = True
+    factor: float = 1.0
     debias: Debias | None = None
 
 

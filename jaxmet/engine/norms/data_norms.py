@@ -13,13 +13,12 @@ from jaxmet.engine.cluster import (
     SHIFT,
     VIEWS,
     Cluster,
+    by_channel,
     cone,
     is_free,
-    leaf_of,
     leaves_under,
     only_use,
     through_views,
-    varying_axes,
 )
 from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Value
 
@@ -243,11 +242,11 @@ def _tail(
             continue  # the root of a size, before the scale
         if len(others) > 1 or others[0].kind != PARAM or shifted is not None:
             break
-        if len(varying_axes(others[0])) > 1 or len(leaves_under(others[0])) > 1:
+        if not by_channel(others[0]) or len(leaves_under(others[0])) > 1:
             break
         if use.name == "mul" and scaled is None:
             scaled = scale = others[0]
-        elif use.name == "add" or (use.name == "sub" and leaf_of(others[0])):
+        elif use.name == "add" or (use.name == "sub" and use.operands[1] is others[0]):
             shifted = bias = others[0]
         else:
             break

@@ -8,13 +8,13 @@ import numpy as np
 from jaxmet.engine.cluster import (
     SHIFT,
     Cluster,
+    by_channel,
     cone,
     is_free,
     leaf_of,
     leaves_under,
     only_use,
     through_views,
-    varying_axes,
 )
 from jaxmet.engine.norms.affine_chain import (
     DRAWS,
@@ -23,7 +23,7 @@ from jaxmet.engine.norms.affine_chain import (
     UnknownError,
     is_step,
 )
-from jaxmet.engine.program import CONST, DATA, Equation, Value
+from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Value
 
 CAST = "convert_element_type"
 TOLERANCE = 1e-9
@@ -42,6 +42,7 @@ class Roles:
     scale: Value | None = None
     bias: Value | None = None
     epsilon: float = 0.0
+    factor: float = 1.0
     weight: Value | None = None
     inverse: bool = False
     plain: bool = False
@@ -141,7 +142,9 @@ def _best(
     ]
     for low, high in sorted(parts, key=lambda p: p[0] - p[1]):
         roles = finder.roles(run[low:high], _entry(run, start, low))
-        if roles.plain:
+        ends = [run[low]] * (low < first) + [run[high - 1]] * (high > last)
+        own = roles.factor == 1.0 or all(map(_has_leaf, ends))
+        if roles.plain and own:  # a scaling by a number beside a norm is not of it
             return low, high, roles
     low = first
     while low and run[low - 1].name == CAST:
@@ -151,9 +154,13 @@ def _best(
     return low, high, finder.roles(run[low:high], _entry(run, start, low))
 
 
+def _has_leaf(step: Equation) -> bool:
+    return any(v.kind == PARAM or v.ndim for v in step.operands if v.kind < DATA)
+
+
 def _own(step: Equation) -> bool:
     """Whether what a step multiplies or adds varies along one axis only, as a norm's does."""
-    return all(v.kind == DATA or len(varying_axes(v)) <= 1 for v in step.operands)
+    return all(v.kind == DATA or by_channel(v) for v in step.operands)
 
 
 def _tail(run: Sequence[Equation], high: int) -> int:
@@ -260,7 +267,7 @@ class _Finder:
     def prove(
         self, roles: Roles, weight: Numbers, a: Numbers, c: Numbers, a_zero: Numbers
     ) -> Roles:
-        """Whether a = scale/√(variance + epsilon) and c = bias − mean·a.
+        """Whether a = factor·scale/√(variance + epsilon) and c = bias − mean·a.
 
         `a_zero` is the factor where the variance is zero, which tells the epsilon.
         """
@@ -273,15 +280,20 @@ class _Finder:
                 (roles.bias, 0.0),
             )
         )
-        epsilons = np.square(scale / a_zero)
+        # 1/a² is a line over the variance; its value at zero over its slope is epsilon.
+        at_zero = np.square(scale / a_zero)
+        slope = (np.square(scale / a) - at_zero) / (variance * weight)
+        epsilons, factors = at_zero / slope, 1 / np.sqrt(slope)
         roles.epsilon = self.exact(float(np.median(epsilons)))
         gain = scale / np.sqrt(variance * weight + roles.epsilon)
+        factor = float(np.median(factors)) * (1 if a[0] * gain[0] > 0 else -1)
+        roles.factor = 1.0 if _same(factor, 1.0) else factor
         leaves = (roles.mean, roles.variance, roles.scale, roles.bias)
         roles.plain = (
             all(leaf is None or leaf.name is not None for leaf in leaves)
             and _same(epsilons, np.full(DRAWS, roles.epsilon))
-            and _same(a, gain)
-            and _same(c, bias - mean * weight * gain)
+            and _same(a, roles.factor * gain)
+            and _same(c, bias - mean * weight * a)
         )
         return roles
 

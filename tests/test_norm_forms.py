@@ -1,0 +1,266 @@
+"""Norms are found by what they compute: spellings drawn at random, against formulas.
+
+A spelling is put together from independent choices: where epsilon is added, how the root is
+inverted, where gain and shift go, how parameters are laid along the axes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxmet as jm
+
+EPSILON = 1e-3
+QUICK = settings(max_examples=int(__import__("os").environ.get("NEX","40")), deadline=None, derandomize=True)
+
+EPSILONS = {
+    "v + e": lambda v: v + EPSILON,
+    "e + v": lambda v: EPSILON + v,
+    "array": lambda v: v + jnp.full(v.shape, EPSILON, v.dtype),
+    "twice": lambda v: (v + 0.25 * EPSILON) + 0.75 * EPSILON,
+    "max": lambda v: jnp.maximum(v, 0.0) + EPSILON,
+}
+INVERSES = {
+    "rsqrt": lambda v: lax.rsqrt(v),
+    "1/sqrt": lambda v: 1.0 / jnp.sqrt(v),
+    "power": lambda v: v**-0.5,
+    "power of root": lambda v: (v**0.5) ** -1,
+    "reciprocal": lambda v: jnp.reciprocal(jnp.sqrt(v)),
+    "root of inverse": lambda v: jnp.sqrt(1.0 / v),
+}
+# x, mean, inverse root, root, scale, bias -> the norm
+ORDERS = {
+    "centre, gain": lambda x, m, i, r, g, b: (x - m) * i * g + b,
+    "one gain": lambda x, m, i, r, g, b: (x - m) * (i * g) + b,
+    "scale first": lambda x, m, i, r, g, b: b + (g * (x - m)) / r,
+    "scale over root": lambda x, m, i, r, g, b: (x - m) * (g / r) + b,
+    "division": lambda x, m, i, r, g, b: (x - m) / r * g + b,
+    "folded shift": lambda x, m, i, r, g, b: x * (i * g) + (b - m * (i * g)),
+    "keras": lambda x, m, i, r, g, b: jnp.add(x * (i * g), -m * (i * g) + b),
+    "split shift": lambda x, m, i, r, g, b: x * i * g - m * i * g + b,
+    "scaled both": lambda x, m, i, r, g, b: (x * g - m * g) / r + b,
+    "negated mean": lambda x, m, i, r, g, b: (x + (-m)) * (i * g) - (-b),
+    "divided both": lambda x, m, i, r, g, b: (x / r - m / r) * g + b,
+    "negated": lambda x, m, i, r, g, b: b - (m - x) * (g * i),
+    "from zero": lambda x, m, i, r, g, b: (b - g * m * i) + g * i * x,
+}
+UNCENTRED = {
+    "gain": lambda x, i, r, g, b: x * i * g + b,
+    "one gain": lambda x, i, r, g, b: x * (i * g) + b,
+    "scale first": lambda x, i, r, g, b: b + (g * x) / r,
+    "scale over root": lambda x, i, r, g, b: x * (g / r) + b,
+    "division": lambda x, i, r, g, b: g * (x / r) + b,
+}
+LAYS = {
+    "reshape": lambda v, shape: v.reshape(shape),
+    "index": lambda v, shape: v[tuple(None if n == 1 else slice(None) for n in shape)],
+    "expand": lambda v, shape: jnp.expand_dims(
+        v, [i for i, n in enumerate(shape) if n == 1]
+    ),
+    "broadcast": lambda v, shape: lax.broadcast_in_dim(
+        v, shape, [i for i, n in enumerate(shape) if n != 1]
+    ),
+    "held": lambda v, shape: lax.stop_gradient(v.reshape(shape)),
+}
+
+
+def choose(table):
+    return st.sampled_from(sorted(table))
+
+
+# Stored statistics.
+
+
+@st.composite
+def stored_forms(draw):
+    return {
+        "epsilon": draw(choose(EPSILONS)),
+        "inverse": draw(choose(INVERSES)),
+        "order": draw(choose(ORDERS)),
+        "lay": draw(choose(LAYS)),
+        "early": draw(st.booleans()),  # laid along the axes before the arithmetic
+        "layout": draw(st.sampled_from(["dense", "NHWC", "NCHW"])),
+        "roles": draw(
+            st.sampled_from([(), ("scale",), ("bias",), ("scale", "bias")])
+        ),
+        "jit": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+    }
+
+
+def conv_of(form, p, x):
+    if form["layout"] == "dense":
+        y, shape = x @ p["conv"]["w"], (1, -1)
+    else:
+        spec = form["layout"]
+        dims = (spec, "HWIO", spec)
+        y = lax.conv_general_dilated(x, p["conv"]["w"], (1, 1), "SAME", dimension_numbers=dims)
+        shape = (1, 1, 1, -1) if spec == "NHWC" else (1, -1, 1, 1)
+    shape = tuple(5 if n == -1 else 1 for n in shape)
+    return (y + p["conv"]["b"].reshape(shape) if form["bias"] else y), shape
+
+
+def stored_model(form):
+    without = form["roles"]
+
+    def norm(p, y, shape):
+        lay = lambda v: LAYS[form["lay"]](v, shape)
+        first, then = (lay, lambda v: v) if form["early"] else (lambda v: v, lay)
+        v = EPSILONS[form["epsilon"]](first(p["var"]))
+        inverse, root = INVERSES[form["inverse"]](v), jnp.sqrt(v)
+        one, zero = jnp.float32(1.0), jnp.float32(0.0)
+        m = first(p["mean"])
+        g = one if "scale" in without else first(p["scale"])
+        b = zero if "bias" in without else first(p["bias"])
+        if form["early"] or form["order"] in ("centre, gain", "division"):
+            m, g, b = (v if v.ndim == 0 or form["early"] else then(v) for v in (m, g, b))
+            return ORDERS[form["order"]](y, m, then(inverse), then(root), g, b)
+        # the gain and the shift are computed on the vectors, and laid out last
+        gain = g * inverse
+        return y * then(gain) + then(jnp.broadcast_to(b - m * gain, gain.shape))
+
+    if form["jit"]:
+        norm = jax.jit(norm, static_argnums=2)
+
+    def apply(p, x):
+        y, shape = conv_of(form, p, x)
+        return jnp.maximum(norm(p["norm"], y, shape), 0.0)
+
+    rng = np.random.default_rng(3)
+    dense = form["layout"] == "dense"
+    f32 = lambda a: jnp.asarray(a, jnp.float32)
+    norm_leaves = {
+        "mean": rng.normal(size=5),
+        "var": rng.uniform(0.2, 3.0, 5),
+        "scale": rng.uniform(0.3, 2.0, 5) * np.array([1, -1, 1, 1, -1]),
+        "bias": rng.normal(size=5),
+    }
+    params = {
+        "conv": {"w": rng.normal(size=(4, 5) if dense else (3, 3, 4, 5))}
+        | ({"b": rng.normal(size=5)} if form["bias"] else {}),
+        "norm": {k: v for k, v in norm_leaves.items() if k not in without},
+    }
+    shape = {"dense": (6, 4), "NHWC": (2, 6, 6, 4), "NCHW": (2, 4, 6, 6)}
+    x = f32(rng.normal(size=shape[form["layout"]]))
+    return apply, jax.tree.map(f32, params), x
+
+
+def decibels(got, wanted):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return 10 * np.log10(np.sum(wanted**2) / max(np.sum((got - wanted) ** 2), 1e-300))
+
+
+@QUICK
+@given(stored_forms())
+def test_a_batch_norm_folds_however_it_is_written(form):
+    apply, params, x = stored_model(form)
+    graph = jm.trace(apply, params, x)
+    [node] = [n for n in graph.nodes if n.kind == "norm"]
+    norm = node.norm
+    assert (node.name, norm.over, norm.plain) == ("norm", "stored", True), form
+    for role, key in {"variance": "var"}.items() | {
+        (r, r) for r in ("mean", "scale", "bias")
+    }:
+        assert getattr(norm, role) == (None if key in form["roles"] else f"norm/{key}")
+    assert norm.epsilon == pytest.approx(EPSILON, rel=1e-6)
+    folded, report = jm.fold_batch_norm(params, graph, with_report=True)
+    assert report.title == "1 of 1 norms folded", (form, report)
+    assert decibels(apply(folded, x), apply(params, x)) > 100, form
+    leaves = {k: np.asarray(v, np.float64) for k, v in params["norm"].items()}
+    gain = leaves.get("scale", 1.0) / np.sqrt(leaves["var"] + EPSILON)
+    axes = gain if form["layout"] == "dense" else gain[None, None, None]
+    wanted = np.asarray(params["conv"]["w"], np.float64) * axes
+    np.testing.assert_allclose(folded["conv"]["w"], wanted, rtol=1e-5)
+    again = jm.fold_batch_norm(folded, graph)
+    for a, b in zip(jax.tree.leaves(folded), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Statistics of the data.
+
+
+SPREADS = {
+    "centred": lambda x, mean: mean(jnp.square(x - mean(x))),
+    "product": lambda x, mean: mean((x - mean(x)) * (x - mean(x))),
+    "of squares": lambda x, mean: mean(x * x) - mean(x) ** 2,
+    "bounded": lambda x, mean: jnp.maximum(mean(x**2) - jnp.square(mean(x)), 0.0),
+    "held": lambda x, mean: mean(jnp.square(x - lax.stop_gradient(mean(x)))),
+    "again": lambda x, mean: mean(jnp.square(x - mean(x))) - mean(x - mean(x)) ** 2,
+}
+SQUARES = {
+    "square": lambda x, mean: mean(jnp.square(x)),
+    "product": lambda x, mean: mean(x * x),
+    "absolute": lambda x, mean: mean(jnp.abs(x) ** 2),
+}
+ROOTS = {k: v for k, v in INVERSES.items() if k != "root of inverse"}
+
+
+@st.composite
+def data_forms(draw):
+    kind = draw(st.sampled_from(["layer", "rms", "group", "instance"]))
+    return {
+        "kind": kind,
+        "spread": draw(choose(SQUARES if kind == "rms" else SPREADS)),
+        "epsilon": draw(choose(EPSILONS)),
+        "inverse": draw(choose(ROOTS)),
+        "order": draw(choose(UNCENTRED if kind == "rms" else ORDERS)),
+        "without": draw(st.sampled_from([(), ("bias",), ("scale", "bias")])),
+        "wide": draw(st.booleans()),
+        "kept": draw(st.booleans()),
+        "jit": draw(st.booleans()),
+    }
+
+
+def data_model(form):
+    def norm(p, x):
+        shape = x.shape
+        x = x.astype(jnp.float32) if form["wide"] else x
+        g = p["scale"][None, None] if "scale" in p else jnp.float32(1.0)
+        b = p["bias"][None, None] if "bias" in p else jnp.float32(0.0)
+        axis = 1 if form["kind"] == "instance" else -1
+        if form["kind"] == "group":
+            x = x.reshape(*x.shape[:-1], 2, -1)
+            g, b = (v.reshape(1, 1, 2, -1) if v.ndim else v for v in (g, b))
+
+        def mean(v):
+            if form["kept"]:
+                return jnp.mean(v, axis, keepdims=True)
+            return jnp.expand_dims(jnp.mean(v, axis), axis)
+
+        table = SQUARES if form["kind"] == "rms" else SPREADS
+        v = EPSILONS[form["epsilon"]](table[form["spread"]](x, mean))
+        i, r = INVERSES[form["inverse"]](v), jnp.sqrt(v)
+        if form["kind"] == "rms":
+            y = UNCENTRED[form["order"]](x, i, r, g, b)
+        else:
+            y = ORDERS[form["order"]](x, mean(x), i, r, g, b)
+        return y.reshape(shape)
+
+    run = jax.jit(norm) if form["jit"] else norm
+
+    def apply(p, x):
+        return run(p["norm"], x @ p["one"]["w"]) @ p["two"]["w"]
+
+    rng = np.random.default_rng(5)
+    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"one": {"w": f32(6, 8)}, "two": {"w": f32(8, 3)}}
+    params["norm"] = {k: f32(8) for k in ("scale", "bias") if k not in form["without"]}
+    return apply, params, f32(4, 5, 6)
+
+
+@QUICK
+@given(data_forms())
+def test_a_norm_over_data_is_one_node_however_it_is_written(form):
+    apply, params, x = data_model(form)
+    graph = jm.trace(apply, params, x)
+    kinds = [n.kind for n in graph.nodes]
+    assert kinds == ["input", "product", "norm", "product", "output"], (form, graph)
+    assert graph.nodes[2].norm.over == "data"
+    config = jm.QuantConfig(placement="operations")
+    quantizers = jm.calibrate(params, graph, [x], config, progress=False)
+    names = [n.name for n in graph.nodes[:4]]
+    assert {*quantizers.activations} == {*names}, form
