@@ -15,7 +15,11 @@ from jax import lax
 import jaxmet as jm
 
 EPSILON = 1e-3
-QUICK = settings(max_examples=int(__import__("os").environ.get("NEX","40")), deadline=None, derandomize=True)
+QUICK = settings(
+    max_examples=int(__import__("os").environ.get("NEX", "40")),
+    deadline=None,
+    derandomize=True,
+)
 
 EPSILONS = {
     "v + e": lambda v: v + EPSILON,
@@ -84,9 +88,7 @@ def stored_forms(draw):
         "lay": draw(choose(LAYS)),
         "early": draw(st.booleans()),  # laid along the axes before the arithmetic
         "layout": draw(st.sampled_from(["dense", "NHWC", "NCHW"])),
-        "roles": draw(
-            st.sampled_from([(), ("scale",), ("bias",), ("scale", "bias")])
-        ),
+        "roles": draw(st.sampled_from([(), ("scale",), ("bias",), ("scale", "bias")])),
         "jit": draw(st.booleans()),
         "bias": draw(st.booleans()),
     }
@@ -98,7 +100,9 @@ def conv_of(form, p, x):
     else:
         spec = form["layout"]
         dims = (spec, "HWIO", spec)
-        y = lax.conv_general_dilated(x, p["conv"]["w"], (1, 1), "SAME", dimension_numbers=dims)
+        y = lax.conv_general_dilated(
+            x, p["conv"]["w"], (1, 1), "SAME", dimension_numbers=dims
+        )
         shape = (1, 1, 1, -1) if spec == "NHWC" else (1, -1, 1, 1)
     shape = tuple(5 if n == -1 else 1 for n in shape)
     return (y + p["conv"]["b"].reshape(shape) if form["bias"] else y), shape
@@ -117,7 +121,9 @@ def stored_model(form):
         g = one if "scale" in without else first(p["scale"])
         b = zero if "bias" in without else first(p["bias"])
         if form["early"] or form["order"] in ("centre, gain", "division"):
-            m, g, b = (v if v.ndim == 0 or form["early"] else then(v) for v in (m, g, b))
+            m, g, b = (
+                v if v.ndim == 0 or form["early"] else then(v) for v in (m, g, b)
+            )
             return ORDERS[form["order"]](y, m, then(inverse), then(root), g, b)
         # the gain and the shift are computed on the vectors, and laid out last
         gain = g * inverse

@@ -271,7 +271,11 @@ def _stored(details: dict[str, Any]) -> Norm:
         role: leaf.name if (leaf := getattr(found, role)) is not None else None
         for role in ("mean", "variance", "scale", "bias")
     }
-    over, plain, debias = "constant" if details["constant"] else "stored", found.plain, None
+    over, plain, debias = (
+        "constant" if details["constant"] else "stored",
+        found.plain,
+        None,
+    )
     if plain and found.weight is not None:
         (count,) = leaves_under(found.weight)[:1]
         alone = len(leaves_under(found.weight)) == 1

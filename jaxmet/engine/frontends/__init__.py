@@ -1,7 +1,7 @@
 """The only folder that knows front-ends: modules as pure functions of a tree.
 
-    nnx       the one file that knows flax
-    equinox   the one file that knows equinox, which it never imports by itself
+nnx       the one file that knows flax
+equinox   the one file that knows equinox, which it never imports by itself
 """
 
 from collections.abc import Callable

@@ -82,11 +82,15 @@ def functional(
 
         if not takes_state and not mutable:
             single = lambda *inputs: one(*inputs)[0]
-            return jax.vmap(single, axis_name=axis)(*inputs) if vmap else single(*inputs)
+            return (
+                jax.vmap(single, axis_name=axis)(*inputs) if vmap else single(*inputs)
+            )
         every = jax.vmap(one, out_axes=(0, None), axis_name=axis) if vmap else one
         outputs, state = every(*inputs)
         if not mutable:
             return outputs
+        if not stateful:
+            return outputs, params
         updated = {path: state.get(index) for path, index in indices.items()}
         return outputs, {**params, "state": _nested(updated)}
 

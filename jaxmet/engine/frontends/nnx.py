@@ -18,7 +18,8 @@ def functional(module: Any) -> tuple[Callable, Any, Callable]:
     if not isinstance(module, nnx.Module):
         raise TypeError(
             f"jaxmet.functional: got {type(module).__name__}, which is not an nnx.Module "
-            "and not an equinox.Module. A linen module needs no conversion: use module.apply and its variables."
+            "and not an equinox.Module. A linen module needs no conversion: use module.apply "
+            "and its variables."
         )
     definition, params = nnx.split(module)
 

@@ -1,8 +1,8 @@
 """Normalizations, found by what they compute rather than by how they are written.
 
-    affine_chain  values that are a·x + c of one value, with a and c of parameters
-    stored_norms  norms whose statistics are parameters or constants
-    data_norms    norms whose statistics are computed from what they normalize
+affine_chain  values that are a·x + c of one value, with a and c of parameters
+stored_norms  norms whose statistics are parameters or constants
+data_norms    norms whose statistics are computed from what they normalize
 """
 
 from collections.abc import Iterable

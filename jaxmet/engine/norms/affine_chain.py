@@ -53,7 +53,9 @@ class Drawn:
     """
 
     def __init__(
-        self, draws: dict[Value, Numbers], changed: Mapping[Value, Numbers] | None = None
+        self,
+        draws: dict[Value, Numbers],
+        changed: Mapping[Value, Numbers] | None = None,
     ):
         self.draws, self.known = draws, dict(changed or {})
         self.met: dict[Value, None] = {}
@@ -91,9 +93,7 @@ class Drawn:
             raise UnknownError
         return RULES[name](*map(self.number, equation.operands))
 
-    def affine(
-        self, run: Sequence[Equation], start: Value
-    ) -> tuple[Numbers, Numbers]:
+    def affine(self, run: Sequence[Equation], start: Value) -> tuple[Numbers, Numbers]:
         """The a and c of a run of equations that begins with `start`."""
         a, c, value = np.ones(DRAWS), np.zeros(DRAWS), start
         for equation in run:

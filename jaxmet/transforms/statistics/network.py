@@ -247,9 +247,7 @@ class Network:
             raise _UnreachedError(f"the tree has no {norm.variance}")
         scale, bias = self.vector(norm.scale), self.vector(norm.bias)
         bias = jnp.zeros_like(variance) if bias is None else bias
-        variance = variance * statistics_weight(
-            norm, self.leaves, variance.dtype
-        )
+        variance = variance * statistics_weight(norm, self.leaves, variance.dtype)
         share = variance + norm.epsilon
         share = jnp.where(share > 0, variance / jnp.where(share > 0, share, 1.0), 0.0)
         share = share if scale is None else share * scale * scale
