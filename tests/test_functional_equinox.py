@@ -41,7 +41,7 @@ def trained(mode="batch", affine=True, steps=3):
         model = eqx.tree_at(lambda m: m.norm.bias, model, scale[::-1])
     every = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
     if steps:
-        x = X[None] + jnp.arange(steps).reshape(-1, 1, 1, 1, 1)
+        x = X[None] + jnp.arange(steps, dtype=jnp.float32).reshape(-1, 1, 1, 1, 1)
         state, _ = jax.lax.scan(lambda s, x: (every(x, s)[1], None), state, x)
     return eqx.nn.inference_mode(model), state
 

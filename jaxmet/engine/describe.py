@@ -271,20 +271,26 @@ def _stored(details: dict[str, Any]) -> Norm:
         role: leaf.name if (leaf := getattr(found, role)) is not None else None
         for role in ("mean", "variance", "scale", "bias")
     }
-    over, plain, debias = (
+    debias = _debias(found)
+    return Norm(
         "constant" if details["constant"] else "stored",
-        found.plain,
-        None,
+        **roles,
+        epsilon=found.epsilon,
+        plain=found.plain and (found.weight is None) == (debias is None),
+        factor=found.factor,
+        debias=debias,
     )
-    if plain and found.weight is not None:
-        (count,) = leaves_under(found.weight)[:1]
-        alone = len(leaves_under(found.weight)) == 1
-        formula = formula_between(count, found.weight) if alone else None
-        plain = formula is not None and count.ndim == 0 and count.name is not None
-        if plain:
-            debias = Debias(count.name, formula, not found.inverse)
-    numbers = {"epsilon": found.epsilon, "factor": found.factor}
-    return Norm(over, **roles, **numbers, plain=plain, debias=debias)
+
+
+def _debias(found: Roles) -> Debias | None:
+    """How the weight of stored statistics follows from a count of updates."""
+    leaves = leaves_under(found.weight) if found.weight is not None else []
+    if found.weight is None or len(leaves) != 1 or leaves[0].ndim:
+        return None
+    formula, name = formula_between(leaves[0], found.weight), leaves[0].name
+    if formula is None or name is None:
+        return None
+    return Debias(name, formula, not found.inverse)
 
 
 def _batch_labels(value: Value, norm: Cluster) -> list[lb.Axis] | None:

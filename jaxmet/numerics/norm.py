@@ -21,7 +21,7 @@ FAINT = 2.0**-20
 """A scale this much smaller than its bias is not divided by: it is lost beside it."""
 
 Channels: TypeAlias = Float[Array, "..."]
-Weight: TypeAlias = Float[Array, ""] | float
+Weight: TypeAlias = Float[Array, "..."] | float
 
 
 class Moved(NamedTuple):

@@ -55,7 +55,7 @@ def _exits(root: Equation, order: dict[Equation, int]) -> Iterator[Value]:
     """The values through which everything goes that the root is used for."""
     ahead = set(root.results)
     while True:
-        value = min(ahead, key=lambda v: order.get(v.producer, -1))
+        value = min(ahead, key=lambda v: _place(v, order))
         ahead.remove(value)
         for use in value.uses:
             if use is None or not is_free(use) or use not in order:
@@ -85,9 +85,8 @@ def _dominators(
 ) -> Iterator[tuple[Value, set[Equation]]]:
     """Values that all data of `exit` come from, the nearest first, and what is between."""
     ahead, passed = {exit}, set()
-    place = lambda v: order.get(v.producer, -1) if v.producer else -1
     while True:
-        value = max(ahead, key=place)
+        value = max(ahead, key=lambda v: _place(v, order))
         equation = value.producer
         if equation is None or not is_free(equation) or equation not in order:
             return  # of several values none comes from another
@@ -98,6 +97,10 @@ def _dominators(
             return
         if len(ahead) == 1:
             yield next(iter(ahead)), passed
+
+
+def _place(value: Value, order: dict[Equation, int]) -> int:
+    return -1 if value.producer is None else order.get(value.producer, -1)
 
 
 def _counts(value: Value) -> bool:

@@ -67,6 +67,8 @@ def stored_norms_of(root: Equation, order: dict[Equation, int]) -> Iterator[Clus
         equations = cone(exit, {source}, order)
         if run[inside[0]] not in equations:
             continue
+        if root.kind == CONST and not _is_layer(roles, source):
+            continue
         details = {
             "spread": root.operands[0],
             "mean": roles.mean,
@@ -77,6 +79,13 @@ def stored_norms_of(root: Equation, order: dict[Equation, int]) -> Iterator[Clus
             "roles": roles,
         }
         yield Cluster("norm", "norm", equations, exit, source, details)
+
+
+def _is_layer(roles: Roles, source: Value) -> bool:
+    """Whether a norm of constants is one: inputs are standardized by constants as well."""
+    learned = (v for v in (roles.scale, roles.bias) if v is not None and v.name)
+    maker = source.producer.node if source.producer is not None else None
+    return any(learned) or (maker is not None and maker.kind == "product")
 
 
 def _data_uses(root: Equation) -> set[Equation]:
