@@ -59,6 +59,13 @@ UNCENTRED = {
     "scale over root": lambda x, i, r, g, b: x * (g / r) + b,
     "division": lambda x, i, r, g, b: g * (x / r) + b,
 }
+BARE = {
+    "gain": lambda x, m, i, r: (x - m) * i,
+    "division": lambda x, m, i, r: (x - m) / r,
+    "split shift": lambda x, m, i, r: x * i - m * i,
+    "folded shift": lambda x, m, i, r: x * i + (-m * i),
+    "divided both": lambda x, m, i, r: x / r - m / r,
+}
 LAYS = {
     "reshape": lambda v, shape: v.reshape(shape),
     "index": lambda v, shape: v[tuple(None if n == 1 else slice(None) for n in shape)],
@@ -214,8 +221,9 @@ def data_forms(draw):
         "epsilon": draw(choose(EPSILONS)),
         "inverse": draw(choose(ROOTS)),
         "order": draw(choose(UNCENTRED if kind == "rms" else ORDERS)),
+        "bare": draw(choose(BARE)),
         "without": draw(st.sampled_from([(), ("bias",), ("scale", "bias")])),
-        "wide": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(["float32", "wide", "narrow scale"])),
         "kept": draw(st.booleans()),
         "jit": draw(st.booleans()),
     }
@@ -224,9 +232,16 @@ def data_forms(draw):
 def data_model(form):
     def norm(p, x):
         shape = x.shape
-        x = x.astype(jnp.float32) if form["wide"] else x
-        g = p["scale"][None, None] if "scale" in p else jnp.float32(1.0)
-        b = p["bias"][None, None] if "bias" in p else jnp.float32(0.0)
+        kept = x.dtype
+        x = x.astype(jnp.float32)
+        late = (
+            form["dtype"] == "narrow scale"
+        )  # scale and shift in bfloat16, at the end
+        g, b = jnp.float32(1.0), jnp.float32(0.0)
+        if "scale" in p and not late:
+            g = p["scale"][None, None].astype(jnp.float32)
+        if "bias" in p and not late:
+            b = p["bias"][None, None].astype(jnp.float32)
         axis = 1 if form["kind"] == "instance" else -1
         if form["kind"] == "group":
             x = x.reshape(*x.shape[:-1], 2, -1)
@@ -241,10 +256,15 @@ def data_model(form):
         v = EPSILONS[form["epsilon"]](table[form["spread"]](x, mean))
         i, r = INVERSES[form["inverse"]](v), jnp.sqrt(v)
         if form["kind"] == "rms":
-            y = UNCENTRED[form["order"]](x, i, r, g, b)
+            y = x * i if late else UNCENTRED[form["order"]](x, i, r, g, b)
+        elif late:
+            y = BARE[form["bare"]](x, mean(x), i, r)
         else:
             y = ORDERS[form["order"]](x, mean(x), i, r, g, b)
-        return y.reshape(shape)
+        y = y.reshape(shape).astype(kept)
+        if late and "scale" in p:
+            y = p["scale"][None, None] * y
+        return y + p["bias"][None, None] if late and "bias" in p else y
 
     run = jax.jit(norm) if form["jit"] else norm
 
@@ -252,10 +272,11 @@ def data_model(form):
         return run(p["norm"], x @ p["one"]["w"]) @ p["two"]["w"]
 
     rng = np.random.default_rng(5)
-    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    params = {"one": {"w": f32(6, 8)}, "two": {"w": f32(8, 3)}}
-    params["norm"] = {k: f32(8) for k in ("scale", "bias") if k not in form["without"]}
-    return apply, params, f32(4, 5, 6)
+    dtype = jnp.float32 if form["dtype"] == "float32" else jnp.bfloat16
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    params = {"one": {"w": draw(6, 8)}, "two": {"w": draw(8, 3)}}
+    params["norm"] = {k: draw(8) for k in ("scale", "bias") if k not in form["without"]}
+    return apply, params, draw(4, 5, 6)
 
 
 @QUICK
@@ -270,3 +291,142 @@ def test_a_norm_over_data_is_one_node_however_it_is_written(form):
     quantizers = jm.calibrate(params, graph, [x], config, progress=False)
     names = [n.name for n in graph.nodes[:4]]
     assert {*quantizers.activations} == {*names}, form
+
+
+# Norms of libraries, and norms that are no centring and scaling.
+
+
+def unit(x, axis=-1):
+    return x / jnp.linalg.norm(x, axis=axis, keepdims=True)
+
+
+OTHERS = {
+    "unit": lambda s, x: unit(x),
+    "unit, bounded": lambda s, x: (
+        x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    ),
+    "unit by einsum": lambda s, x: (
+        x * lax.rsqrt(jnp.einsum("btc,btc->bt", x, x) + 1e-6)[..., None]
+    ),
+    "unit, scaled": lambda s, x: unit(x) * 8**0.5 * s[None, None],
+    "one plus scale": lambda s, x: (
+        x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * (1 + s[None, None])
+    ),
+    "scale first": lambda s, x: (
+        (s[None, None] * x) / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    ),
+    "by deviation": lambda s, x: (
+        (x - jnp.mean(x, -1, keepdims=True)) / (jnp.std(x, -1, keepdims=True) + 1e-6)
+    ),
+    "sums": lambda s, x: (
+        (x - jnp.sum(x, -1, keepdims=True) / 8)
+        / jnp.sqrt(
+            jnp.sum(
+                jnp.square(x - jnp.sum(x, -1, keepdims=True) / 8), -1, keepdims=True
+            )
+        )
+    ),
+    "centred twice": lambda s, x: unit(
+        (x - jnp.mean(x, -1, keepdims=True))
+        - jnp.mean(x - jnp.mean(x, -1, keepdims=True), -1, keepdims=True)
+    ),
+    "masked": lambda s, x: masked(x),
+}
+
+
+def masked(x):
+    """The statistics of some positions only, as with padding."""
+    mask = x[:, :, :1] > -1e9
+    count = jnp.sum(mask, 1, keepdims=True).astype(x.dtype)
+    mean = jnp.sum(jnp.where(mask, x, 0.0), 1, keepdims=True) / count
+    var = jnp.sum(jnp.where(mask, jnp.square(x - mean), 0.0), 1, keepdims=True) / count
+    return (x - mean) * lax.rsqrt(var + 1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_norms_over_data_are_one_node(name):
+    def apply(p, x):
+        return OTHERS[name](p["norm"]["s"], x @ p["one"]["w"]) @ p["two"]["w"]
+
+    rng = np.random.default_rng(5)
+    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"one": {"w": f32(6, 8)}, "norm": {"s": f32(8)}, "two": {"w": f32(8, 3)}}
+    graph = jm.trace(apply, params, f32(4, 5, 6))
+    kinds = [n.kind for n in graph.nodes]
+    assert kinds == ["input", "product", "norm", "product", "output"], graph
+    assert graph.nodes[2].norm.over == "data"
+
+
+NO_NORMS = {
+    "scaled up": lambda x: x * jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)),
+    "response": lambda x: response(x),
+    "of a sum": lambda x: x / jnp.sqrt(jnp.mean((x + 1.0) ** 2, -1, keepdims=True)),
+    "square": lambda x: x * x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)),
+}
+
+
+def response(x):
+    """Global response normalization: as large as x squared over its mean."""
+    size = jnp.sqrt(jnp.sum(x * x, 1, keepdims=True))
+    return x * (size / (jnp.mean(size, -1, keepdims=True) + 1e-6))
+
+
+@pytest.mark.parametrize("name", NO_NORMS)
+def test_what_grows_with_its_input_is_no_norm(name):
+    rng = np.random.default_rng(5)
+    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    apply = lambda p, x: NO_NORMS[name](x @ p["w"])
+    graph = jm.trace(apply, {"w": f32(6, 8)}, f32(4, 5, 6))
+    assert "norm" not in [n.kind for n in graph.nodes]
+
+
+def test_batch_statistics_in_one_gain_and_shift_are_known_as_such():
+    """As Keras trains: the statistics leave the norm, for the running averages."""
+
+    def apply(p, x):
+        y = x @ p["w"]
+        mean, var = jnp.mean(y, 0), jnp.var(y, 0)
+        inverse = lax.rsqrt(var + EPSILON) * p["norm"]["scale"]
+        shift = p["norm"]["bias"] - mean * inverse
+        return y * inverse[None] + shift[None], (mean, var)
+
+    rng = np.random.default_rng(5)
+    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"w": f32(6, 8), "norm": {"scale": f32(8), "bias": f32(8)}}
+    graph = jm.trace(apply, params, f32(7, 6))
+    assert graph["norm"].norm.over == "batch"
+    with pytest.raises(ValueError, match="computes its statistics from the batch"):
+        jm.fold_batch_norm(params, graph)
+
+
+# What cannot fold is counted, and says why.
+
+
+def test_every_norm_is_counted_with_its_reason():
+    def apply(p, x):
+        norm = lambda n, y, v: (
+            (y - p[n]["mean"][None]) / jnp.sqrt(v + EPSILON)[None] * p[n]["scale"][None]
+        )
+        y = norm("good", x @ p["w"], p["good"]["var"])
+        y = norm(
+            "of a square", jnp.maximum(y, 0.0) @ p["w2"], p["of a square"]["var"] ** 2
+        )
+        return norm("alone", jnp.tanh(y), p["alone"]["var"])
+
+    rng = np.random.default_rng(5)
+    f32 = lambda *shape: jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
+    leaves = lambda: {k: f32(6) for k in ("mean", "var", "scale")}
+    params = {
+        "w": f32(6, 6),
+        "w2": f32(6, 6),
+        "good": leaves(),
+        "of a square": leaves(),
+        "alone": leaves(),
+    }
+    graph = jm.trace(apply, params, f32(4, 6))
+    _, report = jm.fold_batch_norm(params, graph, with_report=True)
+    assert report.title == "1 of 3 norms folded"
+    notes = {row["norm"]: row["note"] for row in report}
+    assert notes["good"] is None
+    assert "not of the form" in notes["of a square"]
+    assert "no product before it" in notes["alone"]

@@ -6,7 +6,7 @@ this is what a norm does, in whichever order it centres, divides, scales and shi
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmet.engine.cluster import (
     SCALE,
@@ -198,7 +198,10 @@ def _cluster(
     source = through_views(source, (CAST,))
     inner = cone(exit, {source}, order)
     scale, bias = _parameters(inner)
-    exit, scale, bias = _tail(exit, scale, bias)
+    end, *parameters = _tail(exit, scale, bias)
+    outside = _of_shape(source, end.shape)
+    if outside is not None:
+        source, exit, (scale, bias) = outside, end, parameters
     equations = cone(exit, {source}, order)
     if root not in equations:
         return None
@@ -211,6 +214,16 @@ def _cluster(
         "constant": False,
     }
     return Cluster("norm", "norm", equations, exit, source, details)
+
+
+def _of_shape(value: Value, shape: tuple[Any, ...]) -> Value | None:
+    """The value, or what it is a view of, that has this shape: of groups the whole."""
+    while value.shape != shape:
+        equation = value.producer
+        if equation is None or not is_free(equation) or equation.name not in VIEWS:
+            return None
+        value = equation.operands[0]
+    return value
 
 
 def _parameters(equations: list[Equation]) -> tuple[Value | None, Value | None]:
@@ -249,7 +262,7 @@ def _tail(
             break
         if use.name == "mul" and scaled is None:
             scaled = scale = others[0]
-        elif use.name == "add" or (use.name == "sub" and use.operands[1] is others[0]):
+        elif use.name in SHIFT:
             shifted = bias = others[0]
         else:
             break
