@@ -321,4 +321,4 @@ class _Finder:
 
 
 def _same(x: Numbers | float, y: Numbers | float) -> bool:
-    return bool(np.allclose(x, y, rtol=TOLERANCE, atol=1e-13))
+    return bool(np.all(np.abs(x - y) <= TOLERANCE * np.abs(y) + 1e-13))
