@@ -430,3 +430,94 @@ def test_every_norm_is_counted_with_its_reason():
     assert notes["good"] is None
     assert "not of the form" in notes["of a square"]
     assert "no product before it" in notes["alone"]
+
+
+# What transforms do does not depend on the spelling.
+
+
+def usual(p, y):
+    return (y - p["mean"]) * lax.rsqrt(p["var"] + EPSILON) * p["scale"] + p["bias"]
+
+
+def keras(p, y):
+    inverse = lax.rsqrt(p["var"] + EPSILON) * p["scale"]
+    return jnp.add(y * inverse, -p["mean"] * inverse + p["bias"])
+
+
+def network(norm):
+    lay = lambda p: {k: v[None, None, None] for k, v in p.items()}
+
+    def apply(p, x):
+        for name in ("a", "b"):
+            y = lax.conv_general_dilated(
+                x,
+                p[name]["w"],
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            x = jnp.maximum(norm(lay(p[f"{name}_norm"]), y), 0.0)
+        return jnp.mean(x, (1, 2)) @ p["head"]["w"] + p["head"]["b"][None]
+
+    return apply
+
+
+def network_params():
+    rng = np.random.default_rng(7)
+    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    norm = lambda n: {
+        "mean": f32(n),
+        "var": jnp.abs(f32(n)) + 0.3,
+        "scale": f32(n),
+        "bias": f32(n) + 2.0,
+    }
+    params = {"a": {"w": f32(3, 3, 3, 6)}, "b": {"w": f32(3, 3, 6, 4)}}
+    params |= {"a_norm": norm(6), "b_norm": norm(4)}
+    return params | {"head": {"w": f32(4, 2), "b": f32(2)}}, f32(4, 5, 5, 3)
+
+
+def corrected(params, graph, x):
+    q = jm.calibrate(params, graph, None, jm.QuantConfig(weight_bits=4), progress=False)
+    return jm.correct_bias(params, graph, q, progress=False)
+
+
+STEPS = {
+    "fold": lambda p, g, x: jm.fold_batch_norm(p, g),
+    "equalize": lambda p, g, x: jm.equalize(p, g, objective="range"),
+    "absorb": lambda p, g, x: jm.absorb_bias(p, g),
+    "reestimate": lambda p, g, x: jm.reestimate_batch_norm(p, g, [x], progress=False),
+    "correct": corrected,
+    "prune": lambda p, g, x: jm.prune(p, g, 0.6, batches=[x], progress=False),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_does_the_same_to_both_spellings(step):
+    params, x = network_params()
+    trees = []
+    for norm in (usual, keras):
+        graph = jm.trace(network(norm), params, x)
+        trees.append(STEPS[step](params, graph, x))
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    changed = jax.tree.structure(trees[0]) != jax.tree.structure(params) or any(
+        np.any(np.asarray(a) != np.asarray(b))
+        for a, b in zip(*map(jax.tree.leaves, (trees[0], params)), strict=True)
+    )
+    assert changed
+
+
+def test_a_constant_in_the_gain_counts_in_what_the_norm_makes():
+    params, x = network_params()
+    tripled = lambda p, y: usual(p | {"scale": 3.0 * p["scale"]}, y)
+    scaled = {
+        **params,
+        "a_norm": params["a_norm"] | {"scale": 3 * params["a_norm"]["scale"]},
+    }
+    scaled["b_norm"] = params["b_norm"] | {"scale": 3 * params["b_norm"]["scale"]}
+    found = [
+        jm.calibrate(p, jm.trace(network(norm), p, x), None, progress=False)
+        for norm, p in ((tripled, params), (usual, scaled))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
