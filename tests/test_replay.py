@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmet.engine.graph import trace
-from jaxmet.engine.nnx import functional
+from jaxmet.engine.frontends import functional
 from jaxmet.engine.replay import Counted, evaluate
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import replace_leaves

@@ -365,6 +365,8 @@ def test_a_batch_norm_has_its_roles():
         "bias": "stem_bn/bias",
         "epsilon": pytest.approx(1e-3),
         "plain": True,
+        "factor": 1.0,
+        "debias": None,
     }
     assert traced("conv_bn_relu")["stem_bn"].features == (3,)
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.collect import accepting
+from jaxmet.engine.frontends import refuse_module
 from jaxmet.engine.graph import Graph, trace
 from jaxmet.transforms.arguments import check_key, refuse_options
 from jaxmet.transforms.calibrate import calibrate
@@ -62,6 +63,7 @@ def ptq(
     >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.stacked(images))
     >>> print(table)
     """
+    refuse_module(apply, params, "ptq")
     config = config or QuantConfig()
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")

@@ -10,7 +10,7 @@ are made of those: a graph, which keeps what is static, and replays, which run t
     views         equations that only look at an array differently
     rules         how labels pass through every other equation
     cluster       a group of equations: what it holds and how far it reaches
-    products, norms, pointwise, activations, grouping     how groups are found
+    products, norms/, pointwise, activations, grouping     how groups are found
     naming        what each node is called
     analyse       all of the above, in order
     node, describe, channels, graph     what is static about nodes, and `trace`
@@ -25,5 +25,5 @@ are made of those: a graph, which keeps what is static, and replays, which run t
     offset        what the padding of a convolution holds instead of zero
     lift          run trees with `Compressed` leaves
     cpu           what XLA:CPU does badly, said otherwise
-    nnx           the one file that knows flax
+    frontends     the one folder that knows flax and equinox
 """

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from jaxmet.engine.program import PARAM, Equation, Region, Value
+from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value
 from jaxmet.engine.views import CASTS, VIEW_RULES
 
 LINEAR = ("neg", *CASTS)
@@ -82,6 +82,18 @@ def through_views(value: Value, names: Iterable[str] = VIEWS) -> Value:
     return value
 
 
+def centre(value: Value) -> tuple[Value, Value | None]:
+    """The value that is centred and its mean: (x, m) of x − m, else (x, None)."""
+    value = through_views(value, ("convert_element_type",))
+    if value.producer is not None and value.producer.name == "sub":
+        x, mean = value.producer.operands
+        same = x.ndim == mean.ndim and x.kind == DATA
+        if same and (mean.kind < DATA or varying_axes(mean) != varying_axes(x)):
+            x = through_views(x, ("convert_element_type",))
+            return x, mean
+    return value, None
+
+
 def varying_axes(value: Value) -> set[int]:
     """Axes along which a value varies: neither of size one nor just broadcast."""
     axes = {i for i, n in enumerate(value.shape) if n != 1}
@@ -93,6 +105,13 @@ def varying_axes(value: Value) -> set[int]:
     if producer is not None and producer.name in LINEAR:
         return axes & varying_axes(producer.operands[0])
     return axes
+
+
+def by_channel(value: Value) -> bool:
+    """Whether a parameter is one number a channel, which may be laid along several axes."""
+    leaf = leaf_of(value)
+    one = leaf is not None and leaf.value.ndim - leaf.stacked <= 1
+    return one or len(varying_axes(value)) <= 1
 
 
 def is_free(equation: Equation) -> bool:

@@ -17,11 +17,12 @@ from jaxmet.engine.cluster import (
     through_views,
     varying_axes,
 )
-from jaxmet.engine.elementwise import formula_of
+from jaxmet.engine.elementwise import formula_between, formula_of
 from jaxmet.engine.grouping import REDUCTIONS
 from jaxmet.engine.liveness import carries
 from jaxmet.engine.masks import Masks
-from jaxmet.engine.node import Convolution, Dot, Node, Norm, Weight
+from jaxmet.engine.node import Convolution, Debias, Dot, Node, Norm, Weight
+from jaxmet.engine.norms.stored_norms import Roles
 from jaxmet.engine.origins import Origins
 from jaxmet.engine.products import ragged_numbers
 from jaxmet.engine.program import (
@@ -130,8 +131,9 @@ def _layers(place: Place) -> int | None:
 
 
 def _shared(analysis: Analysis) -> set[str]:
-    """Parameters that more than one equation reads."""
+    """Parameters that more than one equation reads, those of a norm being one."""
     uses: Counter[str] = Counter()
+    norms: set[tuple[Cluster, str]] = set()
     for value in analysis.region.outputs:
         if (
             value.kind == PARAM and leaf_of(value) is None
@@ -142,7 +144,12 @@ def _shared(analysis: Analysis) -> set[str]:
             continue
         for value in equation.operands:
             for leaf in leaves_under(value) if value.kind == PARAM else ():
-                uses[leaf.name or ""] += not equation.bodies
+                name = leaf.name or ""
+                if equation.node is not None and equation.node.kind == "norm":
+                    norms.add((equation.node, name))
+                else:
+                    uses[name] += not equation.bodies
+    uses.update(name for _, name in norms)
     return {name for name, n in uses.items() if n > 1}
 
 
@@ -263,22 +270,46 @@ def _weight(
 
 def _norm(cluster: Cluster) -> Norm:
     details = cluster.details
-    roles, plain = {}, True
-    for role, key in (("mean", "mean"), ("scale", "scale"), ("bias", "bias")):
-        value = details[key]
+    if details["affine"]:
+        return _stored(details)
+    roles = {}
+    for role in ("scale", "bias"):
+        value = details[role]
         leaf = leaf_of(value) if value is not None else None
         roles[role] = leaf.value.name if leaf is not None else None
-        plain = plain and (value is None or leaf is not None)
-    variance, epsilon = _variance(details["spread"])
-    roles["variance"] = variance
-    if details["affine"]:
-        over = "constant" if details["constant"] else "stored"
-    else:
-        labels = _batch_labels(details["spread"], cluster)
-        mixed = labels is not None and not any(lb.carries_batch(a) for a in labels)
-        over = "batch" if carries(cluster.exit) and mixed else "data"
-    plain = plain and details["direct"] and (over != "stored" or variance is not None)
-    return Norm(over, **roles, epsilon=epsilon, plain=plain and _only_affine(cluster))
+    labels = _batch_labels(details["spread"], cluster)
+    mixed = labels is not None and not any(lb.carries_batch(a) for a in labels)
+    over = "batch" if carries(cluster.exit) and mixed else "data"
+    return Norm(over, **roles, epsilon=_epsilon(details["spread"]), plain=False)
+
+
+def _stored(details: dict[str, Any]) -> Norm:
+    """A norm with stored statistics; of the leaves under each role their names."""
+    found: Roles = details["roles"]
+    roles = {
+        role: leaf.name if (leaf := getattr(found, role)) is not None else None
+        for role in ("mean", "variance", "scale", "bias")
+    }
+    debias = _debias(found)
+    return Norm(
+        "constant" if details["constant"] else "stored",
+        **roles,
+        epsilon=found.epsilon,
+        plain=found.plain and (found.weight is None) == (debias is None),
+        factor=found.factor,
+        debias=debias,
+    )
+
+
+def _debias(found: Roles) -> Debias | None:
+    """How the weight of stored statistics follows from a count of updates."""
+    leaves = leaves_under(found.weight) if found.weight is not None else []
+    if found.weight is None or len(leaves) != 1 or leaves[0].ndim:
+        return None
+    formula, name = formula_between(leaves[0], found.weight), leaves[0].name
+    if formula is None or name is None:
+        return None
+    return Debias(name, formula, not found.inverse)
 
 
 def _batch_labels(value: Value, norm: Cluster) -> list[lb.Axis] | None:
@@ -311,10 +342,10 @@ def _norm_features(cluster: Cluster) -> tuple[int, ...]:
     return tuple(sorted({int(axis) for v in wide for axis in varying_axes(v)}))
 
 
-def _variance(spread: Value) -> tuple[str | None, float]:
-    """The stored variance under a root, and what is added to it."""
+def _epsilon(spread: Value) -> float:
+    """What is added to a variance under a root."""
     epsilon = 0.0
-    while leaf_of(spread) is None and spread.producer is not None:
+    while spread.producer is not None:
         equation = spread.producer
         numbers = [v.scalar() for v in equation.operands if v.kind < PARAM]
         if equation.name == "add" and len(numbers) == 1 and numbers[0] is not None:
@@ -324,18 +355,7 @@ def _variance(spread: Value) -> tuple[str | None, float]:
             spread = equation.operands[0]
         else:
             break
-    leaf = leaf_of(spread)
-    return (leaf.value.name if leaf is not None else None), epsilon
-
-
-def _only_affine(cluster: Cluster) -> bool:
-    """Whether the equations are those of (x − mean)·scale/√(variance+ε) + bias alone."""
-    roots = [e for e in cluster.equations if e.name in ("rsqrt", "sqrt", "pow")]
-    known = ("sub", "add", "mul", "div", "rsqrt", "sqrt", "pow", "reshape", "transpose")
-    more = ("broadcast_in_dim", "squeeze", *LINEAR)
-    names = [e.name for e in cluster.equations]
-    shifts = sum(n == "sub" for n in names) <= 1 and "neg" not in names
-    return len(roots) == 1 and shifts and all(n in (*known, *more) for n in names)
+    return epsilon
 
 
 # Clips and the products that carry their bounds

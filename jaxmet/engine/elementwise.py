@@ -1,5 +1,6 @@
 """An activation as a function of numbers: its own equations without their shapes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,11 +28,18 @@ def formula_of(cluster: Cluster) -> Formula | None:
     a time.
     """
     assert cluster.entry is not None
-    recipe = _Recipe(cluster.entry)
+    return formula_between(cluster.entry, cluster.exit, cluster.equations)
+
+
+def formula_between(
+    entry: Value, exit: Value, equations: Iterable[Equation] = ()
+) -> Formula | None:
+    """What the equations from one value to another do to each number, if they do only that."""
+    recipe = _Recipe(entry)
     try:
-        for equation in cluster.equations:  # in order, so that no look-up goes deep
+        for equation in equations:  # in order, so that no look-up goes deep
             recipe.place(equation.results[0])
-        last = recipe.place(cluster.exit)
+        last = recipe.place(exit)
     except _NotElementwiseError:
         return None
     return (*recipe.steps, ("the same", (last,), 0.0))
@@ -79,8 +87,11 @@ class _Recipe:
     """The steps of a formula, and where each value stands."""
 
     def __init__(self, entry: Value):
-        self.places: dict[Value, int] = {entry: 0}
+        self.places: dict[Value, int] = {}
         self.steps: list[Step] = []
+        # A count comes as a number of the precision in which the formula is computed.
+        counts = not entry.inexact
+        self.places[entry] = self.add(f"to {_kind(entry)}", 0) if counts else 0
 
     def place(self, value: Value) -> int:
         """Where a value stands in the row."""

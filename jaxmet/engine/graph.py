@@ -17,6 +17,7 @@ from jaxmet.engine.channels import (
 )
 from jaxmet.engine.describe import describe
 from jaxmet.engine.expand import call_of
+from jaxmet.engine.frontends import refuse_module
 from jaxmet.engine.node import Node
 from jaxmet.engine.program import CONST, DATA, PRODUCTS
 from jaxmet.tree.checks import check_finite
@@ -202,15 +203,17 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     at one, and at the given sizes where it does not.
 
     Raises ValueError for a model without a product of an input and a parameter (for example
-    one whose parameters are closed over instead of passed).
+    one whose parameters are closed over instead of passed), and for an nnx or equinox module
+    in place of a function (`jm.functional` makes one).
 
     >>> graph = jm.trace(model.apply, variables, images[:1])
     >>> print(graph)
     """
+    refuse_module(apply, params, "trace")
     if hasattr(apply, "apply") or not callable(apply):
         raise ValueError(
             f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
-            "module, or what jm.functional(module) returns for an nnx one."
+            "module, or what jm.functional(module) returns for an nnx or equinox one."
         )
     analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
     nodes = describe(analysis)

@@ -80,12 +80,26 @@ class Dot:
 
 
 @dataclasses.dataclass(frozen=True)
+class Debias:
+    """By what a running average from zero is divided: the sum of its weights.
+
+    `formula` gives that sum from the stored `count` of updates; with `multiplies` its
+    inverse.
+    """
+
+    count: str
+    formula: Formula
+    multiplies: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Norm:
     """A normalization's parameters by role, and what its statistics are.
 
     `over` is 'stored' (parameters: only then is it an affine map of its input), 'data'
     (each example's own), 'batch' (a batch norm in training) or 'constant'. `plain` says
-    that it is (x − mean)·scale/√(variance + epsilon) + bias and nothing else.
+    that it is (x − mean)·factor·scale/√(variance + epsilon) + bias and nothing else, where
+    mean and variance are the stored ones or, with `debias`, these over one number.
     """
 
     over: str
@@ -95,6 +109,8 @@ class Norm:
     bias: str | None = None
     epsilon: float = 0.0
     plain: bool = True
+    factor: float = 1.0
+    debias: Debias | None = None
 
 
 @dataclasses.dataclass(frozen=True)

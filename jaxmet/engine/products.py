@@ -10,6 +10,7 @@ from jaxmet.engine.cluster import (
     is_free,
     only_use,
     order_of,
+    through_views,
     varying_axes,
 )
 from jaxmet.engine.program import DATA, PARAM, RAGGED, Equation, Region, Value
@@ -115,4 +116,7 @@ def _bias(add: Equation, value: Value, features: tuple[int, ...]) -> Value | Non
     others = [v for v in add.operands if v is not value]
     if len(others) != 1 or others[0].kind != PARAM:
         return None
+    made = through_views(others[0]).producer
+    if made is not None and made.name == "neg":
+        return None  # a norm's mean that is subtracted
     return others[0] if varying_axes(others[0]) <= set(features) else None

@@ -12,12 +12,12 @@ from jaxmet.engine.cluster import (
     SHIFT,
     VIEWS,
     Cluster,
+    centre,
     cone,
     is_free,
     order_of,
     through_views,
 )
-from jaxmet.engine.norms import centre
 from jaxmet.engine.program import CONST, DATA, Equation, Region, Value
 
 SOFTMAX = ("softmax", "log_softmax", "logsumexp")

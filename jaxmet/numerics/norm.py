@@ -21,6 +21,7 @@ FAINT = 2.0**-20
 """A scale this much smaller than its bias is not divided by: it is lost beside it."""
 
 Channels: TypeAlias = Float[Array, "..."]
+Weight: TypeAlias = Float[Array, "..."] | float
 
 
 class Moved(NamedTuple):
@@ -67,22 +68,24 @@ def gain_before(
     epsilon: float,
     *,
     stored: tuple[Any, Any],
+    weight: Weight = 1.0,
 ) -> Moved:
     r"""Move the gain into what makes $x$: $y = (g x - \mu g) + \beta$.
 
     The statistics follow their tensor: $\mu' = \mu g$, $\sigma'^2 = \sigma^2 g^2$,
     $\gamma' = \sqrt{\sigma'^2+\varepsilon}$, $\beta' = \beta$. Without a scale only
     $\sigma'^2 = 1-\varepsilon$ gives a gain of one. `stored` are the dtypes that hold
-    variance and scale: the factor makes up for what they round off.
+    variance and scale: the factor makes up for what they round off. `weight` is what the
+    norm multiplies both of its statistics by before it uses them.
     """
-    gain = norm_gain(variance, scale, epsilon)
+    gain = norm_gain(variance * weight, scale, epsilon)
     _, spread = folded_statistics(mean, variance, gain)
     if scale is None:
-        spread = jnp.full_like(spread, 1 - epsilon)
-    spread, unit = _unit(spread, scale, epsilon, stored)
-    factor = _factor(gain, spread, unit, epsilon, stored)
+        spread = jnp.full_like(spread, (1 - epsilon) / weight)
+    spread, unit = _unit(spread, scale, epsilon, stored, weight)
+    factor = _factor(gain, spread * weight, unit, epsilon, stored)
     can = jnp.isfinite(factor) & jnp.isfinite(mean * factor) & jnp.isfinite(spread)
-    can &= spread + epsilon >= SMALLEST
+    can &= spread * weight + epsilon >= SMALLEST
     moves = can & ~is_one(gain, stored)
     return Moved(
         jnp.where(moves, factor, 1.0),
@@ -102,18 +105,19 @@ def gain_behind(
     epsilon: float,
     *,
     stored: tuple[Any, Any],
+    weight: Weight = 1.0,
 ) -> Moved:
     r"""Move the gain into what reads $y$: $y = g\,((x - \mu) + \beta/g)$.
 
     The statistics stay, since $x$ does: $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and
     $\beta' = \beta/g$. What pads $y$ with zeros pads $y/g$ with zeros too.
     """
-    gain = norm_gain(variance, scale, epsilon)
-    _, unit = _unit(variance, scale, epsilon, stored)
-    factor = _factor(gain, variance, unit, epsilon, stored)
+    gain = norm_gain(variance * weight, scale, epsilon)
+    _, unit = _unit(variance, scale, epsilon, stored, weight)
+    factor = _factor(gain, variance * weight, unit, epsilon, stored)
     shift = bias / jnp.where(factor == 0, 1.0, factor)
     can = jnp.isfinite(factor) & jnp.isfinite(shift) & (jnp.abs(factor) >= SMALLEST)
-    can &= variance + epsilon >= SMALLEST
+    can &= variance * weight + epsilon >= SMALLEST
     can &= jnp.abs(scale) > FAINT * jnp.abs(bias)
     moves = can & ~is_one(gain, stored)
     return Moved(
@@ -127,13 +131,18 @@ def gain_behind(
 
 
 def _unit(
-    variance: Channels, scale: Channels | None, epsilon: float, stored: tuple[Any, Any]
+    variance: Channels,
+    scale: Channels | None,
+    epsilon: float,
+    stored: tuple[Any, Any],
+    weight: Weight,
 ) -> tuple[Channels, Channels | None]:
     """A variance and the scale that makes its gain one, both as they will be stored."""
     variance = variance.astype(stored[0]).astype(variance.dtype)
     if scale is None:
         return variance, None
-    return variance, unit_scale(variance, epsilon).astype(stored[1]).astype(scale.dtype)
+    unit = unit_scale(variance * weight, epsilon)
+    return variance, unit.astype(stored[1]).astype(scale.dtype)
 
 
 def _factor(

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.channels import indices_of
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.plot.channels import leaves_by_name
+from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import dense, flatten, is_compressed, is_structured
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.quantizers import Quantizers
@@ -149,7 +151,8 @@ def is_folded(node: Node, leaves: Mapping[str, Any]) -> bool:
     stored = None if norm is None else leaves.get(norm.variance or "")
     if norm is None or norm.over != "stored" or stored is None:
         return False
-    variance = _kept(stored)
+    weight = statistics_weight(norm, leaves, jnp.float32)
+    variance = _kept(stored) * np.asarray(weight, np.float64)
     scale = leaves.get(norm.scale or "")
     gain = 1.0 if scale is None else _kept(scale)
     ratio = np.reshape(gain, -1) / np.sqrt(np.reshape(variance, -1) + norm.epsilon)

@@ -15,7 +15,7 @@ from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
-from jaxmet.transforms.stored import check_mode, check_stored
+from jaxmet.transforms.stored import check_mode, check_stored, statistics_weight
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
@@ -261,7 +261,8 @@ def _stored(
     norm = node.norm
     assert norm is not None and norm.mean is not None and norm.variance is not None
     old = [jnp.asarray(leaves[n]) for n in (norm.mean, norm.variance)]
-    values = (found.moments.mean, found.moments.variance)
+    weight = statistics_weight(norm, leaves, found.moments.mean.dtype)
+    values = (found.moments.mean / weight, found.moments.variance / weight)
     new = [v.reshape(o.shape).astype(o.dtype) for v, o in zip(values, old, strict=True)]
     row: dict[str, Any] = {"norm": node.name}
     if all(is_concrete(v) for v in (*new, *old)):
@@ -271,7 +272,8 @@ def _stored(
                 "holds them, or the model overflows there: clean the data, or measure in "
                 "float32."
             )
-        row |= _moved(old, new)
+        weight = statistics_weight(norm, leaves, old[0].dtype)
+        row |= _moved([v * weight for v in old], [v * weight for v in new])
         if _is_identity(norm, leaves, old[1]):
             row["note"] = "was folded: fold it again"
     return {norm.mean: new[0], norm.variance: new[1]}, row
@@ -296,6 +298,7 @@ def _is_identity(norm: Norm, leaves: Mapping[str, Any], variance: jax.Array) -> 
     scale = None
     if norm.scale is not None:
         scale = jnp.asarray(leaves[norm.scale]).reshape(-1).astype(variance.dtype)
+    variance = variance * statistics_weight(norm, leaves, variance.dtype)
     gain = norm_gain(variance.reshape(-1), scale, norm.epsilon)
     near = 4 * float(jnp.finfo(variance.dtype).eps)
     return bool(jnp.all(jnp.abs(gain - 1.0) <= near))

@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jaxmet.engine.elementwise import compute
 from jaxmet.engine.node import Node, Norm
+from jaxmet.tree.leaves import dense
 
 
 def roles_of(norm: Norm) -> dict[str, str]:
@@ -12,6 +17,21 @@ def roles_of(norm: Norm) -> dict[str, str]:
         role: getattr(norm, role) for role in ("mean", "variance", "scale", "bias")
     }
     return {role: name for role, name in named.items() if name is not None}
+
+
+def statistics_weight(
+    norm: Norm, leaves: Mapping[str, Any], dtype: Any
+) -> jax.Array | float:
+    """What a norm multiplies its stored mean and variance by.
+
+    1, but for a running average that started from zero: that is divided by the sum of its
+    weights.
+    """
+    if norm.debias is None:
+        return 1.0
+    count = jnp.asarray(dense(leaves[norm.debias.count]), jnp.float32)
+    total = compute(norm.debias.formula, count)
+    return (total if norm.debias.multiplies else 1.0 / total).astype(dtype)
 
 
 def check_mode(node: Node, caller: str, *, where: str = "") -> None:
@@ -31,7 +51,10 @@ def check_stored(
     check_mode(node, caller, where=where)
     if node.norm is None or node.norm.over != "stored":
         return
-    for role, parameter in roles_of(node.norm).items():
+    needed = roles_of(node.norm)
+    if node.norm.debias is not None:
+        needed["count of updates"] = node.norm.debias.count
+    for role, parameter in needed.items():
         if parameter not in leaves:
             raise ValueError(
                 f"jaxmet.{caller}: the tree has no {parameter!r}, the {role} of norm "

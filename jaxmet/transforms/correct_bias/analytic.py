@@ -14,6 +14,7 @@ from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.correct_bias.sequential import Found
 from jaxmet.transforms.layouts import join, matrix
 from jaxmet.transforms.statistics import Network
+from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -117,7 +118,9 @@ def _gain(node: Node, leaves: Leaves) -> jax.Array:
     norm = node.norm
     assert norm is not None and norm.variance is not None
     variance = jnp.asarray(dense(leaves[norm.variance])).reshape(-1)
-    gain = jax.lax.rsqrt(variance.astype(wide(variance.dtype)) + norm.epsilon)
+    variance = variance.astype(wide(variance.dtype))
+    variance = variance * statistics_weight(norm, leaves, variance.dtype)
+    gain = norm.factor * jax.lax.rsqrt(variance + norm.epsilon)
     if norm.scale is None:
         return gain
     scale = jnp.asarray(dense(leaves[norm.scale])).reshape(-1)

@@ -14,6 +14,7 @@ from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import Layers, log_ranges
+from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
@@ -316,8 +317,9 @@ def _gain_kept(
     assert norm is not None and norm.variance is not None
     scale, old = jnp.asarray(leaves[member.parameter]), leaves[norm.variance]
     dtype = wide(scale.dtype)
+    weight = statistics_weight(norm, leaves, dtype)
     before, after = (
-        jnp.sqrt(jnp.asarray(v).astype(dtype) + norm.epsilon)
+        jnp.sqrt(jnp.asarray(v).astype(dtype) * weight + norm.epsilon)
         for v in (old, new.get(norm.variance, old))
     )
     shape = scale.shape

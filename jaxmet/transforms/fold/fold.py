@@ -18,7 +18,7 @@ from jaxmet.engine.once import run_once
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
 from jaxmet.transforms.fold.plans import Plan, listed, plan_of, spread
-from jaxmet.transforms.stored import check_stored, roles_of
+from jaxmet.transforms.stored import check_stored, roles_of, statistics_weight
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
@@ -210,7 +210,8 @@ def _fold(work: _Work, plan: Plan) -> jax.Array:
     variance = roles["variance"]
     stored = work.dtypes[variance], work.dtypes[roles.get("scale", variance)]
     move = gain_before if plan.side == "before" else gain_behind
-    moved = move(**given, epsilon=norm.epsilon, stored=stored)
+    weight = statistics_weight(norm, work.leaves, work.dtype)
+    moved = move(**given, epsilon=norm.epsilon, stored=stored, weight=weight)
     for role, name in roles.items():
         work.write(name, getattr(moved, role))
     for place in plan.places:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxmet.engine.graph import Graph
 from jaxmet.numerics.norm import SMALLEST, norm_gain
 from jaxmet.transforms.fold.plans import plan_of, spread
-from jaxmet.transforms.stored import check_stored, roles_of
+from jaxmet.transforms.stored import check_stored, roles_of, statistics_weight
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
@@ -77,6 +77,8 @@ def gains_of(
         scale = roles.get("scale")
         variance = lax.stop_gradient(jnp.asarray(dense(roles["variance"])))
         scale = None if scale is None else jnp.asarray(dense(scale))
+        weight = statistics_weight(node.norm, leaves, variance.dtype)
+        variance = variance * weight
         gain = norm_gain(variance, scale, node.norm.epsilon).reshape(plan.sizes)
         for place in plan.places:
             kernel = dense(leaves[place.parameter])

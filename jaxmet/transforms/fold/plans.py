@@ -44,7 +44,10 @@ class Plan:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Those of the norm, and those that take its gain."""
-        return (*roles_of(self.norm).values(), *(p.parameter for p in self.places))
+        norm = self.norm
+        count = () if norm.debias is None else (norm.debias.count,)
+        places = (p.parameter for p in self.places)
+        return (*roles_of(norm).values(), *count, *places)
 
 
 def plan_of(graph: Graph, node: Node) -> Plan:

@@ -31,6 +31,7 @@ from jaxmet.numerics.moments import (
 )
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.layouts import Tensor, join, matrix, split
+from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import dense, is_compressed
 
 KEEPING = (
@@ -160,7 +161,9 @@ class Network:
         member = self.member(reader.name, "variance")
         if mean is None or variance is None or member is None:
             return None
-        return split(member.layout, normal(mean, variance, self.n_sigma))
+        weight = statistics_weight(reader.norm, self.leaves, mean.dtype)
+        told = normal(mean * weight, variance * weight, self.n_sigma)
+        return split(member.layout, told)
 
     def inputs(self, node: Node) -> Moments:
         """Moments of a product's inputs, in the order of its weight."""
@@ -240,9 +243,11 @@ class Network:
             raise _UnreachedError(f"the tree has no {norm.variance}")
         scale, bias = self.vector(norm.scale), self.vector(norm.bias)
         bias = jnp.zeros_like(variance) if bias is None else bias
+        variance = variance * statistics_weight(norm, self.leaves, variance.dtype)
         share = variance + norm.epsilon
         share = jnp.where(share > 0, variance / jnp.where(share > 0, share, 1.0), 0.0)
         share = share if scale is None else share * scale * scale
+        share = share * norm.factor**2
         return self.split(node, member, normal(bias, share, self.n_sigma))
 
     def _activation(self, node: Node) -> Tensor:

@@ -9,24 +9,17 @@ from flax import nnx, serialization
 from jaxmet.tree.leaves import Compressed, from_state, to_state
 
 
+def is_module(thing: Any) -> bool:
+    return isinstance(thing, nnx.Module)
+
+
 def functional(module: Any) -> tuple[Callable, Any, Callable]:
-    """An nnx module as `(apply, params, merge)`.
-
-    `apply(params, *inputs, **kwargs)` calls a module made of `params` and leaves the given
-    one alone; `method='name'` calls another method. With `mutable=` (an nnx filter, such as
-    `nnx.BatchStat`) it returns `(outputs, updated state)`, as linen does. `params` is the
-    whole state: weights and running statistics. `merge(params)` is a module again.
-
-    Raises TypeError for anything but an nnx module (linen needs no such step).
-
-    >>> apply, params, merge = jm.functional(model)
-    >>> params = jm.fold_batch_norm(params, jm.trace(apply, params, images[:1]))
-    >>> model = merge(params)
-    """
+    """See `jaxmet.functional`."""
     if not isinstance(module, nnx.Module):
         raise TypeError(
-            f"jaxmet.functional: got {type(module).__name__}, which is not an nnx.Module. "
-            "A linen module needs no conversion: use module.apply and its variables."
+            f"jaxmet.functional: got {type(module).__name__}, which is not an nnx.Module "
+            "and not an equinox.Module. A linen module needs no conversion: use module.apply "
+            "and its variables."
         )
     definition, params = nnx.split(module)
 

@@ -1,0 +1,72 @@
+"""The only folder that knows front-ends: modules as pure functions of a tree.
+
+nnx       the one file that knows flax
+equinox   the one file that knows equinox, which it never imports by itself
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxmet.engine.frontends import equinox, nnx
+
+
+def functional(
+    module: Any, state: Any = None, *, vmap: bool = True
+) -> tuple[Callable, Any, Callable]:
+    """An nnx or equinox module as `(apply, params, merge)`.
+
+    `apply(params, *inputs, **kwargs)` calls a module made of `params`, which hold all its
+    arrays, and leaves the given one unchanged; `method='name'` calls another method.
+    `merge(params)` is a module again. Put the module in inference mode first:
+    `module.eval()`, or `eqx.nn.inference_mode(module)`.
+
+    Args:
+        module: An `nnx.Module` or an `equinox.Module`.
+        state: The `eqx.nn.State` of an equinox module, as `eqx.nn.make_with_state` returns
+            it. `params` is then `{'params': module, 'state': statistics}`, and `merge`
+            returns the pair `(module, state)`.
+        vmap: Of an equinox module, whether `apply` takes batches: it then calls the module
+            once per example of axis 0 of every input, under the axis name of its batch
+            norms. Keyword arguments are the same for all examples.
+
+    With `mutable=` the updated statistics are returned too: for nnx an nnx filter, such as
+    `nnx.BatchStat`, for `(outputs, updated state)`; for equinox `mutable=True`, for
+    `(outputs, updated params)`.
+
+    Raises TypeError for anything but such a module (linen needs no such step), and for a
+    `state` that is none.
+
+    >>> apply, params, merge = jm.functional(model)  # or of equinox: (model, state)
+    >>> params = jm.fold_batch_norm(params, jm.trace(apply, params, images[:1]))
+    >>> model = merge(params)
+    """
+    if equinox.is_module(module):
+        return equinox.functional(module, state, vmap=vmap)
+    if state is not None:
+        raise TypeError(
+            f"jaxmet.functional: a state came with a {type(module).__name__}. Only an "
+            "equinox module has one: jm.functional(*eqx.nn.make_with_state(Model)(key))."
+        )
+    return nnx.functional(module)
+
+
+def refuse_module(apply: Any, params: Any, caller: str) -> None:
+    """Refuse a module, or its method, in place of a function of the parameters."""
+    for thing, role in ((apply, "apply"), (params, "params")):
+        found = getattr(thing, "__self__", thing)
+        of_nnx = nnx.is_module(found)
+        # An equinox tree is a fine tree of parameters, and a wrapper without arrays (as
+        # eqx.filter_jit makes) a fine function.
+        of_equinox = role == "apply" and equinox.holds_arrays(found)
+        if of_nnx or of_equinox:
+            kind, mode = (
+                ("nnx", "module.eval()")
+                if of_nnx
+                else ("equinox", "eqx.nn.inference_mode(module)")
+            )
+            raise ValueError(
+                f"jaxmet.{caller}: {role} is a {type(found).__name__}, of an {kind} module, "
+                "which holds its parameters itself. Put it in inference mode "
+                f"({mode}), then use apply, params, merge = jm.functional(module) and pass "
+                "these apply and params."
+            )
