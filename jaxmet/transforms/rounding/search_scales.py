@@ -38,6 +38,7 @@ def search_scales(
     store: str = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
     **kwargs: Any,
@@ -55,6 +56,7 @@ def search_scales(
     store: str = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
     **kwargs: Any,
@@ -71,6 +73,7 @@ def search_scales(
     store: str = "device",
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     with_report: bool = False,
     **kwargs: Any,
@@ -84,7 +87,9 @@ def search_scales(
     too with `of='float'`; with 'weights' it is what a model reads whose earlier layers are
     rounded, and with 'both' one whose activations are on their grids besides. All
     candidates are tried at once, on Gram matrices, exact over the rows that are looked at
-    (at most `rows` a layer, drawn by `key`).
+    (at most `rows` a layer, drawn by `key`, by default `jax.random.key(0)`, in other
+    positions of each batch and layer). `mask`, a function of a batch, says where its values
+    count, as in `jm.calibrate`.
 
     Scales that are numbers already are searched anew. Raises ValueError for quantizers of
     another model, unknown options and what `calibrate` refuses of batches.
@@ -101,7 +106,7 @@ def search_scales(
     check_word(CALLER, store=(store, ("device", "host")))
     check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
     options = Options("search", "search", candidates=int(candidates), damping=0.0)
-    read = as_batches(batches, CALLER, inputs=inputs)
+    read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
         CALLER,
         graph,
@@ -119,4 +124,4 @@ def search_scales(
     )
     found = run.go(run.begin(read), Checkpoint(None, CALLER, ()), progress)
     _, pinned = results(run, found)
-    return (pinned, report(run.layers, found)) if with_report else pinned
+    return (pinned, report(run.layers, found, run.lost)) if with_report else pinned
