@@ -10,13 +10,15 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.graph import Graph, trace
+from jaxmet.engine.replay import output_masks
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
+from jaxmet.transforms.rounding.options import check_key
 from jaxmet.transforms.simulate import simulate
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -31,6 +33,7 @@ def ptq(
     key: jax.Array | None = None,
     reference: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, Quantizers, Table]:
@@ -38,7 +41,8 @@ def ptq(
 
     Folds batch norms, equalizes, calibrates on `batches` and corrects biases, or, where
     weights have less than 8 bits, rounds them by `adaround`, which corrects biases too and
-    draws by `key`; the model is not touched. Run the result with
+    draws by `key`; the model is not touched. `mask`, a function of a batch, says where its
+    values count, as in `jm.calibrate`, in every step and in the ratios. Run the result with
     `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step: the
     signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
     10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
@@ -60,7 +64,7 @@ def ptq(
     >>> print(table)
     """
     config = config or QuantConfig()
-    read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
+    read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
     rounds = data is not None and _is_coarse(graph, config)
@@ -69,7 +73,14 @@ def ptq(
             "jaxmet.ptq: weights of less than 8 bits are rounded by jm.adaround, which "
             "draws rows at random. Give key=jax.random.key(0)."
         )
-    options: dict[str, Any] = {"inputs": inputs, "progress": progress}
+    of_scales = None
+    if key is not None:
+        key, of_scales = jax.random.split(check_key(key, "ptq"))
+    options: dict[str, Any] = {
+        "inputs": inputs,
+        "mask": mask,
+        "progress": progress,
+    }
     exact = _float_model(reference, graph.apply, params)
     rows: list[dict[str, Any]] = []
 
@@ -79,10 +90,11 @@ def ptq(
         found = calibrate(params, graph, data, config, weights=weights, **options)
         ratio = None
         if data is not None:
-            again = as_batches(data, "ptq", inputs=inputs)
+            again = as_batches(data, "ptq", inputs=inputs, mask=mask)
             title = f"measure {step}"
             bar = tqdm(again, total=again.length, desc=title, disable=not progress)
-            ratio = sqnr(exact, (simulate(graph.apply, found), params), bar)
+            noisy = simulate(graph.apply, found), params
+            ratio = sqnr(exact, noisy, bar, output_masks(graph.apply))
         rows.append({"step": step, "SQNR (dB)": ratio, "what": what})
         return found
 
@@ -90,7 +102,13 @@ def ptq(
     params, report = fold_batch_norm(params, graph, with_report=True)
     measure("fold_batch_norm", params, _summary(report, "into"))
     params, report = equalize(
-        params, graph, config=config, batches=data, with_report=True, **options
+        params,
+        graph,
+        config=config,
+        batches=data,
+        key=of_scales,
+        with_report=True,
+        **options,
     )
     quantizers = measure("equalize", params, _summary(report, "scale min"))
     if rounds:
@@ -121,23 +139,33 @@ def _float_model(reference: Any, apply: Apply, params: Any) -> tuple[Apply, Any]
     return simulate(apply, Quantizers()), params if reference is None else reference
 
 
-def sqnr(reference: tuple[Apply, Any], other: tuple[Apply, Any], batches: Any) -> float:
+def sqnr(
+    reference: tuple[Apply, Any],
+    other: tuple[Apply, Any],
+    batches: Any,
+    masks: Callable | None = None,
+) -> float:
     """Signal-to-noise ratio of one model's outputs against another's, in dB.
 
-    10·log10(Σ y² / Σ (y − ŷ)²), summed over batches and over all inexact outputs.
+    10·log10(Σ y² / Σ (y − ŷ)²), summed over batches and over all inexact outputs; `masks` says
+    of a batch with a mask where they count.
     """
     (apply, params), (noisy, noisy_params) = reference, other
 
     @jax.jit
     def powers(params: Any, noisy_params: Any, batch: tuple[Any, ...]) -> Any:
-        outputs = jax.tree.leaves(apply(params, *batch))
-        found = jax.tree.leaves(noisy(noisy_params, *batch))
+        inputs, info = inputs_of(batch)
+        outputs = jax.tree.leaves(apply(params, *inputs))
+        found = jax.tree.leaves(noisy(noisy_params, *inputs))
+        where: list[Any] = [None for _ in outputs]
+        if info.mask is not None and masks is not None:
+            where = masks(noisy_params, *batch)
         signal, noise = jnp.float32(0), jnp.float32(0)
-        for y, z in zip(outputs, found, strict=True):
+        for y, z, w in zip(outputs, found, where, strict=True):
             if jnp.issubdtype(y.dtype, jnp.inexact):
                 y, z = y.astype(jnp.float32), z.astype(jnp.float32)
-                signal += jnp.sum(jnp.square(y))
-                noise += jnp.sum(jnp.square(y - z))
+                signal += jnp.sum(jnp.square(y), where=w)
+                noise += jnp.sum(jnp.square(y - z), where=w)
         return signal, noise
 
     total = np.zeros(2)

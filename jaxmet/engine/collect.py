@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.replay import Hook, evaluate
-from jaxmet.tree.batches import BatchInfo, Batches, Stacked, inputs_of
+from jaxmet.tree.batches import Batches, BatchInfo, Stacked, inputs_of
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]

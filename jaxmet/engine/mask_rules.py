@@ -217,9 +217,7 @@ def _update(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
         a == b == 1 and n == m
         for a, b, n, m in zip(mine, other, *sizes, strict=True)
     ]  # fmt: skip
-    whole, part = (
-        [1 if i else n for i, n in zip(idle, s, strict=True)] for s in sizes
-    )
+    whole, part = ([1 if i else n for i, n in zip(idle, s, strict=True)] for s in sizes)
     mask = _full(old, whole)
     starts = _starts(equation, 2, mask, read)
     return [lax.dynamic_update_slice(mask, _full(new, part), starts)]
@@ -259,7 +257,11 @@ def _dot(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
 
 def _ragged(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
     del read
-    if masks[0] is None or equation.operands[0].ndim != 2 or any(m is not None for m in masks[1:]):
+    if (
+        masks[0] is None
+        or equation.operands[0].ndim != 2
+        or any(m is not None for m in masks[1:])
+    ):
         raise LostError(f"no rule for this {equation.name}")
     return [_any(masks[0], (1,), keepdims=True)]
 
@@ -285,7 +287,9 @@ def _conv(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
         [1, *(out.shape[i] for i in numbers.out_spec[2:])],
     )
     sizes = [1] * out.ndim
-    for i, n in zip((numbers.out_spec[0], *numbers.out_spec[2:]), mask.shape, strict=True):
+    for i, n in zip(
+        (numbers.out_spec[0], *numbers.out_spec[2:]), mask.shape, strict=True
+    ):
         sizes[i] = n
     order = np.argsort([numbers.out_spec[0], *numbers.out_spec[2:]])
     return [jnp.transpose(mask, order).reshape(sizes)]
@@ -336,7 +340,9 @@ def windowed(
         pads.append((0, max(1 - width, 0)))
         if (n + pads[-1][1] - widths[-1]) // steps[-1] + 1 != outs[i]:
             raise LostError("windows that are not those of the sequence")
-    if all(w == s == 1 and p == (0, 0) for w, s, p in zip(widths, steps, pads, strict=True)):
+    if all(
+        w == s == 1 and p == (0, 0) for w, s, p in zip(widths, steps, pads, strict=True)
+    ):
         return mask
     return lax.reduce_window(mask, np.True_, lax.bitwise_and, widths, steps, pads)
 

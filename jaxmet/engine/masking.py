@@ -166,7 +166,10 @@ class ScanMasks:
                 found[:] = followed(self.equation.bodies[0], inputs)[: self.count]
                 found[:] = [_shape(m) for m in found]
 
-            given = [jnp.ones(s.shape, bool) if isinstance(s, np.ndarray) else s for s in shapes]
+            given = [
+                jnp.ones(s.shape, bool) if isinstance(s, np.ndarray) else s
+                for s in shapes
+            ]
             jax.eval_shape(lambda once=once, given=given: once(given))
             new = [_larger(a, b) for a, b in zip(shapes, found, strict=True)]
             if [_key(s) for s in new] == [_key(s) for s in shapes]:
@@ -174,7 +177,9 @@ class ScanMasks:
             shapes = new
         self.kinds = shapes
 
-    def inside(self, carry: Sequence[jax.Array], slices: Sequence[jax.Array]) -> list[Kept]:
+    def inside(
+        self, carry: Sequence[jax.Array], slices: Sequence[jax.Array]
+    ) -> list[Kept]:
         """The masks of the body's inputs, in one round."""
         xs, rest = [], iter(slices)
         for mask in self.xs:
@@ -209,7 +214,9 @@ class ScanMasks:
     ) -> list[Kept]:
         """The masks of the loop's results."""
         rest = iter(ys)
-        stacked = [m if m is None or isinstance(m, Lost) else next(rest) for m in self.ys]
+        stacked = [
+            m if m is None or isinstance(m, Lost) else next(rest) for m in self.ys
+        ]
         if not self.steps:
             own = iter(carry)
             last = [next(own) if isinstance(k, np.ndarray) else k for k in self.kinds]

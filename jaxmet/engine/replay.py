@@ -90,9 +90,7 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     def evaluated(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Statistics]:
         inputs, info = inputs_of(inputs)
         call = call_of(apply, params, inputs, kwargs)
-        return replay(
-            analyse(call), hook, cpu_formulations=cpu_formulations, info=info
-        )
+        return replay(analyse(call), hook, cpu_formulations=cpu_formulations, info=info)
 
     return evaluated
 
@@ -383,7 +381,9 @@ def _cond(machine: Machine, equation: Equation, operands: list) -> list:
     index, *rest = operands
     masks = _masks_before(machine, equation)[1:]
     traced = [
-        jax.make_jaxpr(lambda *o, b=body: machine.body(b, o, masks), return_shape=True)(*rest)
+        jax.make_jaxpr(lambda *o, b=body: machine.body(b, o, masks), return_shape=True)(
+            *rest
+        )
         for body in equation.bodies
     ]
     shapes = [statistics for _, (_, statistics) in traced]

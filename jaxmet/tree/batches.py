@@ -119,7 +119,8 @@ def inputs_of(batch: Sequence[Any]) -> tuple[tuple[Any, ...], BatchInfo]:
 class Batches:
     """Batches made uniform: each is the tuple of the model's inputs, and its `BatchInfo`.
 
-    `BatchInfo` is there where a mask was given. `first` are the inputs of the first batch, `length` their number or None where it is not known,
+    `BatchInfo` is there where a mask was given. `first` are the inputs of the first batch,
+    `first_batch` all of it, `length` their number or None where it is not known,
     `source` what was given. `abstract` says that there are shapes only, and then
     iterating yields nothing. The first pass goes on where looking at `first` stopped,
     so nothing of a generator is lost.

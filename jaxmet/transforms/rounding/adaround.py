@@ -236,7 +236,11 @@ def adaround(
     kept = Checkpoint(checkpoint, CALLER, told)
     found = run.go(run.begin(read), kept, progress)
     new, pinned = results(run, found)
-    return (new, pinned, report(run.layers, found, run.lost)) if with_report else (new, pinned)
+    return (
+        (new, pinned, report(run.layers, found, run.lost))
+        if with_report
+        else (new, pinned)
+    )
 
 
 def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:

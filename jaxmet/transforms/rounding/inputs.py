@@ -135,9 +135,7 @@ def _as_one(counts: jax.Array | None) -> jax.Array | None:
     return jnp.any(counts.reshape(-1, counts.shape[-1]), axis=0)
 
 
-def _inputs(
-    rows: jax.Array, float_rows: jax.Array, counts: jax.Array | None
-) -> Inputs:
+def _inputs(rows: jax.Array, float_rows: jax.Array, counts: jax.Array | None) -> Inputs:
     rows, float_rows = (v.reshape(-1, *v.shape[-2:]) for v in (rows, float_rows))
     number = jnp.asarray(rows.shape[1], rows.dtype)
     if counts is not None:
