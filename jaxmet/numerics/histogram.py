@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmet.numerics.precision import wide
@@ -84,14 +85,14 @@ def tally(
     *,
     bins: int = BINS,
     where: Bool[Array, "..."] | None = None,
-    first: Any = 0,
+    number: Any = 0,
 ) -> Tally:
     """Count at most `samples` values of an array, or all of them.
 
-    They are those at every `stride`-th position, from position `first` on and around, with a
-    stride that shares no factor with the size, so that they spread evenly over all axes,
-    channels too. Arrays of one size that begin at 0, 1, 2 … count other positions each, and
-    all of them in `stride` arrays. The ends are exact. Only values `where` it is True count;
+    They are those at every `stride`-th position, round and round, with a stride that shares no
+    factor with the size, so that they spread evenly over all axes, channels too. Of arrays
+    with the `number` 0, 1, 2 … each goes on where the one before stopped, so that together
+    they count all positions equally often, give or take one. The ends are exact. Only values `where` it is True count;
     where none does the ends are +∞ and −∞.
     """
     if where is not None:
@@ -102,8 +103,11 @@ def tally(
     stride = stride_of(x.size, samples)
     values, counted = x, where
     if stride > 1:
-        place = jnp.arange(0, x.size, stride) + jnp.asarray(first) % stride
-        # One at a time past the end: the walk goes on from the beginning.
+        place = np.arange(0, x.size, stride, dtype=np.int32)
+        # So many positions past its end an array stops; the product must not overflow.
+        past = place.size * stride - x.size
+        turn = jnp.asarray(number, jnp.int32) % ((2**31 - 1) // max(1, past))
+        place = place + turn * past % x.size
         place = jnp.where(place < x.size, place, place - x.size)
         values = jnp.take(x, place)
         counted = None if where is None else jnp.take(where, place)

@@ -121,8 +121,8 @@ def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:
         if settings.calibrator == "minmax":
             return result, extremes(values, run.counts)
         # Another batch is looked at in other positions.
-        first = 0 if run.batch is None else run.batch
-        return result, tally(values, samples, where=run.counts, first=first)
+        number = 0 if run.batch is None else run.batch
+        return result, tally(values, samples, where=run.counts, number=number)
 
     return hook
 
