@@ -109,9 +109,7 @@ def test_the_best_draw_is_near_and_the_same_again() -> None:
     start, free = jnp.zeros(6), jnp.asarray([True] * 4 + [False] * 2)
     far = jnp.asarray([0.02, -0.02, 0.02, 0.02, 9.0, 9.0])
     value = lambda x: jnp.sum(jnp.square(x - far))
-    draw = partial(
-        least_of_draws, value, start, free, jax.random.key(0), limit=0.015
-    )
+    draw = partial(least_of_draws, value, start, free, jax.random.key(0), limit=0.015)
     found = draw()
     np.testing.assert_array_equal(found.x, draw().x)
     np.testing.assert_allclose(found.x, jax.jit(draw)().x, rtol=1e-6)

@@ -8,8 +8,8 @@ import pytest
 
 import jaxmet as jm
 from jaxmet.engine.replay import Counted, evaluate
-from jaxmet.tree.batches import BatchInfo, as_batches
 from jaxmet.transforms.grams import grams
+from jaxmet.tree.batches import BatchInfo, as_batches
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([3, 8, 5, 2, 7, 4])
@@ -102,14 +102,18 @@ def check_like_alone(apply, params, padded, lengths, keep, *, without=()):
         alone = np.sort(np.concatenate([one[name] for one in singles]))
         if name not in without:
             assert values.shape == alone.shape, name
-            np.testing.assert_allclose(values, alone, rtol=2e-4, atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(
+                values, alone, rtol=2e-4, atol=2e-5, err_msg=name
+            )
     return together
 
 
 @pytest.mark.parametrize("ids", [IDS, BAD])
 def test_what_counts_of_a_transformer_is_what_it_computes_of_each_sequence(ids):
     found = check_like_alone(MODEL.apply, PARAMS, (ids, KEEP), LENGTHS, KEEP)
-    assert {"attention/query", "attention/key/softmax", "down/add", "head"} <= set(found)
+    assert {"attention/query", "attention/key/softmax", "down/add", "head"} <= set(
+        found
+    )
 
 
 TOKENS = RNG.normal(size=(*KEEP.shape, 4)).astype(np.float32)
@@ -312,7 +316,9 @@ def test_gram_matrices_are_sums_over_real_tokens():
         x = np.concatenate(parts)
         assert float(found[name].number) == len(x)
         np.testing.assert_allclose(found[name].sums[0], x.sum(0), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(found[name].products[0], x.T @ x, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            found[name].products[0], x.T @ x, rtol=1e-3, atol=1e-3
+        )
 
 
 def passes():
@@ -442,7 +448,11 @@ def test_norms_are_measured_on_real_positions():
     params = model.init(jax.random.key(0), TOKENS)
     graph = jm.trace(model.apply, params, TOKENS)
     found = jm.reestimate_batch_norm(
-        params, graph, jm.stacked(TOKENS, 4), mask=lambda x: x[..., 0] < 100, progress=False
+        params,
+        graph,
+        jm.stacked(TOKENS, 4),
+        mask=lambda x: x[..., 0] < 100,
+        progress=False,
     )
     dense = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"]["dense"])
     rows = TOKENS[KEEP].astype(np.float64) @ dense["kernel"] + dense["bias"]
@@ -550,7 +560,12 @@ def test_what_only_later_batches_show_decides_about_factors():
     error = []
     for number in (1, 60):
         small = jm.factorize(
-            WIDE, FAR.only("a"), ranks={"a": 1}, batches=[x] * number, rows=4, progress=False
+            WIDE,
+            FAR.only("a"),
+            ranks={"a": 1},
+            batches=[x] * number,
+            rows=4,
+            progress=False,
         )
         y = np.asarray(jm.densify(small)["a"], np.float64)
         error.append(np.abs(x[0] @ y - x[0] @ np.asarray(WIDE["a"], np.float64)).max())
@@ -572,7 +587,5 @@ def test_histograms_count_other_positions_in_other_batches():
     wide = np.zeros((1, 64, 4), np.float32)
     wide[0, ::7] = np.linspace(-3, 3, 40, dtype=np.float32).reshape(10, 4)
     options = {"samples": 16, "progress": False}
-    one, two = (
-        jm.calibrate(WIDE, FAR, [wide] * n, config, **options) for n in (1, 40)
-    )
+    one, two = (jm.calibrate(WIDE, FAR, [wide] * n, config, **options) for n in (1, 40))
     assert bits(one.activations) != bits(two.activations)

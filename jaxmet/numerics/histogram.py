@@ -92,8 +92,8 @@ def tally(
     They are those at every `stride`-th position, round and round, with a stride that shares no
     factor with the size, so that they spread evenly over all axes, channels too. Of arrays
     with the `number` 0, 1, 2 … each goes on where the one before stopped, so that together
-    they count all positions equally often, give or take one. The ends are exact. Only values `where` it is True count;
-    where none does the ends are +∞ and −∞.
+    they count all positions equally often, give or take one. The ends are exact. Only values
+    `where` it is True count; where none does the ends are +∞ and −∞.
     """
     if where is not None:
         where = jnp.broadcast_to(where, x.shape).reshape(-1)
