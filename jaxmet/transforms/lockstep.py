@@ -153,10 +153,10 @@ class Positions:
     def __init__(
         self, graph: Graph, params: Any, names: Collection[str], kwargs: dict[str, Any]
     ) -> None:
-        self.params, self.kwargs, self.names = params, kwargs, set(names)
+        self.params, self.names = params, set(names)
         self.lost: dict[str, str] = {}
         run = evaluate(graph.apply, self.hook)
-        self.run = jax.jit(lambda *args: run(*args[:-1], **args[-1])[1])
+        self.run = jax.jit(lambda params, *batch: run(params, *batch, **kwargs)[1])
         self.batches: list[dict[str, Where]] = []
 
     def hook(self, node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -171,5 +171,4 @@ class Positions:
         """Look at one more batch."""
         _, info = inputs_of(batch)
         none = info.mask is None
-        found = {} if none else self.run(self.params, *batch, self.kwargs)
-        self.batches.append(found)
+        self.batches.append({} if none else self.run(self.params, *batch))
