@@ -124,9 +124,14 @@ def look(params: Any, batches: list[tuple[jax.Array, ...]]) -> dict[str, Site]:
     names = [f"{name}/w" for name in taps]
     sums = jax.jit(squares_of(taps, names))
     every = []
-    for (x,) in batches:
+    signs, _ = jax.random.split(jax.random.key(0))
+    for number, (x,) in enumerate(batches):
+        keys = jax.random.split(jax.random.fold_in(signs, number), len(x))
         unit = jnp.mean(jnp.sum(jnp.square(mobile(params, x)), axis=(1, 2, 3)))
-        every += [jax.device_get(sums(params, [unit], one[None])) for one in x]
+        every += [
+            jax.device_get(sums(params, [unit], key, one[None]))
+            for key, one in zip(keys, x, strict=True)
+        ]
     found = {}
     for name, (x, _) in seen.items():
         x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
@@ -316,8 +321,10 @@ def test_squared_gradients_are_those_of_the_jacobian() -> None:
     sites, names = {"project": 8, "depth": 8}, ("project/w", "expand/w")
     taps = {name: by_channel(name, n) for name, n in sites.items()}
     of_one = squares_of(taps, names)
-    every = jax.jit(jax.vmap(lambda x: of_one(params, [jnp.float32(1)], x[None])))
-    by_input, by_weight = jax.tree.map(partial(jnp.sum, axis=0), every(whole))
+    unit = [jnp.float32(1)]
+    every = jax.jit(jax.vmap(lambda key, x: of_one(params, unit, key, x[None])))
+    keys = jax.random.split(jax.random.key(0), len(whole))
+    by_input, by_weight = jax.tree.map(partial(jnp.sum, axis=0), every(keys, whole))
 
     def squares(one: jax.Array) -> Any:
         """Of one image, by forward differences of the network in pieces that are written out."""

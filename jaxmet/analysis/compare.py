@@ -11,10 +11,11 @@ import numpy as np
 from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Counted, Run, evaluate
+from jaxmet.engine.replay import Counted, Run, counted_only, evaluate
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.matching import check_quantizers
+from jaxmet.transforms.observe import extremes
 from jaxmet.transforms.reference import float_model
 from jaxmet.transforms.simulate import (
     put_on_grid,
@@ -42,6 +43,7 @@ def compare(
     batch: Any,
     *,
     reference: Any = None,
+    mask: Callable[[Any], Any] | None = None,
     **kwargs: Any,
 ) -> Table:
     """How far every quantized node is from float, and how much of that it adds itself.
@@ -63,6 +65,7 @@ def compare(
     one batch, a tuple being the inputs of the model. Float is `params` without grids, or
     `reference`: a tree of the same model, or `(apply, params)`. A tree whose weights are
     rounded already needs the tree from before as reference, or its weights show no error.
+    `mask`, a function of the batch, says where its values count, as in `jm.calibrate`.
     Two programs are compiled. Nodes inside `while_loop` are left out.
 
     >>> print(jm.compare(params, graph, quantizers, images))
@@ -71,7 +74,7 @@ def compare(
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER, params)
     check_keywords(kwargs, graph, params, CALLER)
-    inputs = one_batch(batch, CALLER)
+    inputs = one_batch(batch, CALLER, mask)
     apply, tree = float_model(reference, params, graph, quantizers, CALLER)
     wanted = {
         n.name
@@ -135,7 +138,7 @@ def _keeping(wanted: set[str]) -> Callable:
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = run(*operands)
         kept = (result, operands[_data(node) :]) if node.name in wanted else None
-        return result, kept
+        return counted_only(node, run, result), kept
 
     return hook
 
@@ -152,21 +155,24 @@ def _measuring(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
         operands = round_derived(node, operands, quantizers)
         raw = run(*operands)
         result = put_on_grid(node, run, raw, quantizers)
+        result = counted_only(node, run, result)
         if node.name not in floats:
             return result, None
+        where = run.counts
         exact, given = _here(floats[node.name], run.iteration)
         data = _data(node)
         own = None
         if [p.shape for p in given] == [p.shape for p in operands[data:]]:
-            own = _power(result, run(*operands[:data], *given))
-        sums = Sums(_power(exact), _power(result, exact), own)
+            own = _power(result, run(*operands[:data], *given), where)
+        power, noise = _power(exact, None, where), _power(result, exact, where)
+        sums = Sums(power, noise, own)
         weight = node.weight
         if own is not None and weight is not None and weight.operand >= data:
             one, two = given[weight.operand - data], operands[weight.operand]
             sums = sums._replace(weight=_power(one), weight_noise=_power(one, two))
         quantizer = quantizer_at(node, run, quantizers)
         if quantizer is not None and quantizer.active:
-            sums = sums._replace(use=_use(raw, quantizer))
+            sums = sums._replace(use=_use(raw, quantizer, where))
         return result, sums
 
     return hook
@@ -179,9 +185,10 @@ def _here(kept: Any, iteration: tuple[Any, ...]) -> Any:
     return jax.tree.map(lambda x: x[iteration], kept) if iteration else kept
 
 
-def _power(x: Any, y: Any = None) -> jax.Array:
+def _power(x: Any, y: Any = None, where: Any = None) -> jax.Array:
     x = _real(x)
-    return jnp.sum(jnp.square(x if y is None else x - y.astype(x.dtype)))
+    error = x if y is None else x - y.astype(x.dtype)
+    return jnp.sum(jnp.square(error), where=where)
 
 
 def _real(x: jax.Array) -> jax.Array:
@@ -190,7 +197,7 @@ def _real(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype) if real else jnp.float32)
 
 
-def _use(x: jax.Array, quantizer: Quantizer) -> Use:
+def _use(x: jax.Array, quantizer: Quantizer, where: Any = None) -> Use:
     """How much of its grid a tensor uses: the mean over the grids it is divided into."""
     low, high = quantizer.ends
     x = _real(x)
@@ -198,9 +205,16 @@ def _use(x: jax.Array, quantizer: Quantizer) -> Use:
     axes = tuple(i for i in range(x.ndim) if scale.ndim == 0 or scale.shape[i] == 1)
     shape = scale.shape if scale.ndim else (1,) * x.ndim
     q = jnp.round(x / scale.reshape(shape)) + zero_point.reshape(shape)
-    clipped = jnp.mean(((q < low) | (q > high)).astype(x.dtype))
+    clipped = ((q < low) | (q > high)).astype(x.dtype)
     q = jnp.clip(q, low, high)
-    levels = jnp.max(q, axes) - jnp.min(q, axes) + 1
+    if where is None:
+        levels = jnp.max(q, axes) - jnp.min(q, axes) + 1
+        return Use(jnp.mean(levels) / (high - low + 1), jnp.mean(clipped))
+    where = jnp.broadcast_to(where, q.shape)
+    number = jnp.maximum(jnp.sum(where).astype(x.dtype), 1.0)
+    ends = extremes(q, where, axes)
+    levels = jnp.maximum(ends.high - ends.low + 1, 0.0)
+    clipped = jnp.sum(clipped, where=where) / number
     return Use(jnp.mean(levels) / (high - low + 1), clipped)
 
 

@@ -18,11 +18,11 @@ from jaxmet.engine.gradients import Tap, energies, projected_gradients, squared
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.lift import lift
 from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Run, evaluate
+from jaxmet.engine.replay import Run, counted_only, evaluate
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.arguments import check_keywords
+from jaxmet.transforms.arguments import check_keywords, key_of
 from jaxmet.transforms.simulate import quantizer_at, round_weights
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
@@ -50,7 +50,9 @@ def noise(
     batches: Any,
     *,
     examples: int = EXAMPLES,
+    key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Table:
@@ -60,7 +62,8 @@ def noise(
     the outputs by $\sum_v g_v e_v$, where $g$ is their gradient halfway, every value moved by
     $e / 2$ (the midpoint rule: what is left out is of third order in $e$). With outputs
     projected on random signs, the square of that sum has the squared error of the outputs as
-    its expectation: one backward pass an example serves all grids. So many `examples` are
+    its expectation: one backward pass an example serves all grids. The signs are drawn by
+    `key`, by default `jax.random.key(0)`, others for each example. So many `examples` are
     taken, evenly from `batches`; by chance the ratio in dB is uncertain by about
     $6/\sqrt{examples}$ (one standard deviation, were all examples alike).
 
@@ -72,6 +75,9 @@ def noise(
     of weights rounded to it, $\sum g_v^2 e_v^2$, and of activations by the square of the
     step. The last row, '(all)', is of all grids at once, also those that the graph does not
     select; at other widths their sum.
+
+    `mask`, a function of a batch, says where its values count, as in `jm.calibrate`: outputs
+    at padded tokens are no part of the energy and of the error.
 
     Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
     `sensitivity` measure what this foretells. Two programs are compiled. Raises ValueError
@@ -87,14 +93,15 @@ def noise(
         raise ValueError(
             f"jaxmet.{CALLER}: examples is {examples!r}. Give how many are differentiated."
         )
-    read = as_batches(batches, CALLER, inputs=inputs)
+    key = key_of(key, CALLER)
+    read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     some = some_examples(read, examples)
-    one = jax.tree.map(lambda x: x[0], some)
+    one, _ = inputs_of(jax.tree.map(lambda x: x[0], some))
     with accepting(one, CALLER):
         _check_outputs(
             jax.eval_shape(partial(lift(graph.apply), **kwargs), params, *one)
         )
-    sums = _sums(params, graph, quantizers, some, kwargs, progress)
+    sums = _sums(params, graph, quantizers, some, key, kwargs, progress)
     found = {}
     for name, widths in _weights(params, quantizers, sums.gains).items():
         here, bits = (
@@ -103,8 +110,8 @@ def noise(
         )
         exact = [here if b == bits else n for b, n in zip(WIDTHS, widths, strict=True)]
         found["weight", name] = Noise(here, None, exact)
-    for key, parts in sums.grids.items():
-        kind, name = key.split(" ", 1)
+    for label, parts in sums.grids.items():
+        kind, name = label.split(" ", 1)
         group = quantizers.weights if kind == "weight" else quantizers.activations
         if (kind, name) not in found:
             rounded, clipped = map(float, parts)
@@ -133,6 +140,7 @@ def _sums(
     graph: Graph,
     quantizers: Quantizers,
     examples: Any,
+    key: jax.Array,
     kwargs: Mapping[str, Any],
     progress: bool,
 ) -> _Sums:
@@ -146,29 +154,33 @@ def _sums(
         for kind, at in _tapped(node, quantizers)
     }
     rounded = [n for n, q in quantizers.weights.items() if q.active and n in leaves]
-    owners = {key: _owner(key, quantizers) for key in taps}
+    owners = {tap: _owner(tap, quantizers) for tap in taps}
     keys = dict.fromkeys([*(f"weight {n}" for n in rounded), *owners.values()])
 
     def apply(params: Any, *inputs: Any) -> Any:
         return graph.apply(params, *inputs, **kwargs)
 
     gradients = projected_gradients(apply, taps, rounded)
-    run = evaluate(apply, lambda node, run, operands: (run(*operands), None))
+    run = evaluate(
+        apply,
+        lambda node, run, operands: (counted_only(node, run, run(*operands)), None),
+    )
 
     @jax.jit
-    def total(params: Any, sums: _Sums, examples: Any) -> _Sums:
+    def total(params: Any, sums: _Sums, examples: Any, signs: jax.Array) -> _Sums:
         changes = _changes(params, round_weights(params, quantizers), rounded)
         leaves = named_leaves(params)
         middle = {n: _middle(leaves[n], change) for n, change in changes.items()}
         halfway = replace_leaves(params, middle, caller=CALLER)
 
-        def one(sums: _Sums, example: Any) -> tuple[_Sums, None]:
+        def one(sums: _Sums, drawn: tuple[Any, Any]) -> tuple[_Sums, None]:
+            example, own = drawn
             energy = energies(run(params, *example)[0])
             unit = [jnp.ones(()) for _ in energy]
-            by_tap, by_weight = gradients(halfway, unit, *example)
-            errors = {key: jnp.zeros(2) for key in keys}
-            for key, owner in owners.items():
-                errors[owner] += by_tap[key]
+            by_tap, by_weight = gradients(halfway, unit, own, *example)
+            errors = {name: jnp.zeros(2) for name in keys}
+            for name, owner in owners.items():
+                errors[owner] += by_tap[name]
             for n, g in by_weight.items():
                 sum_ = jnp.sum(g.astype(changes[n].dtype) * changes[n])
                 errors[f"weight {n}"] += jnp.stack([sum_, 0.0]).astype(jnp.float32)
@@ -180,20 +192,21 @@ def _sums(
             )
             return jax.tree.map(jnp.add, sums, new), None
 
-        return lax.scan(one, sums, examples)[0]
+        return lax.scan(one, sums, (examples, signs))[0]
 
     sums = _Sums(
-        {key: jnp.zeros(2) for key in keys},
+        {name: jnp.zeros(2) for name in keys},
         {n: jnp.zeros(leaves[n].shape, wide(leaves[n].dtype)) for n in rounded},
         jnp.zeros(()),
         jnp.zeros(()),
     )
     number = jax.tree.leaves(examples)[0].shape[0]
+    signs = jax.random.split(key, number)
     size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
     with tqdm(total=number, desc=CALLER, disable=not progress) as bar:
         for i in range(0, number, size):
             part = jax.tree.map(lambda x, i=i: x[i : i + size], examples)
-            sums = total(params, sums, part)
+            sums = total(params, sums, part, signs[i : i + size])
             bar.update(size)
     return sums
 

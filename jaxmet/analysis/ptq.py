@@ -12,6 +12,7 @@ from jaxmet.engine.calls import Apply
 from jaxmet.engine.collect import accepting
 from jaxmet.engine.frontends import refuse_module
 from jaxmet.engine.graph import Graph, trace
+from jaxmet.engine.replay import output_masks
 from jaxmet.transforms.arguments import check_key, refuse_options
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
@@ -19,7 +20,7 @@ from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
 from jaxmet.transforms.simulate import simulate
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -35,6 +36,7 @@ def ptq(
     key: jax.Array | None = None,
     reference: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> tuple[P, Quantizers, Table]:
@@ -42,7 +44,8 @@ def ptq(
 
     Folds batch norms, equalizes, calibrates on `batches` and corrects biases, or, where
     weights have less than 8 bits, rounds them by `adaround`, which corrects biases too and
-    draws by `key`; the model is not touched. Run the result with
+    draws by `key`; the model is not touched. `mask`, a function of a batch, says where its
+    values count, as in `jm.calibrate`, in every step and in the ratios. Run the result with
     `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step: the
     signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
     10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
@@ -65,8 +68,9 @@ def ptq(
     """
     refuse_module(apply, params, "ptq")
     config = config or QuantConfig()
-    read = as_batches(batches, "ptq", passes=2, inputs=inputs, abstract=True)
+    read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
+    of_scales = None
     if key is not None:
         key = check_key(key, "ptq")
     with accepting(read.first, "ptq"):
@@ -76,7 +80,13 @@ def ptq(
     if rounds:
         why = "weights of less than 8 bits are rounded by jm.adaround, which draws rows"
         key = check_key(key, "ptq", why=why)
-    options: dict[str, Any] = {"inputs": inputs, "progress": progress}
+    if key is not None:
+        key, of_scales = jax.random.split(key)
+    options: dict[str, Any] = {
+        "inputs": inputs,
+        "mask": mask,
+        "progress": progress,
+    }
     exact = _float_model(reference, graph.apply, params)
     rows: list[dict[str, Any]] = []
 
@@ -86,10 +96,11 @@ def ptq(
         found = calibrate(params, graph, data, config, weights=weights, **options)
         ratio = None
         if data is not None:
-            again = as_batches(data, "ptq", inputs=inputs)
+            again = as_batches(data, "ptq", inputs=inputs, mask=mask)
             title = f"measure {step}"
             bar = tqdm(again, total=again.length, desc=title, disable=not progress)
-            ratio = sqnr(exact, (simulate(graph.apply, found), params), bar)
+            noisy = simulate(graph.apply, found), params
+            ratio = sqnr(exact, noisy, bar, output_masks(graph.apply))
         rows.append({"step": step, "SQNR (dB)": ratio, "what": what})
         return found
 
@@ -97,7 +108,13 @@ def ptq(
     params, report = fold_batch_norm(params, graph, with_report=True)
     measure("fold_batch_norm", params, _summary(report, "into"))
     params, report = equalize(
-        params, graph, config=config, batches=data, with_report=True, **options
+        params,
+        graph,
+        config=config,
+        batches=data,
+        key=of_scales,
+        with_report=True,
+        **options,
     )
     quantizers = measure("equalize", params, _summary(report, "scale min"))
     if rounds:
@@ -128,23 +145,33 @@ def _float_model(reference: Any, apply: Apply, params: Any) -> tuple[Apply, Any]
     return simulate(apply, Quantizers()), params if reference is None else reference
 
 
-def sqnr(reference: tuple[Apply, Any], other: tuple[Apply, Any], batches: Any) -> float:
+def sqnr(
+    reference: tuple[Apply, Any],
+    other: tuple[Apply, Any],
+    batches: Any,
+    masks: Callable | None = None,
+) -> float:
     """Signal-to-noise ratio of one model's outputs against another's, in dB.
 
-    10·log10(Σ y² / Σ (y − ŷ)²), summed over batches and over all inexact outputs.
+    10·log10(Σ y² / Σ (y − ŷ)²), summed over batches and over all inexact outputs; `masks` says
+    of a batch with a mask where they count.
     """
     (apply, params), (noisy, noisy_params) = reference, other
 
     @jax.jit
     def powers(params: Any, noisy_params: Any, batch: tuple[Any, ...]) -> Any:
-        outputs = jax.tree.leaves(apply(params, *batch))
-        found = jax.tree.leaves(noisy(noisy_params, *batch))
+        inputs, info = inputs_of(batch)
+        outputs = jax.tree.leaves(apply(params, *inputs))
+        found = jax.tree.leaves(noisy(noisy_params, *inputs))
+        where: list[Any] = [None for _ in outputs]
+        if info.mask is not None and masks is not None:
+            where = masks(noisy_params, *batch)
         signal, noise = jnp.float32(0), jnp.float32(0)
-        for y, z in zip(outputs, found, strict=True):
+        for y, z, w in zip(outputs, found, where, strict=True):
             if jnp.issubdtype(y.dtype, jnp.inexact):
                 y, z = y.astype(jnp.float32), z.astype(jnp.float32)
-                signal += jnp.sum(jnp.square(y))
-                noise += jnp.sum(jnp.square(y - z))
+                signal += jnp.sum(jnp.square(y), where=w)
+                noise += jnp.sum(jnp.square(y - z), where=w)
         return signal, noise
 
     total = np.zeros(2)

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from tqdm.auto import tqdm
 
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.replay import Hook, evaluate
-from jaxmet.tree.batches import Batches, Stacked, inputs_from
+from jaxmet.tree.batches import Batches, BatchInfo, Stacked, inputs_from, inputs_of
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]
@@ -26,6 +28,7 @@ def collect(
     caller: str,
     progress: bool = True,
     observer: Observer | None = None,
+    lost: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Merge what a hook observes over all batches: `{node name: statistics}`.
@@ -33,13 +36,17 @@ def collect(
     `merge(one, two)` is associative and takes the whole dict. Stacked data runs through
     `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
     batch compiles once more. `observer(hook)(params, *batch)` is what is merged, by default the
-    hook's statistics. Raises ValueError where a batch runs other nodes than those
-    that the graph was traced with.
+    hook's statistics. A hook sees the number of its batch and, with a mask, where values
+    count; `lost` is told of nodes where that is not known, and why. Raises ValueError where
+    a batch runs other nodes than those that the graph was traced with.
     """
     seen: dict[str, None] = {}
+    unknown = {} if lost is None else lost
 
     def watching(node, run, operands):
         seen[node.name] = None
+        if run.lost is not None:
+            unknown[node.name] = run.lost
         return hook(node, run, operands)
 
     of_one = statistics_of(graph) if observer is None else observer
@@ -83,19 +90,40 @@ def statistics_of(graph: Graph) -> Observer:
 
 
 def _chunks(batches: Batches) -> Any:
-    """Batches with a leading axis of how many they are."""
+    """Batches with a leading axis of how many they are, and the number of each."""
+    first = 0
+    for part, size in _unnumbered(batches):
+        inputs, info = inputs_of(part)
+        number = np.arange(first, first + size, dtype=np.int32)
+        yield (*inputs, BatchInfo(info.mask, number)), size
+        first += size
+
+
+def _unnumbered(batches: Batches) -> Any:
     source = batches.source
     if isinstance(source, Stacked) and source.full is not None:
         number = jax.tree.leaves(source.full)[0].shape[0]
         size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
         for i in range(0, number, size):
             part = jax.tree.map(lambda x, i=i: x[i : i + size], source.full)
-            yield tuple(batches.arguments(part)), size
+            if batches.masked:  # a mask is a function of one batch
+                every = [
+                    batches.arguments(jax.tree.map(lambda x, k=k: x[k], part))
+                    for k in range(size)
+                ]
+                yield jax.tree.map(_stacked, *every), size
+            else:
+                yield tuple(batches.arguments(part)), size
         rest = [] if source.rest is None else [batches.arguments(source.rest)]
     else:
         rest = batches
     for batch in rest:
         yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
+
+
+def _stacked(*arrays: Any) -> Any:
+    on_host = all(isinstance(x, np.ndarray) for x in arrays)
+    return np.stack(arrays) if on_host else jnp.stack(arrays)
 
 
 @contextlib.contextmanager
@@ -110,7 +138,8 @@ def accepting(batch: tuple, caller: str, cure: str | None = None) -> Iterator[No
             raise
         said = str(error).split("\n")[0].rstrip(".")
         cure = inputs_from(batch) if cure is None else cure
-        inputs = "1 input" if len(batch) == 1 else f"{len(batch)} inputs"
+        number = len(inputs_of(batch)[0])
+        inputs = "1 input" if number == 1 else f"{number} inputs"
         raise ValueError(
             f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {cure}"
         ) from error

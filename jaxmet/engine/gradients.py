@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.calls import Apply
 from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Run, evaluate
+from jaxmet.engine.replay import Run, counted_only, evaluate
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
@@ -58,41 +58,44 @@ def _by_channel(node: Node, gradient: jax.Array, saved: Any) -> jax.Array:
 def projected_gradients(
     apply: Apply, taps: Mapping[str, Tap], parameters: Collection[str]
 ) -> Callable:
-    """`f(params, units, *inputs) -> (by tap, by weight)`.
+    """`f(params, units, key, *batch) -> (by tap, by weight)`.
 
     By tap: what each measures. By weight: the derivative with respect to each entry of the
-    named parameters. Derivatives are of the outputs on random signs, each output array
-    divided by the root of its entry in `units`.
+    named parameters. Derivatives are of the outputs on random signs, drawn by `key`, each
+    output array divided by the root of its entry in `units`. With a mask in the batch
+    outputs that do not count are zero.
     """
     at: dict[str, list[tuple[str, Tap]]] = {}
     for key, tap in taps.items():
         at.setdefault(tap.node, []).append((key, tap))
 
-    def gradients(params: Any, units: Sequence[jax.Array], *inputs: Any) -> tuple:
+    def gradients(
+        params: Any, units: Sequence[jax.Array], key: jax.Array, *batch: Any
+    ) -> tuple:
         leaves = named_leaves(params)
         free = {name: jnp.asarray(dense(leaves[name])) for name in parameters}
         totals = {key: jnp.zeros(tap.shape, jnp.float32) for key, tap in taps.items()}
 
         def projected(free: Arrays, totals: Arrays) -> jax.Array:
-            def tapped(key: str, tap: Tap, node: Node, run: Run, x: Any) -> Any:
+            def tapped(name: str, tap: Tap, node: Node, run: Run, x: Any) -> Any:
                 saved = tap.saved(node, run, jax.lax.stop_gradient(x))
-                read = _tap(partial(tap.measure, node), x, saved, totals[key])
+                read = _tap(partial(tap.measure, node), x, saved, totals[name])
                 return tap.moved(read, saved)
 
             def tapping(node: Node, run: Run, operands: tuple[Any, ...]) -> Any:
                 here, given = at.get(node.name, ()), list(operands)
-                for key, tap in here:
+                for name, tap in here:
                     if (i := tap.operand) is not None:
-                        given[i] = tapped(key, tap, node, run, given[i])
+                        given[i] = tapped(name, tap, node, run, given[i])
                 result = run(*given)
-                for key, tap in here:
+                for name, tap in here:
                     if tap.operand is None:
-                        result = tapped(key, tap, node, run, result)
-                return result, None
+                        result = tapped(name, tap, node, run, result)
+                return counted_only(node, run, result), None
 
             new = {n: with_weight(leaves[n], array) for n, array in free.items()}
             tree = replace_leaves(params, new, caller="projected_gradients")
-            return _projection(evaluate(apply, tapping)(tree, *inputs)[0], units)
+            return _projection(evaluate(apply, tapping)(tree, *batch)[0], units, key)
 
         by_weight, by_tap = jax.grad(projected, argnums=(0, 1))(free, totals)
         return by_tap, by_weight
@@ -119,15 +122,12 @@ def squared(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(wide(x.dtype)))
 
 
-def _projection(outputs: Any, units: Sequence[jax.Array]) -> jax.Array:
+def _projection(outputs: Any, units: Sequence[jax.Array], key: jax.Array) -> jax.Array:
     """The sum of every output times a random sign, each array in its unit."""
     total = jnp.zeros((), jnp.float32)
     for number, (y, unit) in enumerate(zip(_real(outputs), units, strict=True)):
-        # The energy stands for the image: others get other signs, the same image the same.
-        energy = jnp.sum(jnp.square(jax.lax.stop_gradient(y))).astype(jnp.float32)
-        seed = jax.lax.bitcast_convert_type(energy, jnp.uint32)
-        key = jax.random.fold_in(jax.random.key(number), seed)
-        signs = jax.random.rademacher(key, y.shape, y.dtype)
+        own = jax.random.fold_in(key, number)
+        signs = jax.random.rademacher(own, y.shape, y.dtype)
         scale = jax.lax.rsqrt(jnp.where(unit > 0, unit, 1.0)).astype(y.dtype)
         total += (jnp.sum(y * signs) * scale).astype(jnp.float32)
     return total

@@ -20,9 +20,11 @@ from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.cpu import convolution
 from jaxmet.engine.describe import describe
 from jaxmet.engine.expand import call_of
+from jaxmet.engine.masking import Kept, Lost, Masks, ScanMasks, on_input
 from jaxmet.engine.node import Node
 from jaxmet.engine.offset import offsets_of, padded
 from jaxmet.engine.program import Equation, Region, Value
+from jaxmet.tree.batches import BatchInfo, inputs_of
 from jaxmet.tree.leaves import dense, is_compressed
 
 Statistics = dict[str, Any]
@@ -31,10 +33,19 @@ Environment = dict[Value, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Computes one node: `run(*operands)`. `iteration` counts the loops around it."""
+    """Computes one node: `run(*operands)`. `iteration` counts the loops around it.
+
+    `counts` says where the values of the result count, `reads` where those of each operand
+    do: boolean arrays of the same rank that broadcast to them, None where all do. `lost` says
+    why that is not known where it should be. `batch` is the number of the batch.
+    """
 
     compute: Callable[..., Any]
     iteration: tuple[Any, ...] = ()
+    counts: Any = None
+    reads: tuple[Any, ...] = ()
+    lost: str | None = None
+    batch: Any = None
 
     def __call__(self, *operands: Any) -> Any:
         return self.compute(*operands)
@@ -77,21 +88,44 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     """
 
     def evaluated(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Statistics]:
+        inputs, info = inputs_of(inputs)
         call = call_of(apply, params, inputs, kwargs)
-        return replay(analyse(call), hook, cpu_formulations=cpu_formulations)
+        return replay(analyse(call), hook, cpu_formulations=cpu_formulations, info=info)
 
     return evaluated
 
 
 def replay(
-    analysis: Analysis, hook: Hook, *, cpu_formulations: bool = True
+    analysis: Analysis,
+    hook: Hook,
+    *,
+    cpu_formulations: bool = True,
+    info: BatchInfo | None = None,
 ) -> tuple[Any, Statistics]:
     """Run an analysed call on its own arrays."""
+    machine, environment = _ran(analysis, hook, cpu_formulations, info)
+    outputs = [machine.read(environment, v) for v in analysis.region.outputs]
+    tree = jax.tree_util.tree_structure(analysis.output_shape)
+    return tree.unflatten(outputs), machine.statistics
+
+
+def _ran(
+    analysis: Analysis, hook: Hook, cpu_formulations: bool, info: BatchInfo | None
+) -> tuple["Machine", Environment]:
     nodes = describe(analysis)
     leaves = dict(zip(analysis.call.names, analysis.call.leaves, strict=True))
     bounds = bounds_of(nodes.values(), leaves)
     offsets = offsets_of(nodes.values(), leaves)
-    machine = Machine(nodes, hook, bounds, cpu_formulations, offsets=offsets)
+    info = info or BatchInfo()
+    machine = Machine(
+        nodes,
+        hook,
+        bounds,
+        cpu_formulations,
+        offsets=offsets,
+        masks=None if info.mask is None else _masks(analysis, info.mask),
+        batch=info.number,
+    )
     arrays = [dense(leaf) for leaf in leaves.values()] + list(analysis.call.inputs)
     environment: Environment = dict(zip(analysis.region.inputs, arrays, strict=True))
     for cluster in analysis.clusters:
@@ -101,9 +135,43 @@ def replay(
     for cluster in analysis.clusters:
         if cluster.kind == "output":
             machine.visit(cluster, environment)
-    outputs = [machine.read(environment, v) for v in analysis.region.outputs]
-    tree = jax.tree_util.tree_structure(analysis.output_shape)
-    return tree.unflatten(outputs), machine.statistics
+    return machine, environment
+
+
+def counted_only(node: Node, run: Run, result: Any) -> Any:
+    """The result of a node, with zeros in outputs where they do not count."""
+    if node.kind != "output" or run.counts is None:
+        return result
+    return jnp.where(run.counts, result, jnp.zeros((), result.dtype))
+
+
+def output_masks(apply: Apply) -> Callable:
+    """`f(params, *batch, **kwargs)`: for each array that the model returns where it counts."""
+
+    def masks(params: Any, *batch: Any, **kwargs: Any) -> list[Any]:
+        inputs, info = inputs_of(batch)
+        analysis = analyse(call_of(apply, params, inputs, kwargs))
+        if info.mask is None:
+            return [None for _ in analysis.region.outputs]
+        machine, _ = _ran(analysis, _plain, True, info)
+        assert machine.masks is not None
+        found = [machine.masks.of(v) for v in analysis.region.outputs]
+        return [None if isinstance(m, Lost) else m for m in found]
+
+    return masks
+
+
+def _plain(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
+    del node
+    return run(*operands), None
+
+
+def _masks(analysis: Analysis, mask: Any) -> Masks:
+    """What a mask of the batch says of each input."""
+    mask = jnp.asarray(mask)
+    return Masks(
+        analysis.inputs, [on_input(mask, value.shape) for value in analysis.inputs]
+    )
 
 
 def bounds_of(
@@ -154,6 +222,8 @@ class Machine:
     iteration: tuple[Any, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
     offsets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    masks: Masks | None = None
+    batch: Any = None
 
     def read(self, environment: Environment, value: Value) -> Any:
         if value in environment:
@@ -176,6 +246,12 @@ class Machine:
             environment.update(zip(equation.results, results, strict=True))
         else:
             self.bind(equation, environment)
+            self.follow([equation], environment)
+
+    def follow(self, equations: Iterable[Equation], environment: Environment) -> None:
+        """Where the values of these results count."""
+        for equation in equations if self.masks is not None else ():
+            self.masks.follow(equation, environment)
 
     def bind(
         self, equation: Equation, environment: Environment, offset: Any = None
@@ -205,7 +281,18 @@ class Machine:
             return self.read(inside, cluster.exit)
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)
-        run = Run(compute, self.iteration)
+        run = Run(compute, self.iteration, batch=self.batch)
+        if self.masks is not None:
+            self.follow(cluster.equations, environment)
+            masks = [self.masks.of(v) for v in (cluster.exit, *cluster.operands)]
+            known = [None if isinstance(m, Lost) else m for m in masks]
+            lost = [m.why for m in masks if isinstance(m, Lost)]
+            run = dataclasses.replace(
+                run,
+                counts=known[0],
+                reads=tuple(known[1:]),
+                lost=lost[0] if lost else None,
+            )
         found = self.hook(node, run, operands)
         if not isinstance(found, tuple) or len(found) != 2 or found[0] is None:
             raise ValueError(
@@ -217,17 +304,37 @@ class Machine:
         if statistics is not None:
             self.statistics[node.name] = statistics
 
-    def body(self, region: Region, operands: Sequence[Any]) -> tuple[list, Statistics]:
+    def body(
+        self, region: Region, operands: Sequence[Any], masks: Sequence[Kept] = ()
+    ) -> tuple[list, Statistics]:
         """The outputs and statistics of an inner region."""
-        inner = dataclasses.replace(self, statistics={})
+        inside = Masks(region.inputs, masks) if masks else None
+        return self.inner(region, operands, inside)
+
+    def inner(
+        self, region: Region, operands: Sequence[Any], masks: Masks | None
+    ) -> tuple[list, Statistics]:
+        inner = dataclasses.replace(self, statistics={}, masks=masks)
         environment: Environment = dict(zip(region.inputs, operands, strict=True))
         inner.run(region, environment)
         return [inner.read(environment, v) for v in region.outputs], inner.statistics
 
 
+def _masks_before(machine: Machine, equation: Equation) -> list[Kept]:
+    """The masks of what a loop or branch reads; those of its results are set."""
+    if machine.masks is None:
+        return []
+    masks = [machine.masks.of(v) for v in equation.operands]
+    if equation.name != "scan":
+        machine.masks.follow(equation, {})
+    return masks
+
+
 def _remat(machine: Machine, equation: Equation, operands: list) -> list:
+    masks = _masks_before(machine, equation)
+
     def body(*operands):
-        return machine.body(equation.bodies[0], operands)
+        return machine.body(equation.bodies[0], operands, masks)
 
     p = equation.params
     again = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])
@@ -240,29 +347,43 @@ def _scan(machine: Machine, equation: Equation, operands: list) -> list:
     p, region = equation.params, equation.bodies[0]
     skip, count = compat.scan_arity(p)
     constants = operands[:skip]
+    masked = None
+    if machine.masks is not None:
+        masked = ScanMasks(equation, _masks_before(machine, equation))
 
     def body(carry, slices):
-        number, *slices = slices
+        (carry, held), (number, *slices, seen) = carry, slices
         inner = dataclasses.replace(machine, iteration=(*machine.iteration, number))
-        out, statistics = inner.body(region, (*constants, *carry, *slices))
-        return out[:count], (out[count:], statistics)
+        inputs = masked.inside(held, seen) if masked is not None else None
+        masks = None if inputs is None else Masks(region.inputs, inputs)
+        out, statistics = inner.inner(region, (*constants, *carry, *slices), masks)
+        left: list = []
+        if masked is not None and masks is not None:
+            held, left = masked.outside([masks.of(v) for v in region.outputs])
+        return (out[:count], held), (out[count:], left, statistics)
 
-    carry, (stacked, statistics) = lax.scan(
+    start, seen = ([], []) if masked is None else (masked.carry, masked.slices)
+    (carry, held), (stacked, left, statistics) = lax.scan(
         body,
-        operands[skip : skip + count],
-        [jnp.arange(p["length"]), *operands[skip + count :]],
+        (operands[skip : skip + count], start),
+        [jnp.arange(p["length"]), *operands[skip + count :], seen],
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
+    if masked is not None and machine.masks is not None:
+        machine.masks.put(equation.results, masked.results(held, left))
     machine.statistics |= statistics
     return [*carry, *stacked]
 
 
 def _cond(machine: Machine, equation: Equation, operands: list) -> list:
     index, *rest = operands
+    masks = _masks_before(machine, equation)[1:]
     traced = [
-        jax.make_jaxpr(lambda *o, b=body: machine.body(b, o), return_shape=True)(*rest)
+        jax.make_jaxpr(lambda *o, b=body: machine.body(b, o, masks), return_shape=True)(
+            *rest
+        )
         for body in equation.bodies
     ]
     shapes = [statistics for _, (_, statistics) in traced]
@@ -296,6 +417,8 @@ def _while(machine: Machine, equation: Equation, operands: list) -> list:
     first = equation.params["cond_nconsts"]
     second = first + equation.params["body_nconsts"]
     condition, body = equation.bodies
+    _masks_before(machine, equation)
+    machine = dataclasses.replace(machine, masks=None)
 
     def again(carry):
         return machine.body(condition, (*operands[:first], *carry))[0][0]
@@ -315,9 +438,10 @@ def _while(machine: Machine, equation: Equation, operands: list) -> list:
 
 def _custom(machine: Machine, equation: Equation, operands: list) -> list:
     """A custom derivative rule with a site inside keeps its rule."""
+    masks = _masks_before(machine, equation)
 
     def inner(*operands):
-        return machine.body(equation.bodies[0], operands)
+        return machine.body(equation.bodies[0], operands, masks)
 
     wrapped = jax.custom_jvp(inner)
 

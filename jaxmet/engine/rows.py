@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmet.engine.mask_rules import LostError, windowed
 from jaxmet.engine.node import Convolution, Dot, Node
 
 
@@ -39,15 +40,39 @@ def rows_of(
     drawn by `key`, of a convolution the same of all; `offset` is what its padding holds
     instead of zero. The columns have the order of `matrix_of`.
     """
+    return counted_rows(node, x, kernel_shape, offset=offset, most=most, key=key)[0]
+
+
+def counted_rows(
+    node: Node,
+    x: jax.Array,
+    kernel_shape: tuple[int, ...],
+    *,
+    where: jax.Array | None = None,
+    offset: Any = None,
+    most: int | None = None,
+    key: Any = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Rows, with zeros in those that do not count, and which of them count, (rows,).
+
+    `where`, of the rank of x, says where its values count. Rows that count are drawn first.
+    """
     if node.convolution is not None:
-        return _windows(node.convolution, x, kernel_shape, offset, most, key)
-    assert node.dot is not None
-    rows = _dot_rows(node.dot, x)
-    meets = {d for d, _ in (*node.dot.summed, *node.dot.batched)}
-    most = most if most is None or 0 in meets else most * x.shape[0]
-    if most is None or rows.shape[1] <= most:
-        return rows
-    return jnp.take(rows, _draw(key, rows.shape[1], most), axis=1)
+        rows, own = _windows(
+            node.convolution, x, kernel_shape, offset, most, key, where
+        )
+    else:
+        assert node.dot is not None
+        rows, own = _dot_rows(node.dot, x), _dot_counts(node.dot, x.shape, where)
+        meets = {d for d, _ in (*node.dot.summed, *node.dot.batched)}
+        most = most if most is None or 0 in meets else most * x.shape[0]
+        if most is not None and rows.shape[1] > most:
+            drawn = _draw(key, rows.shape[1], most, own)
+            rows = jnp.take(rows, drawn, axis=1)
+            own = None if own is None else jnp.take(own, drawn)
+    if own is not None:
+        rows = jnp.where(own[:, None], rows, jnp.zeros((), rows.dtype))
+    return rows, own
 
 
 def matrix_of(node: Node, weight: jax.Array) -> jax.Array:
@@ -77,6 +102,41 @@ def _dot_rows(dot: Dot, x: jax.Array) -> jax.Array:
     return x.reshape(groups, -1, ins)
 
 
+def _dot_counts(
+    dot: Dot, shape: tuple[int, ...], where: jax.Array | None
+) -> jax.Array | None:
+    """A row counts where any of what it holds does."""
+    if where is None:
+        return None
+    meets = [d for d, _ in (*dot.summed, *dot.batched)]
+    sizes = [n for i, n in enumerate(shape) if i not in meets]
+    return jnp.broadcast_to(jnp.any(where, axis=meets), sizes).reshape(-1)
+
+
+def _window_counts(
+    conv: Convolution,
+    where: jax.Array | None,
+    sizes: tuple[int, ...],
+    spans: list[int],
+    counts: list[int],
+) -> jax.Array | None:
+    """Which windows count, (examples, positions); `sizes` are examples and window."""
+    if where is None:
+        return None
+    batch, channels, *window = conv.input_axes
+    where = jnp.any(jnp.transpose(where, (batch, *window, channels)), axis=-1)
+    one = [1] * len(window)
+    if any(n != 1 for n in where.shape[1:]) and [*conv.input_dilation] != one:
+        return None  # its result has no mask either, which is said there
+    strides, padding = (1, *conv.strides), ((0, 0), *conv.padding)
+    outs = (sizes[0], *counts)
+    try:
+        found = windowed(where, sizes, [1, *spans], strides, padding, outs)
+    except LostError:
+        return None
+    return jnp.broadcast_to(found, outs).reshape(sizes[0], -1)
+
+
 def _windows(
     conv: Convolution,
     x: jax.Array,
@@ -84,7 +144,9 @@ def _windows(
     offset: Any,
     most: int | None,
     key: Any,
-) -> jax.Array:
+    where: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    examples = tuple(x.shape[i] for i in (conv.input_axes[0], *conv.input_axes[2:]))
     x = jnp.transpose(x, (conv.input_axes[0], *conv.input_axes[2:], conv.input_axes[1]))
     if offset is not None:
         offset = jnp.reshape(offset, (1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
@@ -102,8 +164,11 @@ def _windows(
         for size, span, (_, _, s) in zip(x.shape[1:-1], spans, steps, strict=True)
     ]
     total, channels = math.prod(counts), x.shape[-1]
+    own = _window_counts(conv, where, examples, spans, counts)
     if most is not None and most < total:
-        places = _places(conv, counts, _draw(key, total, most), x.shape[1:-1])
+        drawn = _draw(key, total, most, None if own is None else jnp.any(own, axis=0))
+        own = None if own is None else jnp.take(own, drawn, axis=1)
+        places = _places(conv, counts, drawn, x.shape[1:-1])
         flat = x.reshape(x.shape[0], -1, channels)
         taps = [
             jnp.take(flat, places + _shift(conv, tap, x.shape[1:-1]), axis=1)
@@ -114,7 +179,8 @@ def _windows(
     stacked = jnp.stack(taps, axis=2)  # examples, positions, taps, channels
     split = (*stacked.shape[:3], conv.groups, channels // conv.groups)
     stacked = jnp.transpose(stacked.reshape(split), (3, 0, 1, 2, 4))
-    return stacked.reshape(conv.groups, -1, math.prod(window) * split[-1])
+    rows = stacked.reshape(conv.groups, -1, math.prod(window) * split[-1])
+    return rows, None if own is None else own.reshape(-1)
 
 
 def _shifted(
@@ -151,6 +217,11 @@ def _shift(conv: Convolution, tap: tuple[int, ...], sizes: tuple[int, ...]) -> i
     return moved
 
 
-def _draw(key: Any, total: int, number: int) -> jax.Array:
-    """So many different rows of all."""
-    return jax.random.permutation(key, total)[:number].astype(jnp.int32)
+def _draw(
+    key: Any, total: int, number: int, first: jax.Array | None = None
+) -> jax.Array:
+    """So many different rows of all, those among the `first` before the others."""
+    order = jax.random.permutation(key, total)
+    if first is not None:
+        order = order[jnp.argsort(~first[order], stable=True)]
+    return order[:number].astype(jnp.int32)

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from jaxmet.numerics.scaling import dealt
 
 DRAWS = 24
 SPREAD = 0.01  # moves the largest of 8-bit weights by a step
-SEED = 1906
 
 
 class Rounded(NamedTuple):
@@ -92,6 +91,7 @@ def least_of_draws(
     function: Callable[[jax.Array], jax.Array],
     start: Float[Array, " channels"],
     free: Bool[Array, " channels"],
+    key: Key[Array, ""],
     *,
     limit: float,
     draws: int = DRAWS,
@@ -99,10 +99,10 @@ def least_of_draws(
 ) -> Drawn:
     """The best of `start` and other points near it.
 
-    The key of the draws is fixed: the same arguments give the same point. What is `free`
+    What is `free`
     moves by a normal distance of standard deviation `spread`, within -`limit` … `limit`.
     """
-    keys = jax.random.split(jax.random.key(SEED), draws)
+    keys = jax.random.split(key, draws)
 
     def point(number: jax.Array) -> jax.Array:
         step = spread * jax.random.normal(keys[number], start.shape, start.dtype)

@@ -8,11 +8,12 @@ $w$: the histogram of two sets of values is exactly the merge of theirs.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmet.numerics.precision import wide
 
@@ -79,22 +80,46 @@ class Tally(NamedTuple):
 
 
 def tally(
-    x: Float[Array, "..."], samples: int | None = None, *, bins: int = BINS
+    x: Float[Array, "..."],
+    samples: int | None = None,
+    *,
+    bins: int = BINS,
+    where: Bool[Array, "..."] | None = None,
+    number: Any = 0,
 ) -> Tally:
     """Count at most `samples` values of an array, or all of them.
 
-    They are those at every `stride`-th place, with a stride that shares no factor with the
-    size, so that they spread evenly over all axes, channels too. The ends are exact.
+    They are those at every `stride`-th position, round and round, with a stride that shares no
+    factor with the size, so that they spread evenly over all axes, channels too. Of arrays
+    with the `number` 0, 1, 2 … each goes on where the one before stopped, so that together
+    they count all positions equally often, give or take one. The ends are exact. Only values
+    `where` it is True count; where none does the ends are +∞ and −∞.
     """
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape).reshape(-1)
     x = x.reshape(-1).astype(wide(x.dtype))
-    low, high = jnp.min(x), jnp.max(x)
+    low = jnp.min(x, where=where, initial=None if where is None else jnp.inf)
+    high = jnp.max(x, where=where, initial=None if where is None else -jnp.inf)
     stride = stride_of(x.size, samples)
-    values, width = x[::stride], bin_width(low, high, bins)
-    first = jnp.floor(jnp.minimum(low, 0.0) / width)
-    place = _place(jnp.floor(values / width) - first, bins)
+    values, counted = x, where
+    if stride > 1:
+        place = np.arange(0, x.size, stride, dtype=np.int32)
+        # So many positions past its end an array stops; the product must not overflow.
+        past = place.size * stride - x.size
+        turn = jnp.asarray(number, jnp.int32) % ((2**31 - 1) // max(1, past))
+        place = place + turn * past % x.size
+        place = jnp.where(place < x.size, place, place - x.size)
+        values = jnp.take(x, place)
+        counted = None if where is None else jnp.take(where, place)
+    if counted is not None:
+        values = jnp.where(counted, values, 0.0)
+    width = bin_width(low, high, bins)
+    lowest = jnp.floor(jnp.minimum(low, 0.0) / width)
+    place = _place(jnp.floor(values / width) - lowest, bins)
     # Integers: a float stops counting single values at 2²⁴.
     counts = jnp.zeros(bins + 1, jnp.int32)
-    counts = counts.at[jnp.where(values == 0, bins, place)].add(1)
+    one = 1 if counted is None else counted.astype(jnp.int32)
+    counts = counts.at[jnp.where(values == 0, bins, place)].add(one)
     return Tally(counts, jnp.full_like(low, stride), low, high)
 
 
@@ -122,7 +147,8 @@ def histograms(tallies: Sequence[Tally]) -> Histogram:
     counts = counts.astype(low.dtype) * each[:, None]
     for end in (low, high):
         place = jnp.where(end == 0, bins, _place(jnp.floor(end / width) - first, bins))
-        counts = counts.at[rows, place].add((each > 1).astype(low.dtype))
+        known = (each > 1) & (low <= high)
+        counts = counts.at[rows, place].add(known.astype(low.dtype))
     counts, zeros = counts[:, :bins], counts[:, bins]
     return Histogram(counts.at[rows, _place(-first, bins)].add(zeros), zeros, low, high)
 

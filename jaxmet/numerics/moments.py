@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmet.numerics.precision import wide
 
@@ -50,16 +50,39 @@ class Measured(NamedTuple):
         return Moments(self.mean, self.spread / count, self.low, self.high)
 
 
-def measure(x: Float[Array, "..."], kept: Sequence[int]) -> Measured:
-    """Moments over all axes but the kept ones, flattened in their order."""
+def measure(
+    x: Float[Array, "..."],
+    kept: Sequence[int],
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Measured:
+    """Moments over all axes but the kept ones, flattened in their order.
+
+    Only values `where` it is True count; a channel without any has mean 0 and the ends +∞
+    and −∞.
+    """
+    rows = _by_channel(x.astype(wide(x.dtype)), kept)
+    if where is None:
+        mean = jnp.mean(rows, axis=1)
+        spread = jnp.sum(jnp.square(rows - mean[:, None]), axis=1)
+        count = jnp.full_like(mean, rows.shape[1])
+        return Measured(count, mean, spread, jnp.min(rows, 1), jnp.max(rows, 1))
+    own = _by_channel(jnp.broadcast_to(where, x.shape), kept)
+    count = jnp.sum(own, axis=1).astype(rows.dtype)
+    mean = jnp.sum(rows, axis=1, where=own) / jnp.maximum(count, 1.0)
+    spread = jnp.sum(jnp.square(rows - mean[:, None]), axis=1, where=own)
+    low = jnp.min(rows, axis=1, where=own, initial=jnp.inf)
+    return Measured(
+        count, mean, spread, low, jnp.max(rows, axis=1, where=own, initial=-jnp.inf)
+    )
+
+
+def _by_channel(x: jax.Array, kept: Sequence[int]) -> jax.Array:
+    """(channels, everything else)."""
     rest = [i for i in range(x.ndim) if i not in kept]
-    x = jnp.transpose(x, (*kept, *rest)).astype(wide(x.dtype))
+    x = jnp.transpose(x, (*kept, *rest))
     x = x.reshape(*(x.shape[i] for i in range(len(kept))), -1)
-    x = x.reshape(-1, x.shape[-1])
-    mean = jnp.mean(x, axis=1)
-    spread = jnp.sum(jnp.square(x - mean[:, None]), axis=1)
-    count = jnp.full_like(mean, x.shape[1])
-    return Measured(count, mean, spread, jnp.min(x, axis=1), jnp.max(x, axis=1))
+    return x.reshape(-1, x.shape[-1])
 
 
 def merge(one: Measured, two: Measured) -> Measured:

@@ -38,6 +38,11 @@ def check_key(key: Any, caller: str, *, why: str = "rows are drawn at random") -
     )
 
 
+def key_of(key: Any, caller: str) -> Any:
+    """The key, checked; `jax.random.key(0)` where none is given."""
+    return check_key(jax.random.key(0) if key is None else key, caller)
+
+
 def check_keywords(
     kwargs: Mapping[str, Any],
     graph: Graph,

@@ -12,7 +12,7 @@ from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.foresee import WHY, foreseen_ranges
 from jaxmet.transforms.observe import Range, check_samples, is_signed, observed_ranges
 from jaxmet.transforms.placement import WeightPlace, place
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.config import QuantConfig, Settings
 from jaxmet.tree.leaves import dense
@@ -29,6 +29,7 @@ def calibrate(
     config: QuantConfig | None = None,
     *,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     samples: int | None = SAMPLES,
     weights: Quantizers | None = None,
     progress: bool = True,
@@ -45,7 +46,14 @@ def calibrate(
     The other choices of `QuantConfig.activation_range` look at histograms. Of a node's
     values in a batch these count about `samples` at most, evenly strided over all axes, and
     the smallest and largest: what one value in n exceeds is known from samples / n values a
-    batch. `samples=None` counts all of them.
+    batch, in other positions of each batch. `samples=None` counts all of them.
+
+    `mask` is a function of a batch (of what the loader yields, as `inputs` is) that says where
+    values count: a boolean array, True where they do, along the leading axes of the inputs,
+    as (batch, tokens). Padded tokens then count in no range: what is made of tokens one by
+    one counts where they do, scores of attention where both of their tokens do, what is summed
+    over tokens where any of them does. Where an operation moves tokens in a way that cannot be
+    followed, all values count, and `quantizers.left` says so.
 
     Without `batches` (None, or `jax.ShapeDtypeStruct`s in their place) activation ranges come
     from batch norms: mean ± 6 standard deviations behind each, carried on through the layers.
@@ -77,12 +85,19 @@ def calibrate(
         grids[bias.name] = Quantizer(bits=32, product=bias.product)
     check_samples(samples)
     if batches is not None:
-        batches = as_batches(batches, "calibrate", inputs=inputs, abstract=True)
+        batches = as_batches(
+            batches, "calibrate", inputs=inputs, mask=mask, abstract=True
+        )
+    else:
+        check_mask_function(mask, "calibrate")
+    lost: dict[str, str] = {}
     if batches is None or batches.abstract:
         absent = WHY
         ranges = foreseen_ranges(graph, params, placement)
     else:
         absent = "its branch was never taken"
+        if batches.masked:
+            absent += ", or none of its values counts"
         ranges = observed_ranges(
             graph,
             params,
@@ -90,6 +105,7 @@ def calibrate(
             placement,
             samples=samples,
             progress=progress,
+            lost=lost,
             **kwargs,
         )
     activations = {
@@ -109,7 +125,12 @@ def calibrate(
         elif not _fits_int32(name, quantizers, leaves):
             never[name] = "it does not fit int32 at the product of its scales"
     grids = {name: q for name, q in grids.items() if name not in never}
-    left = tuple((placement.left | never).items())
+    unmasked = {
+        f"mask of {name}": f"all values count in its range: {lost[name]} moves tokens"
+        for name, owner in owners.items()
+        if name in lost and owner in ranges
+    }
+    left = tuple((placement.left | never | unmasked).items())
     derived = tuple(w.name for w in placement.weights if w.name not in leaves)
     return dataclasses.replace(quantizers, weights=grids, left=left, derived=derived)
 

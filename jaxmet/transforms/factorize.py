@@ -10,10 +10,11 @@ from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
 from jaxmet.engine.views import CASTS
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
+from jaxmet.transforms.arguments import key_of
 from jaxmet.transforms.factors import Shape, factors_of, made_of, shape_of, shapes_on
-from jaxmet.transforms.grams import ROWS, grams
+from jaxmet.transforms.grams import ROWS, grams, unmasked
 from jaxmet.transforms.ratios import asked_for, check_multiple
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
@@ -38,7 +39,9 @@ def factorize(
     batches: Any = ...,
     multiple: int = ...,
     rows: int = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = False,
 ) -> P: ...
@@ -53,7 +56,9 @@ def factorize(
     batches: Any = ...,
     multiple: int = ...,
     rows: int = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
 ) -> tuple[P, Table]: ...
@@ -67,7 +72,9 @@ def factorize(
     batches: Any = None,
     multiple: int = 1,
     rows: int = ROWS,
+    key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     with_report: bool = False,
 ) -> Any:
@@ -93,7 +100,9 @@ def factorize(
     Without data the product of the factors is the nearest to the weight, by its singular
     values. With `batches` it is the one that changes the site's output least on them:
     $E\,|x (W - AB)|^2$ is minimised through the Gram matrix of the inputs x, from at most
-    `rows` rows a batch; then B is refitted to A over the whole window.
+    `rows` rows a batch, drawn by `key` (by default `jax.random.key(0)`), in other positions
+    of each batch; then B is refitted to A over the whole window. `mask`, a function of a
+    batch, says where its values count, as in `jm.calibrate`: padded tokens are no rows.
 
     With `with_report` also a Table: rank and full rank of each site, the ratio that was
     reached, the relative error of the output (of the weight, without data), or why the
@@ -148,11 +157,24 @@ def factorize(
         if traced[name].cost_of(wanted[name]) >= traced[name].cost:
             left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
             del wanted[name]
-    read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
+    key = key_of(key, CALLER)
+    check_mask_function(mask, CALLER)
+    read = None
+    if batches is not None:
+        read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
+    lost: dict[str, str] = {}
     seen: Mapping[str, Any] = {}
     if read is not None and wanted:
         seen = grams(
-            graph, params, read, wanted, caller=CALLER, rows=rows, progress=progress
+            graph,
+            params,
+            read,
+            wanted,
+            caller=CALLER,
+            key=key,
+            rows=rows,
+            progress=progress,
+            lost=lost,
         )
     found, table = {}, []
     for node in graph.sites:
@@ -172,6 +194,7 @@ def factorize(
                 "of": shape.most,
                 "ratio": traced[node.name].cost_of(rank) / shape.cost,
                 "error": error,
+                "note": unmasked(lost.get(node.name)),
             }
         )
     result = replace_leaves(params, found, caller=CALLER)

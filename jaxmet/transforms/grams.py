@@ -11,7 +11,7 @@ from jaxmet.engine.collect import collect
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Run
-from jaxmet.engine.rows import rows_of
+from jaxmet.engine.rows import counted_rows
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
 
@@ -44,15 +44,19 @@ def grams(
     sites: Collection[str],
     *,
     caller: str,
+    key: jax.Array,
     rows: int = ROWS,
     progress: bool = True,
+    lost: dict[str, str] | None = None,
 ) -> dict[str, Gram]:
     """The Gram matrix of the inputs of each of these sites, (groups, ins, ins).
 
     `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
-    from all positions of each example.
+    from all positions of each example that count: by a key of its own for each batch, node
+    and round of a loop. `lost` is told of sites of which it is not known which rows count.
     """
     wanted = set(sites)
+    numbers = {name: i for i, name in enumerate(n.name for n in graph.nodes)}
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = run(*operands)
@@ -60,19 +64,32 @@ def grams(
             return result, None
         x, kernel = operands[0], operands[node.weight.operand]
         most = max(1, rows // max(1, x.shape[0]))
-        found = rows_of(
-            node, x, kernel.shape, most=most, key=jax.random.key(len(kernel.shape))
+        own = key
+        for part in (run.batch, numbers[node.name], *run.iteration):
+            own = jax.random.fold_in(own, part)
+        where = run.reads[0] if run.reads else None
+        found, counts = counted_rows(
+            node, x, kernel.shape, where=where, most=most, key=own
         )
         found = found.astype(wide(found.dtype))
         products = jnp.einsum("gri,grj->gij", found, found, precision="highest")
         number = jnp.asarray(found.shape[1], found.dtype)
+        if counts is not None:
+            number = jnp.sum(counts).astype(found.dtype)
         return result, Gram(number, jnp.sum(found, axis=1), products)
 
     if not wanted:
         return {}
     merge = lambda a, b: jax.tree.map(jnp.add, a, b)
     found = collect(
-        graph, params, batches, hook, merge, caller=caller, progress=progress
+        graph,
+        params,
+        batches,
+        hook,
+        merge,
+        caller=caller,
+        progress=progress,
+        lost=lost,
     )
     for name, gram in found.items():
         if not np.all(np.isfinite(gram.center)):
@@ -81,3 +98,8 @@ def grams(
                 "Look at the batches, and at the model's outputs for them."
             )
     return found
+
+
+def unmasked(why: str | None) -> str | None:
+    """What a report says of a site of which it is not known which rows count."""
+    return None if why is None else f"all rows count, padded ones too: {why} moves them"

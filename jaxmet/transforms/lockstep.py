@@ -1,18 +1,19 @@
 """A float and a quantized copy of a model, run side by side from piece to piece."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxmet.engine.collect import accepting
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Hook, Run
+from jaxmet.engine.replay import Hook, Run, evaluate
 from jaxmet.engine.segments import Segment, Segments, segments
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
+from jaxmet.tree.batches import inputs_of
 from jaxmet.tree.quantizers import Quantizers
 
 Live = dict[str, Any]
@@ -43,6 +44,7 @@ class Copy:
 
     def read(self, batch: tuple[Any, ...]) -> None:
         """Begin with one batch; the first one of its shape makes the pieces for it."""
+        batch, _ = inputs_of(batch)
         leaves, structure = jax.tree.flatten(batch)
         key = (structure, *((x.shape, str(x.dtype)) for x in leaves))
         if key not in self.steps:
@@ -132,3 +134,41 @@ def quantized_copy(
             copy, steps={}, pieces={}, hook=hook, finish=finisher
         )
     return copy
+
+
+class Where(NamedTuple):
+    """Where the values of a node's result and of its first operand count, None: everywhere."""
+
+    result: Any
+    operand: Any
+
+
+class Positions:
+    """Where the values of some nodes count, batch by batch; nothing where there is no mask.
+
+    `lost` names the nodes of which it is not known, and why. Only the masks are computed: the
+    values that the model would have are not needed.
+    """
+
+    def __init__(
+        self, graph: Graph, params: Any, names: Collection[str], kwargs: dict[str, Any]
+    ) -> None:
+        self.params, self.names = params, set(names)
+        self.lost: dict[str, str] = {}
+        run = evaluate(graph.apply, self.hook)
+        self.run = jax.jit(lambda params, *batch: run(params, *batch, **kwargs)[1])
+        self.batches: list[dict[str, Where]] = []
+
+    def hook(self, node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = run(*operands)
+        if node.name not in self.names:
+            return result, None
+        if run.lost is not None:
+            self.lost[node.name] = run.lost
+        return result, Where(run.counts, run.reads[0] if run.reads else None)
+
+    def read(self, batch: tuple[Any, ...]) -> None:
+        """Look at one more batch."""
+        _, info = inputs_of(batch)
+        none = info.mask is None
+        self.batches.append({} if none else self.run(self.params, *batch))

@@ -73,11 +73,13 @@ def observed_ranges(
     *,
     samples: int | None,
     progress: bool,
+    lost: dict[str, str],
     **kwargs: Any,
 ) -> dict[str, Range]:
     """A finite range for each node that owns a grid: a pair a layer in a loop over layers.
 
-    A node whose branch was never taken has none.
+    A node whose branch was never taken, or none of whose values counts, has none. `lost` is
+    told of nodes of which it is not known which values count.
     """
     by_node = dict(placement.activations)
     for name, owner in placement.shared.items():
@@ -91,6 +93,7 @@ def observed_ranges(
         caller="calibrate",
         progress=progress,
         observer=_counting(graph),
+        lost=lost,
         **kwargs,
     )
     return _chosen(_settle(graph, seen, placement), placement.activations)
@@ -116,10 +119,20 @@ def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:
         wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
         values = result.astype(wide)
         if settings.calibrator == "minmax":
-            return result, Extremes(jnp.min(values), jnp.max(values))
-        return result, tally(values, samples)
+            return result, extremes(values, run.counts)
+        # Another batch is looked at in other positions.
+        number = 0 if run.batch is None else run.batch
+        return result, tally(values, samples, where=run.counts, number=number)
 
     return hook
+
+
+def extremes(values: jax.Array, where: Any = None, axis: Any = None) -> Extremes:
+    """The smallest and the largest value that counts: +∞ and −∞ where none does."""
+    if where is None:
+        return Extremes(jnp.min(values, axis), jnp.max(values, axis))
+    low = jnp.min(values, axis, where=where, initial=jnp.inf)
+    return Extremes(low, jnp.max(values, axis, where=where, initial=-jnp.inf))
 
 
 def _counting(graph: Graph) -> Observer:

@@ -14,9 +14,11 @@ from jaxmet.engine.segments import Live, Segments, segments
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.transforms.arguments import check_keywords
+from jaxmet.transforms.grams import unmasked
+from jaxmet.transforms.lockstep import Positions, Where
 from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
 from jaxmet.transforms.stored import check_mode, check_stored, statistics_weight
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -34,6 +36,7 @@ def reestimate_batch_norm(
     *,
     quantizers: Quantizers | None = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     store: Store = ...,
     progress: bool = ...,
     with_report: Literal[False] = False,
@@ -47,6 +50,7 @@ def reestimate_batch_norm(
     *,
     quantizers: Quantizers | None = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     store: Store = ...,
     progress: bool = ...,
     with_report: Literal[True],
@@ -59,6 +63,7 @@ def reestimate_batch_norm(
     *,
     quantizers: Quantizers | None = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     store: Store = "host",
     progress: bool = True,
     with_report: bool = False,
@@ -83,9 +88,10 @@ def reestimate_batch_norm(
     With `quantizers` each norm is measured in the quantized model, weights and activations
     on their grids: what training beside the norms, unfolded, wants before it folds them.
 
-    `inputs` picks from a batch what the model takes; keyword arguments go to the model. With
-    `with_report` also a Table: how far each norm's statistics moved, or why it was left
-    alone. Norms must be selected in `graph`.
+    `inputs` picks from a batch what the model takes, `mask` says of it where its values count,
+    as in `jm.calibrate`: padding enters no mean and no variance; keyword arguments go to the
+    model. With `with_report` also a Table: how far each norm's statistics moved, or why it was
+    left alone. Norms must be selected in `graph`.
 
     Raises ValueError for norms that compute their statistics from the batch or whose
     statistics are not in the tree, where `graph.only` named a norm that cannot be measured,
@@ -103,7 +109,7 @@ def reestimate_batch_norm(
     left = {n.name: why for n in _norms(graph) if (why := _unfit(graph, n, leaves))}
     _check_named(graph, left)
     norms = [n for n in _norms(graph) if n.name not in left]
-    read = as_batches(batches, CALLER, inputs=inputs)
+    read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     rows = [{"norm": n, "note": f"left alone: {why}"} for n, why in left.items()]
     if norms:
         quantizers = quantizers or Quantizers()
@@ -114,6 +120,9 @@ def reestimate_batch_norm(
         for number, node in enumerate(tqdm(norms, desc=CALLER, disable=not progress)):
             found = waiting.measured(rounded, number)
             new, row = _stored(node, leaves, found)
+            if node.name in waiting.positions.lost:
+                why = unmasked(waiting.positions.lost[node.name])
+                row["note"] = "; ".join(filter(None, (row.get("note"), why)))
             rounded = replace_leaves(rounded, new, caller=CALLER)
             stored |= new
             rows.append(row)
@@ -180,11 +189,15 @@ class _Waiting:
         self.norms = [n.name for n in norms]
         self.cuts = [_before(graph, name) for name in self.norms]
         self.seen: dict[str, Measured] = {}
+        self.positions = Positions(graph, params, self.norms, kwargs)
+        self.where: Mapping[str, Where] = {}
         self.programs: dict[Any, tuple[Segments, list[Any]]] = {}
         self.live = [self.begun(params, batch) for batch in batches]
 
     def begun(self, params: Any, batch: tuple[Any, ...]) -> tuple[Any, Live]:
         """The kind of a batch, which has programs of its own, and its first values."""
+        self.positions.read(batch)
+        batch, _ = inputs_of(batch)
         shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(batch)]
         kind = (str(jax.tree.structure(batch)), tuple(shapes))
         if kind not in self.programs:
@@ -202,7 +215,9 @@ class _Waiting:
 
     def hook(self, node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
         if node.name in self.norms:
-            self.seen[node.name] = measure(operands[0], node.features)
+            own = self.where.get(node.name)
+            where = None if own is None else own.operand
+            self.seen[node.name] = measure(operands[0], node.features, where=where)
         operands = round_derived(node, operands, self.quantizers)
         return put_on_grid(node, run, run(*operands), self.quantizers), None
 
@@ -212,7 +227,10 @@ class _Waiting:
         last = names.index(self.cuts[number])
         first = names.index(self.cuts[number - 1]) + 1 if number else 0
 
-        def run(params: Any, live: Live) -> tuple[Live, Measured]:
+        def run(
+            params: Any, live: Live, where: Mapping[str, Where]
+        ) -> tuple[Live, Measured]:
+            self.where = where
             for i in range(first, last + 1):
                 live = pieces[i](params, live)
             self.seen.clear()
@@ -221,6 +239,7 @@ class _Waiting:
             )  # what the norm's moments do not need is dropped
             found = self.seen[self.norms[number]]
             self.seen.clear()
+            self.where = {}
             return live, found
 
         return run
@@ -229,7 +248,8 @@ class _Waiting:
         """The moments of what one norm reads, over all batches."""
         total: Measured | None = None
         for i, (kind, live) in enumerate(self.live):
-            live, found = self.programs[kind][1][number](params, live)
+            where = self.positions.batches[i]
+            live, found = self.programs[kind][1][number](params, live, where)
             self.live[i] = kind, self.kept(live)
             total = found if total is None else merge(total, found)
         assert total is not None

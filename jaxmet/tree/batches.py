@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,10 +123,32 @@ class _Word(str):
         return str(self)
 
 
-class Batches:
-    """Batches made uniform: each is the tuple of the model's inputs.
+@dataclasses.dataclass(frozen=True)
+class BatchInfo:
+    """What is known of a batch besides the model's inputs, after which it comes.
 
-    `first` is the first batch, `length` their number or None where it is not known,
+    `mask` says where values count, in the leading axes of the inputs; `number` counts batches.
+    """
+
+    mask: Any = None
+    number: Any = None
+
+
+jax.tree_util.register_dataclass(BatchInfo, ["mask", "number"], [])
+
+
+def inputs_of(batch: Sequence[Any]) -> tuple[tuple[Any, ...], BatchInfo]:
+    """The inputs of the model, and what else is known of the batch."""
+    if batch and isinstance(batch[-1], BatchInfo):
+        return tuple(batch[:-1]), batch[-1]
+    return tuple(batch), BatchInfo()
+
+
+class Batches:
+    """Batches made uniform: each is the tuple of the model's inputs, and its `BatchInfo`.
+
+    `BatchInfo` is there where a mask was given. `first` are the inputs of the first batch,
+    `first_batch` all of it, `length` their number or None where it is not known,
     `source` what was given. `abstract` says that there are shapes only, and then
     iterating yields nothing. The first pass goes on where looking at `first` stopped,
     so nothing of a generator is lost.
@@ -143,7 +165,9 @@ class Batches:
     ) -> None:
         self.source = source
         self.arguments = arguments
-        self.first = arguments(first)
+        self.first_batch = arguments(first)
+        self.first, info = inputs_of(self.first_batch)
+        self.masked = info.mask is not None
         self.length = length
         self.abstract = _is_abstract(self.first)
         self._function = function
@@ -177,21 +201,27 @@ def as_batches(
     passes: int = 1,
     *,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     abstract: bool = False,
 ) -> Batches:
     """What the user gave as batches, checked before any long work.
 
     `function` is the name for errors and `passes` how often the data will be read. A
     tuple is splatted into the model's inputs; `inputs` picks them from a batch that
-    holds more. With `abstract`, `jax.ShapeDtypeStruct` may stand for an absent batch.
+    holds more, and `mask` says of it where values count. With `abstract`,
+    `jax.ShapeDtypeStruct` may stand for an absent batch.
     """
+    check_mask_function(mask, function)
 
     def arguments(batch: Any) -> tuple[Any, ...]:
         picked = batch if inputs is None else inputs(batch)
         picked = picked if isinstance(picked, tuple) else (picked,)
-        return jax.tree_util.tree_map_with_path(
+        found = jax.tree_util.tree_map_with_path(
             lambda path, x: _array(x, path, picked, function), picked
         )
+        if mask is None or _is_abstract(found):
+            return found
+        return *found, BatchInfo(mask=_checked_mask(mask(batch), found, function))
 
     inputs_alone = isinstance(batches, tuple | Mapping | jax.ShapeDtypeStruct)
     if inputs_alone and _is_abstract(batches):
@@ -214,14 +244,64 @@ def as_batches(
             f"data. {CURE}."
         )
     _refuse_bad_values(checked.first, function)
+    if checked.masked:
+        _refuse_empty_mask(checked.first_batch[-1].mask, function)
     return checked
+
+
+MASK = (
+    "mask= is a function that says of a batch where values count, True where they do: "
+    "mask=lambda batch: batch['attention_mask'] > 0."
+)
+
+
+def check_mask_function(mask: Any, function: str) -> None:
+    """Refuse a mask that is no function of a batch."""
+    if mask is not None and not callable(mask):
+        raise ValueError(f"jaxmet.{function}: mask is {_kind(mask)}. {MASK}")
+
+
+def _checked_mask(mask: Any, inputs: tuple[Any, ...], function: str) -> Any:
+    """A boolean array along the leading axes of some input."""
+    if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
+        raise ValueError(
+            f"jaxmet.{function}: mask= returned {_kind(mask)}, not an array. {MASK}"
+        )
+    if mask.dtype != np.bool_:
+        raise ValueError(
+            f"jaxmet.{function}: mask= returned an array of {mask.dtype}, not of booleans. "
+            f"{MASK}"
+        )
+    shapes = [tuple(x.shape) for x in jax.tree.leaves(inputs)]
+    shape = tuple(mask.shape)
+    if not shape or all(s[: len(shape)] != shape for s in shapes):
+        raise ValueError(
+            f"jaxmet.{function}: mask= returned an array of shape {shape}, which are the "
+            f"leading axes of none of the inputs, of shapes {', '.join(map(str, shapes))}. "
+            "Give one value for each example, or for each of its positions."
+        )
+    return np.asarray(mask) if not isinstance(mask, jax.Array) else mask
+
+
+def _refuse_empty_mask(mask: Any, function: str) -> None:
+    if not is_concrete(mask):
+        return
+    with jax.ensure_compile_time_eval():
+        some = bool(np.any(mask) if isinstance(mask, np.ndarray) else jnp.any(mask))
+    if not some:
+        raise ValueError(
+            f"jaxmet.{function}: mask= says of the first batch that none of its values "
+            f"count. {MASK}"
+        )
 
 
 ONE = "Give one batch: the inputs of the model as an array, or a tuple of arrays"
 
 
-def one_batch(batch: Any, function: str) -> tuple[Any, ...]:
-    """The inputs that one batch holds, a tuple being all of them."""
+def one_batch(
+    batch: Any, function: str, mask: Callable[[Any], Any] | None = None
+) -> tuple[Any, ...]:
+    """The inputs that one batch holds, a tuple being all of them, and its mask."""
     if isinstance(batch, Stacked):
         raise ValueError(f"jaxmet.{function}: batch is all the data, stacked. {ONE}.")
     several = isinstance(batch, list) or (
@@ -233,7 +313,7 @@ def one_batch(batch: Any, function: str) -> tuple[Any, ...]:
         )
     if not jax.tree.leaves(batch):
         raise ValueError(f"jaxmet.{function}: batch is empty. {ONE}.")
-    return as_batches([batch], function).first
+    return as_batches([batch], function, mask=mask).first_batch
 
 
 def _iterable(batches: Any, function: str) -> Iterable[Any]:

@@ -216,12 +216,14 @@ def sites_of(
     *,
     ratios: Sequence[float],
     multiple: int,
+    key: jax.Array,
     progress: bool,
 ) -> tuple[dict[str, Site], dict[str, str]]:
     """The sites that can be compressed, and why the others cannot."""
     options: dict[str, Any] = {
         "caller": "score_ratios",
         "rows": rows,
+        "key": key,
         "progress": progress,
     }
     if method == "prune":

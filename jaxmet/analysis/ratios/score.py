@@ -21,6 +21,7 @@ from jaxmet.analysis.scoring import (
 )
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.lift import lift
+from jaxmet.transforms.arguments import key_of
 from jaxmet.transforms.checkpoint import Checkpoint, model_of
 from jaxmet.transforms.grams import ROWS
 from jaxmet.transforms.ratios import asked_for, check_multiple
@@ -48,7 +49,9 @@ def score_ratios(
     rows: int = ROWS,
     together: int = 1,
     checkpoint: Any = None,
+    key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Table:
     """How the network scores with one site alone compressed, for every site and ratio.
@@ -64,7 +67,9 @@ def score_ratios(
 
     `batches` are the data by which factors are whitened and channels chosen, or
     `jax.ShapeDtypeStruct`s of the inputs for neither. Where they are few, score other inputs:
-    a layer fitted to fewer examples than it has inputs loses nothing on those. Costs are
+    a layer fitted to fewer examples than it has inputs loses nothing on those. Of a batch at
+    most `rows` rows are looked at, drawn by `key` (by default `jax.random.key(0)`); `mask`
+    says where its values count, as in `jm.calibrate`. Costs are
     those of one example. Ratios are those of `factorize` and `prune`, rounded to a `multiple`
     of ranks or channels. So many rows as `together` says are computed at once (`jax.vmap`)
     where the score can be traced: an accelerator with the memory for it is faster then. With
@@ -97,7 +102,10 @@ def score_ratios(
     check_multiple(together, CALLER, "together")
     check_multiple(rows, CALLER, "rows")
     ratios = _checked(ratios)
-    read = as_batches(batches, CALLER, inputs=inputs, passes=2, abstract=True)
+    key = key_of(key, CALLER)
+    read = as_batches(
+        batches, CALLER, inputs=inputs, mask=mask, passes=2, abstract=True
+    )
     traceable = is_traceable(score, graph, params, CALLER)
     sites, left = sites_of(
         params,
@@ -108,6 +116,7 @@ def score_ratios(
         rows,
         ratios=ratios,
         multiple=multiple,
+        key=key,
         progress=progress,
     )
     asked_for(1.0, {**dict.fromkeys(sites), **left}, graph, CALLER)
@@ -118,8 +127,8 @@ def score_ratios(
             f"{'; '.join(whys) or 'no site is selected'}. Look at print(graph)."
         )
     cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
-    data = None if read.abstract else (read.first, read.length)
-    options = (method, ratios, multiple, rows, list(sites))
+    data = None if read.abstract else (read.first_batch, read.length)
+    options = (method, ratios, multiple, rows, list(sites), key)
     told = (params, model_of(graph), data, options, score)
     kept = Checkpoint(checkpoint, CALLER, told)
     apply = lift(graph.apply)

@@ -14,9 +14,10 @@ from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
 from jaxmet.transforms.correct_bias.places import Place, find_places
 from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
-from jaxmet.transforms.lockstep import Copy, quantized_copy
+from jaxmet.transforms.grams import unmasked
+from jaxmet.transforms.lockstep import Copy, Positions, quantized_copy
 from jaxmet.transforms.reference import float_model
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -35,6 +36,7 @@ def correct_bias(
     of: Rounded = ...,
     reference: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     store: Store = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
@@ -50,6 +52,7 @@ def correct_bias(
     of: Rounded = ...,
     reference: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     store: Store = ...,
     progress: bool = ...,
     with_report: Literal[True],
@@ -64,6 +67,7 @@ def correct_bias(
     of: Rounded = "weights",
     reference: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     store: Store = "device",
     progress: bool = True,
     with_report: bool = False,
@@ -78,7 +82,8 @@ def correct_bias(
     alive between two pieces is kept for all batches, in the device's memory or, with
     `store='host'`, in the host's. `of='weights'` rounds weights alone, as the paper does;
     `of='both'` puts activations on their grids too, a site's own output after its mean is
-    measured.
+    measured. `mask`, a function of a batch, says where its values count, as in
+    `jm.calibrate`: padded tokens enter no mean.
 
     Without `batches` the mean inputs come from the statistics of batch norms,
     $b_o \leftarrow b_o - \sum_i \big(\sum_{window} \hat W_{io} - W_{io}\big) E[x_i]$.
@@ -110,6 +115,7 @@ def correct_bias(
     leaves_of(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     _check_options(quantizers, batches, of, store)
+    check_mask_function(mask, CALLER)
     places = find_places(graph, quantizers)
     model = float_model(reference, params, graph, quantizers, CALLER)
     free = {p.at: p for p in places if p.why is None}
@@ -120,19 +126,21 @@ def correct_bias(
         )
         _check_found(free, found)
     elif free:
-        read = as_batches(batches, CALLER, inputs=inputs)
+        read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
         other = graph
         if model[0] is not graph.apply:
             other = trace(*model, *read.first, **kwargs)
             _check_nodes(other, tuple(free))
         exact = Copy(CALLER, other, model[1], tuple(free), kwargs, store == "host")
         noisy = quantized_copy(graph, params, quantizers, exact, both=of == "both")
+        positions = Positions(other, model[1], tuple(free), kwargs)
         params, found = correct_in_lockstep(
             params,
             free,
             exact,
             noisy,
             read,
+            positions,
             spread=with_report,
             progress=progress,
         )
@@ -186,6 +194,7 @@ def _report(places: Sequence[Place], found: dict[str, Found]) -> Table:
     for place in places:
         seen = found.get(place.site.name, Found())
         why = place.why or seen.why
+        note = None if why is None else f"left alone: {why}"
         done += why is None
         rows.append(
             {
@@ -193,7 +202,7 @@ def _report(places: Sequence[Place], found: dict[str, Found]) -> Table:
                 "into": place.into if why is None else None,
                 "largest shift": _largest(seen.shift, 1.0),
                 "in deviations": _largest(seen.shift, seen.variance),
-                "note": None if why is None else f"left alone: {why}",
+                "note": note or unmasked(seen.lost),
             }
         )
     columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}

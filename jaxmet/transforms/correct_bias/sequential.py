@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
-from jaxmet.transforms.lockstep import Copy
+from jaxmet.transforms.lockstep import Copy, Positions
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight
@@ -22,6 +22,7 @@ class Found(NamedTuple):
     shift: Any = None
     variance: Any = None
     why: str | None = None
+    lost: str | None = None
 
 
 def correct_in_lockstep(
@@ -30,6 +31,7 @@ def correct_in_lockstep(
     reference: Copy,
     noisy: Copy,
     batches: Batches,
+    positions: Positions,
     *,
     spread: bool,
     progress: bool,
@@ -42,8 +44,9 @@ def correct_in_lockstep(
     for batch in batches:
         reference.read(batch)
         noisy.read(batch)
+        positions.read(batch)
     noisy.order = reference.order
-    compare = jax.jit(_seen, static_argnums=(3, 4))
+    compare = jax.jit(_seen, static_argnums=(4, 5))
     correct = jax.jit(_corrected, static_argnums=(2, 3))
     found: dict[str, Found] = {}
     for i, name in enumerate(
@@ -52,7 +55,9 @@ def correct_in_lockstep(
         features, seen, shape = tuple(sorted(noisy.graph[name].features)), None, ()
         for k in range(len(noisy.lives)):
             results = reference.advance(k, i), noisy.advance(k, i)
-            seen = compare(*results, seen, features, spread)
+            own = positions.batches[k].get(name)
+            where = None if own is None else own.result
+            seen = compare(*results, where, seen, features, spread)
             shape = results[1].shape
         assert seen is not None
         kept = tuple(n if axis in features else 1 for axis, n in enumerate(shape))
@@ -63,7 +68,9 @@ def correct_in_lockstep(
         new, noisy.shift, reference.shift = correct(leaf, seen.error, kept, why is None)
         params = replace_leaves(params, {place.into: new})
         noisy.params = replace_leaves(noisy.params, {place.into: new})
-        found[place.site.name] = Found(seen.error, seen.variance, why)
+        found[place.site.name] = Found(
+            seen.error, seen.variance, why, positions.lost.get(name)
+        )
     return params, found
 
 
@@ -87,6 +94,7 @@ class Seen(NamedTuple):
 def _seen(
     exact: jax.Array,
     noisy: jax.Array,
+    where: jax.Array | None,
     before: Seen | None,
     features: tuple[int, ...],
     spread: bool,
@@ -96,13 +104,19 @@ def _seen(
     exact, noisy = exact.astype(dtype), noisy.astype(dtype)
     rest = tuple(i for i in range(exact.ndim) if i not in features)
     values = [noisy - exact] + ([exact, jnp.square(exact)] if spread else [])
-    means = [_mean(v, rest).reshape(-1) for v in values]
-    number = jnp.asarray(exact.size / max(1, means[0].size), dtype)
+    if where is None:
+        means = [_mean(v, rest).reshape(-1) for v in values]
+        number = jnp.asarray(exact.size / max(1, means[0].size), dtype)
+    else:
+        sizes = [n if i in rest else 1 for i, n in enumerate(exact.shape)]
+        where = jnp.any(where, axis=features, keepdims=True)
+        number = jnp.sum(jnp.broadcast_to(where, sizes)).astype(dtype)
+        means = [_mean_where(v, where, number, rest).reshape(-1) for v in values]
     if before is None:
         return Seen(number, *means)
     total = before.number + number
     old = [v for v in before[1:] if v is not None]
-    share = number / total
+    share = number / jnp.maximum(total, 1.0)
     pairs = zip(old, means, strict=True)
     return Seen(total, *(one + (two - one) * share for one, two in pairs))
 
@@ -110,6 +124,15 @@ def _seen(
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The mean, of each example first: a sum over all at once rounds too often."""
     return jnp.mean(jnp.mean(x, axes[1:], keepdims=True), axes[:1], keepdims=True)
+
+
+def _mean_where(
+    x: jax.Array, where: jax.Array, number: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """The mean over what counts."""
+    x = jnp.where(where, x, jnp.zeros((), x.dtype))
+    total = jnp.sum(jnp.sum(x, axes[1:], keepdims=True), axes[:1], keepdims=True)
+    return total / jnp.maximum(number, 1.0)
 
 
 def _corrected(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph import Graph
+from jaxmet.engine.replay import counted_only, evaluate
 from jaxmet.numerics.chance import Rounded, added_noise
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import log_scales
@@ -20,7 +21,7 @@ from jaxmet.transforms.equalize.channels import (
 )
 from jaxmet.transforms.equalize.measured import Seen
 from jaxmet.transforms.equalize.statistics import Observed
-from jaxmet.transforms.simulate import round_weights, simulate
+from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.config import QuantConfig, Settings
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
@@ -40,12 +41,15 @@ def tried(
 
     `applied(x)` are the leaves that log scales change.
     """
-    run = simulate(graph.apply, Quantizers())
+    run = evaluate(
+        graph.apply,
+        lambda node, run, operands: (counted_only(node, run, run(*operands)), None),
+    )
 
     def outputs(new: Mapping[str, Any]) -> list[jax.Array]:
         tree = replace_leaves(params, {**leaves, **new}, caller="equalize")
         tree = round_weights(tree, quantizers if new else Quantizers())
-        every = jax.lax.map(lambda one: run(tree, *one), pictures)
+        every = jax.lax.map(lambda one: run(tree, *one)[0], pictures)
         real = [
             y for y in jax.tree.leaves(every) if jnp.issubdtype(y.dtype, jnp.floating)
         ]

@@ -16,6 +16,7 @@ from jaxmet.engine.once import run_once
 from jaxmet.numerics.chance import DRAWS, least_of_draws
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
+from jaxmet.transforms.arguments import key_of
 from jaxmet.transforms.equalize.chance import foreseen, grids, plain, tried
 from jaxmet.transforms.equalize.channels import (
     Channels,
@@ -40,7 +41,7 @@ from jaxmet.transforms.equalize.plan import (
     make_plan,
 )
 from jaxmet.transforms.equalize.statistics import Observed, predicted
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.names import replace_leaves
@@ -61,7 +62,9 @@ def equalize(
     objective: Objective = ...,
     config: QuantConfig | None = ...,
     batches: Any = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     max_scale: float = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
@@ -75,7 +78,9 @@ def equalize(
     objective: Objective = ...,
     config: QuantConfig | None = ...,
     batches: Any = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     max_scale: float = ...,
     progress: bool = ...,
     with_report: Literal[True],
@@ -88,7 +93,9 @@ def equalize(
     objective: Objective = "noise",
     config: QuantConfig | None = None,
     batches: Any = None,
+    key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     max_scale: float = MAX_SCALE,
     progress: bool = True,
     with_report: bool = False,
@@ -105,9 +112,12 @@ def equalize(
     one grid a tensor) adds, to first order. With `batches` (`inputs` picks from a batch what the
     model takes) that is the error of the model's outputs as a share of their energy: a pass over
     the data finds the ranges, and a backward pass for each of 64 images how much every weight
-    and every input of a product matters. Without, statistics of batch norms are carried on as
-    if all values were normal, and the error of each product counts as a share of its own
-    signal. Channels of which too little is known get the scale of 'range'.
+    and every input of a product matters. The random signs of these passes, and the scales that
+    are tried near the best ones, are drawn by `key`, by default `jax.random.key(0)`; `mask`, a
+    function of a batch, says where its values count, as in `jm.calibrate`. Without, statistics
+    of batch norms are carried on as if all values were normal, and the error of each product
+    counts as a share of its own signal. Channels of which too little is known get the scale of
+    'range'.
 
     `clip` says what becomes of ReLU6 and other clips that rescaled channels run through:
     'exact' divides their bounds too (the weight before becomes `Compressed`, to be run with
@@ -132,12 +142,15 @@ def equalize(
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params
     config = config or QuantConfig(per_channel=False)
-    task = Task(plan, Channels(graph, plan.free), config, max_scale, params)
+    check_mask_function(mask, "equalize")
+    key = key_of(key, "equalize")
+    signs, draws = jax.random.split(key)
+    task = Task(plan, Channels(graph, plan.free), config, max_scale, params, draws)
     seen = images = None
     if objective == "noise" and batches is not None:
-        read = as_batches(batches, "equalize", inputs=inputs)
+        read = as_batches(batches, "equalize", inputs=inputs, mask=mask)
         images = some_examples(read, TRIED, read=not read.one_shot)
-        seen = measured(graph, params, task.weights, read, progress)
+        seen = measured(graph, params, task.weights, read, signs, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise
     new, found = run_once(solve, arrays, seen, images)
@@ -165,6 +178,7 @@ class Task:
     config: QuantConfig
     max_scale: float
     params: Any
+    key: jax.Array
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -231,7 +245,7 @@ class Task:
             weights = tuple(counted.values())
             value = foreseen(self.channels, weights, old, known, observed, self.config)
         limit = float(np.log(self.max_scale))
-        drawn = least_of_draws(value, x, free, limit=limit)
+        drawn = least_of_draws(value, x, free, self.key, limit=limit)
         return drawn.x, (drawn.first, drawn.value)
 
     def common_factors(

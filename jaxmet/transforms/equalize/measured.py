@@ -10,10 +10,11 @@ from jaxmet.engine.collect import collect
 from jaxmet.engine.gradients import by_channel, energies, projected_gradients, squared
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.engine.replay import evaluate
+from jaxmet.engine.replay import counted_only, evaluate
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.equalize.channels import Weight
-from jaxmet.tree.batches import Batches
+from jaxmet.transforms.observe import extremes
+from jaxmet.tree.batches import Batches, BatchInfo, inputs_of
 from jaxmet.tree.examples import chosen
 from jaxmet.tree.leaves import dense
 
@@ -50,6 +51,7 @@ def measured(
     params: Any,
     weights: tuple[Weight, ...],
     batches: Batches,
+    key: jax.Array,
     progress: bool,
 ) -> dict[str, Seen]:
     """What a pass over data tells of products outside of loops, and a few backward passes.
@@ -63,14 +65,16 @@ def measured(
     parameters = {w.parameter for w in wanted.values()}
 
     def hook(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = counted_only(node, run, run(*operands))
         if node.name not in wanted:
-            return run(*operands), None
-        return run(*operands), _extremes(operands[0], node.in_features)
+            return result, None
+        where = run.reads[0] if run.reads else None
+        return result, _extremes(operands[0], node.in_features, where)
 
     gradients = projected_gradients(graph.apply, taps, parameters)
 
-    def squares(params: Any, units: Any, *one: Any) -> Any:
-        cost, gain = gradients(params, units, *one)
+    def squares(params: Any, units: Any, own: jax.Array, *one: Any) -> Any:
+        cost, gain = gradients(params, units, own, *one)
         return cost, jax.tree.map(squared, gain)
 
     each = -(-IMAGES // batches.length) if batches.length else 8
@@ -80,9 +84,14 @@ def measured(
 
         def observe(params: Any, *batch: Any) -> _Sums:
             outputs, ranges = run(params, *batch)
-            some, share = chosen(batch, each)
+            inputs, info = inputs_of(batch)
+            some, share = chosen((*inputs, BatchInfo(info.mask)), each)
             units = [share * e for e in energies(outputs)]
-            every = jax.lax.map(lambda one: squares(params, units, *one), some)
+            number = jax.tree.leaves(some)[0].shape[0]
+            signs = jax.random.split(jax.random.fold_in(key, info.number), number)
+            every = jax.lax.map(
+                lambda one: squares(params, units, one[0], *one[1]), (signs, some)
+            )
             cost, gain = jax.tree.map(lambda x: jnp.mean(x, axis=0), every)
             low, high = ({n: r[i] for n, r in ranges.items()} for i in (0, 1))
             return _Sums(jnp.float32(1), cost, gain, low, high)
@@ -110,11 +119,12 @@ def measured(
     found = {}
     for name, weight in wanted.items():
         if name in sums.low and sums.low[name].size == weight.inputs[0].size:
+            low, high = sums.low[name], sums.high[name]
+            if not np.all(low <= high):  # none of its inputs counts
+                continue
             gain = jnp.sum(weight.matrix(sums.gain[weight.parameter]), axis=3)
             cost = sums.cost[name] / sums.number
-            found[name] = Seen(
-                sums.low[name], sums.high[name], cost, gain / sums.number
-            )
+            found[name] = Seen(low, high, cost, gain / sums.number)
     return found
 
 
@@ -122,11 +132,15 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.asarray(dense(leaf)).dtype, jnp.floating)
 
 
-def _extremes(x: jax.Array, kept: Any) -> tuple[jax.Array, jax.Array]:
+def _extremes(
+    x: jax.Array, kept: Any, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     rest = [i for i in range(x.ndim) if i not in kept]
     x = jnp.transpose(x, (*kept, *rest)).astype(wide(x.dtype))
-    rest = tuple(range(len(kept), x.ndim))
-    return jnp.min(x, axis=rest).reshape(-1), jnp.max(x, axis=rest).reshape(-1)
+    if where is not None:
+        where = jnp.transpose(where, (*kept, *rest))
+    found = extremes(x, where, tuple(range(len(kept), x.ndim)))
+    return found.low.reshape(-1), found.high.reshape(-1)
 
 
 def _check(sums: _Sums) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.engine.node import Node
-from jaxmet.transforms.grams import ROWS, grams
+from jaxmet.transforms.arguments import key_of
+from jaxmet.transforms.grams import ROWS, grams, unmasked
 from jaxmet.transforms.prune.bundles import (
     Bundle,
     axes_of,
@@ -21,7 +22,7 @@ from jaxmet.transforms.prune.leaves import pruned
 from jaxmet.transforms.prune.readers import SELECTIONS, Reader, Selection, read_by
 from jaxmet.transforms.prune.report import report, whole_before
 from jaxmet.transforms.ratios import asked_for, check_multiple
-from jaxmet.tree.batches import as_batches
+from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
@@ -41,7 +42,9 @@ def prune(
     coupled: bool = ...,
     multiple: int = ...,
     rows: int = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = False,
 ) -> P: ...
@@ -56,7 +59,9 @@ def prune(
     coupled: bool = ...,
     multiple: int = ...,
     rows: int = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
 ) -> tuple[P, Table]: ...
@@ -70,7 +75,9 @@ def prune(
     coupled: bool = True,
     multiple: int = 1,
     rows: int = ROWS,
+    key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     with_report: bool = False,
 ) -> Any:
@@ -97,7 +104,9 @@ def prune(
     whose loss the others can make good for best (the default with data); 'lasso', those
     that one factor a channel does best without. With `batches` each site is then refitted,
     weights and bias, to what it made of all channels: least squares on the Gram matrix of
-    its inputs in the model as it is, from at most `rows` rows a batch. A site that is no
+    its inputs in the model as it is, from at most `rows` rows a batch, drawn by `key` (by
+    default `jax.random.key(0)`), in other positions of each batch; `mask`, a function of a
+    batch, says where its values count, as in `jm.calibrate`. A site that is no
     single product of a matrix is judged by its weights and not refitted, with a note.
 
     With `with_report` also a Table: the channels by the first site that makes them, how
@@ -129,20 +138,33 @@ def prune(
         b.index: kept_at(b.size, each[b.index], multiple) for b in free
     }
     chosen = [b for b in bundles if keep[b.index] < b.size]
-    read = None if batches is None else as_batches(batches, CALLER, inputs=inputs)
+    key = key_of(key, CALLER)
+    check_mask_function(mask, CALLER)
+    read = None
+    if batches is not None:
+        read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
+    lost: dict[str, str] = {}
     names = {name for b in chosen for name in b.readers}
     seen: Mapping[str, Any] = {}
     if read is not None:
         seen = grams(
-            graph, params, read, names, caller=CALLER, rows=rows, progress=progress
+            graph,
+            params,
+            read,
+            names,
+            caller=CALLER,
+            key=key,
+            rows=rows,
+            progress=progress,
+            lost=lost,
         )
     readers = readers_of(graph, names, leaves, seen)
     masks: dict[int, np.ndarray] = {}
     for bundle in chosen:
         order = removal(graph, leaves, bundle, readers, selection, keep[bundle.index])
-        mask = np.ones(bundle.size, bool)
-        mask[order[: bundle.size - keep[bundle.index]]] = False
-        masks |= dict.fromkeys(bundle.indices, mask)
+        stays = np.ones(bundle.size, bool)
+        stays[order[: bundle.size - keep[bundle.index]]] = False
+        masks |= dict.fromkeys(bundle.indices, stays)
     work, errors = _refit(readers, masks, leaves)
     result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
     if not with_report:
@@ -156,6 +178,7 @@ def prune(
         return [
             *([f"left alone: {why}"] if why else []),
             *(f"not refitted: {n!r} is no single matrix" for n in lone),
+            *(f"{n!r}: {unmasked(lost[n])}" for n in b.readers if n in lost),
             *(f"whole arrays before {n}" for n in whole),
         ]
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.transforms.arguments import check_key, check_keywords
 from jaxmet.transforms.checkpoint import Checkpoint, model_of
+from jaxmet.transforms.grams import unmasked
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
@@ -57,6 +58,7 @@ def adaround(
     batch: int = ...,
     checkpoint: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
     **kwargs: Any,
@@ -84,6 +86,7 @@ def adaround(
     batch: int = ...,
     checkpoint: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
     **kwargs: Any,
@@ -110,6 +113,7 @@ def adaround(
     batch: int = 256,
     checkpoint: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     with_report: bool = False,
     **kwargs: Any,
@@ -139,7 +143,9 @@ def adaround(
     `quantizers` hold already as numbers are always kept. `rows` bounds how many rows of a
     layer's inputs are looked at, in all (65,536; of 'adam', which keeps them, 16,384), and
     `store='host'` keeps activations between layers in the host's memory: on the device
-    there is one batch, and of 'adam' the rows. The error of what few data do not see is
+    there is one batch, and of 'adam' the rows. Rows are drawn by `key`, in other positions of
+    each batch and layer. `mask`, a function of a batch, says where its values count, as in
+    `jm.calibrate`: padded tokens are no rows. The error of what few data do not see is
     held by `damping`, a share of the mean of the Gram matrix's diagonal. `learning_rate`,
     `regularisation`, `beta_range` and `warm_start` are AdaRound's; the loss is counted in
     units in which the regulariser of all weights weighs four times what nearest rounding
@@ -204,7 +210,7 @@ def adaround(
     if number == 0:  # nothing is chosen: plain rounding, on the grids as they are
         options = dataclasses.replace(options, scales="given", start="nearest")
     layers = find_layers(graph, quantizers, CALLER)
-    read = as_batches(batches, CALLER, inputs=inputs)
+    read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
         CALLER,
         graph,
@@ -223,7 +229,7 @@ def adaround(
         params,
         model_of(graph),
         quantizers,
-        read.first,
+        read.first_batch,
         read.length,
         key,
         repr(options),
@@ -234,7 +240,11 @@ def adaround(
     kept = Checkpoint(checkpoint, CALLER, told)
     found = run.go(run.begin(read), kept, progress)
     new, pinned = results(run, found)
-    return (new, pinned, report(run.layers, found)) if with_report else (new, pinned)
+    return (
+        (new, pinned, report(run.layers, found, run.lost))
+        if with_report
+        else (new, pinned)
+    )
 
 
 def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:
@@ -252,7 +262,9 @@ def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:
     return new, dataclasses.replace(run.quantizers, weights=weights)
 
 
-def report(layers: Sequence[Layer], found: Mapping[str, Chosen]) -> Table:
+def report(
+    layers: Sequence[Layer], found: Mapping[str, Chosen], lost: Mapping[str, str]
+) -> Table:
     """One row a site."""
     rows, ratios, curves = [], [], []
     for layer in layers:
@@ -265,7 +277,8 @@ def report(layers: Sequence[Layer], found: Mapping[str, Chosen]) -> Table:
             loss, plain, least = (float(v.sum()) for v in sums)
             ratio = max(loss - least, 0.0) / (plain - least) if plain > least else 1.0
             ratios.append(ratio)
-        note = None if layer.why is None else f"rounded to nearest: {layer.why}"
+        note = unmasked(lost.get(layer.node.name))
+        note = note if layer.why is None else f"rounded to nearest: {layer.why}"
         rows.append((layer.node.name, loss, plain, least, ratio, note))
     names = ("site", "loss", "nearest loss", "inherited", "ratio", "note")
     columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxmet.engine.node import Node
 from jaxmet.engine.replay import Hook, Run
-from jaxmet.engine.rows import rows_of
+from jaxmet.engine.rows import counted_rows
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
-from jaxmet.transforms.lockstep import Copy
+from jaxmet.transforms.lockstep import Copy, Where
 from jaxmet.transforms.rounding.layers import Layer
 
 
@@ -32,7 +32,12 @@ def merged(one: Inputs, two: Inputs) -> Inputs:
     return Inputs(total, *mean)
 
 
-Rows = tuple[jax.Array, jax.Array]  # of the quantized and of the float model
+class Rows(NamedTuple):
+    """Rows of the quantized and of the float model, and which of them count."""
+
+    quantized: jax.Array
+    exact: jax.Array
+    counts: jax.Array | None
 
 
 class Look:
@@ -50,12 +55,14 @@ class Look:
     ) -> None:
         self.exact, self.noisy, self.most, self.keep = exact, noisy, most, keep
         self.layers = {layer.node.name: layer for layer in layers}
+        self.numbers = {name: i for i, name in enumerate(self.layers)}
         self.offsets = offsets
         self.steps: dict[Any, Any] = {}
         self.key: Any = None
+        self.where: Mapping[str, Where] = {}
 
     def __call__(
-        self, batch: int, piece: int, key: jax.Array
+        self, batch: int, piece: int, key: jax.Array, where: Mapping[str, Where]
     ) -> tuple[dict[str, Inputs], dict[str, Rows]]:
         """Sums over the rows of one batch, and with `keep` the rows themselves."""
         shape = self.exact.lives[batch][0]
@@ -66,7 +73,9 @@ class Look:
             ]
             self.steps[shape] = jax.jit(lambda *a: self.look(*both, *a))
         lives = self.exact.lives[batch][1], self.noisy.lives[batch][1]
-        return self.steps[shape](self.exact.params, self.noisy.params, *lives, key)
+        where = {n: w for n, w in where.items() if n in self.layers}
+        trees = self.exact.params, self.noisy.params
+        return self.steps[shape](*trees, *lives, key, where)
 
     def look(
         self,
@@ -77,12 +86,16 @@ class Look:
         live: Any,
         noisy_live: Any,
         key: jax.Array,
+        where: Mapping[str, Where],
     ) -> tuple[dict[str, Inputs], dict[str, Rows]]:
-        self.key = key
-        float_rows = exact(params, live, None)
+        self.key, self.where = key, where
+        exact_rows = exact(params, live, None)
         quantized_rows = noisy(rounded, noisy_live, None)
-        self.key = None
-        rows = {n: (quantized_rows[n], float_rows[n]) for n in self.layers}
+        self.key, self.where = None, {}
+        rows = {
+            n: Rows(quantized_rows[n][0], exact_rows[n][0], _as_one(exact_rows[n][1]))
+            for n in self.layers
+        }
         return {n: _inputs(*r) for n, r in rows.items()}, rows if self.keep else {}
 
     def watch(self, hook: Hook) -> Hook:
@@ -94,28 +107,48 @@ class Look:
                 return result, None
             assert node.weight is not None
             x, kernel = operands[0], operands[node.weight.operand]
-            rows = rows_of(
+            where = self.where[node.name].operand if self.where else None
+            if where is not None:
+                where = where[run.iteration]
+            # Both copies draw the same rows, each layer others.
+            key = self.key
+            for part in (self.numbers[node.name], *run.iteration):
+                key = jax.random.fold_in(key, part)
+            rows, counts = counted_rows(
                 node,
                 x,
                 kernel.shape,
+                where=where,
                 offset=self.offsets.get(node.name),
                 most=self.most,
-                key=self.key,
+                key=key,
             )
-            return result, rows.astype(wide(rows.dtype))
+            return result, (rows.astype(wide(rows.dtype)), counts)
 
         return watching
 
 
-def _inputs(rows: jax.Array, float_rows: jax.Array) -> Inputs:
+def _as_one(counts: jax.Array | None) -> jax.Array | None:
+    """Which rows count in any round of a loop; a mask is the same in all of them."""
+    if counts is None:
+        return None
+    return jnp.any(counts.reshape(-1, counts.shape[-1]), axis=0)
+
+
+def _inputs(rows: jax.Array, float_rows: jax.Array, counts: jax.Array | None) -> Inputs:
     rows, float_rows = (v.reshape(-1, *v.shape[-2:]) for v in (rows, float_rows))
     number = jnp.asarray(rows.shape[1], rows.dtype)
+    if counts is not None:
+        number = jnp.sum(counts).astype(rows.dtype)
 
     def product(one: jax.Array, two: jax.Array) -> jax.Array:
         total = jnp.einsum("gri,grj->gij", one, two, precision="highest")
         return total / jnp.maximum(number, 1.0)
 
-    means = (jnp.mean(v, axis=1) for v in (rows, float_rows))
+    means = [jnp.mean(v, axis=1) for v in (rows, float_rows)]
+    if counts is not None:  # rows that do not count are zero
+        share = rows.shape[1] / jnp.maximum(number, 1.0)
+        means = [mean * share for mean in means]
     products = Products(
         product(rows, rows), product(rows, float_rows), product(float_rows, float_rows)
     )

@@ -144,7 +144,7 @@ def _reader(
             leaf = leaves[name]
             array = jnp.asarray(array).astype(dense(leaf).dtype)
             new[name] = with_weight(leaf, array)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
         return evaluate(graph.apply, hook)(
             replace_leaves(params, new), *zeros, **kwargs
         )[1]

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Literal, get_args, overload
 
-import jax
-
 from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.arguments import check_key, check_keywords
+from jaxmet.transforms.arguments import check_keywords, key_of
 from jaxmet.transforms.checkpoint import Checkpoint
 from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import ROWS, report, results
@@ -40,6 +38,7 @@ def search_scales(
     store: Store = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[False] = ...,
     **kwargs: Any,
@@ -57,6 +56,7 @@ def search_scales(
     store: Store = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
+    mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
     with_report: Literal[True],
     **kwargs: Any,
@@ -73,6 +73,7 @@ def search_scales(
     store: Store = "device",
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
+    mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     with_report: bool = False,
     **kwargs: Any,
@@ -86,7 +87,9 @@ def search_scales(
     too with `of='float'`; with 'weights' it is what a model reads whose earlier layers are
     rounded, and with 'both' one whose activations are on their grids besides. All
     candidates are tried at once, on Gram matrices, exact over the rows that are looked at
-    (at most `rows` a layer, drawn by `key`).
+    (at most `rows` a layer, drawn by `key`, by default `jax.random.key(0)`, in other
+    positions of each batch and layer). `mask`, a function of a batch, says where its values
+    count, as in `jm.calibrate`.
 
     Scales that are numbers already are searched anew. Raises ValueError for quantizers of
     another model, unknown options and what `calibrate` refuses of batches.
@@ -100,12 +103,12 @@ def search_scales(
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
-    key = check_key(jax.random.key(0) if key is None else key, CALLER)
+    key = key_of(key, CALLER)
     check_word(CALLER, of=(of, get_args(Read)))
     check_word(CALLER, store=(store, get_args(Store)))
     check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
     options = Options("search", "search", candidates=int(candidates), damping=0.0)
-    read = as_batches(batches, CALLER, inputs=inputs)
+    read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
         CALLER,
         graph,
@@ -123,4 +126,4 @@ def search_scales(
     )
     found = run.go(run.begin(read), Checkpoint(None, CALLER, ()), progress)
     _, pinned = results(run, found)
-    return (pinned, report(run.layers, found)) if with_report else pinned
+    return (pinned, report(run.layers, found, run.lost)) if with_report else pinned

@@ -18,7 +18,7 @@ from jaxmet.engine.node import Node
 from jaxmet.engine.replay import bounds_of
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.checkpoint import Checkpoint
-from jaxmet.transforms.lockstep import Copy, quantized_copy
+from jaxmet.transforms.lockstep import Copy, Positions, quantized_copy
 from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
 from jaxmet.transforms.rounding.layers import (
     Layer,
@@ -31,7 +31,7 @@ from jaxmet.transforms.rounding.layers import (
 )
 from jaxmet.transforms.rounding.solvers import Kind, Options, Problem, Solution, solve
 from jaxmet.transforms.rounding.waves import Wave, find_waves
-from jaxmet.tree.batches import Batches
+from jaxmet.tree.batches import Batches, inputs_of
 from jaxmet.tree.leaves import dense, is_compressed, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -72,6 +72,11 @@ class Run:
     def __post_init__(self) -> None:
         self.leaves = named_leaves(self.params)
 
+    @property
+    def lost(self) -> dict[str, str]:
+        """Layers of which it is not known which of their inputs count, and why."""
+        return self.positions.lost
+
     def begin(self, batches: Batches) -> tuple[Wave, ...]:
         """Read the data and cut both copies."""
         first = batches.first
@@ -104,8 +109,12 @@ class Run:
                 self.graph, self.params, self.quantizers, exact, both=self.both
             )
         self.exact = exact
+        names = [layer.node.name for wave in waves for layer in wave.layers]
+        self.positions = Positions(self.graph, self.params, names, self.kwargs)
         number = 0
         for batch in batches:
+            self.positions.read(batch)
+            batch, _ = inputs_of(batch)
             number += max(
                 (x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), default=1
             )
@@ -154,7 +163,8 @@ class Run:
         key = jax.random.fold_in(self.key, number)
         merge = jax.jit(merged)
         for batch in range(len(self.exact.lives)):
-            found, own = look(batch, number, jax.random.fold_in(key, batch))
+            where = self.positions.batches[batch]
+            found, own = look(batch, number, jax.random.fold_in(key, batch), where)
             for name, one in found.items():
                 seen[name] = merge(seen[name], one) if name in seen else one
             for name, one in own.items():
@@ -233,7 +243,7 @@ class Run:
         )
         activation = None
         if rows:
-            parts = [[v.reshape(-1, *v.shape[-2:]) for v in one] for one in rows[name]]
+            parts = [_that_count(one) for one in rows[name]]
             both = [jnp.concatenate(v, axis=1) for v in zip(*parts, strict=True)]
             activation, bounds = self.activation(layer.node, problem.bias.shape, bias)
             problem = problem._replace(rows=tuple(both), bounds=bounds)
@@ -357,6 +367,16 @@ def _filled(problem: Problem, more: int) -> Problem:
         ),
         rows=jax.tree.map(lambda x: fill(x, 2), problem.rows),
     )
+
+
+def _that_count(rows: Rows) -> list[jax.Array]:
+    """The rows that count, (groups, rows, ins), of the quantized and of the float model."""
+    *both, counts = rows
+    both = [v.reshape(-1, *v.shape[-2:]) for v in both]
+    if counts is None:
+        return both
+    which = np.flatnonzero(counts)
+    return [jnp.take(v, which, axis=1) for v in both]
 
 
 def free_memory() -> int | None:
