@@ -93,20 +93,21 @@ def least_of_draws(
     start: Float[Array, " channels"],
     free: Bool[Array, " channels"],
     *,
-    limit: float,
+    lowest: Float[Array, " channels"],
+    highest: Float[Array, " channels"],
     draws: int = DRAWS,
     spread: float = SPREAD,
 ) -> Drawn:
     """The best of `start` and other points near it.
 
     The key of the draws is fixed: the same arguments give the same point. What is `free`
-    moves by a normal distance of standard deviation `spread`, within -`limit` … `limit`.
+    moves by a normal distance of standard deviation `spread`, within `lowest` … `highest`.
     """
     keys = jax.random.split(jax.random.key(SEED), draws)
 
     def point(number: jax.Array) -> jax.Array:
         step = spread * jax.random.normal(keys[number], start.shape, start.dtype)
-        moved = jnp.clip(start + step, -limit, limit)
+        moved = jnp.clip(start + step, lowest, highest)
         return jnp.where(free & (number > 0), moved, start)
 
     values = jax.lax.map(lambda number: function(point(number)), jnp.arange(draws))

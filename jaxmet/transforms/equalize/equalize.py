@@ -16,6 +16,7 @@ from jaxmet.engine.once import run_once
 from jaxmet.numerics.chance import DRAWS, least_of_draws
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
+from jaxmet.transforms.equalize.carried import carried
 from jaxmet.transforms.equalize.chance import foreseen, grids, plain, tried
 from jaxmet.transforms.equalize.channels import (
     Channels,
@@ -28,6 +29,7 @@ from jaxmet.transforms.equalize.channels import (
     with_bounds,
 )
 from jaxmet.transforms.equalize.expected import expected
+from jaxmet.transforms.equalize.headroom import headroom
 from jaxmet.transforms.equalize.measured import Seen, measured
 from jaxmet.transforms.equalize.noise import noisy_layers
 from jaxmet.transforms.equalize.plan import (
@@ -153,6 +155,13 @@ class Outcome(NamedTuple):
     informed: jax.Array | None = None  # which channels the objective chose
 
 
+class Bounds(NamedTuple):
+    """The lowest and the highest log scale of every channel."""
+
+    lowest: jax.Array
+    highest: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One call: what is rescaled, on which grids, and how far."""
@@ -173,21 +182,21 @@ class Task:
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with equal ranges on both sides of every channel."""
         del seen, images
-        found = self.balanced(self.layers(old))
+        found = self.balanced(*self.layers(old))
         return self.applied(old, found.x), Outcome(*found)
 
     def by_noise(
         self, old: Mapping[str, Any], seen: dict[str, Seen] | None, images: Any
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with little rounding noise."""
-        layers = self.layers(old)
+        layers, bounds = self.layers(old)
         known, observed = seen, None
         if known is None:
             observed = predicted(self.channels, old, self.weights)
             known = expected(self.channels, self.weights, old, observed)
         informed = jnp.asarray(self.informed(known))
         noisy = noisy_layers(self.channels, self.weights, old, known, self.config)
-        ranges = self.balanced(layers)
+        ranges = self.balanced(layers, bounds)
         zero = jnp.zeros_like(ranges.x)
         free = informed & alive(layers, zero)
         mixed = jnp.where(free, zero, ranges.x)
@@ -195,9 +204,11 @@ class Task:
         before, level, other = jax.lax.map(value, jnp.stack([zero, ranges.x, mixed]))
         # Convex in log s: where the search begins decides only how soon it ends.
         start = jnp.where(level < other, ranges.x, mixed)
-        best = minimise_noise(noisy, start, free, limit=self.max_scale)
-        x = self.common_factors(best.x, ranges.x, free)
-        x, chances = self.luckiest(old, known, observed, images, x, free)
+        best = minimise_noise(
+            noisy, start, free, lowest=bounds.lowest, highest=bounds.highest
+        )
+        x = self.common_factors(best.x, ranges.x, free, bounds)
+        x, chances = self.luckiest(old, known, observed, images, x, free, bounds)
         noise = (before, level, value(x), *chances)
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
@@ -210,6 +221,7 @@ class Task:
         images: Any,
         x: jax.Array,
         free: jax.Array,
+        bounds: Bounds,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Log scales near the minimum with which weights happen to round well.
 
@@ -227,17 +239,18 @@ class Task:
         else:
             weights = tuple(counted.values())
             value = foreseen(self.channels, weights, old, known, observed, self.config)
-        limit = float(np.log(self.max_scale))
-        drawn = least_of_draws(value, x, free, limit=limit)
+        drawn = least_of_draws(
+            value, x, free, lowest=bounds.lowest, highest=bounds.highest
+        )
         return drawn.x, (drawn.first, drawn.value)
 
     def common_factors(
-        self, x: jax.Array, ranges: jax.Array, free: jax.Array
+        self, x: jax.Array, ranges: jax.Array, free: jax.Array, bounds: Bounds
     ) -> jax.Array:
         """The factor that all channels of a group share, taken from equal ranges.
 
         Rounding does not depend on it, unless other channels stand on an axis with these
-        or some of them are held: then nothing changes.
+        or some of them are held: then nothing changes. It stays within the bounds.
         """
         owner = np.full(self.channels.size + 1, len(self.plan.free))
         for number, group in enumerate(self.plan.free):
@@ -250,18 +263,28 @@ class Task:
                 alone[owners] &= owners.size == 1
         size = np.bincount(owner)
         apart = jax.ops.segment_sum(ranges - x, owner, size.size) / size.astype(x.dtype)
+        down = jax.ops.segment_max(bounds.lowest - x, owner, size.size)
+        up = jax.ops.segment_min(bounds.highest - x, owner, size.size)
+        apart = jnp.clip(apart, jnp.minimum(down, 0.0), jnp.maximum(up, 0.0))
         whole = jax.ops.segment_min(free.astype(jnp.int32), owner, size.size) > 0
         return x + jnp.where(whole & alone, apart, 0.0)[owner]
 
-    def layers(self, old: Mapping[str, Any]) -> Layers:
-        """Ranges of all weights."""
+    def layers(self, old: Mapping[str, Any]) -> tuple[Layers, Bounds]:
+        """Ranges of all weights, and between what log scales each channel stays."""
         every = stacks(self.weights, old)
-        return layers_of(every, [s.matrix(old) for s in every], self.channels.size)
+        matrices = [s.matrix(old) for s in every]
+        layers = layers_of(every, matrices, self.channels.size)
+        dtype = layers.log_ranges[0].dtype
+        known, silent = carried(self.channels, self.weights, every, old, dtype)
+        # What reads a channel that carries nothing may shrink, not grow.
+        of = headroom(self.channels, self.weights, old, self.max_scale, dtype)
+        highest = jnp.where(silent, jnp.minimum(of[1], 0.0), of[1])
+        return layers._replace(carried=known), Bounds(of[0], highest)
 
-    def balanced(self, layers: Layers) -> Balance:
+    def balanced(self, layers: Layers, bounds: Bounds) -> Balance:
         """Equal ranges, from the tree as it is."""
         start = jnp.zeros(self.channels.size + 1, layers.log_ranges[0].dtype)
-        return balance(layers, start, limit=self.max_scale)
+        return balance(layers, start, lowest=bounds.lowest, highest=bounds.highest)
 
     def applied(self, old: Mapping[str, Any], x: jax.Array) -> dict[str, Any]:
         """The leaves that change when channel i is divided by exp(x_i)."""
