@@ -156,8 +156,7 @@ def _ranges(layers: Layers, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     r2 = _largest(jnp.concatenate(read) + ins, layers.inputs, x)
     if layers.carried is not None:
         constant = layers.carried.constant - x - _log_read(layers, layers.carried, x)
-        # Without weights there is nothing to balance the readers with.
-        r1 = jnp.where(jnp.isfinite(r1), jnp.maximum(r1, constant), r1)
+        r1 = jnp.maximum(r1, constant)
     return r1, r2
 
 
