@@ -99,7 +99,10 @@ def equalize(
     that coarse grids lose little; the function stays. Fold batch norms first.
 
     `objective='range'` makes the largest weight that makes a channel equal to the largest
-    that reads it, for all channels at once (Nagel et al., 2019, to convergence).
+    that reads it, for all channels at once (Nagel et al., 2019, to convergence). A constant
+    that a channel carries (a bias, the shift of a folded norm) counts as a weight that makes
+    it, in units of what its layer reads: a channel whose weights are nearly zero is not blown
+    up. What layers read follows from the norms' statistics, or from inputs of variance one.
     `objective='noise'` minimises what rounding on the grids of `config` (by default W8A8 with
     one grid a tensor) adds, to first order. With `batches` (`inputs` picks from a batch what the
     model takes) that is the error of the model's outputs as a share of their energy: a pass over
@@ -113,8 +116,9 @@ def equalize(
     `jm.lift(apply)`), 'skip' leaves such channels alone, 'relu' drops an upper bound of a
     clip at zero, which changes the function and is there to compare with.
 
-    No scale leaves `1/max_scale … max_scale`. The report has a row a group of channels:
-    its scales, the largest |log r1/r2| that is left, and why what was left alone was.
+    No scale leaves `1/max_scale … max_scale`, or takes a leaf out of the range of its dtype;
+    that of a channel that carries nothing is at most one. The report has a row a group of
+    channels: its scales, the largest |log r1/r2| that is left, and why what was left alone was.
 
     Raises ValueError where `graph.only()` names a layer none of whose channels can be
     rescaled, for a tree without a norm's statistics, and if `objective='noise'` finds
