@@ -25,12 +25,17 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from dfq.scenes import DATA
 from lite.figures import Resampled, interval, outcome
 from lite.network import FAMILY, LinenLite
 from lite.pictures import read_folder
 from lite.weights import find_weights, load_weights
+from residual import load as residual
+from train_demo import as_input, read_idx
 
 import jaxmet as jm
+from jaxmet.demo import data as packaged
+from jaxmet.demo.network import Network as DemoNetwork
 from jaxmet.engine import compat
 from jaxmet.engine.graph import leaves_of
 from jaxmet.engine.once import run_once
@@ -227,15 +232,30 @@ class Bench:
         )
 
 
-def network(name: str, images: Path, number: int) -> Bench:
-    """An EfficientNet-Lite with the first pictures of both folders."""
-    variant = FAMILY[name]
-    params = load_weights(find_weights(name), variant)
-    folders = (
-        read_folder(images / f, variant.pixels) for f in ("calibration", "evaluation")
-    )
-    some = [x[: min(number, len(x)) // BATCH * BATCH] for x in folders]
-    return Bench(LinenLite(variant).apply, params, *some)
+def network(name: str, images: Path | None, number: int) -> Bench:
+    """A network with the first pictures to calibrate on and the first to measure on."""
+    if name in FAMILY:
+        if images is None:
+            raise SystemExit(f"{name} needs --images.")
+        variant = FAMILY[name]
+        apply = LinenLite(variant).apply
+        params = load_weights(find_weights(name), variant)
+        read = partial(read_folder, pixels=variant.pixels)
+        pictures = [read(images / f) for f in ("calibration", "evaluation")]
+    else:
+        calibration, evaluation, _ = packaged.load()
+        pictures = [np.asarray(calibration), np.asarray(evaluation)]
+        if name == "demo":
+            apply, params = DemoNetwork().apply, packaged.weights()
+        else:
+            model, params = residual(name)
+            apply = model.apply
+            shown = [
+                read_idx(DATA / f"{f}-images-idx3-ubyte.gz") for f in ("train", "t10k")
+            ]
+            pictures = [np.asarray(as_input(x[:number])) for x in shown]
+    some = [x[: min(number, len(x)) // BATCH * BATCH] for x in pictures]
+    return Bench(apply, params, *some)
 
 
 def main(arguments: list[str] | None = None) -> None:
