@@ -109,7 +109,11 @@ def test_the_best_draw_is_near_and_the_same_again() -> None:
     start, free = jnp.zeros(6), jnp.asarray([True] * 4 + [False] * 2)
     far = jnp.asarray([0.02, -0.02, 0.02, 0.02, 9.0, 9.0])
     value = lambda x: jnp.sum(jnp.square(x - far))
-    draw = partial(least_of_draws, value, start, free, jax.random.key(0), limit=0.015)
+    ends = {
+        "lowest": jnp.full_like(start, -0.015),
+        "highest": jnp.full_like(start, 0.015),
+    }
+    draw = partial(least_of_draws, value, start, free, jax.random.key(0), **ends)
     found = draw()
     np.testing.assert_array_equal(found.x, draw().x)
     np.testing.assert_allclose(found.x, jax.jit(draw)().x, rtol=1e-6)
@@ -129,7 +133,14 @@ def test_nothing_moves_where_the_start_is_best_or_no_draw_is_finite() -> None:
         lambda x: jnp.where(jnp.all(x == start), 1.0, jnp.nan),
         lambda x: jnp.sum(x) * jnp.nan,
     ):
-        found = least_of_draws(value, start, free, jax.random.key(0), limit=1.0)
+        found = least_of_draws(
+            value,
+            start,
+            free,
+            jax.random.key(0),
+            lowest=jnp.full_like(start, -1.0),
+            highest=jnp.full_like(start, 1.0),
+        )
         np.testing.assert_array_equal(found.x, start)
 
 

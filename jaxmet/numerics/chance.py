@@ -93,20 +93,21 @@ def least_of_draws(
     free: Bool[Array, " channels"],
     key: Key[Array, ""],
     *,
-    limit: float,
+    lowest: Float[Array, " channels"],
+    highest: Float[Array, " channels"],
     draws: int = DRAWS,
     spread: float = SPREAD,
 ) -> Drawn:
     """The best of `start` and other points near it.
 
-    What is `free`
-    moves by a normal distance of standard deviation `spread`, within -`limit` … `limit`.
+    What is `free` moves by a normal distance of standard deviation `spread`, within
+    `lowest` … `highest`.
     """
     keys = jax.random.split(key, draws)
 
     def point(number: jax.Array) -> jax.Array:
         step = spread * jax.random.normal(keys[number], start.shape, start.dtype)
-        moved = jnp.clip(start + step, -limit, limit)
+        moved = jnp.clip(start + step, lowest, highest)
         return jnp.where(free & (number > 0), moved, start)
 
     values = jax.lax.map(lambda number: function(point(number)), jnp.arange(draws))

@@ -134,18 +134,20 @@ def minimise_noise(
     start: Float[Array, " channels"],
     free: Bool[Array, " channels"],
     *,
-    limit: float = 1e6,
+    lowest: Float[Array, " channels"],
+    highest: Float[Array, " channels"],
     evaluations: int | Int[Array, ""] = EVALUATIONS,
 ) -> Minimum:
-    r"""Log scales of little noise, from `start`; what is not `free` keeps its scale.
+    r"""Log scales of little noise in `lowest … highest`, from `start`.
+
+    What is not `free` keeps its scale.
 
     Maxima become $\frac1\beta\log\sum\exp\beta(\cdot)$ with growing $\beta$, and each such
     problem gets a few steps of L-BFGS; with no `evaluations` nothing moves. Sums over the many
     weights of a layer are products with matrices made once for each $\beta$, so a step costs
     what the products of two matrices and a vector do.
     """
-    bound = float(np.log(limit))
-    lowest, highest = jnp.where(free, -bound, start), jnp.where(free, bound, start)
+    lowest, highest = (jnp.where(free, b, start) for b in (lowest, highest))
 
     def stage(state: tuple[jax.Array, Minimum], now: tuple) -> tuple:
         x, best = state
@@ -217,7 +219,7 @@ def _exact(
 ) -> tuple[jax.Array, _Shifts, _Near]:
     """The log of the objective, the largest exponents in it, and the gains."""
     at = _places(noisy.layers)
-    ins, outs = (log_scales(x, i) for i in noisy.layers[1:])
+    ins, outs = (log_scales(x, i) for i in noisy.layers[1:3])
     makes = jnp.where(noisy.per_channel[at.output_layer], tops, outs)
     each = zip(
         noisy.gains,
@@ -266,7 +268,7 @@ def _smooth(
         return shift + jnp.log(total) / sharpness
 
     def function(new: jax.Array) -> jax.Array:
-        ins, outs = (log_scales(new, i) for i in layers[1:])
+        ins, outs = (log_scales(new, i) for i in layers[1:3])
         moved = layers.by_input(jnp.exp(sharpness * (ins - old)))
         total = _over_inputs(matrices, moved)
         soft_tops = tops + jnp.log(total + 1e-30) / sharpness

@@ -17,6 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmet.numerics.fixed_point import anderson
 
 
+class Carried(NamedTuple):
+    r"""Logarithms of what channels carry beside their weights, in original units.
+
+    `constant` is the size of the part that does not come from the inputs (biases and the
+    shifts of norms, behind the activation); -inf for none. `size` is the root mean square
+    of each input of a layer, summed over its window.
+    """
+
+    constant: Float[Array, " channels"]
+    size: Float[Array, " ins"]
+
+
 class Layers(NamedTuple):
     """The log ranges of weights, and the channels along them.
 
@@ -29,6 +41,7 @@ class Layers(NamedTuple):
     log_ranges: tuple[Float[Array, "layers groups ins outs"], ...]
     inputs: Int[np.ndarray, "factors ins"]
     outputs: Int[np.ndarray, "factors outs"]
+    carried: Carried | None = None
 
     def by_input(self, v: Float[Array, " ins"]) -> list[jax.Array]:
         """What belongs to all inputs, in one array (layers, groups, ins) for each stack."""
@@ -73,7 +86,8 @@ def balance(
     layers: Layers,
     start: Float[Array, " channels"],
     *,
-    limit: float = 1e6,
+    lowest: Float[Array, " channels"],
+    highest: Float[Array, " channels"],
     tolerance: float = 1e-5,
     max_sweeps: int = 1000,
 ) -> Balance:
@@ -82,7 +96,16 @@ def balance(
     With $r^1_i$ the largest magnitude that makes channel $i$ and $r^2_i$ the largest that
     reads it, both in present scales, $s_i \leftarrow s_i \sqrt{r^1_i / r^2_i}$ until the
     largest $|\log r^1_i / r^2_i|$ is below `tolerance`. A channel that is dead on either
-    side keeps its scale, and no scale leaves `1/limit … limit`.
+    side keeps its scale, and no log scale leaves `lowest … highest`.
+
+    The magnitude that makes a channel counts its constant $c_i$ too, in the units of the
+    weights: $r^1_i = \max(\max_j |W_{ji}|, |c_i|/\rho)$ where $\rho$ is the root mean square
+    of all that the layer reads together, in present scales. Rounding errors of variance
+    $\Delta^2$ in the weights of the channel disturb its consumers by
+    $\Delta s_i \rho r^2_i$, and those in the consumers' weights by
+    $\Delta (|c_i| + \rho r_i) / s_i$; both are equal at
+    $s_i^2 = (r_i + |c_i|/\rho) / r^2_i$. So a constant counts only where it is larger than
+    anything that the weights make, as in a channel whose weights are nearly zero.
 
     In log s the step is monotone, adds what is added to all its arguments, and so never
     takes two points apart in the maximum norm: averaged steps converge, and Anderson's
@@ -93,11 +116,10 @@ def balance(
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.1, all layers at
     once instead of pair by pair.
     """
-    bound = float(np.log(limit))
 
     def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         gap = range_gap(layers, x)
-        return jnp.clip(x + gap / 2, -bound, bound), gap
+        return jnp.clip(x + gap / 2, lowest, highest), gap
 
     found = anderson(step, start, tolerance=tolerance / 2, max_steps=max_sweeps)
     return Balance(*found)
@@ -132,7 +154,29 @@ def _ranges(layers: Layers, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     ]
     r1 = _largest(jnp.concatenate(made) - outs, layers.outputs, x)
     r2 = _largest(jnp.concatenate(read) + ins, layers.inputs, x)
+    if layers.carried is not None:
+        constant = layers.carried.constant - x - _log_read(layers, layers.carried, x)
+        r1 = jnp.maximum(r1, constant)
     return r1, r2
+
+
+def _log_read(layers: Layers, carried: Carried, x: jax.Array) -> jax.Array:
+    r"""For each channel $\log \rho$ of the layer that makes it, the largest of several.
+
+    Of a grouped product the group that reads most counts: what one reads that reads next
+    to nothing says nothing of the steps of the layer's quantizers.
+    """
+    sizes = layers.by_input(carried.size - log_scales(x, layers.inputs))
+    known = []
+    for size, r in zip(sizes, layers.log_ranges, strict=True):
+        top = jnp.max(size, axis=(1, 2), keepdims=True)
+        top = jnp.where(jnp.isfinite(top), top, 0.0)
+        square = jnp.max(jnp.sum(jnp.exp(2 * (size - top)), axis=2), axis=1)
+        total = top[:, 0, 0] + jnp.log(jnp.where(square > 0, square, 1.0)) / 2
+        shape = (*r.shape[:2], r.shape[3])
+        known.append(jnp.broadcast_to(total[:, None, None], shape).reshape(-1))
+    found = _largest(jnp.concatenate(known), layers.outputs, x)
+    return jnp.where(jnp.isfinite(found), found, 0.0)
 
 
 def _largest(values: jax.Array, index: np.ndarray, x: jax.Array) -> jax.Array:

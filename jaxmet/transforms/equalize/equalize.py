@@ -17,6 +17,7 @@ from jaxmet.numerics.chance import DRAWS, least_of_draws
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
 from jaxmet.transforms.arguments import key_of
+from jaxmet.transforms.equalize.carried import carried
 from jaxmet.transforms.equalize.chance import foreseen, grids, plain, tried
 from jaxmet.transforms.equalize.channels import (
     Channels,
@@ -29,6 +30,7 @@ from jaxmet.transforms.equalize.channels import (
     with_bounds,
 )
 from jaxmet.transforms.equalize.expected import expected
+from jaxmet.transforms.equalize.headroom import headroom
 from jaxmet.transforms.equalize.measured import Seen, measured
 from jaxmet.transforms.equalize.noise import noisy_layers
 from jaxmet.transforms.equalize.plan import (
@@ -107,7 +109,10 @@ def equalize(
     that coarse grids lose little; the function stays. Fold batch norms first.
 
     `objective='range'` makes the largest weight that makes a channel equal to the largest
-    that reads it, for all channels at once (Nagel et al., 2019, to convergence).
+    that reads it, for all channels at once (Nagel et al., 2019, to convergence). A constant
+    that a channel carries (a bias, the shift of a folded norm) counts as a weight that makes
+    it, in units of what its layer reads: a channel whose weights are nearly zero is not blown
+    up. What layers read follows from the norms' statistics, or from inputs of variance one.
     `objective='noise'` minimises what rounding on the grids of `config` (by default W8A8 with
     one grid a tensor) adds, to first order. With `batches` (`inputs` picks from a batch what the
     model takes) that is the error of the model's outputs as a share of their energy: a pass over
@@ -124,8 +129,9 @@ def equalize(
     `jm.lift(apply)`), 'skip' leaves such channels alone, 'relu' drops an upper bound of a
     clip at zero, which changes the function and is there to compare with.
 
-    No scale leaves `1/max_scale … max_scale`. The report has a row a group of channels:
-    its scales, the largest |log r1/r2| that is left, and why what was left alone was.
+    No scale leaves `1/max_scale … max_scale`, or takes a leaf out of the range of its dtype;
+    that of a channel that carries nothing is at most one. The report has a row a group of
+    channels: its scales, the largest |log r1/r2| that is left, and why what was left alone was.
 
     Raises ValueError where `graph.only()` names a layer none of whose channels can be
     rescaled, for a tree without a norm's statistics, and if `objective='noise'` finds
@@ -169,6 +175,13 @@ class Outcome(NamedTuple):
     informed: jax.Array | None = None  # which channels the objective chose
 
 
+class Bounds(NamedTuple):
+    """The lowest and the highest log scale of every channel."""
+
+    lowest: jax.Array
+    highest: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One call: what is rescaled, on which grids, and how far."""
@@ -190,21 +203,21 @@ class Task:
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with equal ranges on both sides of every channel."""
         del seen, images
-        found = self.balanced(self.layers(old))
+        found = self.balanced(*self.layers(old))
         return self.applied(old, found.x), Outcome(*found)
 
     def by_noise(
         self, old: Mapping[str, Any], seen: dict[str, Seen] | None, images: Any
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with little rounding noise."""
-        layers = self.layers(old)
+        layers, bounds = self.layers(old)
         known, observed = seen, None
         if known is None:
             observed = predicted(self.channels, old, self.weights)
             known = expected(self.channels, self.weights, old, observed)
         informed = jnp.asarray(self.informed(known))
         noisy = noisy_layers(self.channels, self.weights, old, known, self.config)
-        ranges = self.balanced(layers)
+        ranges = self.balanced(layers, bounds)
         zero = jnp.zeros_like(ranges.x)
         free = informed & alive(layers, zero)
         mixed = jnp.where(free, zero, ranges.x)
@@ -212,9 +225,11 @@ class Task:
         before, level, other = jax.lax.map(value, jnp.stack([zero, ranges.x, mixed]))
         # Convex in log s: where the search begins decides only how soon it ends.
         start = jnp.where(level < other, ranges.x, mixed)
-        best = minimise_noise(noisy, start, free, limit=self.max_scale)
-        x = self.common_factors(best.x, ranges.x, free)
-        x, chances = self.luckiest(old, known, observed, images, x, free)
+        best = minimise_noise(
+            noisy, start, free, lowest=bounds.lowest, highest=bounds.highest
+        )
+        x = self.common_factors(best.x, ranges.x, free, bounds)
+        x, chances = self.luckiest(old, known, observed, images, x, free, bounds)
         noise = (before, level, value(x), *chances)
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
@@ -227,6 +242,7 @@ class Task:
         images: Any,
         x: jax.Array,
         free: jax.Array,
+        bounds: Bounds,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Log scales near the minimum with which weights happen to round well.
 
@@ -244,17 +260,18 @@ class Task:
         else:
             weights = tuple(counted.values())
             value = foreseen(self.channels, weights, old, known, observed, self.config)
-        limit = float(np.log(self.max_scale))
-        drawn = least_of_draws(value, x, free, self.key, limit=limit)
+        drawn = least_of_draws(
+            value, x, free, self.key, lowest=bounds.lowest, highest=bounds.highest
+        )
         return drawn.x, (drawn.first, drawn.value)
 
     def common_factors(
-        self, x: jax.Array, ranges: jax.Array, free: jax.Array
+        self, x: jax.Array, ranges: jax.Array, free: jax.Array, bounds: Bounds
     ) -> jax.Array:
         """The factor that all channels of a group share, taken from equal ranges.
 
         Rounding does not depend on it, unless other channels stand on an axis with these
-        or some of them are held: then nothing changes.
+        or some of them are held: then nothing changes. It stays within the bounds.
         """
         owner = np.full(self.channels.size + 1, len(self.plan.free))
         for number, group in enumerate(self.plan.free):
@@ -267,18 +284,28 @@ class Task:
                 alone[owners] &= owners.size == 1
         size = np.bincount(owner)
         apart = jax.ops.segment_sum(ranges - x, owner, size.size) / size.astype(x.dtype)
+        down = jax.ops.segment_max(bounds.lowest - x, owner, size.size)
+        up = jax.ops.segment_min(bounds.highest - x, owner, size.size)
+        apart = jnp.clip(apart, jnp.minimum(down, 0.0), jnp.maximum(up, 0.0))
         whole = jax.ops.segment_min(free.astype(jnp.int32), owner, size.size) > 0
         return x + jnp.where(whole & alone, apart, 0.0)[owner]
 
-    def layers(self, old: Mapping[str, Any]) -> Layers:
-        """Ranges of all weights."""
+    def layers(self, old: Mapping[str, Any]) -> tuple[Layers, Bounds]:
+        """Ranges of all weights, and between what log scales each channel stays."""
         every = stacks(self.weights, old)
-        return layers_of(every, [s.matrix(old) for s in every], self.channels.size)
+        matrices = [s.matrix(old) for s in every]
+        layers = layers_of(every, matrices, self.channels.size)
+        dtype = layers.log_ranges[0].dtype
+        known, silent = carried(self.channels, self.weights, every, old, dtype)
+        # What reads a channel that carries nothing may shrink, not grow.
+        of = headroom(self.channels, self.weights, old, self.max_scale, dtype)
+        highest = jnp.where(silent, jnp.minimum(of[1], 0.0), of[1])
+        return layers._replace(carried=known), Bounds(of[0], highest)
 
-    def balanced(self, layers: Layers) -> Balance:
+    def balanced(self, layers: Layers, bounds: Bounds) -> Balance:
         """Equal ranges, from the tree as it is."""
         start = jnp.zeros(self.channels.size + 1, layers.log_ranges[0].dtype)
-        return balance(layers, start, limit=self.max_scale)
+        return balance(layers, start, lowest=bounds.lowest, highest=bounds.highest)
 
     def applied(self, old: Mapping[str, Any], x: jax.Array) -> dict[str, Any]:
         """The leaves that change when channel i is divided by exp(x_i)."""

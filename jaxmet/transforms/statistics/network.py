@@ -42,7 +42,7 @@ KEEPING = (
 POOLS = ("mean", "max_pool", "avg_pool")
 
 
-class _UnreachedError(Exception):
+class UnreachedError(Exception):
     """Nothing is known of a value; the message says why."""
 
 
@@ -86,9 +86,9 @@ class Network:
                 return told
             rule = getattr(self, f"_{node.kind}", None)
             if rule is None:
-                raise _UnreachedError(f"nothing is known of {node.name}, a {node.kind}")
+                raise UnreachedError(f"nothing is known of {node.name}, a {node.kind}")
             return rule(node)
-        except _UnreachedError as why:
+        except UnreachedError as why:
             return str(why)
 
     def into(self, node: Node) -> Moments | str:
@@ -96,7 +96,7 @@ class Network:
         try:
             self.known  # noqa: B018  everything before it is settled first
             return self.inputs(node)
-        except _UnreachedError as why:
+        except UnreachedError as why:
             return str(why)
 
     def member(
@@ -111,7 +111,7 @@ class Network:
         """The same, for something that cannot go on without."""
         found = self.member(node.name, role, parameter)
         if found is None:
-            raise _UnreachedError(f"the channels of {node.name} are on no single axis")
+            raise UnreachedError(f"the channels of {node.name} are on no single axis")
         return found
 
     def vector(self, name: str | None) -> jax.Array | None:
@@ -124,13 +124,13 @@ class Network:
     def operand(self, edge: Edge) -> Tensor:
         """What arrives along an edge."""
         if edge.node is None:
-            raise _UnreachedError("an operation without a rule makes it")
+            raise UnreachedError("an operation without a rule makes it")
         tensor = self.settled.get(edge.node, f"{edge.node} runs later")
         if isinstance(tensor, str):
-            raise _UnreachedError(tensor)
+            raise UnreachedError(tensor)
         bad = [move for move in edge.moves if move not in KEEPING]
         if bad or edge.affine is None:
-            raise _UnreachedError(f"{(bad or edge.moves)[-1]} behind {edge.node}")
+            raise UnreachedError(f"{(bad or edge.moves)[-1]} behind {edge.node}")
         if edge.affine == (1.0, 0.0):
             return tensor
         scale, shift = edge.affine
@@ -139,14 +139,14 @@ class Network:
     def operands(self, node: Node) -> list[Tensor]:
         """What arrives at a node."""
         if len({edge.operand for edge in node.inputs}) != len(node.inputs):
-            raise _UnreachedError(f"{node.name} may read several values")
+            raise UnreachedError(f"{node.name} may read several values")
         return [self.operand(edge) for edge in node.inputs]
 
     def only_operand(self, node: Node) -> Tensor:
         """What arrives at a node that reads one value."""
         tensors = self.operands(node)
         if len(tensors) != 1:
-            raise _UnreachedError(f"{node.name} reads {len(tensors)} values")
+            raise UnreachedError(f"{node.name} reads {len(tensors)} values")
         return tensors[0]
 
     # One rule a kind of node
@@ -169,11 +169,11 @@ class Network:
         """Moments of a product's inputs, in the order of its weight."""
         tensors = self.operands(node)
         if (why := node.why_kept()) is not None:
-            raise _UnreachedError(f"{node.name}: {why}")
+            raise UnreachedError(f"{node.name}: {why}")
         member = self.axis(node, "in")
         found = join(member.layout, tensors[0]) if tensors else None
         if found is None:
-            raise _UnreachedError(f"{node.name} reads channels that nothing ties")
+            raise UnreachedError(f"{node.name} reads channels that nothing ties")
         return found
 
     def implied(self, node: Node) -> Moments | str:
@@ -204,7 +204,7 @@ class Network:
         return normal(mean.reshape(-1), jnp.full(groups * ins, variance), self.n_sigma)
 
     def _input(self, node: Node) -> Tensor:
-        raise _UnreachedError(f"{node.name} comes from outside")
+        raise UnreachedError(f"{node.name} comes from outside")
 
     def _product(self, node: Node) -> Tensor:
         x, out = self.inputs(node), self.axis(node, "out")
@@ -224,23 +224,23 @@ class Network:
     def split(self, node: Node, member: Member, x: Moments) -> Tensor:
         found = split(member.layout, x)
         if found is None:
-            raise _UnreachedError(f"several channels share the axis of {node.name}")
+            raise UnreachedError(f"several channels share the axis of {node.name}")
         return found
 
     def made_by(self, node: Node) -> Tensor | str:
         """What a norm with stored statistics makes, whatever it reads."""
         try:
             return self._norm(node)
-        except _UnreachedError as why:
+        except UnreachedError as why:
             return str(why)
 
     def _norm(self, node: Node) -> Tensor:
         norm = node.norm
         if norm is None or norm.over != "stored" or not norm.plain:
-            raise _UnreachedError(f"{node.name} stores no statistics")
+            raise UnreachedError(f"{node.name} stores no statistics")
         member, variance = self.axis(node, "variance"), self.vector(norm.variance)
         if variance is None:
-            raise _UnreachedError(f"the tree has no {norm.variance}")
+            raise UnreachedError(f"the tree has no {norm.variance}")
         scale, bias = self.vector(norm.scale), self.vector(norm.bias)
         bias = jnp.zeros_like(variance) if bias is None else bias
         variance = variance * statistics_weight(norm, self.leaves, variance.dtype)
@@ -265,13 +265,13 @@ class Network:
             return _each(tensor, lambda x: leaky(x, *_like(x, -1.0)))
         formula = node.formula
         if formula is None:
-            raise _UnreachedError(f"{node.name} is no function of single numbers")
+            raise UnreachedError(f"{node.name} is no function of single numbers")
         return _each(tensor, lambda x: through(x, lambda v: compute(formula, v)))
 
     def prelu(self, node: Node, tensor: Tensor) -> Tensor:
         factor = self.vector(node.factor)
         if factor is None:
-            raise _UnreachedError(f"the slope of {node.name} is computed")
+            raise UnreachedError(f"the slope of {node.name} is computed")
         if len(tensor) == 1:
             size = next(iter(tensor.values())).mean.size
             if factor.size == size:
@@ -301,7 +301,7 @@ class Network:
         ends = [e.astype(wide(e.dtype)) for e in ends]
         found = self.split(node, member, Moments(*ends, *ends))
         if set(found) != set(tensor):
-            raise _UnreachedError(f"the bounds of {node.name} are of other channels")
+            raise UnreachedError(f"the bounds of {node.name} are of other channels")
         return {
             g: clipped(
                 x, found[g].low.astype(x.mean.dtype), found[g].high.astype(x.mean.dtype)
@@ -312,7 +312,7 @@ class Network:
     def _add(self, node: Node) -> Tensor:
         tensors = self.operands(node)
         if node.function not in ("add", "add_any", "sub"):
-            raise _UnreachedError(f"{node.name} is a {node.function}")
+            raise UnreachedError(f"{node.name} is a {node.function}")
         if len(tensors) == 1:
             return self.shifted(node, tensors[0])
         one, two = tensors
@@ -329,7 +329,7 @@ class Network:
     ) -> Tensor:
         """Two values met channel by channel."""
         if set(one) != set(two):
-            raise _UnreachedError(f"{node.name} joins channels that nothing ties")
+            raise UnreachedError(f"{node.name} joins channels that nothing ties")
         return {g: rule(one[g], two[g]) for g in one}
 
     def shifted(self, node: Node, tensor: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ class Network:
         member = self.axis(node, "shift")
         shift = self.vector(member.parameter)
         if shift is None or node.function == "sub":
-            raise _UnreachedError(f"{node.name} subtracts a parameter")
+            raise UnreachedError(f"{node.name} subtracts a parameter")
         zero = jnp.zeros_like(shift)
         by = self.split(node, member, Moments(shift, zero, shift, shift))
         return self.both(node, tensor, by, lambda a, b: added(a, b, self.n_sigma))
@@ -345,7 +345,7 @@ class Network:
     def _multiply(self, node: Node) -> Tensor:
         tensors = self.operands(node)
         if len(tensors) != 2 or node.function != "mul":
-            raise _UnreachedError(f"{node.name} is a {node.function}")
+            raise UnreachedError(f"{node.name} is a {node.function}")
         return self.both(node, tensors[0], tensors[1], multiplied)
 
     def _concat(self, node: Node) -> Tensor:
@@ -357,7 +357,7 @@ class Network:
 
     def _pool(self, node: Node) -> Tensor:
         if node.function not in POOLS:
-            raise _UnreachedError(f"{node.name} is a {node.function}")
+            raise UnreachedError(f"{node.name} is a {node.function}")
         return self.only_operand(node)
 
     def _resize(self, node: Node) -> Tensor:

@@ -1,0 +1,80 @@
+"""How far channels can be rescaled before a leaf leaves what its dtype can represent."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.channels import layout_size
+from jaxmet.numerics.precision import wide
+from jaxmet.transforms.equalize.channels import POWERS, Channels, Weight
+from jaxmet.tree.leaves import dense
+
+
+def headroom(
+    channels: Channels,
+    weights: Sequence[Weight],
+    leaves: Mapping[str, Any],
+    limit: float,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The lowest and the highest log scale of each channel, within ±log(limit).
+
+    Under them no leaf overflows, and the largest weight along a channel stays a normal
+    number: rounding the smaller ones to subnormal numbers is then no worse than rounding
+    the largest. What several scales multiply shares its room among them. It is float16
+    that runs out of room; log scales up to that of 1e6 hardly fill any other dtype.
+    """
+    bound = jnp.full(channels.size + 1, float(np.log(limit)), dtype)
+    lowest, highest = -bound, bound
+    for index, power, share, above, below in _rooms(channels, weights, leaves):
+        down, up = (below, above) if power > 0 else (above, below)
+        share = share * abs(power)
+        highest = highest.at[index].min(_room(up, share, index, dtype))
+        lowest = lowest.at[index].max(-_room(down, share, index, dtype))
+    return lowest, highest
+
+
+def _room(room: jax.Array, share: int, index: np.ndarray, dtype: Any) -> jax.Array:
+    room = jnp.maximum(room, 0.0).astype(dtype) / share
+    return jnp.broadcast_to(room.reshape(-1), index.shape)
+
+
+def _rooms(
+    channels: Channels, weights: Sequence[Weight], leaves: Mapping[str, Any]
+) -> list[tuple[np.ndarray, int, int, jax.Array, jax.Array]]:
+    """Places (factors, n), the power of their scales, and logs of the room up and down."""
+    found = []
+    for weight in weights:
+        leaf = leaves[weight.parameter]
+        largest = jnp.max(jnp.abs(weight.matrix(leaf)), axis=3, initial=0.0)
+        sides = (
+            (weight.inputs, POWERS["in"], jnp.max(largest, axis=2)),
+            (weight.outputs, POWERS["out"], jnp.max(largest, axis=1)),
+        )
+        rows = sum(len(index) for index, _, _ in sides)
+        for index, power, size in sides:
+            above, below = _margins(size, leaf)
+            found.append((index.reshape(len(index), -1), power, rows, above, below))
+    for member in channels.graph.members:
+        if member.role not in ("shift", "variance") or not channels.touched(member):
+            continue
+        leaf, index = leaves[member.parameter], channels.index(member.layout)
+        size = jnp.abs(jnp.asarray(dense(leaf))).reshape(-1)
+        if size.size == layout_size(member.layout):
+            above, _ = _margins(size.astype(wide(size.dtype)), leaf)
+            room = jnp.full_like(above, jnp.inf)  # a small shift may vanish
+            found.append((index, POWERS[member.role], len(index), above, room))
+    return found
+
+
+def _margins(size: jax.Array, leaf: Any) -> tuple[jax.Array, jax.Array]:
+    """Logs of the factors by which values can grow and shrink; infinite for zeros."""
+    info = jnp.finfo(leaf.dtype)
+    size = size.reshape(-1)
+    log = jnp.log(jnp.where(size > 0, size, 1.0))
+    above = jnp.where(size > 0, float(np.log(float(info.max))) - log, jnp.inf)
+    below = jnp.where(size > 0, log - float(np.log(float(info.tiny))), jnp.inf)
+    return above, below
