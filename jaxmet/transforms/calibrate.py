@@ -158,9 +158,10 @@ def _raised(old: Quantizers, new: Quantizers, leaves: dict[str, Any]) -> dict[st
         wider = q.grid(weight)[0] > old.weights[name].grid(weight)[0]
         which = np.flatnonzero(np.asarray(wider))
         channels = ", ".join(map(str, which[:20])) + (", …" if len(which) > 20 else "")
-        what = f"channels {channels}" if wider.size > 1 else "the tensor"
-        said[f"{name} (channels)" if wider.size > 1 else f"{name} (scale)"] = (
-            f"the scale of {what} is raised to |bias| / (2^30 s_x), so that its bias fits int32"
+        what = "channels" if wider.size > 1 else "scale"
+        said[f"{name} ({what})"] = (
+            "raised to |bias| / (2^30 s_x), so that the bias of the product fits int32"
+            + (f": channels {channels}" if wider.size > 1 else "")
         )
     return said
 
