@@ -128,6 +128,7 @@ def test_a_rule_that_reaches_nothing_raises_everywhere(model, rule, what):
         "dynamic": lambda: jax.eval_shape(
             jm.simulate(graph.apply, jm.dynamic(config=config)), params, *x
         ),
+        "equalize": lambda: jm.equalize(params, graph, config=config),
         "calibrate ": lambda: jm.ptq(
             graph.apply, params, [inputs], config, progress=False
         ),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.numerics.ranges import grid_between
@@ -16,10 +17,14 @@ from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.config import QuantConfig, Settings
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias
+from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias, along_scale
 
 SAMPLES = 2**14
 """How many values of a node and batch a histogram counts, unless told otherwise."""
+
+
+ROOM = 2.0**30
+"""The largest bias in units of its scale when it is calibrated: half of what int32 holds."""
 
 
 def calibrate(
@@ -82,7 +87,7 @@ def calibrate(
     grids = {w.name: weight_quantizer(w) for w in placement.weights}
     grids |= _kept(weights, grids)
     for bias in placement.biases:
-        grids[bias.name] = Quantizer(bits=32, product=bias.product)
+        grids[bias.name] = Quantizer(bits=32, product=bias.product, beside=bias.beside)
     check_samples(samples)
     if batches is not None:
         batches = as_batches(
@@ -117,22 +122,70 @@ def calibrate(
     never = {n: absent for n, o in owners.items() if o not in ranges}
     shared = tuple((n, o) for n, o in placement.shared.items() if n not in never)
     quantizers = Quantizers(grids, activations, shared)
-    for name, q in quantizers.weights.items():
-        if q.product is None:
-            continue
-        if q.product[1] in never:
-            never[name] = f"{q.product[1]!r} has no grid: {absent}"
-        elif not _fits_int32(name, quantizers, leaves):
-            never[name] = "it does not fit int32 at the product of its scales"
-    grids = {name: q for name, q in grids.items() if name not in never}
+    never |= {
+        name: f"{q.product[1]!r} has no grid: {absent}"
+        for name, q in grids.items()
+        if q.product is not None and q.product[1] in never
+    }
+    raised, unfit = _with_room_for_biases(quantizers, leaves, set(never))
+    never |= unfit
+    grids = {n: q for n, q in raised.weights.items() if n not in never}
     unmasked = {
         f"mask of {name}": f"all values count in its range: {lost[name]} moves tokens"
         for name, owner in owners.items()
         if name in lost and owner in ranges
     }
-    left = tuple((placement.left | never | unmasked).items())
+    more = _raised(quantizers, raised, leaves) | unmasked
+    left = tuple((placement.left | never | more).items())
     derived = tuple(w.name for w in placement.weights if w.name not in leaves)
     return dataclasses.replace(quantizers, weights=grids, left=left, derived=derived)
+
+
+def _with_room_for_biases(
+    quantizers: Quantizers, leaves: dict[str, Any], without: set[str]
+) -> tuple[Quantizers, dict[str, str]]:
+    """Weight scales of at least |b| / (2^30 s_x), so that biases fit int32; which cannot.
+
+    A channel that is nearly dead would have a scale at which its bias overflows. A power of
+    two is left for what corrections add to it.
+    """
+    weights, unfit = dict(quantizers.weights), {}
+    for name, q in quantizers.weights.items():
+        if q.product is None or name in without:
+            continue
+        q_w, q_x = weights[q.product[0]], quantizers.activation(q.product[1])
+        bias = quantizers.whole_bias(name, leaves)
+        s_w = q_w.grid(dense(leaves[q.product[0]]))[0]
+        assert q_x is not None
+        try:
+            along_bias(s_w, bias, name)
+        except ValueError:
+            unfit[name] = "the scales of its weight lie along other axes than it does"
+            continue
+        size = jnp.abs(bias).astype(s_w.dtype)
+        least = along_scale(size / (ROOM * q_x.grid(None)[0].astype(s_w.dtype)), s_w)
+        if not is_concrete(least) or bool(jnp.any(least > s_w)):
+            least = least if q_w.least is None else jnp.maximum(least, q_w.least)
+            weights[q.product[0]] = dataclasses.replace(q_w, least=least)
+    return dataclasses.replace(quantizers, weights=weights), unfit
+
+
+def _raised(old: Quantizers, new: Quantizers, leaves: dict[str, Any]) -> dict[str, str]:
+    """Which channels of weights have a larger scale for the sake of a bias, to be listed."""
+    said = {}
+    for name, q in new.weights.items():
+        if q.least is old.weights[name].least or not is_concrete(q.least):
+            continue
+        weight = dense(leaves[name])
+        wider = q.grid(weight)[0] > old.weights[name].grid(weight)[0]
+        which = np.flatnonzero(np.asarray(wider))
+        channels = ", ".join(map(str, which[:20])) + (", …" if len(which) > 20 else "")
+        what = "channels" if wider.size > 1 else "scale"
+        said[f"{name} ({what})"] = (
+            "raised to |bias| / (2^30 s_x), so that the bias of the product fits int32"
+            + (f": channels {channels}" if wider.size > 1 else "")
+        )
+    return said
 
 
 def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, Any]:
@@ -152,19 +205,6 @@ def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, 
             "configuration does not quantize. Pass quantizers of this model."
         )
     return kept
-
-
-def _fits_int32(name: str, quantizers: Quantizers, leaves: dict[str, Any]) -> bool:
-    """Whether a bias survives its integer grid: dead channels have tiny weight scales."""
-    bias = dense(leaves[name])
-    weight, node = quantizers.weights[name].product or ("", "")
-    q_x = quantizers.activation(node)
-    if not is_concrete(bias) or q_x is None:
-        return True
-    s_w, _ = quantizers.weights[weight].grid(dense(leaves[weight]))
-    s_x = q_x.grid(None)[0].astype(s_w.dtype)
-    scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
-    return bool(jnp.all(jnp.abs(bias).astype(scale.dtype) < 2.0**31 * scale))
 
 
 def weight_quantizer(place: WeightPlace) -> Quantizer:

@@ -1,5 +1,6 @@
 """What an optimizer may do to each leaf."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -56,7 +57,14 @@ def optimizer_labels(
     of_params = tree.unflatten(labels)
     if quantizers is None:
         return of_params
-    return of_params, jax.tree.map(lambda _: "ranges", quantizers)
+    labels_of = jax.tree.map(lambda _: "ranges", quantizers)
+    fixed = {
+        name: dataclasses.replace(q, least="bounds")
+        for name, q in labels_of.weights.items()
+        if q.least is not None
+    }
+    weights = labels_of.weights | fixed
+    return of_params, dataclasses.replace(labels_of, weights=weights)
 
 
 def _statistics(node: Any) -> tuple[str, ...]:

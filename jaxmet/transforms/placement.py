@@ -329,10 +329,10 @@ def _biases(
         if node.kind != "product" or node.name not in graph.selected:
             continue
         if norm is not None:
-            names = _names_of_bias(node, norm)
-            wanted = config.resolve(names, "bias").quantize
-            folded = wanted and folded_norm(norm, leaves)
-            if wanted and not folded:
+            both = [_names_of_bias(node, n) for n in (norm, None)]
+            wanted = [config.resolve(names, "bias").quantize for names in both]
+            folded = any(wanted) and folded_norm(norm, leaves)
+            if wanted[0] and not folded:
                 left[norm.name] = (
                     "the parameters of a norm stay in float: it is not folded "
                     "(jm.fold_batch_norm)"
@@ -343,7 +343,8 @@ def _biases(
         names = _names_of_bias(node, norm)
         name, beside = names[0], _beside(node, norm)
         if not config.resolve(names, "bias").quantize:
-            left.setdefault(name, "a bias stays in float")
+            for held in {name, node.bias} - {None}:
+                left.setdefault(held, "a bias stays in float")
             continue
         weight, edges = node.weight, [e for e in node.inputs if e.operand == 0]
         sources = {grid_source(graph, e.node) if e.node else None for e in edges}

@@ -68,7 +68,8 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
             "bias",
             settings,
             "channel",
-            f"scales of {b.product[0]} and {b.product[1]}",
+            f"scales of {b.product[0]} and {b.product[1]}"
+            + (f", with {', '.join(n for n, _ in b.beside)} in it" if b.beside else ""),
             b.names,
         )
     for name, settings in placement.activations.items():

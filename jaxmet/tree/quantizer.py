@@ -47,7 +47,9 @@ class Quantizer:
     serves `block` neighbours. The integers of a symmetric grid are signed or not; an
     asymmetric grid always starts at 0. With 32 bits nothing is rounded, and the scale
     remembers its range as a 16 bit grid would hold it. `product` names the weight and
-    the activation whose scales multiply to that of an int32 bias.
+    the activation whose scales multiply to that of an int32 bias, and `beside` the parameters
+    that are added to it in the accumulator, with their signs: the sum is rounded. No scale
+    that quantizes is below `least`: where an int32 bias would overflow.
 
     `learn` says what trains: 'lsq' the scale and zero point, with the gradient scaled as
     in LSQ; 'minmax' the ends of the range, which are the leaves then (a symmetric grid
@@ -60,6 +62,7 @@ class Quantizer:
     zero_point: Any = None
     minimum: Any = None
     maximum: Any = None
+    least: Any = None
     bits: int = 8
     symmetric: bool = True
     signed: bool = True
@@ -70,6 +73,7 @@ class Quantizer:
     calibrator: str = "minmax"
     percentile: float | int = 99.99
     product: tuple[str, str] | None = None
+    beside: tuple[tuple[str, float], ...] = ()
     enabled: bool = True
     learn: Learn | None = "lsq"
 
@@ -109,11 +113,24 @@ class Quantizer:
                 block=self.block,
                 block_axis=self.block_axis,
             )
-            return grid_between(*extremes, low, high, symmetric=self.symmetric)
-        scale, zero_point = self._stated(ends)
+            grid = grid_between(*extremes, low, high, symmetric=self.symmetric)
+            return self._raised(*grid)
+        scale, zero_point = self._raised(*self._stated(ends))
         if self.learn is None:
             return lax.stop_gradient(scale), lax.stop_gradient(zero_point)
         return scale, zero_point
+
+    def _raised(
+        self, scale: jax.Array, zero_point: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The grid with no scale below the least one."""
+        if self.least is None:
+            return scale, zero_point
+        least = lax.stop_gradient(jnp.asarray(self.least, scale.dtype))
+        if scale.ndim == 0:
+            least = jnp.max(least)
+        scale = jnp.maximum(scale, least)
+        return scale, jnp.broadcast_to(zero_point, scale.shape)
 
     def _stated(self, ends: Grid | None) -> tuple[jax.Array, jax.Array]:
         """The grid that the leaves state, or the same real range with other ends."""
@@ -132,7 +149,7 @@ class Quantizer:
 
     def holding(self, scale: Any, zero_point: Any = None) -> "Quantizer":
         """A copy whose leaves state this grid, in the form that `learn` says."""
-        none = dict.fromkeys(_LEAVES)
+        none = dict.fromkeys(_STATED)
         zero_point = None if self.symmetric else zero_point
         if self.learn != "minmax":
             return dataclasses.replace(
@@ -164,19 +181,21 @@ class Quantizer:
     def set(self, **fields: Any) -> "Quantizer":
         """A copy with some fields changed; a known real range stays what it is."""
         check_fields(fields)
-        given = {name: fields.pop(name) for name in _LEAVES if name in fields}
+        given = {name: fields.pop(name) for name in _STATED if name in fields}
         given = {
             n: a if a is None else jnp.asarray(a, jnp.float32) for n, a in given.items()
         }
         if fields.get("axis") is not None:
             fields["axis"] = tuple(fields["axis"])
-        none = dict.fromkeys(_LEAVES)
+        none = dict.fromkeys(_STATED)
+        changed = {name for name in fields if fields[name] != getattr(self, name)}
+        if changed & {"axis", "block", "block_axis"} and self.least is not None:
+            fields.setdefault("least", jnp.max(self.least, keepdims=True))
         new = dataclasses.replace(self, **fields | none)
         if given:
             return _holding(self, new, given)
         if self.follows:
             return new
-        changed = {name for name in fields if fields[name] != getattr(self, name)}
         if changed & {"axis", "block", "block_axis"}:
             raise ValueError(
                 "jaxmet.Quantizers.set: the scale is already a number for "
@@ -193,7 +212,8 @@ class Quantizer:
         return f"Quantizer({what}{'' if self.enabled else ', off'})"
 
 
-_LEAVES = ["scale", "zero_point", "minimum", "maximum"]
+_STATED = ["scale", "zero_point", "minimum", "maximum"]
+_LEAVES = [*_STATED, "least"]
 _META = [f.name for f in dataclasses.fields(Quantizer) if f.name not in _LEAVES]
 jax.tree_util.register_dataclass(Quantizer, _LEAVES, _META)
 
@@ -280,6 +300,8 @@ def scale_text(q: Quantizer, kind: str = "weight") -> str:
     stated = q.scale if q.maximum is None else q.maximum
     if not hasattr(stated, "dtype") or not is_concrete(stated):
         return "traced"
-    scale = stated if q.maximum is None else q.grid(None)[0]
+    if q.maximum is not None or q.least is not None:
+        stated = q.grid(None)[0]
+    scale = stated
     least, most = np.min(scale), np.max(scale)
     return f"{least:.4g}" if least == most else f"{least:.4g} .. {most:.4g}"

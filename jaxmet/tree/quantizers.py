@@ -1,6 +1,7 @@
 """Quantizers: the tree beside `params` that says which tensor is put on which grid."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jax import lax
 
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, ends_of_width
+from jaxmet.numerics.precision import wide
 from jaxmet.numerics.ranges import SCALE_FLOOR
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight
@@ -161,17 +163,45 @@ class Quantizers:
         if q_x.follows:
             return params[name]
         bias = jnp.asarray(dense(params[name]))
+        rest = self._beside(name, params, bias)
         s_w, _ = q_w.grid(dense(params[weight_name]), ends[1])
         s_x, _ = q_x.grid(None, ends[2])
         s_x = s_x.astype(s_w.dtype)
         product = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
         product = lax.stop_gradient(jnp.broadcast_to(product, bias.shape))
         scale = jnp.maximum(product, SCALE_FLOOR**2)
-        rounded = fake_quant(bias, scale, jnp.zeros_like(scale), *INT32_ENDS)
+        whole = bias if rest is None else bias.astype(rest.dtype) + rest
+        rounded = fake_quant(whole, scale, jnp.zeros_like(scale), *INT32_ENDS)
+        if rest is not None:
+            rounded = (rounded - rest).astype(bias.dtype)
         for grid in ends:
             if grid is not None:
                 rounded = jnp.where(grid.enabled, rounded, bias)
         return with_weight(params[name], rounded)
+
+    def _beside(
+        self, name: str, params: Mapping[str, Any], bias: jax.Array
+    ) -> jax.Array | None:
+        """What the accumulator adds to a bias: of a folded norm the mean, and another bias."""
+        terms = []
+        for other, sign in self.weights[name].beside:
+            if other not in params:
+                raise ValueError(
+                    f"jaxmet.quantize_weights: the int32 bias {name!r} is a sum with {other!r}, "
+                    "which the tree does not have. Pass the whole variables, or use "
+                    "bias='float'."
+                )
+            x = jnp.asarray(dense(params[other]))
+            terms.append(sign * x.astype(wide(bias.dtype, x.dtype)))
+        dtype = wide(*(x.dtype for x in terms))
+        parts = [x.astype(dtype).reshape(bias.shape) for x in terms]
+        return functools.reduce(jnp.add, parts) if parts else None
+
+    def whole_bias(self, name: str, params: Mapping[str, Any]) -> jax.Array:
+        """What an int32 bias stands for: the parameter, and what is added beside it."""
+        bias = jnp.asarray(dense(params[name]))
+        rest = self._beside(name, params, bias)
+        return bias if rest is None else bias.astype(rest.dtype) + rest
 
     def _table(self) -> Table:
         rows = [(n, "weight", q) for n, q in self.weights.items()]
@@ -275,6 +305,19 @@ def grids(
             for n, q in quantizers.activations.items()
         },
     )
+
+
+def along_scale(bias: jax.Array, scale: jax.Array) -> jax.Array:
+    """One number per bias in the axes of its weight's scale: the largest where one is shared."""
+    sizes = tuple(n for n in scale.shape if n > 1)
+    told = tuple(n for n in bias.shape if n > 1)
+    if sizes == told:
+        return bias.reshape(scale.shape)
+    if sizes == bias.shape[-1:]:
+        return jnp.max(bias, axis=range(bias.ndim - 1)).reshape(scale.shape)
+    if sizes == bias.shape[:1]:
+        return jnp.max(bias, axis=range(1, bias.ndim)).reshape(scale.shape)
+    return jnp.max(bias).reshape((1,) * scale.ndim)
 
 
 def along_bias(scale: jax.Array, bias: jax.Array, name: str) -> jax.Array:

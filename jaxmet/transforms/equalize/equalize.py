@@ -43,6 +43,7 @@ from jaxmet.transforms.equalize.plan import (
     make_plan,
 )
 from jaxmet.transforms.equalize.statistics import Observed, predicted
+from jaxmet.transforms.placement import place
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.examples import some_examples
@@ -144,6 +145,8 @@ def equalize(
     plan = make_plan(graph, clip)
     check_named(graph, plan)
     check_leaves(plan, leaves)
+    if config is not None:
+        place(graph, config, leaves, "equalize")  # refuses rules that reach nothing
     if not plan.free:
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params

@@ -55,7 +55,9 @@ def _scaled(name: str, quantizer: Quantizer, gain: jax.Array, caller: str) -> Qu
     zero_point = jnp.zeros_like(scale) if quantizer.symmetric else zero_point
     # A gain of zero leaves only zeros to quantize, which any scale does.
     size = jnp.where(gain == 0, 1.0, jnp.abs(gain)).astype(scale.dtype)
-    return quantizer.holding(scale * size, zero_point)
+    held = quantizer.holding(scale * size, zero_point)
+    least = quantizer.least
+    return held if least is None else dataclasses.replace(held, least=least * size)
 
 
 def gains_of(
@@ -84,6 +86,9 @@ def gains_of(
             kernel = dense(leaves[place.parameter])
             factor = spread(gain, place, kernel.shape)
             found[place.parameter] = found.get(place.parameter, 1.0) * factor
+        if plan.side == "before" and node.norm.mean is not None:
+            # It follows its tensor, and an int32 bias is a sum with it.
+            found[node.norm.mean] = gain.reshape(leaves[node.norm.mean].shape)
     return found
 
 

@@ -176,6 +176,7 @@ def spread(v: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray
     if v.ndim:
         for axis, (n, m) in enumerate(zip(v.shape, shape, strict=True)):
             if n not in (1, m):
+                assert block is not None
                 v = np.repeat(v, block, axis=axis).take(range(m), axis=axis)
     return np.broadcast_to(v, tuple(shape))
 
@@ -184,10 +185,8 @@ def gathered(v: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarr
     """The inverse of `spread`: the first of every channel or block."""
     if not shape:
         return v.reshape(-1)[0]
-    steps = (
-        m if n == 1 else 1 if n == m else block
-        for n, m in zip(shape, v.shape, strict=True)
-    )
+    pairs = zip(shape, v.shape, strict=True)
+    steps = (m if n == 1 else 1 if n == m else block for n, m in pairs)
     return v[tuple(slice(None, None, step) for step in steps)]
 
 
