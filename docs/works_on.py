@@ -17,8 +17,9 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 HEAD = """# What works on what
 
 Written by `python docs/works_on.py` from the models that the tests run (`tests/zoo.py`). For
-every model and front-end below the replay is bit-identical to the model under `jax.jit`, in
-value and gradient, and the nodes found equal a list written by hand.
+every model and front-end below the replay runs the model's own equations, and its outputs are
+bit-identical to the model's under `jax.jit` ([how equal](model.md#run-the-equations-with-a-hook)),
+and the nodes found equal a list written by hand.
 
 *sites*: products and lookups with a parameter. *norms*: those whose statistics are stored, so
 that they can be folded, and others. *channel groups*: those that `equalize` may rescale, of

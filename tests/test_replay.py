@@ -1,4 +1,4 @@
-"""The replay is the model: to the bit where nothing is asked of it, hooked where it is.
+"""The replay is the model: its equations where nothing is asked of it, hooked where it is.
 
 Two oracles stand beside the model itself: linen's method interceptors, which edit and
 record a module's output behind the library's back, and functions that are written with a
@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from equations import Program
 from jaxmet.engine.frontends import functional
 from jaxmet.engine.graph import trace
 from jaxmet.engine.replay import Counted, evaluate
@@ -148,6 +149,87 @@ def test_the_tables_hold_every_model():
     assert {name for name, _ in runs} == {*CASES}
     assert {front for _, front in runs} == {f for c in CASES.values() for f in c.make}
     assert {name for name, _ in runs[: len(GRADIENTS)]} >= {*REGIONS} - {"jit"}
+
+
+# What makes that so, and where it ends: the same equations on the same values, calls inlined.
+# XLA, which promises no bits, then gets one program, but for the order of equations.
+
+
+def programs(*functions, args):
+    return [Program(jax.make_jaxpr(f)(*args)) for f in functions]
+
+
+def same_equations(one, two):
+    return one.outputs == two.outputs and Counter(one.equations) == Counter(
+        two.equations
+    )
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("run", [*GRADIENTS, *VALUES])
+def test_an_idle_hook_replays_the_equations_of_the_model(run):
+    name, front = run.split("-")
+    apply, params, inputs = model(name, front)
+    again = replayed(apply, cpu_formulations=False)
+    assert same_equations(*programs(apply, again, args=(params, *inputs)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p, x: jnp.tanh(x @ p["a"]) * 2 + x @ p["b"],
+        lambda p, x: x @ p["b"] + jnp.tanh(x @ p["a"]),
+        lambda p, x: jnp.tanh(x @ p["a"]) + jnp.tanh(x @ p["a"]) * 0 + x @ p["b"],
+        lambda p, x: jnp.tanh(x @ p["b"]) + x @ p["a"],
+        lambda p, x: jnp.tanh(x @ p["a"] * 1.0) + x @ p["b"],
+    ],
+)
+def test_other_equations_are_seen(change):
+    p, x = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    right = lambda p, x: jax.jit(jnp.tanh)(x @ p["a"]) + x @ p["b"]
+    plain = lambda p, x: jnp.tanh(x @ p["a"]) + x @ p["b"]
+    assert same_equations(*programs(right, plain, args=(p, x)))
+    assert not same_equations(*programs(plain, change, args=(p, x)))
+
+
+def interleaved(p, x):
+    """Three products that read one value, their biases added in another order."""
+    a, b, c = x @ p["a"], x @ p["b"], x @ p["c"]
+    c, a, b = (y + p["bias"][None] for y in (c, a, b))
+    return jnp.tanh(a) * jnp.sin(b) + c
+
+
+def called(p, x):
+    """A value that is read three times, twice of them in a call."""
+    inner = jax.jit(lambda p, x: jnp.tanh(x @ p["a"]) * jnp.sin(x @ p["b"]))
+    return inner(p, x) + x @ p["c"] + p["bias"][None]
+
+
+@pytest.mark.parametrize("apply", [interleaved, called])
+def test_a_gradient_is_summed_in_another_order(apply):
+    """Values are equal to the bit; of three uses or more the gradient is equal to rounding."""
+    rng = np.random.default_rng(5)
+    p = {k: jnp.asarray(rng.normal(size=(6, 6)), jnp.float32) for k in "abc"}
+    p["bias"] = jnp.asarray(rng.normal(size=6), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    again = replayed(apply, cpu_formulations=False)
+    one, two = programs(apply, again, args=(p, x))
+    assert same_equations(one, two)
+    assert (one.equations == two.equations) == (apply is called)
+    assert bits(jax.jit(again)(p, x)) == bits(jax.jit(apply)(p, x))
+    slope = lambda f: jax.grad(lambda p, x: jnp.sum(jnp.cos(f(p, x))), (0, 1))
+    assert not same_equations(*programs(slope(apply), slope(again), args=(p, x)))
+    close(jax.jit(slope(again))(p, x), jax.jit(slope(apply))(p, x), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("transformer", True), ("inverted_residual", False)]
+)
+def test_formulations_of_the_cpu_are_the_only_other_equations(name, plain):
+    apply, params, inputs = model(name, "linen")
+    args = (params, *inputs)
+    assert same_equations(*programs(apply, replayed(apply), args=args)) == plain
+    close(jax.jit(replayed(apply))(*args), jax.jit(apply)(*args))
 
 
 @pytest.mark.parametrize("name", ["conv_bn_relu", "transformer", "scan"])

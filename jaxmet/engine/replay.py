@@ -67,14 +67,24 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     Returns `f(params, *inputs, **kwargs) -> (outputs, {node name: statistics})`, with the
     outputs as `apply` gives them. `hook(node, run, operands)` returns the node's result and
     its statistics (any pytree, or None for none); `run(*operands)` computes the node as the
-    model would, activations first, then parameters. With a hook that returns
-    `run(*operands), None` the result is that of `apply`, to the bit under `jax.jit`.
+    model would, activations first, then parameters.
+
+    With a hook that returns `run(*operands), None` and `cpu_formulations=False` the replay
+    runs the equations of `apply`: the same operations on the same values, with calls inlined
+    and each node at its last equation. Under `jax.jit` the outputs are then bit-identical to
+    those of `apply` on every model that the tests run. XLA does not promise that, because it
+    may fuse equations in another order differently. On CPU the default formulations are
+    equal to rounding, see below. Gradients are equal to rounding where a value is used
+    several times: its cotangents are summed in the order of the equations, and calls have a
+    sum of their own. A hook that adds outputs or operations makes another program, whose
+    values are equal to rounding.
 
     Under `lax.scan` statistics are stacked along a new leading axis. Under `lax.cond` they
     come as `Counted(value, count)`, zero where the branch was not taken; under
     `lax.while_loop` asking for any raises. Each call traces `apply` again: wrap the result
-    in `jax.jit`. `cpu_formulations=False` keeps convolutions as they are on CPU, where faster
-    formulations, equal to rounding, replace some of them otherwise. `Compressed` leaves run
+    in `jax.jit`. On CPU faster formulations, equal to rounding, replace convolutions with a
+    window of one, with few inputs to an output (depthwise) or over colours;
+    `cpu_formulations=False` keeps them as they are. `Compressed` leaves run
     as what they stand for, their bounds in place of the following clip's own, their offset
     in place of the zeros that a convolution pads with.
 
