@@ -20,8 +20,8 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmet.engine.graph import trace
 from jaxmet.engine.frontends import functional
+from jaxmet.engine.graph import trace
 from jaxmet.engine.replay import Counted, evaluate
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import replace_leaves
