@@ -139,6 +139,25 @@ def test_updated_statistics_are_handed_back():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mutable", [False, True])
+def test_a_norm_in_training_is_known_as_such(mutable):
+    model, state = trained()
+    training = eqx.nn.inference_mode(model, value=False)
+    apply, params, _ = jm.functional(training, state)
+    graph = jm.trace(apply, params, X, mutable=mutable)
+    assert graph["norm"].norm.over == "batch"
+    assert {n.name for n in graph.nodes} == {
+        n.name for n in jm.trace(*jm.functional(model, state)[:2], X).nodes
+    }
+    with pytest.raises(ValueError, match=r"eqx\.nn\.inference_mode"):
+        jm.fold_batch_norm(params, graph)
+    quantizers = jm.calibrate(params, graph, [X], progress=False)
+    found = jm.simulate(apply, quantizers)(params, X, mutable=mutable)
+    wanted = apply(params, X, mutable=mutable)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.1, atol=0.05)
+
+
 def test_a_module_without_state():
     model = eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(1))
     x = jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)

@@ -321,7 +321,8 @@ def _batch_labels(value: Value, norm: Cluster) -> list[lb.Axis] | None:
     if equation is None or equation.node is not norm:
         pairs = zip(value.shape, value.axes or ((),) * value.ndim, strict=True)
         return [(lb.Atom(n, batch=lb.carries_batch(a)),) for n, a in pairs]
-    moves = equation.name in VIEWS or equation.name in REDUCTIONS
+    # A mean over an axis that vmap names is a psum along it.
+    moves = equation.name in VIEWS or equation.name in (*REDUCTIONS, "psum")
     found = [v for v in equation.data if moves or v.shape == value.shape]
     axes = _batch_labels(found[0], norm) if found else None
     if axes is None or not moves:

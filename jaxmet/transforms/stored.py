@@ -40,7 +40,8 @@ def check_mode(node: Node, caller: str, *, where: str = "") -> None:
         raise ValueError(
             f"jaxmet.{caller}: norm {node.name!r}{where} computes its statistics from the "
             "batch, as in training, so the graph does not say where they are kept. Trace "
-            "the model in inference mode, with train=False or use_running_average=True."
+            "the model in inference mode: with train=False or use_running_average=True, or "
+            "after module.eval() or eqx.nn.inference_mode(module)."
         )
 
 

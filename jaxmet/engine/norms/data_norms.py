@@ -23,7 +23,7 @@ from jaxmet.engine.cluster import (
 from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Value
 
 CAST = "convert_element_type"
-REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "psum")
 SAME = (*VIEWS, "neg", "real", "conj")
 AFTER = (*SAME, *SCALE, *SHIFT, "max", "min", "pow", "integer_pow", "select_n", "sqrt")
 """What may become of a root until it meets what it normalizes."""
@@ -157,7 +157,7 @@ def _grown(equation: Equation, given: list[Growth | None]) -> Growth | None:
     name, (degree, power) = equation.name, known[0]
     if name in SAME:
         return known[0]
-    if name in REDUCTIONS or (name == "dot_general" and len(equation.data) == 2):
+    if name in REDUCTIONS or name == "dot_general":  # of two values, or with numbers
         return Growth(sum(g.degree for g in known), 0)
     if name == "mul":
         return Growth(degree + known[1].degree, power + known[1].power)
