@@ -1,7 +1,7 @@
 """Small networks drawn block by block, and what their equations hold, counted by hand.
 
-    net = Net(("attention @", "residual"), "mean", TOKENS)
-    net(net.params, tokens)
+net = Net(("attention @", "residual"), "mean", TOKENS)
+net(net.params, tokens)
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ def of_each(w, h):
 
 
 def scanned(w, h):
-    body = lambda carry, weight: (jax.nn.relu(carry @ weight) + carry, None)  # noqa: E731
+    body = lambda carry, weight: (jax.nn.relu(carry @ weight) + carry, None)
     return lax.scan(body, h, w(2, WIDTH, WIDTH))[0]
 
 

@@ -69,11 +69,12 @@ def test_image_models_have_the_same_nodes_at_all_sizes(blocks, readout):
 
 @pytest.mark.slow
 @settings(max_examples=300)
-@given(
-    st.booleans(), st.data(), st.integers(1, 6), st.sampled_from([*READOUTS])
-)
+@given(st.booleans(), st.data(), st.integers(1, 6), st.sampled_from([*READOUTS]))
 def test_many_models_have_the_same_nodes_at_all_sizes(images, data, count, readout):
-    blocks = [data.draw(st.sampled_from([*(IMAGES if images else TOKENS)])) for _ in range(count)]
+    blocks = [
+        data.draw(st.sampled_from([*(IMAGES if images else TOKENS)]))
+        for _ in range(count)
+    ]
     check_all_sizes(Net(blocks, readout, images=images))
 
 
@@ -126,7 +127,9 @@ def test_one_image_without_a_batch_is_padded_as_it_is():
 
     graph = jm.trace(apply, {"k": spec(3, 3, 3, 4), "v": V}, spec(8, 8, 3))
     assert names(graph) == "input k k/relu k/pool v output"
-    assert graph["k"].convolution.padding == ((0, 1), (0, 1))  # of 8 pixels, both ways
+    convolution = graph["k"].convolution
+    assert convolution is not None
+    assert convolution.padding == ((0, 1), (0, 1))  # of 8 pixels, both ways
 
 
 def test_each_example_by_itself():
@@ -141,13 +144,16 @@ def test_pairs_of_examples():
     def apply(p, x):
         return (x.reshape(-1, 2, 6) @ p["w"]).mean(1) @ p["v"]
 
-    assert names(jm.trace(apply, {"w": W, "v": V}, spec(4, 6))) == "input w w/pool v output"
+    assert (
+        names(jm.trace(apply, {"w": W, "v": V}, spec(4, 6)))
+        == "input w w/pool v output"
+    )
 
 
 def test_a_batch_behind_another_axis():
     def apply(p, x):
         start = jnp.zeros((x.shape[1], 4))
-        step = lambda c, x: (jnp.tanh(x @ p["w"] + c @ p["u"]), None)  # noqa: E731
+        step = lambda c, x: (jnp.tanh(x @ p["w"] + c @ p["u"]), None)
         return lax.scan(step, start, x)[0] @ p["v"]
 
     params = {"w": W, "u": spec(4, 4), "v": V}
