@@ -55,7 +55,7 @@ class Call:
         every = [n for x in (*self.leaves, *self.inputs) for n in x.shape]
         if first is None or not all(isinstance(n, int) for n in every):
             return
-        given, prime = sizes[first], _prime_beside(every)
+        given, prime = self.inputs[first].shape[0], _prime_beside(every)
         same = {i for i, n in enumerate(sizes) if n == given}
         yield self.with_batch(prime, same)
         if given > 1:

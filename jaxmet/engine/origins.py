@@ -1,6 +1,6 @@
 """Where the operands of nodes come from, through moves and across regions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jaxmet.engine.activations import number_of
@@ -118,10 +118,9 @@ class Origins:
         else:
             i = equation.results.index(value)
             parts = [self.look_up(b.outputs[i]) for b in _running(equation)]
-        found = list(dict.fromkeys(f for origins, _ in parts for f in origins))
-        if (
-            equation is not None and not equation.bodies
-        ):  # one way from a node is enough
+        found = _together(f for origins, _ in parts for f in origins)
+        if equation is not None and not equation.bodies:
+            # of values that are chosen among one way from each node is enough
             found = list({origin[0]: origin for origin in reversed(found)}.values())[
                 ::-1
             ]
@@ -186,6 +185,18 @@ class Origins:
             return False
         self.sole[value] = after
         return True
+
+
+def _together(origins: Iterable[Origin]) -> list[Origin]:
+    """Each node once: ways through branches would double with every branch."""
+    found: dict[str | None, Origin] = {}
+    for node, moves, affine in origins:
+        if node in found and found[node] != (node, moves, affine):
+            _, others, other = found[node]
+            moves = tuple(dict.fromkeys((*others, *moves)))
+            affine = affine if affine == other else None
+        found[node] = node, moves, affine
+    return list(found.values())
 
 
 def _running(equation: Equation) -> tuple[Region, ...]:
