@@ -141,8 +141,8 @@ def _pad(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
     if mask is None:
         return [None]
     widths = [
-        (0, 0, 0) if mask.shape[i] == 1 else tuple(map(int, config))
-        for i, config in enumerate(equation.params["padding_config"])
+        (0, 0, 0) if mask.shape[i] == 1 else (int(low), int(high), int(inner))
+        for i, (low, high, inner) in enumerate(equation.params["padding_config"])
     ]
     return [lax.pad(mask, np.True_, widths)]
 
@@ -168,7 +168,7 @@ def _split(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
     if mask is None or mask.shape[axis] == 1:
         return [mask for _ in equation.results]
     sizes = [int(n) for n in equation.params["sizes"]]
-    return list(lax.split(mask, sizes, axis))
+    return [*lax.split(mask, sizes, axis)]
 
 
 def _reduce(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
@@ -291,7 +291,7 @@ def _conv(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
         (numbers.out_spec[0], *numbers.out_spec[2:]), mask.shape, strict=True
     ):
         sizes[i] = n
-    order = np.argsort([numbers.out_spec[0], *numbers.out_spec[2:]])
+    order = np.argsort([numbers.out_spec[0], *numbers.out_spec[2:]]).tolist()
     return [jnp.transpose(mask, order).reshape(sizes)]
 
 

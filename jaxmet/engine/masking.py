@@ -224,7 +224,7 @@ class ScanMasks:
         pairs = [
             (value, jnp.any(m, axis=0))
             for value, m in zip(self.sliced, self.xs, strict=True)
-            if _varies(m)
+            if m is not None and not isinstance(m, Lost) and _varies(m)
         ]
         last = [
             _both([own, *(_rows(v, m, value) for v, m in pairs)])

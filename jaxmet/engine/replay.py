@@ -260,8 +260,9 @@ class Machine:
 
     def follow(self, equations: Iterable[Equation], environment: Environment) -> None:
         """Where the values of these results count."""
-        for equation in equations if self.masks is not None else ():
-            self.masks.follow(equation, environment)
+        if self.masks is not None:
+            for equation in equations:
+                self.masks.follow(equation, environment)
 
     def bind(
         self, equation: Equation, environment: Environment, offset: Any = None
