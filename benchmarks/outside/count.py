@@ -40,19 +40,29 @@ def _open(jaxpr: Any) -> Any:
 
 
 def _walk(
-    jaxpr: Any, taints: Sequence[int], found: Counted, times: int, wanted: Sequence[bool]
+    jaxpr: Any,
+    taints: Sequence[int],
+    found: Counted,
+    times: int,
+    wanted: Sequence[bool],
 ) -> list[int]:
     """Taints of the results, after the live equations have been counted."""
     taint = dict(zip(jaxpr.invars, taints, strict=True))
     read = lambda v: 0 if hasattr(v, "val") else taint.get(v, 0)
-    live = {v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and not hasattr(v, "val")}
+    live = {
+        v
+        for v, w in zip(jaxpr.outvars, wanted, strict=True)
+        if w and not hasattr(v, "val")
+    }
     kept = []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or any(v in live for v in equation.outvars):
             live.update(v for v in equation.invars if not hasattr(v, "val"))
             kept.append(equation)
     for equation in reversed(kept):
-        outs = _equation(equation, [read(v) for v in equation.invars], found, times, live)
+        outs = _equation(
+            equation, [read(v) for v in equation.invars], found, times, live
+        )
         taint.update(zip(equation.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -94,12 +104,22 @@ def _scan(equation: Any, taints: list[int], found: Counted, times: int) -> list[
         consts, carries = params["num_consts"], params["num_carry"]
     split = consts + carries
     return _fixed(
-        body, taints[:consts], taints[consts:split], taints[split:], found, times * params["length"]
+        body,
+        taints[:consts],
+        taints[consts:split],
+        taints[split:],
+        found,
+        times * params["length"],
     )
 
 
 def _fixed(
-    body: Any, consts: list[int], carry: list[int], xs: list[int], found: Counted, times: int
+    body: Any,
+    consts: list[int],
+    carry: list[int],
+    xs: list[int],
+    found: Counted,
+    times: int,
 ) -> list[int]:
     """A loop body, counted once its carry depends on nothing more."""
     wanted = [True] * len(body.outvars)
@@ -111,7 +131,9 @@ def _fixed(
         carry = new
 
 
-def _count(name: str, equation: Any, taints: list[int], found: Counted, times: int) -> None:
+def _count(
+    name: str, equation: Any, taints: list[int], found: Counted, times: int
+) -> None:
     if name not in (*DOTS, "conv_general_dilated", "gather"):
         return
     left, right = taints[:2]
@@ -131,6 +153,8 @@ def _count(name: str, equation: Any, taints: list[int], found: Counted, times: i
 def _macs(name: str, equation: Any, shapes: list[tuple[int, ...]]) -> int:
     if name == "dot_general":
         (contract, _), _ = equation.params["dimension_numbers"]
+        if not contract:
+            return 0  # a scaling that was written as a product
         summed = math.prod(shapes[0][a] for a in contract)
         return summed * math.prod(equation.outvars[0].aval.shape)
     if name.startswith("ragged_dot"):

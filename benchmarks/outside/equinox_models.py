@@ -84,7 +84,11 @@ def with_norm(key: jax.Array, mode: str) -> Built:
         [
             *(eqx.nn.Conv2d(3, 8, 3, padding=1, key=a), norm(8), relu),
             *(eqx.nn.Conv2d(8, 8, 3, padding=1, use_bias=False, key=b), norm(8), relu),
-            *(eqx.nn.AdaptiveAvgPool2d(1), eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(8, 5, key=c)),
+            *(
+                eqx.nn.AdaptiveAvgPool2d(1),
+                eqx.nn.Lambda(jnp.ravel),
+                eqx.nn.Linear(8, 5, key=c),
+            ),
         ]
     )
     return stateful(make, channels_first(16), key)
@@ -188,7 +192,9 @@ def vit(key):  # equinox docs, "Vision transformer"
 
 
 @model("equinox MLP-Mixer", "equinox")
-def mixer(key):  # equinox docs, "Score-based diffusion": an MLP-Mixer with time as a channel
+def mixer(
+    key,
+):  # equinox docs, "Score-based diffusion": an MLP-Mixer with time as a channel
     import equinox as eqx
 
     a, b, c, d = jax.random.split(key, 4)
@@ -236,7 +242,9 @@ def equimo_vit(key):
 def equimo_convnext(key):
     from equimo.models import ConvNeXt
 
-    net = ConvNeXt(3, depths=[1, 1, 1, 1], dims=[8, 16, 16, 32], num_classes=10, key=key)
+    net = ConvNeXt(
+        3, depths=[1, 1, 1, 1], dims=[8, 16, 16, 32], num_classes=10, key=key
+    )
     return stateless(net, channels_first(32), key, {"key": jax.random.key(0)})
 
 

@@ -59,9 +59,13 @@ def linen_resnet(key):  # flax examples/imagenet, ResNetBlock
             for width, stride in ((8, 1), (16, 2), (16, 1)):
                 y = nn.Conv(width, (3, 3), (stride, stride), use_bias=False)(x)
                 y = nn.relu(norm()(y))
-                y = norm(scale_init=nn.initializers.zeros)(nn.Conv(width, (3, 3), use_bias=False)(y))
+                y = norm(scale_init=nn.initializers.zeros)(
+                    nn.Conv(width, (3, 3), use_bias=False)(y)
+                )
                 if x.shape != y.shape:
-                    x = norm()(nn.Conv(width, (1, 1), (stride, stride), use_bias=False)(x))
+                    x = norm()(
+                        nn.Conv(width, (1, 1), (stride, stride), use_bias=False)(x)
+                    )
                 x = nn.relu(x + y)
             return nn.Dense(10)(jnp.mean(x, (1, 2)))
 
@@ -75,7 +79,9 @@ def linen_transformer(key):  # flax examples/lm1b, in short: masked self-attenti
     class LM(nn.Module):
         @nn.compact
         def __call__(self, ids):
-            x = nn.Embed(50, 32)(ids) + self.param("pos", nn.initializers.normal(1.0), (12, 32))
+            x = nn.Embed(50, 32)(ids) + self.param(
+                "pos", nn.initializers.normal(1.0), (12, 32)
+            )
             mask = nn.make_causal_mask(ids)
             for _ in range(2):
                 y = nn.LayerNorm()(x)
@@ -94,7 +100,9 @@ def linen_lstm(key):  # flax docs, nn.RNN
         @nn.compact
         def __call__(self, ids):
             x = nn.Embed(50, 16)(ids)
-            x = nn.Bidirectional(nn.RNN(nn.OptimizedLSTMCell(16)), nn.RNN(nn.GRUCell(16)))(x)
+            x = nn.Bidirectional(
+                nn.RNN(nn.OptimizedLSTMCell(16)), nn.RNN(nn.GRUCell(16))
+            )(x)
             return nn.Dense(8)(x)
 
     return linen(Tagger(), tokens(10, 50), key)
@@ -121,15 +129,26 @@ def nnx_cnn(key):  # flax docs, "MNIST tutorial"
 
     class CNN(nnx.Module):
         def __init__(self, rngs):
-            self.conv1, self.bn1 = nnx.Conv(1, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
-            self.conv2, self.bn2 = nnx.Conv(8, 16, (3, 3), rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
-            self.linear1, self.dropout = nnx.Linear(256, 32, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+            self.conv1, self.bn1 = (
+                nnx.Conv(1, 8, (3, 3), rngs=rngs),
+                nnx.BatchNorm(8, rngs=rngs),
+            )
+            self.conv2, self.bn2 = (
+                nnx.Conv(8, 16, (3, 3), rngs=rngs),
+                nnx.BatchNorm(16, rngs=rngs),
+            )
+            self.linear1, self.dropout = (
+                nnx.Linear(256, 32, rngs=rngs),
+                nnx.Dropout(0.1, rngs=rngs),
+            )
             self.linear2 = nnx.Linear(32, 10, rngs=rngs)
 
         def __call__(self, x):
             x = nnx.avg_pool(nnx.relu(self.bn1(self.conv1(x))), (2, 2), strides=(2, 2))
             x = nnx.avg_pool(nnx.relu(self.bn2(self.conv2(x))), (2, 2), strides=(2, 2))
-            return self.linear2(nnx.relu(self.dropout(self.linear1(x.reshape(x.shape[0], -1)))))
+            return self.linear2(
+                nnx.relu(self.dropout(self.linear1(x.reshape(x.shape[0], -1))))
+            )
 
     module, inputs = CNN(nnx.Rngs(0)), images(16, 1)
     module.train()
@@ -147,8 +166,14 @@ def nnx_transformer(key):  # flax docs, "MiniGPT"
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.mha = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
-            self.ln1, self.ln2 = nnx.LayerNorm(32, rngs=rngs), nnx.LayerNorm(32, rngs=rngs)
-            self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+            self.ln1, self.ln2 = (
+                nnx.LayerNorm(32, rngs=rngs),
+                nnx.LayerNorm(32, rngs=rngs),
+            )
+            self.up, self.down = (
+                nnx.Linear(32, 64, rngs=rngs),
+                nnx.Linear(64, 32, rngs=rngs),
+            )
 
         def __call__(self, x):
             mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1])))
@@ -157,7 +182,10 @@ def nnx_transformer(key):  # flax docs, "MiniGPT"
 
     class GPT(nnx.Module):
         def __init__(self, rngs):
-            self.words, self.places = nnx.Embed(50, 32, rngs=rngs), nnx.Embed(12, 32, rngs=rngs)
+            self.words, self.places = (
+                nnx.Embed(50, 32, rngs=rngs),
+                nnx.Embed(12, 32, rngs=rngs),
+            )
             self.block, self.head = Block(rngs), nnx.Linear(32, 50, rngs=rngs)
 
         def __call__(self, ids):

@@ -56,7 +56,12 @@ def resnet(key, v2=False):
     return normed(net, images(32), key)
 
 
-@model("haiku ResNet v2", "haiku", unfoldable=3, why="their inputs are sums or other norms")
+@model(
+    "haiku ResNet v2",
+    "haiku",
+    unfoldable=5,
+    why="of five the input is a sum or a pooling, the output an activation",
+)
 def resnet_v2(key):
     return resnet(key, v2=True)
 
@@ -82,7 +87,9 @@ def lstm(key):  # haiku examples/rnn
         x, _ = hk.dynamic_unroll(
             hk.DeepRNN([hk.LSTM(16), jax.nn.relu, hk.LSTM(16)]),
             x,
-            hk.DeepRNN([hk.LSTM(16), jax.nn.relu, hk.LSTM(16)]).initial_state(ids.shape[0]),
+            hk.DeepRNN([hk.LSTM(16), jax.nn.relu, hk.LSTM(16)]).initial_state(
+                ids.shape[0]
+            ),
             time_major=False,
         )
         return hk.Linear(50)(x)
@@ -96,13 +103,17 @@ def transformer(key):  # haiku examples/transformer: causal and padding mask
 
     def net(ids):
         x = hk.Embed(50, 32)(ids)
-        x = x + hk.get_parameter("pos", x.shape[1:], init=hk.initializers.TruncatedNormal())
+        x = x + hk.get_parameter(
+            "pos", x.shape[1:], init=hk.initializers.TruncatedNormal()
+        )
         mask = (ids != 0)[:, None, None, :] * jnp.tril(jnp.ones((1, 1, 12, 12)))
-        init = hk.initializers.VarianceScaling(1.0)
+        init = hk.initializers.VarianceScaling(4.0)
         norm = lambda x: hk.LayerNorm(-1, True, True)(x)
         for _ in range(2):
             y = norm(x)
-            x = x + hk.MultiHeadAttention(4, 8, model_size=32, w_init=init)(y, y, y, mask=mask)
+            x = x + hk.MultiHeadAttention(4, 8, model_size=32, w_init=init)(
+                y, y, y, mask=mask
+            )
             x = x + hk.Linear(32)(jax.nn.gelu(hk.Linear(64)(norm(x))))
         return hk.Linear(50)(norm(x))
 
@@ -121,7 +132,9 @@ def conv_gru(key):
     def net(x):
         x = jax.nn.relu(hk.Conv1D(16, 3)(x))
         core = hk.GRU(16)
-        x, _ = hk.dynamic_unroll(core, x, core.initial_state(x.shape[0]), time_major=False)
+        x, _ = hk.dynamic_unroll(
+            core, x, core.initial_state(x.shape[0]), time_major=False
+        )
         return hk.Linear(5)(x[:, -1])
 
     return plain(net, vectors(10, 6), key)

@@ -78,7 +78,9 @@ def gat(params: Any, nodes: Any, senders: Any, receivers: Any) -> Any:
 
     graph = tuple_of(nodes, senders, receivers)
     for query, logit in params:
-        score = lambda s, r, e, p=logit: jax.nn.leaky_relu(linear(p, jnp.concatenate([s, r], -1)))
+        score = lambda s, r, e, p=logit: jax.nn.leaky_relu(
+            linear(p, jnp.concatenate([s, r], -1))
+        )
         graph = jraph.GAT(lambda x, p=query: linear(p, x), score, jax.nn.elu)(graph)
     return graph.nodes
 

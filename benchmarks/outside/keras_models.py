@@ -18,7 +18,9 @@ def keras_model(net: Any, inputs: Any, key: jax.Array) -> Built:
 
     def run(params: Any, *x: Any, training: bool) -> Any:
         both = [[params[p] for p in of] for of in paths]
-        return net.stateless_call(*both, x[0] if len(x) == 1 else list(x), training=training)
+        return net.stateless_call(
+            *both, x[0] if len(x) == 1 else list(x), training=training
+        )
 
     def train(params: Any) -> Any:
         _, new = run(params, *some, training=True)
@@ -32,14 +34,18 @@ def keras_model(net: Any, inputs: Any, key: jax.Array) -> Built:
     return Built(lambda p, *x: run(p, *x, training=False)[0], params, inputs, norms)
 
 
-def application(make: Any, size: int, key: jax.Array, *args: Any, **kwargs: Any) -> Built:
+def application(
+    make: Any, size: int, key: jax.Array, *args: Any, **kwargs: Any
+) -> Built:
     """An application without trained weights, for small pictures and ten classes."""
     import keras
 
     keras.utils.set_random_seed(0)
     net = make(
         *args,
-        **{"weights": None, "classes": 10, "classifier_activation": None},
+        weights=None,
+        classes=10,
+        classifier_activation=None,
         **{"input_shape": (size, size, 3), **kwargs},
     )
     return keras_model(net, images(size), key)
@@ -80,7 +86,12 @@ def efficientnet_v2(key):
     return application(EfficientNetV2, 32, key, 0.25, 0.3, 32, drop_connect_rate=0.0)
 
 
-@model("keras ResNetV2", "keras", unfoldable=4, why="sums of several layers are their inputs")
+@model(
+    "keras ResNetV2",
+    "keras",
+    unfoldable=5,
+    why="of five the input is a sum or a pooling, the output an activation",
+)
 def resnet_v2(key):
     from keras.src.applications.resnet import ResNet, stack_residual_blocks_v2
 
@@ -95,7 +106,9 @@ def resnet_v2(key):
 def convnext(key):
     from keras.src.applications.convnext import ConvNeXt
 
-    return application(ConvNeXt, 32, key, [1, 1, 1, 1], [8, 16, 16, 32], default_size=32)
+    return application(
+        ConvNeXt, 32, key, [1, 1, 1, 1], [8, 16, 16, 32], default_size=32
+    )
 
 
 @model("keras Xception", "keras")
@@ -105,7 +118,9 @@ def xception(key):  # keras docs, "Image classification from scratch"
 
     keras.utils.set_random_seed(0)
     start = keras.Input((32, 32, 3))
-    x = l.Activation("relu")(l.BatchNormalization()(l.Conv2D(8, 3, 2, padding="same")(start)))
+    x = l.Activation("relu")(
+        l.BatchNormalization()(l.Conv2D(8, 3, 2, padding="same")(start))
+    )
     before = x
     for size in (16, 24):
         for _ in range(2):
@@ -163,13 +178,17 @@ def conv1d(key):  # keras docs, "Timeseries classification from scratch"
 
 
 @model("keras U-Net", "keras")
-def unet(key):  # keras docs, "Image segmentation with a U-Net-like architecture", shorter
+def unet(
+    key,
+):  # keras docs, "Image segmentation with a U-Net-like architecture", shorter
     import keras
     from keras import layers as l
 
     keras.utils.set_random_seed(0)
     start = keras.Input((32, 32, 3))
-    x = l.Activation("relu")(l.BatchNormalization()(l.Conv2D(8, 3, 2, padding="same")(start)))
+    x = l.Activation("relu")(
+        l.BatchNormalization()(l.Conv2D(8, 3, 2, padding="same")(start))
+    )
     before = x
     x = l.BatchNormalization()(l.SeparableConv2D(16, 3, padding="same")(x))
     x = l.MaxPooling2D(3, strides=2, padding="same")(l.Activation("relu")(x))

@@ -65,10 +65,11 @@ def model(name: str, *packages: str, **known: Any) -> Callable[[Any], Any]:
 
 
 def load_models(only: str = "*") -> list[Model]:
-    """All models whose name matches; the families import their packages when they build."""
+    """All models whose name matches one of the globs; the families import their packages when they build."""
     for family in FAMILIES:
         importlib.import_module(f"outside.{family}_models")
-    return [m for n, m in MODELS.items() if fnmatch.fnmatch(n, only)]
+    globs = only.split(",")
+    return [m for n, m in MODELS.items() if any(fnmatch.fnmatch(n, g) for g in globs)]
 
 
 # Numbers
@@ -134,7 +135,9 @@ def settled(train: Callable[[Any], Any], params: Any, key: jax.Array) -> Any:
         batch = zero / (1 - (one - zero))
         normal = jax.random.normal(next(source), x.shape)
         variance = last(path) in VARIANCES
-        return (batch + 1e-3) * jnp.exp(0.2 * normal) if variance else batch + 0.1 * normal
+        return (
+            (batch + 1e-3) * jnp.exp(0.2 * normal) if variance else batch + 0.1 * normal
+        )
 
     return jax.tree_util.tree_map_with_path(settle, params, filled(0.0), filled(1.0))
 
@@ -148,12 +151,16 @@ def count(params: Any, *names: str) -> int:
 # Inputs
 
 
-def images(size: int = 32, channels: int = 3) -> Callable[[jax.Array, int], tuple[Any, ...]]:
+def images(
+    size: int = 32, channels: int = 3
+) -> Callable[[jax.Array, int], tuple[Any, ...]]:
     """Pictures with structure: smooth random fields with noise, of one mean and contrast."""
 
     def inputs(key: jax.Array, n: int) -> tuple[Any, ...]:
         coarse, fine = jax.random.split(key)
-        field = jax.random.uniform(coarse, (n, size // 4, size // 4, channels), minval=-1.0)
+        field = jax.random.uniform(
+            coarse, (n, size // 4, size // 4, channels), minval=-1.0
+        )
         smooth = jax.image.resize(field, (n, size, size, channels), "linear")
         x = smooth + 0.2 * jax.random.uniform(fine, smooth.shape, minval=-1.0)
         centred = x - jnp.mean(x, (1, 2, 3), keepdims=True)

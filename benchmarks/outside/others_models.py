@@ -70,7 +70,9 @@ def resnet(key):
             x = x[0] if isinstance(x, tuple) else x
             x = BasicBlock(16, downsample=True, block_name="b")(x, {}, train)
             x = x[0] if isinstance(x, tuple) else x
-            x = Bottleneck(8, downsample=True, expansion=2, block_name="c")(x, {}, train)
+            x = Bottleneck(8, downsample=True, expansion=2, block_name="c")(
+                x, {}, train
+            )
             x = x[0] if isinstance(x, tuple) else x
             return nn.Dense(10)(jnp.mean(x, (1, 2)))
 
@@ -79,7 +81,10 @@ def resnet(key):
     variables = drawn(net.init(key, some), key)
 
     def train(variables):
-        return {**variables, **net.apply(variables, some, train=True, mutable=["batch_stats"])[1]}
+        return {
+            **variables,
+            **net.apply(variables, some, train=True, mutable=["batch_stats"])[1],
+        }
 
     variables = settled(train, variables, key)
     return Built(net.apply, variables, inputs, count(variables))
@@ -92,11 +97,23 @@ def gpt2(key):
     from flaxmodels.gpt2.gpt2 import GPT2LMHeadModel
 
     config = SimpleNamespace(
-        **{"n_positions": 16, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": None},
-        **{"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "vocab_size": 50},
-        **{"scale_attn_weights": True, "activation_function": "gelu_new"},
-        **{"layer_norm_epsilon": 1e-5, "output_hidden_states": False, "use_cache": False},
-        **{"output_attentions": False, "eos_token_id": 49, "num_labels": 2},
+        n_positions=16,
+        n_embd=32,
+        n_head=4,
+        n_layer=2,
+        n_inner=None,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        vocab_size=50,
+        scale_attn_weights=True,
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        output_hidden_states=False,
+        use_cache=False,
+        output_attentions=False,
+        eos_token_id=49,
+        num_labels=2,
     )
     net, inputs = GPT2LMHeadModel(config=config), tokens(12, 50)
     variables = net.init(key, *inputs(key, 2))
@@ -112,9 +129,16 @@ def stylegan(key):  # weights are modulated by the style: computed from the inpu
     import flaxmodels
 
     net = flaxmodels.Generator(
-        **{"resolution": 16, "z_dim": 16, "w_dim": 16, "mapping_layer_features": 16},
-        **{"num_ws": 6, "num_mapping_layers": 2, "fmap_max": 8, "use_noise": False},
-        **{"mapping_lr_multiplier": 1.0, "w_avg_beta": None},
+        resolution=16,
+        z_dim=16,
+        w_dim=16,
+        mapping_layer_features=16,
+        num_ws=6,
+        num_mapping_layers=2,
+        fmap_max=8,
+        use_noise=False,
+        mapping_lr_multiplier=1.0,
+        w_avg_beta=None,
     )
     inputs = vectors(16)
     kwargs = {"train": False, "noise_mode": "none"}

@@ -7,10 +7,24 @@ import jax.numpy as jnp
 
 from outside.model import Built, count, drawn, images, keys, model, settled, tokens
 
-TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT |= {"intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.2}
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TEXT |= {
+    "intermediate_size": 64,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.2,
+}
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION |= {"intermediate_size": 64, "image_size": 16, "patch_size": 4, "initializer_range": 0.2}
+VISION |= {
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+    "initializer_range": 0.2,
+}
 
 
 def spread(params: Any, key: jax.Array) -> Any:
@@ -24,7 +38,9 @@ def spread(params: Any, key: jax.Array) -> Any:
     return jax.tree.map(scaled, params)
 
 
-def flax_model(name: str, config: str, inputs: Any, key: jax.Array, **settings: Any) -> Built:
+def flax_model(
+    name: str, config: str, inputs: Any, key: jax.Array, **settings: Any
+) -> Built:
     """A Flax class and its configuration, both by name; inputs are its arguments in order."""
     import transformers
 
@@ -82,12 +98,6 @@ def distilbert(key):
     return flax_model("FlaxDistilBertModel", "DistilBertConfig", padded, key, **small)
 
 
-@model("FlaxRoFormer", "transformers")
-def roformer(key):
-    small = {**TEXT, "embedding_size": 16}
-    return flax_model("FlaxRoFormerModel", "RoFormerConfig", padded, key, **small)
-
-
 GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
 
 
@@ -98,7 +108,9 @@ def gpt2(key):
 
 @model("FlaxGPTJ", "transformers")
 def gptj(key):
-    return flax_model("FlaxGPTJModel", "GPTJConfig", tokens(12, 50), key, **GPT, rotary_dim=4)
+    return flax_model(
+        "FlaxGPTJModel", "GPTJConfig", tokens(12, 50), key, **GPT, rotary_dim=4
+    )
 
 
 @model("FlaxGPTNeo", "transformers")
@@ -112,7 +124,9 @@ def gpt_neo(key):
 @model("FlaxLlama", "transformers")
 def llama(key):
     small = {**TEXT, "num_key_value_heads": 2}
-    return flax_model("FlaxLlamaForCausalLM", "LlamaConfig", tokens(12, 50), key, **small)
+    return flax_model(
+        "FlaxLlamaForCausalLM", "LlamaConfig", tokens(12, 50), key, **small
+    )
 
 
 @model("FlaxMistral", "transformers")
@@ -136,7 +150,11 @@ def bloom(key):  # ALiBi
 @model("FlaxOPT", "transformers")
 def opt(key):
     small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64}
-    small |= {"num_attention_heads": 4, "max_position_embeddings": 16, "word_embed_proj_dim": 32}
+    small |= {
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+        "word_embed_proj_dim": 32,
+    }
     return flax_model("FlaxOPTModel", "OPTConfig", padded, key, **small)
 
 
@@ -171,8 +189,16 @@ def bart(key):
     import transformers
 
     small = {"vocab_size": 50, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
-    small |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 16}
-    small |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.2}
+    small |= {
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 16,
+    }
+    small |= {
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "init_std": 0.2,
+    }
     whole = transformers.FlaxBartModel(transformers.BartConfig(**small), seed=0)
     params = drawn(spread(whole.params, key), key)
 
@@ -214,7 +240,9 @@ def clip(key):
     import transformers
 
     config = transformers.CLIPConfig(
-        text_config={**TEXT, "eos_token_id": 49}, vision_config=VISION, projection_dim=16
+        text_config={**TEXT, "eos_token_id": 49},
+        vision_config=VISION,
+        projection_dim=16,
     )
     whole = transformers.FlaxCLIPModel(
         config, input_shape=((1, 12), (1, 16, 16, 3)), seed=0
@@ -255,7 +283,12 @@ def resnet(key):
 
 @model("FlaxRegNet", "transformers")
 def regnet(key):
-    small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}
+    small = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "groups_width": 4,
+    }
     return convolutional("FlaxRegNetModel", "RegNetConfig", key, **small)
 
 
@@ -264,9 +297,22 @@ def whisper(key):
     import transformers
 
     small = {"vocab_size": 50, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
-    small |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8, "init_std": 0.2}
-    small |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
-    small |= {"max_source_positions": 8, "max_target_positions": 16, "decoder_start_token_id": 1}
+    small |= {
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "num_mel_bins": 8,
+        "init_std": 0.2,
+    }
+    small |= {
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "pad_token_id": 0,
+    }
+    small |= {
+        "max_source_positions": 8,
+        "max_target_positions": 16,
+        "decoder_start_token_id": 1,
+    }
     small |= {"bos_token_id": 1, "eos_token_id": 2}
     whole = transformers.FlaxWhisperModel(
         transformers.WhisperConfig(**small), input_shape=(1, 8, 16), seed=0
