@@ -14,7 +14,7 @@ def channels_first(size: int, channels: int = 3) -> Any:
     return lambda key, n: (jnp.transpose(inputs(key, n)[0], (0, 3, 1, 2)),)
 
 
-def stateless(module: Any, inputs: Any, key: jax.Array, call: Any = {}) -> Built:
+def stateless(module: Any, inputs: Any, key: jax.Array, call: Any = None) -> Built:
     """An equinox module of one example, mapped over a batch."""
     import equinox as eqx
 
@@ -22,7 +22,7 @@ def stateless(module: Any, inputs: Any, key: jax.Array, call: Any = {}) -> Built
 
     def apply(params, *inputs):
         whole = eqx.combine(params, static)
-        return jax.vmap(lambda *x: whole(*x, **call))(*inputs)
+        return jax.vmap(lambda *x: whole(*x, **(call or {})))(*inputs)
 
     return Built(apply, drawn(arrays, key), inputs)
 
@@ -145,9 +145,12 @@ def bert(key):  # equinox docs, "BERT"; with a mask of what is padded
             y = jax.vmap(self.down)(jax.nn.gelu(jax.vmap(self.up)(x)))
             return jax.vmap(self.norms[2])(x + y)
 
+    sharper = lambda w: 3 * w if eqx.is_inexact_array(w) else w
     net = Bert(
         *(eqx.nn.Embedding(50, 32, key=a), eqx.nn.Embedding(12, 32, key=b)),
-        eqx.nn.MultiheadAttention(4, 32, use_query_bias=True, key=c),
+        jax.tree.map(
+            sharper, eqx.nn.MultiheadAttention(4, 32, use_query_bias=True, key=c)
+        ),
         *(eqx.nn.Linear(32, 64, key=d), eqx.nn.Linear(64, 32, key=e)),
         [eqx.nn.LayerNorm(32) for _ in range(3)],
     )

@@ -65,7 +65,7 @@ def model(name: str, *packages: str, **known: Any) -> Callable[[Any], Any]:
 
 
 def load_models(only: str = "*") -> list[Model]:
-    """All models whose name matches one of the globs; the families import their packages when they build."""
+    """All models whose name matches one of the globs, by family; packages load later."""
     for family in FAMILIES:
         importlib.import_module(f"outside.{family}_models")
     globs = only.split(",")
