@@ -97,6 +97,24 @@ def test_its_batch_norms_fold(mode, steps, affine):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_norm_folds_into_a_mapped_convolution_without_bias(groups):
+    one = eqx.nn.Conv2d(4, 6, 3, groups=groups, use_bias=False, key=jax.random.key(0))
+    norm = {k: jnp.asarray(RNG.uniform(0.5, 2.0, 6), jnp.float32) for k in "mvsb"}
+
+    def apply(p, x):
+        y = jax.vmap(p["conv"])(x)
+        p = {k: v[None, :, None, None] for k, v in p["norm"].items()}
+        return (y - p["m"]) * jax.lax.rsqrt(p["v"] + 1e-3) * p["s"] + p["b"]
+
+    x = jnp.asarray(RNG.normal(size=(4, 4, 8, 8)), jnp.float32)
+    params = {"conv": one, "norm": norm}
+    graph = jm.trace(apply, params, x)
+    folded, report = jm.fold_batch_norm(params, graph, with_report=True)
+    assert report.title == "1 of 1 norms folded", report
+    assert decibels(apply(folded, x), apply(params, x)) > 100
+
+
 def test_debiased_statistics_are_what_the_data_gave():
     """What data-free steps read: the mean and variance of the channels, not the averages."""
     model, state = trained(steps=1)

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxmet.engine.cluster import (
+    SCALE,
+    SHIFT,
     VIEWS,
     Cluster,
     cone,
@@ -99,6 +101,10 @@ def _with_bias(
     if bias is not None and use is not None:
         features, value = holding(axes, wanted), use.results[0]
         equations = cone(value, {data, weight}, order)
+    elif use is not None and _by_features(use, value, holding(axes, wanted)):
+        # A norm reads what it makes in another shape, as where it runs under vmap.
+        features = holding(axes, wanted)
+        equations = cone(value, {data, weight}, order)
     else:
         value = equation.results[0]
     details = {
@@ -109,6 +115,14 @@ def _with_bias(
     }
     function = "conv" if equation.name == "conv_general_dilated" else "dot"
     return Cluster("product", function, equations, value, data, details)
+
+
+def _by_features(use: Equation, value: Value, features: tuple[int, ...]) -> bool:
+    """Whether a value is scaled or shifted by a parameter along its features alone."""
+    others = [v for v in use.operands if v is not value]
+    if use.name not in (*SCALE, *SHIFT) or len(others) != 1:
+        return False
+    return others[0].kind == PARAM and varying_axes(others[0]) <= set(features)
 
 
 def _bias(add: Equation, value: Value, features: tuple[int, ...]) -> Value | None:
