@@ -28,7 +28,11 @@ Counts = tuple[np.ndarray, np.ndarray]
 def countable(node: Node) -> bool:
     """Whether a node makes numbers in every batch: none in a branch or `while_loop`."""
     inside = {"while", "cond"} & set(node.region)
-    return not inside and node.kind != "output" and node.function not in ("integers", "complex")
+    return (
+        not inside
+        and node.kind != "output"
+        and node.function not in ("integers", "complex")
+    )
 
 
 def activations(
