@@ -262,10 +262,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument(
-        "--networks", nargs="+", choices=list(FAMILY), default=["lite0"]
-    )
+    parser.add_argument("--images", type=Path, help="for lite0 to lite4")
+    names = [*FAMILY, "demo", "resnet18", "resnet50"]
+    parser.add_argument("--networks", nargs="+", choices=names, default=["demo"])
     parser.add_argument(
         "--number", type=int, default=64, help="pictures of each folder"
     )
