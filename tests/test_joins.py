@@ -72,6 +72,9 @@ KEPT = {  # where nothing can follow the scale, or what follows is not written f
     "update": lambda p, y, x: lax.dynamic_update_slice(y, ones(), (0, 0, 0)),
     "set": lambda p, y, x: y.at[:, 0].set(1.0),
     "pad": lambda p, y, x: jnp.pad(y, ((0, 0), (1, 0), (0, 0)), constant_values=1.0),
+    "stack": lambda p, y, x: jnp.sum(
+        jnp.stack([y, jnp.ones((BATCH, y.shape[1], CHANNELS))], axis=1), axis=1
+    ),
     "square": lambda p, y, x: y * y,
     "centred": lambda p, y, x: y - jnp.mean(y, axis=-1, keepdims=True),
     "clip by parameter": lambda p, y, x: jnp.clip(y, -(p["one"][0] ** 2), p["one"][0]),
@@ -97,6 +100,7 @@ MOVED = {  # where everything follows
     "gate of the input": lambda p, y, x: jax.nn.silu(x @ p["other"]) * y,
     "gate a token": lambda p, y, x: y * jax.nn.sigmoid(x @ p["column"]),
     "division by token": lambda p, y, x: y / (1 + jnp.abs(x @ p["column"])),
+    "stack": lambda p, y, x: jnp.sum(jnp.stack([y, y[:, ::-1]], axis=1), axis=1),
     "norm": lambda p, y, x: relu(normed(p, y) + at(p, "token")),
     "roll": lambda p, y, x: jnp.roll(y, 1, axis=2),
 }

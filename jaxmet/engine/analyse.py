@@ -76,9 +76,13 @@ def _keeps_batch_apart(region: Region) -> bool:
 def _takes_examples(region: Region) -> bool:
     """Whether some examples of a batch are taken out of it."""
     for equation in region.walk():
+        source = equation.operands[0] if equation.operands else None
+        if equation.name == "unstack" and source is not None:
+            if carries_batch(source.axes[equation.params["axis"]]):
+                return True
         if equation.name not in ("slice", "split", "dynamic_slice", "gather"):
             continue
-        source = equation.operands[0]
+        assert source is not None
         taken = [equation.params.get("slice_sizes", source.shape)]
         if equation.name in ("slice", "split"):
             taken = [v.shape for v in equation.results]

@@ -89,5 +89,7 @@ def _averages(pool: Cluster) -> bool:
 
 def _holds(value: Value, use: Equation, channels: Collection[lb.Atom]) -> bool:
     """Whether a concatenation runs along the channels."""
+    if use.name == "stack":
+        return False
     axis = value.axes[use.params["dimension"]]
     return any(atom in channels for atom in lb.leaves(axis))

@@ -96,7 +96,7 @@ def _rest(region: Region) -> Iterable[Cluster]:
             kind, function = "add", equation.name
         elif equation.name in SCALE and len(wide) == 2:
             kind, function = "multiply", equation.name
-        elif equation.name == "concatenate" and len(wide) > 1:
+        elif equation.name in ("concatenate", "stack") and len(wide) > 1:
             kind, function = "concat", "concat"
         elif equation.name in WINDOWS:
             yield _pool(equation, WINDOWS[equation.name])

@@ -29,9 +29,9 @@ SENTINEL = 1e4
 """From here on a constant stands for infinity: masks use 1e4, 1e9, the largest number, ∞."""
 
 CARRIES = (
-    *VIEWS, *SCALE, *SHIFT, "neg", "concatenate", "pad", "select_n", "slice", "split",
-    "dynamic_slice", "dynamic_update_slice", "gather", "reduce_sum", "reduce_min", "sort",
-    "cumsum",
+    *VIEWS, *SCALE, *SHIFT, "neg", "concatenate", "stack", "unstack", "tile", "pad",
+    "select_n", "slice", "split", "dynamic_slice", "dynamic_update_slice", "gather",
+    "reduce_sum", "reduce_min", "sort", "cumsum",
 )  # fmt: skip
 WEIGHTED = ("product", "ragged", "lookup")
 DECIDES = ("eq", "ne", "floor", "ceil", "round", "sign", "argmax", "argmin")

@@ -333,6 +333,45 @@ def _concatenate(equation: Equation) -> None:
     _join(equation, equation.operands, (i for i in range(out.ndim) if i != d))
 
 
+def _stack(equation: Equation) -> None:
+    """A concatenation along an axis of its own, on which nothing else lies."""
+    d, out = equation.params["axis"], equation.results[0]
+    axes: list[Axis] = []
+    for i in range(out.ndim - 1):
+        labels = [v.axes[i] if v.axes else () for v in equation.operands]
+        wide = [axis for axis in labels if axis]
+        for other in wide[1:]:
+            lb.unify(wide[0], other)
+        lone = [
+            v.kind == PARAM or not (axis or _neutral(v))
+            for v, axis in zip(equation.operands, labels, strict=True)
+        ]
+        if wide and any(lone):
+            lb.freeze(wide[0], "stack: what joins there cannot be rescaled with it")
+        axes.append(wide[0] if wide else ())
+    axes.insert(d, lb.fresh(out.shape[d], "stacked"))
+    out.axes = tuple(axes)
+
+
+def _unstack(equation: Equation) -> None:
+    source, d = equation.operands[0], equation.params["axis"]
+    lb.freeze(source.axes[d], "taken apart")
+    for out in equation.results:
+        out.axes = (*source.axes[:d], *source.axes[d + 1 :])
+
+
+def _tile(equation: Equation) -> None:
+    source, out = equation.operands[0], equation.results[0]
+    axes = []
+    for i, times in enumerate(equation.params["reps"]):
+        axis = source.axes[i]
+        if times != 1 and not lb.carries_batch(axis):
+            lb.freeze(axis, "tiled")
+            axis = lb.fresh(out.shape[i], "tiled")
+        axes.append(axis)
+    out.axes = tuple(axes)
+
+
 def _reduce(equation: Equation) -> None:
     source, gone = equation.operands[0], set(equation.params["axes"])
     for i in gone:
@@ -500,6 +539,9 @@ RULES: dict[str, Callable[[Equation], None]] = {
     "split": _split,
     "pad": _pad,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "gather": _gather,
     "dot_general": _dot,
     "conv_general_dilated": _conv,

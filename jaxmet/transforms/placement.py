@@ -17,7 +17,7 @@ KEEPS_GRID = ("max_pool", "min_pool", "max", "min")
 MOVES = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
     "gather", "rev", "pad", "select_n", "concatenate", "split", "neg", "mul", "div", "add",
-    "sub", "sort",
+    "sub", "sort", "stack", "unstack", "tile",
 )  # fmt: skip
 VIEWS = MOVES[:11]
 MULTIPLIES = ("product", "ragged", "matmul")
