@@ -122,7 +122,7 @@ def test_the_best_draw_is_near_and_the_same_again() -> None:
     assert np.all(found.x[4:] == 0) and np.all(found.x[:4] != 0)
     assert np.abs(found.x).max() <= np.float32(0.015)
     assert draw(draws=400).value < found.value
-    other = least_of_draws(value, start, free, jax.random.key(1), limit=0.015)
+    other = least_of_draws(value, start, free, jax.random.key(1), **ends)
     assert np.any(other.x != found.x)
 
 

@@ -58,8 +58,8 @@ class Member:
 class Group:
     """Channels with one scale each.
 
-    `frozen` says why they may not be rescaled, `fixed` why none may be removed. `tied` are
-    the numbers of other groups that lose the same channels: a gate and what it scales.
+    `frozen` says why they may not be rescaled, `fixed` why none may be removed. `scales`
+    are the numbers of the groups that this one, a gate, multiplies: both lose the same channels.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Group:
     clips: tuple[str, ...]
     frozen: str | None
     fixed: str | None = None
-    tied: tuple[int, ...] = ()
+    scales: tuple[int, ...] = ()
 
     @property
     def free(self) -> bool:
@@ -239,7 +239,6 @@ class _Finder:
 
     def groups(self, members: tuple[Member, ...]) -> tuple[Group, ...]:
         clips = self.clips()
-        both = [*self.tied, *((b, a) for a, b in self.tied)]
         groups = []
         along: dict[int, list[Member]] = {}
         for member in members:
@@ -263,7 +262,7 @@ class _Finder:
                     clips.get(index, ()),
                     why,
                     atom.fixed or alone,
-                    tuple(sorted({b for a, b in both if a == index})),
+                    tuple(sorted({kept for kept, gate in self.tied if gate == index})),
                 )
             )
         return tuple(groups)

@@ -137,7 +137,7 @@ def accepting(batch: tuple, caller: str, cure: str | None = None) -> Iterator[No
         if not known or str(error).startswith("jaxmet."):
             raise
         said = str(error).split("\n")[0].rstrip(".")
-        cure = inputs_from(batch) if cure is None else cure
+        cure = inputs_from(inputs_of(batch)[0]) if cure is None else cure
         number = len(inputs_of(batch)[0])
         inputs = "1 input" if number == 1 else f"{number} inputs"
         raise ValueError(

@@ -172,7 +172,7 @@ def _scaled_by(equation: Equation) -> None:
     swaps = not divides and any(map(lb.frozen, one.axes)) and not _frozen_channels(two)
     kept, gate = (two, one) if swaps else (one, two)
     axes: list[Axis] = []
-    for a, b in zip(kept.axes, gate.axes, strict=True):
+    for a, b in zip(_along(kept, out), _along(gate, out), strict=True):
         axes.append(a or b)
         if not (a and b):
             if b:
@@ -186,6 +186,14 @@ def _scaled_by(equation: Equation) -> None:
             lb.freeze(b, "a gate", fixed=False)
             out.tied.append((a, b))
     out.axes = tuple(axes)
+
+
+def _along(value: Value, out: Value) -> list[Axis]:
+    """The labels of an operand along the axes of the result, none where it is spread."""
+    if value.ndim != out.ndim or not value.axes:
+        return [()] * out.ndim
+    pairs = zip(value.axes, value.shape, out.shape, strict=True)
+    return [axis if n == m else () for axis, n, m in pairs]
 
 
 def _frozen_channels(value: Value) -> bool:

@@ -56,7 +56,7 @@ def bundles_of(graph: Graph) -> list[Bundle]:
         return index
 
     for group in groups.values():
-        for index in map(root, group.tied):
+        for index in map(root, group.scales):
             a = root(group.index)
             parent[max(a, index)] = min(a, index)
     fixed: dict[int, str] = {}

@@ -346,7 +346,13 @@ class Network:
         tensors = self.operands(node)
         if len(tensors) != 2 or node.function != "mul":
             raise UnreachedError(f"{node.name} is a {node.function}")
-        return self.both(node, tensors[0], tensors[1], multiplied)
+        one, two = tensors
+        scales = {g.index: g.scales for g in self.graph.groups}
+        for kept, gate in ((one, two), (two, one)):
+            moved = {k: m for g, m in gate.items() for k in scales[g] if k in kept}
+            if moved and set(moved) == set(kept):
+                return self.both(node, kept, moved, multiplied)
+        return self.both(node, one, two, multiplied)
 
     def _concat(self, node: Node) -> Tensor:
         joined: Tensor = {}
