@@ -32,6 +32,20 @@ values that stay in float.
 """
 
 
+OUTSIDE = """
+## Models from outside
+
+What `python benchmarks/outside.py --together --cells layers,norms,fold,W8A8,trace` printed of
+public models, at small widths, with random weights and batch norm statistics of data (jax 0.10.2,
+CPU, 16 examples that nothing was fitted to). *layers*: found, of those in an independent count of
+the jaxpr. *norms*: batch norms folded, of those in the model. *fold*: how far folding keeps the
+function (dB). *W8A8*: SQNR of the simulated outputs (dB), at the defaults, folded, without any
+correction. *trace*: seconds.
+
+"""
+TABLE = HERE.parent / "benchmarks" / "outside" / "table.md"
+
+
 def page() -> str:
     from zoo import CASES
 
@@ -55,7 +69,7 @@ def page() -> str:
             grids,
         )
         rows.append(f"| {' | '.join(cells)} |")
-    return HEAD + "\n".join(rows) + "\n"
+    return HEAD + "\n".join(rows) + "\n" + OUTSIDE + TABLE.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
