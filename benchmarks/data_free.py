@@ -66,7 +66,8 @@ class Row(NamedTuple):
     """What is measured: fields in each step, at nodes of these kinds (all, if empty).
 
     The range of a normal value is its mean ± `width` standard deviations, or with `least`
-    that of the least expected error. With `at`, only the quantizers of one group change.
+    that of the least expected error. With `at`, only the quantizers of one group change,
+    or 'elsewhere' those of all but depthwise convolutions.
     """
 
     name: str
@@ -111,6 +112,8 @@ ROWS = (
     *(Row(f"nothing; 8σ at {g}", width=8.0, at=g) for g in GROUPS),
     *(Row(f"nothing; least error at {g}", least=True, at=g) for g in GROUPS),
     Row("nothing; bounds of clips at depthwise", width=1e3, at="depthwise"),
+    Row("ranges elsewhere", ranges=("range",), at="elsewhere"),
+    *(Row(f"nothing; {w}σ elsewhere", width=w, at="elsewhere") for w in (4, 5, 8)),
 )
 
 
@@ -409,7 +412,8 @@ class Bench:
             mine = {
                 name: q
                 for name, q in quantizers.activations.items()
-                if self.group(name) == row.at
+                if row.at == self.group(name)
+                or (row.at == "elsewhere" and self.group(name) != "depthwise")
             }
             every = {**base.activations, **mine}
             quantizers = dataclasses.replace(base, activations=every)
@@ -517,7 +521,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("| measured | agreement (%) | SQNR (dB) | gain (dB) |\n|---|---|---|---|")
         first = None
         for row in (ROWS[i] for i in args.rows):
-            if row.at and not bench.has(row.at):
+            if row.at in GROUPS and not bench.has(row.at):
                 continue
             start = time.perf_counter()
             params, quantizers = bench.quantized(row)
