@@ -10,13 +10,16 @@ are made of those: a graph, which keeps what is static, and replays, which run t
     views         equations that only look at an array differently
     rules         how labels pass through every other equation
     cluster       a group of equations: what it holds and how far it reaches
-    products, norms/, pointwise, activations, grouping     how groups are found
+    products, norms/, softmax, pointwise, activations, grouping     how groups are found
+    liveness      which values reach an output of the model
     naming        what each node is called
     analyse       all of the above, in order
     node, describe, channels, graph     what is static about nodes, and `trace`
     elementwise   an activation as a function of numbers
     arrivals      where a constant arrives that an activation's channels lose
     origins       where the operands of nodes come from
+    attention_masks     which values hold masked entries, and which decide as a mask or index
+    token_masks, token_mask_rules     where values count: `mask=` followed through a program
     replay        run a program again with a hook at every node
     collect       what a hook observes, merged over many batches
     once          a program that runs once

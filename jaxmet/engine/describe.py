@@ -7,6 +7,7 @@ from typing import Any
 from jaxmet.engine import labels as lb
 from jaxmet.engine.analyse import Analysis
 from jaxmet.engine.arrivals import Arrivals, arrivals
+from jaxmet.engine.attention_masks import Masks
 from jaxmet.engine.cluster import (
     LINEAR,
     VIEWS,
@@ -20,7 +21,6 @@ from jaxmet.engine.cluster import (
 from jaxmet.engine.elementwise import formula_between, formula_of
 from jaxmet.engine.grouping import REDUCTIONS
 from jaxmet.engine.liveness import carries
-from jaxmet.engine.masks import Masks
 from jaxmet.engine.node import Convolution, Debias, Dot, Node, Norm, Weight
 from jaxmet.engine.norms.stored_norms import Roles
 from jaxmet.engine.origins import Origins

@@ -20,10 +20,10 @@ from jaxmet.engine.cluster import Cluster
 from jaxmet.engine.cpu import convolution
 from jaxmet.engine.describe import describe
 from jaxmet.engine.expand import call_of
-from jaxmet.engine.masking import Kept, Lost, Masks, ScanMasks, on_input
 from jaxmet.engine.node import Node
 from jaxmet.engine.offset import offsets_of, padded
 from jaxmet.engine.program import Equation, Region, Value
+from jaxmet.engine.token_masks import Kept, Lost, Masks, ScanMasks, on_input
 from jaxmet.tree.batches import BatchInfo, inputs_of
 from jaxmet.tree.leaves import dense, is_compressed
 

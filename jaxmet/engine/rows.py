@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmet.engine.mask_rules import LostError, windowed
 from jaxmet.engine.node import Convolution, Dot, Node
+from jaxmet.engine.token_mask_rules import LostError, windowed
 
 
 def why_no_rows(node: Node) -> str | None:

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from jaxmet.engine import compat
-from jaxmet.engine.mask_rules import LostError, Mask, joined, masks_of
 from jaxmet.engine.program import Equation, Region, Value, body_operands, flatten
+from jaxmet.engine.token_mask_rules import LostError, Mask, joined, masks_of
 
 
 @dataclasses.dataclass(frozen=True)
