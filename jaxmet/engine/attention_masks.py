@@ -7,14 +7,11 @@ leave nothing for the others, and a mask or an index that is rounded decides oth
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jaxmet.engine import compat
 from jaxmet.engine.cluster import SCALE, SHIFT, VIEWS, Cluster
+from jaxmet.engine.naming import SITES
 from jaxmet.engine.program import (
-    CONST,
     DATA,
     PARAM,
     Equation,
@@ -33,7 +30,6 @@ CARRIES = (
     "select_n", "slice", "split", "dynamic_slice", "dynamic_update_slice", "gather",
     "reduce_sum", "reduce_min", "sort", "cumsum",
 )  # fmt: skip
-WEIGHTED = ("product", "ragged", "lookup")
 DECIDES = ("eq", "ne", "floor", "ceil", "round", "sign", "argmax", "argmin")
 COMPARES = ("ge", "gt", "le", "lt")
 
@@ -54,7 +50,7 @@ class Masks:
 
     def hidden(self, cluster: Cluster) -> bool:
         """Whether a softmax is all that sees a result, or it has entries that mean −∞."""
-        if cluster.kind in (*WEIGHTED, "output", "matmul", "norm"):
+        if cluster.kind in (*SITES, "output", "matmul", "norm"):
             return False
         if cluster.exit in self.masked:
             return True
@@ -64,7 +60,7 @@ class Masks:
 
     def selects(self, cluster: Cluster) -> bool:
         """Whether a result without weights decides what a mask hides or an index means."""
-        if cluster.kind in (*WEIGHTED, "output", "matmul", "norm"):
+        if cluster.kind in (*SITES, "output", "matmul", "norm"):
             return False
         if cluster.exit in self.weighted:
             return False
@@ -215,7 +211,7 @@ class Masks:
             for use in value.uses:
                 if use is None:
                     continue
-                if use.node is not None and use.node.kind in (*WEIGHTED, "matmul"):
+                if use.node is not None and use.node.kind in (*SITES, "matmul"):
                     return True
                 after = list(use.results)
                 for body, outer in zip(use.bodies, body_operands(use), strict=True):
@@ -230,13 +226,8 @@ class Masks:
 
 def _is_sentinel(value: Value) -> bool:
     """Whether a constant holds a number that stands for infinity."""
-    constant = value.constant
-    if value.kind != CONST or constant is None or isinstance(constant, Tracer):
-        return False
-    if compat.is_key(value.aval) or not jnp.issubdtype(value.aval.dtype, jnp.floating):
-        return False
-    array = np.abs(np.asarray(constant, np.float64))
-    return bool(array.size and (array >= SENTINEL).any())
+    numbers = value.numbers()
+    return numbers is not None and bool((np.abs(numbers) >= SENTINEL).any())
 
 
 def _known(equation: Equation) -> bool:

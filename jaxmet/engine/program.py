@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxmet.engine import compat
@@ -56,6 +57,15 @@ class Value:
     @property
     def is_complex(self) -> bool:
         return bool(jnp.issubdtype(self.aval.dtype, jnp.complexfloating))
+
+    def numbers(self) -> np.ndarray | None:
+        """The floats of a constant that is known while tracing, wide; None for others."""
+        known = self.kind == CONST and self.constant is not None
+        if not known or isinstance(self.constant, Tracer) or compat.is_key(self.aval):
+            return None
+        if not jnp.issubdtype(self.aval.dtype, jnp.floating):
+            return None
+        return np.asarray(self.constant, np.float64)
 
     def scalar(self) -> float | None:
         """The number, if this is a constant scalar that is known while tracing."""

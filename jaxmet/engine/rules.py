@@ -7,9 +7,7 @@ parameter that can follow. What is not known to be so freezes the channel and sa
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
@@ -85,16 +83,12 @@ def _apply(equation: Equation) -> None:
 
 def _neutral(value: Value) -> bool:
     """Whether a value is the same once its channels are scaled: 0, ±∞ or NaN all over."""
-    constant = value.constant
-    number = number_of(value)
+    number, numbers = number_of(value), value.numbers()
     if number is not None:
         return number == 0 or not math.isfinite(number)
-    if value.kind != CONST or constant is None or isinstance(constant, Tracer):
+    if numbers is None:
         return False
-    if not jnp.issubdtype(value.aval.dtype, jnp.floating):
-        return False
-    array = np.asarray(constant, np.float32)
-    return bool(((array == 0) | ~np.isfinite(array)).all())
+    return bool(((numbers == 0) | ~np.isfinite(numbers)).all())
 
 
 def _join(equation: Equation, operands: Sequence[Value], axes: Iterable[int]) -> None:
