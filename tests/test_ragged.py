@@ -102,3 +102,16 @@ def test_what_needs_one_matrix_leaves_it_and_says_why(case):
         assert "its rows choose among matrices" in notes
     with pytest.raises(ValueError, match="its rows choose among matrices"):
         jm.factorize(p, graph, ratios={"up": 0.5})
+
+
+def test_one_that_only_decides_a_branch_is_found_too(case):
+    p, x, _ = case
+
+    def apply(p, x):
+        tokens = jnp.reshape(x, (-1, WIDTH))
+        sizes = jnp.asarray([len(tokens), 0, 0], jnp.int32)
+        score = jnp.sum(lax.ragged_dot(tokens, p["up"], sizes))
+        branches = (lambda y: y @ p["router"], lambda y: -y @ p["router"])
+        return lax.cond(score > 0, *branches, x)
+
+    assert "up" in [n.name for n in jm.trace(apply, p, x).sites]

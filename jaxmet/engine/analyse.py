@@ -42,9 +42,8 @@ def analyse_structure(call: Call) -> Analysis:
             continue
         if not _keeps_batch_apart(analysis.region):
             continue
-        if _takes_examples(
-            analysis.region
-        ):  # perhaps each one: as many nodes as examples
+        if _takes_examples(analysis.region):
+            # Perhaps each one by itself: then there are as many nodes as examples.
             given = analyse(call)
             same = {c.name for c in given.clusters} == {
                 c.name for c in analysis.clusters

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxmet.engine.cluster import SCALE, SHIFT, VIEWS, Cluster
-from jaxmet.engine.naming import SITES
+from jaxmet.engine.cluster import LAYERS, SCALE, SHIFT, VIEWS, Cluster
 from jaxmet.engine.program import (
     DATA,
     PARAM,
@@ -50,7 +49,7 @@ class Masks:
 
     def hidden(self, cluster: Cluster) -> bool:
         """Whether a softmax is all that sees a result, or it has entries that mean −∞."""
-        if cluster.kind in (*SITES, "output", "matmul", "norm"):
+        if cluster.kind in (*LAYERS, "output", "matmul", "norm"):
             return False
         if cluster.exit in self.masked:
             return True
@@ -60,7 +59,7 @@ class Masks:
 
     def selects(self, cluster: Cluster) -> bool:
         """Whether a result without weights decides what a mask hides or an index means."""
-        if cluster.kind in (*SITES, "output", "matmul", "norm"):
+        if cluster.kind in (*LAYERS, "output", "matmul", "norm"):
             return False
         if cluster.exit in self.weighted:
             return False
@@ -211,7 +210,7 @@ class Masks:
             for use in value.uses:
                 if use is None:
                     continue
-                if use.node is not None and use.node.kind in (*SITES, "matmul"):
+                if use.node is not None and use.node.kind in (*LAYERS, "matmul"):
                     return True
                 after = list(use.results)
                 for body, outer in zip(use.bodies, body_operands(use), strict=True):

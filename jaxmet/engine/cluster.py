@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from jaxmet.engine.program import DATA, PARAM, Equation, Region, Value
 from jaxmet.engine.views import CASTS, VIEW_RULES
 
+LAYERS = ("product", "ragged", "lookup")
+"""Kinds of nodes that hold a weight."""
+
 LINEAR = ("neg", *CASTS)
 SCALE = ("mul", "div")
 SHIFT = ("add", "sub", "add_any")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from jaxmet.engine import compat
 from jaxmet.engine import labels as lb
-from jaxmet.engine.cluster import Cluster, leaf_of, through_views
+from jaxmet.engine.cluster import LAYERS, Cluster, leaf_of, through_views
 from jaxmet.engine.pointwise import POINTWISE
 from jaxmet.engine.program import (
     DATA,
@@ -21,8 +21,6 @@ from jaxmet.engine.program import (
     carried,
 )
 from jaxmet.engine.views import CASTS
-
-LAYERS = ("product", "lookup")
 
 
 def carries(value: Value) -> bool:

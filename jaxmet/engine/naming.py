@@ -8,17 +8,16 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-from jaxmet.engine.cluster import Cluster, leaf_of, leaves_under
+from jaxmet.engine.cluster import LAYERS, Cluster, leaf_of, leaves_under
 from jaxmet.engine.program import DATA, Value
 
-OWN_NAME = ("product", "ragged", "lookup", "norm", "activation")
-SITES = ("product", "ragged", "lookup")
+OWN_NAME = (*LAYERS, "norm", "activation")
 
 
 def modules(cluster: Cluster) -> list[str]:
     """Names of the parameters that give a node its name."""
     values = []
-    if cluster.kind in SITES:
+    if cluster.kind in LAYERS:
         values = [cluster.details["weight"]]
     elif cluster.kind == "norm":
         keys = ("scale", "bias", "mean", "spread")
@@ -40,7 +39,7 @@ def module_of(names: Sequence[str]) -> str:
 
 def name_all(clusters: Sequence[Cluster], inputs: Sequence[Cluster]) -> None:
     """Give every cluster its name; `clusters` in the order in which they run."""
-    _name_sites([c for c in clusters if c.kind in SITES])
+    _name_sites([c for c in clusters if c.kind in LAYERS])
     taken = {c.name for c in clusters if c.name}
     _enumerate([c for c in clusters if c.kind == "input"], "input")
     _enumerate([c for c in clusters if c.kind == "output"], "output")
@@ -88,7 +87,7 @@ def _anchors(
     clusters: Sequence[Cluster], inputs: Sequence[Cluster]
 ) -> dict[Cluster, str]:
     """For each cluster the site that runs last before it among its data ancestors."""
-    rank = {c: i for i, c in enumerate(clusters) if c.kind in SITES}
+    rank = {c: i for i, c in enumerate(clusters) if c.kind in LAYERS}
     start = inputs[0].name if len(inputs) == 1 else "input"
     memo: dict[Value, int] = {}
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxmet.engine.arrivals import Arrivals
+from jaxmet.engine.cluster import LAYERS
 from jaxmet.engine.elementwise import Formula
 from jaxmet.engine.views import Move
 
@@ -195,4 +196,4 @@ class Node:
 
     @property
     def is_site(self) -> bool:
-        return self.kind in ("product", "ragged", "lookup")
+        return self.kind in LAYERS

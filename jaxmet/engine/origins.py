@@ -119,11 +119,6 @@ class Origins:
             i = equation.results.index(value)
             parts = [self.look_up(b.outputs[i]) for b in _running(equation)]
         found = _together(f for origins, _ in parts for f in origins)
-        if equation is not None and not equation.bodies:
-            # of values that are chosen among one way from each node is enough
-            found = list({origin[0]: origin for origin in reversed(found)}.values())[
-                ::-1
-            ]
         without = NONE.union(*(w for _, w in parts)) - {len(self.scopes)}
         if without:
             self.scopes[max(without)].found[value] = found, without
