@@ -65,7 +65,7 @@ def transposed(p, x):
 @pytest.mark.parametrize(
     ("apply", "nodes"),
     [
-        (stack_and_sum, "input w u u/tanh u/pool output"),
+        (stack_and_sum, "input w u u/tanh u/concat u/pool output"),
         (tile, "input w v output"),
         (over_the_batch, "input w w/pool v output"),
         (views_of_one_image, "input input/concat w w/relu w/pool v output"),
