@@ -1,11 +1,9 @@
 """Flax models of diffusers and flaxmodels."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from outside.model import Built, count, drawn, images, model, settled, tokens, vectors
+from outside.model import Built, count, drawn, images, model, settled
 
 
 @model("diffusers U-Net", "diffusers")
@@ -88,59 +86,3 @@ def resnet(key):
 
     variables = settled(train, variables, key)
     return Built(net.apply, variables, inputs, count(variables))
-
-
-@model("flaxmodels GPT2", "flaxmodels")
-def gpt2(key):
-    from types import SimpleNamespace
-
-    from flaxmodels.gpt2.gpt2 import GPT2LMHeadModel
-
-    config = SimpleNamespace(
-        n_positions=16,
-        n_embd=32,
-        n_head=4,
-        n_layer=2,
-        n_inner=None,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        vocab_size=50,
-        scale_attn_weights=True,
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        output_hidden_states=False,
-        use_cache=False,
-        output_attentions=False,
-        eos_token_id=49,
-        num_labels=2,
-    )
-    net, inputs = GPT2LMHeadModel(config=config), tokens(12, 50)
-    variables = net.init(key, *inputs(key, 2))
-
-    def apply(variables: Any, ids: Any) -> Any:
-        return net.apply(variables, ids)["logits"]
-
-    return Built(apply, drawn(variables, key), inputs)
-
-
-@model("flaxmodels StyleGAN2", "flaxmodels")
-def stylegan(key):  # weights are modulated by the style: computed from the input
-    import flaxmodels
-
-    net = flaxmodels.Generator(
-        resolution=16,
-        z_dim=16,
-        w_dim=16,
-        mapping_layer_features=16,
-        num_ws=6,
-        num_mapping_layers=2,
-        fmap_max=8,
-        use_noise=False,
-        mapping_lr_multiplier=1.0,
-        w_avg_beta=None,
-    )
-    inputs = vectors(16)
-    kwargs = {"train": False, "noise_mode": "none"}
-    variables = net.init(key, *inputs(key, 2), **kwargs)
-    return Built(lambda v, z: net.apply(v, z, **kwargs), drawn(variables, key), inputs)

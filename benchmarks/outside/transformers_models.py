@@ -158,6 +158,20 @@ def opt(key):
     return flax_model("FlaxOPTModel", "OPTConfig", padded, key, **small)
 
 
+def encoder_decoder(whole: Any, key: jax.Array) -> Built:
+    """A model of padded source tokens and target tokens."""
+    params = drawn(spread(whole.params, key), key)
+
+    def apply(params, ids, mask, target):
+        outputs = whole(
+            ids, attention_mask=mask, decoder_input_ids=target, params=params
+        )
+        return outputs.last_hidden_state
+
+    inputs = lambda key, n: (*padded(key, n), *tokens(8, 50)(key, n))
+    return Built(apply, params, inputs)
+
+
 @model("FlaxT5Encoder", "transformers")
 def t5_encoder(key):
     small = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
@@ -172,16 +186,7 @@ def t5(key):
     small = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
     small |= {"num_heads": 4, "relative_attention_num_buckets": 8}
     whole = transformers.FlaxT5Model(transformers.T5Config(**small), seed=0)
-    params = drawn(spread(whole.params, key), key)
-
-    def apply(params, ids, mask, target):
-        outputs = whole(
-            ids, attention_mask=mask, decoder_input_ids=target, params=params
-        )
-        return outputs.last_hidden_state
-
-    inputs = lambda key, n: (*padded(key, n), *tokens(8, 50)(key, n))
-    return Built(apply, params, inputs)
+    return encoder_decoder(whole, key)
 
 
 @model("FlaxBart", "transformers")
@@ -200,16 +205,7 @@ def bart(key):
         "init_std": 0.2,
     }
     whole = transformers.FlaxBartModel(transformers.BartConfig(**small), seed=0)
-    params = drawn(spread(whole.params, key), key)
-
-    def apply(params, ids, mask, target):
-        outputs = whole(
-            ids, attention_mask=mask, decoder_input_ids=target, params=params
-        )
-        return outputs.last_hidden_state
-
-    inputs = lambda key, n: (*padded(key, n), *tokens(8, 50)(key, n))
-    return Built(apply, params, inputs)
+    return encoder_decoder(whole, key)
 
 
 @model("FlaxViT", "transformers")
