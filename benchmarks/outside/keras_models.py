@@ -83,7 +83,8 @@ def efficientnet(key):  # B0's depth at a quarter of its width
 def efficientnet_v2(key):
     from keras.src.applications.efficientnet_v2 import EfficientNetV2
 
-    return application(EfficientNetV2, 32, key, 0.25, 0.3, 32, drop_connect_rate=0.0)
+    made = {"name": "efficientnetv2-b0", "drop_connect_rate": 0.0}
+    return application(EfficientNetV2, 32, key, 0.25, 0.3, 32, **made)
 
 
 @model(
