@@ -101,6 +101,9 @@ MOVED = {  # where everything follows
     "gate a token": lambda p, y, x: y * jax.nn.sigmoid(x @ p["column"]),
     "division by token": lambda p, y, x: y / (1 + jnp.abs(x @ p["column"])),
     "stack": lambda p, y, x: jnp.sum(jnp.stack([y, y[:, ::-1]], axis=1), axis=1),
+    "stack of a token": lambda p, y, x: jnp.sum(
+        jnp.stack([y[:, 0], token(p)[:, 0]], axis=1), axis=1
+    ),
     "norm": lambda p, y, x: relu(normed(p, y) + at(p, "token")),
     "roll": lambda p, y, x: jnp.roll(y, 1, axis=2),
 }

@@ -127,10 +127,9 @@ def _by_features(use: Equation, value: Value, features: tuple[int, ...]) -> bool
 
 def _bias(add: Equation, value: Value, features: tuple[int, ...]) -> Value | None:
     """The parameter that is added along the feature axes alone, if there is one."""
-    others = [v for v in add.operands if v is not value]
-    if len(others) != 1 or others[0].kind != PARAM:
+    if not _by_features(add, value, features):
         return None
-    made = through_views(others[0]).producer
-    if made is not None and made.name == "neg":
-        return None  # a norm's mean that is subtracted
-    return others[0] if varying_axes(others[0]) <= set(features) else None
+    other = next(v for v in add.operands if v is not value)
+    made = through_views(other).producer
+    # What is negated is a norm's mean that is subtracted.
+    return None if made is not None and made.name == "neg" else other

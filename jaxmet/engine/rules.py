@@ -97,8 +97,7 @@ def _join(equation: Equation, operands: Sequence[Value], axes: Iterable[int]) ->
     What joins by addition, selection or concatenation must follow the scale of a channel,
     position for position. Only zero follows any, and parameters where a node carries them.
     """
-    node, out = equation.node, equation.results[0]
-    follows = node is not None and node.kind in ("add", "concat", "product", "norm")
+    out = equation.results[0]
     for i in axes:
         if out.shape[i] == 1:
             continue
@@ -106,14 +105,22 @@ def _join(equation: Equation, operands: Sequence[Value], axes: Iterable[int]) ->
             v.axes[i] if v.ndim == out.ndim and v.axes and v.shape[i] != 1 else ()
             for v in operands
         ]
-        wide = [axis for axis in labels if axis]
-        for value, known in zip(operands, labels, strict=True) if wide else ():
-            if known and (value.kind != PARAM or follows):
-                continue
-            if value.kind == PARAM or not _neutral(value):
-                why = f"{equation.name}: what joins there cannot be rescaled with it"
-                for axis in wide:
-                    lb.freeze(axis, why, fixed=False)
+        _meet(equation, operands, labels)
+
+
+def _meet(
+    equation: Equation, operands: Sequence[Value], labels: Sequence[Axis]
+) -> None:
+    """`_join` along one axis, of which the operands have these labels."""
+    node, wide = equation.node, [axis for axis in labels if axis]
+    follows = node is not None and node.kind in ("add", "concat", "product", "norm")
+    for value, known in zip(operands, labels, strict=True) if wide else ():
+        if known and (value.kind != PARAM or follows):
+            continue
+        if value.kind == PARAM or not _neutral(value):
+            why = f"{equation.name}: what joins there cannot be rescaled with it"
+            for axis in wide:
+                lb.freeze(axis, why, fixed=False)
 
 
 def _freeze(value: Value, why: str, *, fixed: bool = True) -> None:
@@ -344,12 +351,7 @@ def _stack(equation: Equation) -> None:
         wide = [axis for axis in labels if axis]
         for other in wide[1:]:
             lb.unify(wide[0], other)
-        lone = [
-            v.kind == PARAM or not (axis or _neutral(v))
-            for v, axis in zip(equation.operands, labels, strict=True)
-        ]
-        if wide and any(lone):
-            lb.freeze(wide[0], "stack: what joins there cannot be rescaled with it")
+        _meet(equation, equation.operands, labels)
         axes.append(wide[0] if wide else ())
     axes.insert(d, lb.fresh(out.shape[d], "stacked"))
     out.axes = tuple(axes)
