@@ -235,7 +235,7 @@ def _known(equation: Equation) -> bool:
 
 
 def _by_cases(cluster: Cluster | None) -> bool:
-    """Whether a node is a function of one number that is told by cases, as elu is."""
+    """Whether a node is a function of one number that is defined by cases, as elu is."""
     return cluster is not None and any(
         e.name == "select_n" and any(v.kind == DATA for v in e.operands[1:])
         for e in cluster.equations

@@ -110,7 +110,7 @@ def _segments(
 def _pieces(entry: Value, equations: list[Equation]) -> list[Piece]:
     """Cut wherever a single value passes."""
     place = {e.results[0]: i for i, e in enumerate(equations)}
-    first = len(equations)  # of the values that the equations behind this one read
+    first = len(equations)  # of the values that the equations after this one read
     needed = []
     for equation in reversed(equations):
         needed.append(first)

@@ -94,7 +94,7 @@ def followed(region: Region, masks: Sequence[Kept]) -> list[Kept]:
 
 
 def _of_bodies(equation: Equation, masks: list[Kept]) -> list[Kept]:
-    """Masks behind a loop or a branch."""
+    """Masks after a loop or a branch."""
     if equation.name == "while":
         return [Lost("a while loop") for _ in equation.results]
     if equation.name == "scan":

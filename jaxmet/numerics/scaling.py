@@ -21,7 +21,7 @@ class Carried(NamedTuple):
     r"""Logarithms of what channels carry beside their weights, in original units.
 
     `constant` is the size of the part that does not come from the inputs (biases and the
-    shifts of norms, behind the activation); -inf for none. `size` is the root mean square
+    shifts of norms, after the activation); -inf for none. `size` is the root mean square
     of each input of a layer, summed over its window.
     """
 

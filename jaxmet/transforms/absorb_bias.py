@@ -245,7 +245,7 @@ def _reader(graph: Graph, norm: Node, product: Node) -> _Reader | str:
     if after.name not in graph.selected:
         return f"{after.name} is not selected"
     if told.debias is not None:
-        return f"{name} has no bias, and the norm behind it divides its mean by a count"
+        return f"{name} has no bias, and the norm after it divides its mean by a count"
     assert told.mean is not None
     return _Reader(product, members, told.mean, -1)
 
