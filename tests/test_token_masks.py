@@ -283,7 +283,8 @@ def test_extremes_are_those_that_numpy_finds():
     assert checked >= 3
 
 
-@pytest.mark.parametrize("of", ["weights", "both"])
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("of", ["both", "weights"])
 def test_biases_are_corrected_by_real_tokens(of):
     quantizers = jm.calibrate(PARAMS, GRAPH, PADDED, mask=where, progress=False)
     quantizers = quantizers.set("*", bits=4)
@@ -414,6 +415,7 @@ def test_both_forms_of_batches_give_the_same_numbers():
     assert bits(one) == bits(two)
 
 
+@pytest.mark.slow
 def test_the_quantized_model_is_as_good_as_if_there_were_no_padding():
     def ratio(quantizers):
         run = jax.jit(jm.simulate(MODEL.apply, quantizers))
@@ -433,6 +435,7 @@ def test_the_quantized_model_is_as_good_as_if_there_were_no_padding():
     assert plain < masked - 1
 
 
+@pytest.mark.slow
 def test_ptq_counts_real_tokens_in_every_step():
     options = {"mask": where, "progress": False}
     *one, table = jm.ptq(MODEL.apply, PARAMS, PADDED, **options)
