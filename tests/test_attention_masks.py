@@ -81,6 +81,8 @@ CAUSAL_MASKS = {
     "twice": lambda p, s: HIDE(jnn.softmax(HIDE(s)), 0.0),
     "log": lambda p, s: jnp.exp(jnn.log_softmax(HIDE(s))),
     "capped": lambda p, s: jnn.softmax(HIDE(20 * jnp.tanh(s / 20))),
+    "finite again": lambda p, s: jnn.softmax(jnp.nan_to_num(HIDE(s, -jnp.inf))),
+    "clipped": lambda p, s: jnn.softmax(jnp.clip(HIDE(s), -5e4, 5e4)),
     "sink": lambda p, s: jnn.softmax(
         jnp.concatenate(
             [HIDE(s), jnp.broadcast_to(p["sink"], (*s.shape[:-1], 1))], axis=-1
@@ -265,6 +267,29 @@ def test_masked_pools_gates_and_outputs_keep_their_resolution(params, data):
     assert sqnr(wanted, got) > 25
     kept = np.broadcast_to(np.asarray(m)[..., None] > 0, logits.shape)
     assert sqnr(logits[kept], some[kept]) > 30
+
+
+@pytest.mark.parametrize("bits", (8, 16))
+@pytest.mark.parametrize("low", (-1e9, -1000.0))
+def test_a_maximum_sees_no_mask_however_small(low, bits, params, data):
+    x, m = data
+    apply = lambda p, x, m: jnp.max(x @ p["q"] + (1 - m[..., None]) * low, axis=1)
+    config = jm.QuantConfig(weight_bits=bits, activation_bits=bits)
+    assert measured(apply, params, (x, m), config) > {8: 30, 16: 30}[bits]
+
+
+def test_values_without_a_mask_keep_their_quantizers():
+    """Wide clips and functions by cases of ordinary values, maxima of ordinary sums."""
+
+    def apply(p, x):
+        y = jnp.nan_to_num(jnp.clip(x @ p["w"], -1e6, 1e6))
+        z = jnp.max(y[:, None] + (x @ p["v"])[:, :, None], axis=1)
+        return z @ p["u"]
+
+    p = {"w": jnp.ones((4, 3)), "v": jnp.ones((4, 2)), "u": jnp.ones((3, 3))}
+    plan = jm.plan(p, jm.trace(apply, p, jnp.ones((2, 4))))
+    what = dict(zip(plan["name"], plan["what"], strict=True))
+    assert [what[n] for n in ("w/nan_to_num", "v/add", "u")] == ["activation"] * 3
 
 
 @pytest.mark.parametrize("bits", (8, 16))

@@ -24,12 +24,16 @@ from jaxmet.engine.softmax import SOFTMAX
 SENTINEL = 1e4
 """From here on a constant stands for infinity: masks use 1e4, 1e9, the largest number, ∞."""
 
+UNSEEN = -100.0
+"""What a bound leaves of −∞ still hides an entry: e to this power is nothing in float32."""
+
 CARRIES = (
     *VIEWS, *SCALE, *SHIFT, "neg", "concatenate", "stack", "unstack", "tile", "pad",
     "select_n", "slice", "split", "dynamic_slice", "dynamic_update_slice", "gather",
     "reduce_sum", "reduce_min", "sort", "cumsum",
 )  # fmt: skip
 DECIDES = ("eq", "ne", "floor", "ceil", "round", "sign", "argmax", "argmin")
+MAXIMA = ("max", "max_pool")
 COMPARES = ("ge", "gt", "le", "lt")
 
 
@@ -43,7 +47,7 @@ class Masks:
         self.decides: set[Value] = set()
         self.compared: set[Value] = set()
         """What only comparisons decide by: of a value that is computed with, no reason."""
-        self.softmax_only: dict[tuple[Value, bool], bool] = {}
+        self.ends_so: dict[tuple[Value, bool, bool], bool] = {}
         self._forward(region)
         self._backward(region)
 
@@ -55,7 +59,8 @@ class Masks:
             return True
         joined = self._joins(cluster)
         bias = cluster.exit not in self.weighted
-        return (joined or bias) and self._only_softmax(cluster.exit, joined)
+        masking = bias or not self._all_weighted(cluster)
+        return (joined or bias) and self._ends_so(cluster.exit, joined, masking)
 
     def selects(self, cluster: Cluster) -> bool:
         """Whether a result without weights decides what a mask hides or an index means."""
@@ -68,17 +73,24 @@ class Masks:
 
     def _joins(self, cluster: Cluster) -> bool:
         """Whether a node adds to scores, or masks them by a factor without weights."""
-        data = [v for v in cluster.operands if v.kind == DATA]
-        factor = any(v not in self.weighted for v in data)
+        factor = not self._all_weighted(cluster)
         return cluster.kind == "add" or (cluster.kind == "multiply" and factor)
 
-    def _only_softmax(self, value: Value, joined: bool) -> bool:
-        """Whether all that becomes of a value, in sums and moves, is a softmax of a sum."""
-        if (value, joined) not in self.softmax_only:
-            self.softmax_only[value, joined] = self._seen_so(value, joined)
-        return self.softmax_only[value, joined]
+    def _all_weighted(self, cluster: Cluster) -> bool:
+        return all(v in self.weighted for v in cluster.operands if v.kind == DATA)
 
-    def _seen_so(self, value: Value, joined: bool) -> bool:
+    def _ends_so(self, value: Value, joined: bool, masking: bool) -> bool:
+        """Whether all that becomes of a value, in sums and moves, is a softmax of a sum.
+
+        Of what has a mask in it (`masking`), or a maximum of a sum.
+        """
+        key = value, joined, masking
+        if key not in self.ends_so:
+            self.ends_so[key] = self._found_so(value, joined, masking)
+        return self.ends_so[key]
+
+    def _found_so(self, value: Value, joined: bool, masking: bool) -> bool:
+        ends = (*SOFTMAX, *(MAXIMA if masking else ()))
         if not value.uses:
             return False
         for use in value.uses:
@@ -88,9 +100,11 @@ class Masks:
             if cluster is None or self._joins(cluster):
                 results = use.results if cluster is None else [cluster.exit]
                 more = joined or cluster is not None
-                if not all(r.inexact and self._only_softmax(r, more) for r in results):
+                if not all(
+                    r.inexact and self._ends_so(r, more, masking) for r in results
+                ):
                     return False
-            elif not joined or cluster.function not in SOFTMAX:
+            elif not joined or cluster.function not in ends:
                 return False
         return True
 
@@ -138,10 +152,14 @@ class Masks:
             if cluster.function == "log_softmax":
                 whole = equation.results[0] is cluster.exit
                 return whole and cluster.entry in self.masked
-            if cluster.details.get("known") or cluster.function in SOFTMAX:
+            if cluster.function in SOFTMAX or _bounded(cluster):
                 return False
-            if name == "select_n" and any(v.kind == DATA for v in operands[1:]):
-                return False  # a function of one number, by cases
+            if cluster.details.get("known") and name in ("max", "min", "clamp"):
+                return any(v in self.masked for v in equation.data)
+            cases = [v for v in operands[1:] if v.kind == DATA]
+            if name == "select_n" and cases:
+                # A function of one number, by cases: what is masked stays so.
+                return any(v in self.masked for v in cases)
         if name in ("max", "min"):
             kept = [v for v in held if v.kind == DATA]
             return bool(kept) and not (name == "max" and len(equation.data) == 1)
@@ -191,7 +209,7 @@ class Masks:
         made = equation.results if cluster is None else [cluster.exit]
         return any(
             r not in self.weighted
-            and (r in self.decides or r in self.masked or self._only_softmax(r, False))
+            and (r in self.decides or r in self.masked or self._ends_so(r, False, True))
             for r in made
         )
 
@@ -227,6 +245,13 @@ def _is_sentinel(value: Value) -> bool:
     """Whether a constant holds a number that stands for infinity."""
     numbers = value.numbers()
     return numbers is not None and bool((np.abs(numbers) >= SENTINEL).any())
+
+
+def _bounded(cluster: Cluster) -> bool:
+    """Whether an activation is known and leaves nothing of −∞, as a sigmoid or ReLU does."""
+    if not cluster.details.get("known") or "slope" in cluster.details:
+        return False
+    return cluster.details.get("bounds", (0.0, 0.0))[0] > UNSEEN
 
 
 def _known(equation: Equation) -> bool:
