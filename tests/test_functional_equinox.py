@@ -227,6 +227,34 @@ def test_equinox_wrappers_and_trees_are_fine():
     assert len(jm.trace(apply, module, jnp.ones((2, 4))).sites) == 1
 
 
+@pytest.mark.parametrize("form", ["first", "other name", "by name", "more inputs"])
+def test_a_state_is_passed_where_the_module_takes_it(form):
+    calls = {
+        "first": lambda self, state, x: Net.__call__(self, x, state),
+        "other name": lambda self, x, running: Net.__call__(self, x, running),
+        "by name": lambda self, x, *, state: Net.__call__(self, x, state),
+        "more inputs": lambda self, x, m, s, key=None: Net.__call__(self, x * m, s),
+    }
+    made = type("Made", (Net,), {"__call__": calls[form]})
+    model, state = eqx.nn.make_with_state(made)(jax.random.key(0))
+    model = eqx.nn.inference_mode(model)
+    inputs = (X, jnp.ones(7)) if form == "more inputs" else (X,)
+    apply, params, _ = jm.functional(model, state)
+    plain = lambda x: Net.__call__(model, x, state)[0]
+    np.testing.assert_allclose(
+        apply(params, *inputs), jax.vmap(plain, axis_name="batch")(X), rtol=1e-5
+    )
+    graph = jm.trace(apply, params, *(x[:1] for x in inputs))
+    assert sum(node.is_site for node in graph.nodes) == 2
+
+
+def test_a_forgotten_state_is_named():
+    pair = eqx.nn.make_with_state(Net)(jax.random.key(0))
+    for given in (pair[0], pair):
+        with pytest.raises(TypeError, match=r"jm\.functional\(model, state\)"):
+            jm.functional(given)
+
+
 def test_a_state_of_something_else_is_refused():
     with pytest.raises(TypeError, match=r"jaxmet\.functional: state is a dict"):
         jm.functional(eqx_module(), {})

@@ -42,6 +42,11 @@ def functional(
     """
     if equinox.is_module(module):
         return equinox.functional(module, state, vmap=vmap)
+    if isinstance(module, tuple) and any(map(equinox.is_module, module)):
+        raise TypeError(
+            "jaxmet.functional: got a tuple with an equinox module in it. Pass a module and "
+            "its state side by side: jm.functional(model, state)."
+        )
     if state is not None:
         raise TypeError(
             f"jaxmet.functional: a state came with a {type(module).__name__}. Only an "

@@ -35,7 +35,7 @@ def functional(
     eqx = _loaded()
     indices = _indices(module)
     if state is None and indices:
-        state, module = eqx.nn.State(module), eqx.nn.delete_init_state(module)
+        state, module = _initial(module), eqx.nn.delete_init_state(module)
     elif state is not None and not isinstance(state, eqx.nn.State):
         raise TypeError(
             f"jaxmet.functional: state is a {type(state).__name__}. Pass the second thing "
@@ -73,11 +73,14 @@ def functional(
         merged = merge(params)
         model, state = merged if stateful else (merged, None)
         call = getattr(model, method)
-        takes_state = stateful and "state" in inspect.signature(call).parameters
+        place = _place_of_state(call, inputs, kwargs) if stateful else None
+        takes_state = place is not None
 
         def one(*inputs: Any) -> Any:
+            if isinstance(place, int):
+                return call(*inputs[:place], state, *inputs[place:], **kwargs)
             if takes_state:
-                return call(*inputs, state=state, **kwargs)
+                return call(*inputs, **kwargs, state=state)
             return call(*inputs, **kwargs), state
 
         if not takes_state and not mutable:
@@ -95,6 +98,38 @@ def functional(
         return outputs, {**params, "state": _nested(updated)}
 
     return apply, params, merge
+
+
+def _initial(module: Any) -> Any:
+    """The state that a module was made with, where it still holds it."""
+    try:
+        return _loaded().nn.State(module)
+    except ValueError as error:
+        raise TypeError(
+            f"jaxmet.functional: the {type(module).__name__} came without its state. Pass "
+            "both that eqx.nn.make_with_state(Model)(…) returned: jm.functional(model, state)."
+        ) from error
+
+
+def _place_of_state(call: Callable, inputs: Any, kwargs: Any) -> int | str | None:
+    """Where a call takes its state: before which input, by name, or nowhere.
+
+    A state of another name is what is missing behind the inputs.
+    """
+    how = inspect.signature(call)
+    if "state" in how.parameters:
+        place = list(how.parameters).index("state")
+        return place if place < len(inputs) else "state"
+
+    def binds(*given: Any) -> bool:
+        try:
+            how.bind(*given, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    missing = not binds(*inputs) and binds(*inputs, None)
+    return len(inputs) if missing else None
 
 
 Path = tuple[str, ...]
