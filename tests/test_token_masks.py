@@ -399,8 +399,8 @@ def test_garbage_in_padded_positions_changes_nothing(name):
     assert said(run(PADDED, {"mask": where})) == said(run(WORSE, {"mask": where}))
 
 
-@pytest.mark.one_in(6)
-@pytest.mark.parametrize("name", [n for n in PASSES if n != "correct_bias"])
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("name", ["noise", "calibrate", "adaround gram", "prune"])
 def test_a_mask_that_is_true_everywhere_is_no_mask(name):
     """But for the order of sums, by which a weight on the edge may round the other way."""
     run = PASSES[name]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxmet.engine.calls import is_array
-from jaxmet.engine.compat import held_after
+from jaxmet.engine.compat import held_after, only_new_garbage
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.lift import lift
 
@@ -102,21 +102,24 @@ def is_traceable(score: Score, graph: Graph, params: Any, caller: str) -> bool:
         return score(apply, params)
 
     try:
-        shape = jax.eval_shape(tried, params)
+        with only_new_garbage():
+            shape = jax.eval_shape(tried, params)
+            kept = held[-1]()
     except jax.errors.JAXTypeError:
         return False
     except TypeError as error:
         if "valid JAX type" not in str(error):
             raise
         return False  # what it returns is no number: the first row says so
-    if held[-1]():
+    if kept and held[-1]():
         # A cache may keep what it sees first; who keeps a second one too leaks.
         jax.eval_shape(lambda params: tried(params), params)
-    if held[-1]():
-        raise ValueError(
-            f"jaxmet.{caller}: the score function keeps an array that is being traced, in a "
-            "variable outside of it or an attribute. Let it return all that it computes."
-        )
+        if held[-1]():
+            raise ValueError(
+                f"jaxmet.{caller}: the score function keeps an array that is being traced, "
+                "in a variable outside of it or an attribute. Let it return all that it "
+                "computes."
+            )
     if not hasattr(shape, "shape") or shape.shape != () or _is_complex(shape):
         raise ValueError(_no_number(shape, caller))
     return True

@@ -1,8 +1,9 @@
 """What changed between JAX releases, said once."""
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +66,19 @@ def bind(primitive: Any, params: dict[str, Any], operands: Sequence[Any]) -> lis
 def is_key(aval: Any) -> bool:
     """Whether an abstract value is a typed PRNG key."""
     return jnp.issubdtype(aval.dtype, dtypes.prng_key)
+
+
+@contextlib.contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Inside, the collector looks at what is made inside: of all objects it takes seconds."""
+    if gc.get_freeze_count():  # the user's: to unfreeze would undo it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def held_after(tracer: Any) -> Callable[[], bool]:
