@@ -30,6 +30,7 @@ def table(folder):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
     if kept := jax.config.jax_compilation_cache_dir:
         env["JAX_COMPILATION_CACHE_DIR"] = kept
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "jaxmet"],
         cwd=folder,

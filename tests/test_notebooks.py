@@ -249,6 +249,7 @@ def test_it_runs_from_a_clean_kernel(name, tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)  # one device, as users have
     if kept := jax.config.jax_compilation_cache_dir:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", kept)
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     command = [sys.executable, "notebooks/run.py", "--seconds", "120"]
     done = subprocess.run(
         [*command, "--into", str(tmp_path), f"{name}.ipynb"],
