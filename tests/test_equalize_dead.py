@@ -176,6 +176,7 @@ def convolutions(p: Any, x: jax.Array) -> jax.Array:
     return x
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("objective", ["range", "noise"])
 @pytest.mark.parametrize("dead", ["a", "b"])
 def test_norm_with_a_gain_of_nearly_zero(dead: str, objective: str) -> None:

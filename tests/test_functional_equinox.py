@@ -133,6 +133,7 @@ def test_debiased_statistics_are_what_the_data_gave():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_equalizing_and_data_free_correction_keep_the_function():
     model, state = trained()
     apply, params, _ = jm.functional(model, state)
