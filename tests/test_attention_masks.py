@@ -324,3 +324,19 @@ def test_an_ordinary_input_that_some_function_compares_keeps_its_quantizer():
     plan = jm.plan({"w": jnp.ones((4, 3))}, graph)
     rows = dict(zip(plan["name"], plan["what"], strict=True))
     assert rows["input"] == "activation"
+
+
+def test_a_mask_of_minus_infinity_among_the_inputs_is_no_dirty_data(params, data):
+    x, m = data
+    low = jnp.where(m > 0, 0.0, -jnp.inf)
+
+    def apply(p, x, low):
+        scores = jnp.einsum("bqd,bkd->bqk", x @ p["q"], x @ p["k"]) + low[:, None]
+        return jnn.softmax(scores) @ (x @ p["v"])
+
+    config = jm.QuantConfig()
+    assert measured(apply, params, (x, low), config) > 25
+    dirty = lambda x: x.at[3, 1].set(-jnp.inf)
+    graph = jm.trace(apply, params, x[:2], low[:2])
+    with pytest.raises(ValueError, match="hold NaN or infinity|NaN or infinite"):
+        jm.calibrate(params, graph, [(dirty(x), low)], progress=False)

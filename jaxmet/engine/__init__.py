@@ -19,6 +19,7 @@ are made of those: a graph, which keeps what is static, and replays, which run t
     arrivals      where a constant arrives that an activation's channels lose
     origins       where the operands of nodes come from
     attention_masks     which values hold masked entries, and which decide as a mask or index
+    divisors      what something is divided by
     token_masks, token_mask_rules     where values count: `mask=` followed through a program
     replay        run a program again with a hook at every node
     collect       what a hook observes, merged over many batches

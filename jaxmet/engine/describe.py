@@ -18,6 +18,7 @@ from jaxmet.engine.cluster import (
     through_views,
     varying_axes,
 )
+from jaxmet.engine.divisors import divides
 from jaxmet.engine.elementwise import formula_between, formula_of
 from jaxmet.engine.grouping import REDUCTIONS
 from jaxmet.engine.liveness import carries
@@ -59,6 +60,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             arrivals=_arrivals(cluster, named, norms),
             masked=masks.hidden(cluster),
             selects=masks.selects(cluster),
+            divides=divides(cluster),
             **_details(cluster, shared),
         )
     carriers = _carriers(nodes)

@@ -132,7 +132,7 @@ class Node:
     `formula` says what it does to a number, and of one that reads a norm `arrivals`
     says where a constant arrives that its channels lose. `masked`: it has entries that stand
     for −∞, or is a sum that only a softmax reads. `selects`: it has no weights in it, and
-    decides what a mask hides or an index means.
+    decides what a mask hides or an index means. `divides`: something is divided by it.
     """
 
     name: str
@@ -161,6 +161,7 @@ class Node:
     formula: Formula | None = None
     masked: bool = False
     selects: bool = False
+    divides: bool = False
 
     @property
     def loops(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ VIEWS = MOVES[:11]
 MULTIPLIES = ("product", "ragged", "matmul")
 MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
 SELECTS = "a mask or an index: rounding it would change what it selects"
+DIVIDES = "a divisor: rounded to zero it would make infinities"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,8 @@ def place(
         if node.name not in wanted:
             continue
         settings = config.resolve(node.name, "activation")
-        if node.masked or node.selects:
-            left[node.name] = MASKED if node.masked else SELECTS
+        if (why := _in_float(node)) is not None:
+            left[node.name] = why
         elif node.name not in graph.selected:
             left[node.name] = "not selected"
         elif not settings.quantize:
@@ -209,6 +210,12 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 
 
 # Activations
+
+
+def _in_float(node: Node) -> str | None:
+    """Why no grid serves a result, whatever the configuration."""
+    whys = ((node.masked, MASKED), (node.selects, SELECTS), (node.divides, DIVIDES))
+    return next((why for holds, why in whys if holds), None)
 
 
 def _stored(graph: Graph) -> set[str]:

@@ -347,7 +347,8 @@ def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
             continue
         with jax.ensure_compile_time_eval():  # under jit the batches may be constants
             finite = np.isfinite(x) if isinstance(x, np.ndarray) else jnp.isfinite(x)
-            fine = bool(finite.all())
+            # −∞ may be a mask of attention: who observes values refuses it elsewhere.
+            fine = bool((finite | (x == -np.inf)).all())
         if not fine:
             raise ValueError(
                 f"jaxmet.{function}: {name} of the first batch has NaN or infinite "
