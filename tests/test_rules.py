@@ -68,7 +68,11 @@ def test_every_rule_changes_something_or_raises(model, placement):
                     assert "Drop" in str(error) or "number" in str(error), error
                     continue
                 rule = eval(cure[1])
-                table = planned(model, rule, placement=placement)
+                try:
+                    table = planned(model, rule, placement=placement)
+                except ValueError as refused:  # what it names cannot be done either
+                    assert "is no integer, since" in str(refused)
+                    continue
             if field == "quantize":  # it is on already
                 continue
             assert rows(table) != plain, (name, field, rule)
@@ -217,3 +221,26 @@ def test_a_node_and_a_parameter_are_names_of_one_weight():
         table = jm.plan(params, graph, jm.QuantConfig(rules=[rule]))
         assert table.where(name="conv1/kernel")["bits"] == [4], glob
         assert table.where(name="conv1/bias")["what"] == ["bias"], glob
+
+
+@pytest.mark.parametrize(
+    ("rules", "found"),
+    [
+        (
+            [Rule("first", quantize=False), Rule("first", weight_bits=5)],
+            r"weight_bits=5 .* reaches nothing: 'first/kernel' is in float: a rule says so",
+        ),
+        (
+            [Rule("first", quantize_weights=False, bias="int32")],
+            r"bias='int32' .* reaches nothing: .* its weight stays in float",
+        ),
+        (
+            [Rule("input", quantize=False), Rule("first", bias="int32")],
+            r"bias='int32' .* reaches nothing: .* on no grid",
+        ),
+    ],
+)
+def test_a_rule_that_another_takes_its_tensor_from_is_refused(rules, found):
+    with pytest.raises(ValueError, match=found):
+        planned("pooling", *rules)
+    planned("pooling", Rule("*", weight_bits=5), *rules[:-1])

@@ -8,7 +8,13 @@ from typing import Any
 from jaxmet.engine.graph import Graph
 from jaxmet.engine.node import Edge, Node
 from jaxmet.transforms.fold.shift import folded_norm, norm_to_fold
-from jaxmet.transforms.rules import Tensor, agreed, check_rules, says_float
+from jaxmet.transforms.rules import (
+    Tensor,
+    agreed,
+    check_int32,
+    check_rules,
+    says_float,
+)
 from jaxmet.tree.config import QuantConfig, Settings
 
 FUSED = ("relu", "clip", "leaky_relu", "prelu")
@@ -116,6 +122,7 @@ def place(
     _floats(graph, on_grid, left)
     biases = tuple(_biases(graph, config, weights, on_grid, leaves, left))
     biases = _agreed(biases, left)
+    check_int32(config, tensors, [b.name for b in biases], left, caller)
     for bias in biases:
         left |= {p: f"in the int32 bias {bias.name}" for p, _ in bias.beside}
     activations = {k: v for k, v in activations.items() if k not in shared}

@@ -1,7 +1,7 @@
 """What rules reach: each must say something to a tensor, and the same to calls of one weight."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxmet.engine.graph import Graph
@@ -102,7 +102,7 @@ def _reaches(field: str, value: Any, tensor: Tensor, until: QuantConfig) -> bool
     """Whether a field of a rule says something about a tensor."""
     if field == "quantize":
         return True
-    if field not in FIELDS[tensor.kind]:
+    if field not in FIELDS[tensor.kind] or _is_off(field, tensor, until):
         return False
     if field == "block":
         return tensor.blocks or value is None
@@ -111,6 +111,39 @@ def _reaches(field: str, value: Any, tensor: Tensor, until: QuantConfig) -> bool
         methods = early.calibrator, tensor.settings.calibrator
         return tensor.owner is None and "percentile" in methods
     return tensor.owner is None or field == "quantize_activations"
+
+
+def _is_off(field: str, tensor: Tensor, until: QuantConfig) -> bool:
+    """Whether an earlier rule leaves a tensor in float, so that a field says nothing of it."""
+    if tensor.kind == "bias" or field.startswith("quantize"):
+        return False
+    return not until.resolve(tensor.names, tensor.kind).quantize
+
+
+def check_int32(
+    config: QuantConfig,
+    tensors: Sequence[Tensor],
+    rounded: Iterable[str],
+    left: Mapping[str, str],
+    caller: str,
+) -> None:
+    """Refuse a rule that asks for int32 biases where all that it means stay in float."""
+    rounded = set(rounded)
+    for rule in config.rules:
+        asked = [
+            t.name
+            for t in tensors
+            if rule.overrides().get("bias") == "int32"
+            and t.kind == "bias"
+            and t.settings.quantize
+            and any(match(rule.glob, n) for n in t.names)
+        ]
+        whys = [left[name] for name in asked if name in left]
+        if whys and not rounded & set(asked):
+            raise ValueError(
+                f"jaxmet.{caller}: bias='int32' of {rule!r} reaches nothing: {asked[0]!r} is "
+                f"no integer, since {whys[0]}. Drop it, or quantize what that names."
+            )
 
 
 # Saying what a name is instead
@@ -133,6 +166,9 @@ def _what(
             "no range there is a 'percentile'. Add weight_range='percentile' or "
             "activation_range='percentile' to the rule."
         )
+    off = next((t for t in meant if _is_off(field, t, config)), None)
+    if off is not None and off.kind in kinds:
+        return f"{off.name!r} is in float: {says_float(config, off.names, off.kind)}."
     if field == "block" and any(t.kind == "weight" for t in meant):
         first = next(t for t in meant if t.kind == "weight")
         return f"the weight {first.name!r} has no single input axis. Drop block."
