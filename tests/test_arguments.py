@@ -139,3 +139,58 @@ def test_a_dict_batch_lists_its_keys():
         ValueError, match=r"of type dict with the keys 'image', 'label'"
     ):
         jm.calibrate(PARAMS, graph, batch)
+
+
+def test_arguments_of_another_kind_are_named():
+    graph, no, key = jm.trace(apply, PARAMS, X), Reads(), jax.random.key(0)
+    q = quantizers(graph)
+    other = {"z": jnp.ones((3, 4))}
+    others = jm.calibrate(
+        other, jm.trace(lambda p, x: x @ p["z"], other, X), [X], progress=False
+    )
+    some: Any = jm.QuantConfig()
+    wrong: list[tuple[str, Any]] = [
+        ("ptq: config is of type Quantizers", lambda: jm.ptq(apply, PARAMS, no, q)),
+        ("calibrate: config is of type", lambda: jm.calibrate(PARAMS, graph, no, {})),
+        ("plan: config is of type dict", lambda: jm.plan(PARAMS, graph, {})),
+        ("equalize: config is of type", lambda: jm.equalize(PARAMS, graph, config=0)),
+        ("round_weights: quantizers is of", lambda: jm.round_weights(q, PARAMS)),
+        ("grids: quantizers is of type", lambda: jm.grids(some)),
+        (
+            "fold_batch_norm: quantizers is of type",
+            lambda: jm.fold_batch_norm(PARAMS, graph, quantizers=some),
+        ),
+        (
+            "fold_batch_norm: the quantizers have one for 'z'",
+            lambda: jm.fold_batch_norm(PARAMS, graph, quantizers=others),
+        ),
+        (
+            "correct_bias: the quantizers have one for 'z'",
+            lambda: jm.correct_bias(PARAMS, graph, others, no),
+        ),
+        ("segments: the graph is of", lambda: jm.segments(PARAMS, graph, X, cuts="w")),
+        ("calibrate: inputs is 0", lambda: jm.calibrate(PARAMS, graph, no, inputs=0)),
+        (
+            "adaround: beta_range is 5",
+            lambda: jm.adaround(PARAMS, graph, q, no, key=key, beta_range=5),
+        ),
+        (
+            "adaround: checkpoint is 3",
+            lambda: jm.adaround(PARAMS, graph, q, [X], key=key, checkpoint=3),
+        ),
+        (
+            "calibrate: a batch has no examples",
+            lambda: jm.calibrate(PARAMS, graph, [X, X[:0]], progress=False),
+        ),
+    ]
+    for said, call in wrong:
+        with pytest.raises(ValueError, match=rf"jaxmet\.{said}"):
+            call()
+    assert not no.count
+
+
+def test_trace_says_what_it_called_where_the_model_did_not_run():
+    for given in (((1, 3),), (), ({"x": X},)):
+        with pytest.raises(TypeError) as found:
+            jm.trace(apply, PARAMS, *given)
+        assert any("jax.ShapeDtypeStruct" in n for n in found.value.__notes__)

@@ -21,7 +21,7 @@ from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.batches import as_batches, inputs_of
-from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
@@ -67,7 +67,7 @@ def ptq(
     >>> print(table)
     """
     refuse_module(apply, params, "ptq")
-    config = config or QuantConfig()
+    config = config_of(config, "ptq")
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
     of_scales = None

@@ -136,9 +136,14 @@ def accepting(batch: tuple, caller: str, cure: str | None = None) -> Iterator[No
         known = of_flax or isinstance(error, TypeError | ValueError | AttributeError)
         if not known or str(error).startswith("jaxmet."):
             raise
+        given = inputs_of(batch)[0]
+        if any(0 in x.shape for x in jax.tree.leaves(given)):
+            raise ValueError(
+                f"jaxmet.{caller}: a batch has no examples in it. Leave it out."
+            ) from error
         said = str(error).split("\n")[0].rstrip(".")
-        cure = inputs_from(inputs_of(batch)[0]) if cure is None else cure
-        number = len(inputs_of(batch)[0])
+        cure = inputs_from(given) if cure is None else cure
+        number = len(given)
         inputs = "1 input" if number == 1 else f"{number} inputs"
         raise ValueError(
             f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {cure}"

@@ -58,8 +58,10 @@ def _over(value: Value) -> Iterator[Value]:
             yield from _over(use.results[0])
         elif use.name == "div" and others == use.operands[1:]:
             yield _root(others[0])
-        elif use.name == "mul" and others and _divisor_of(others[0]) is not None:
-            yield _root(_divisor_of(others[0]))
+        elif use.name == "mul" and others:
+            divisor = _divisor_of(others[0])
+            if divisor is not None:
+                yield _root(divisor)
 
 
 def _divisor_of(value: Value) -> Value | None:
@@ -72,9 +74,9 @@ def _divisor_of(value: Value) -> Value | None:
     return _root(_divisors(made)[0])
 
 
-def _root(value: Value | None) -> Value | None:
+def _root(value: Value) -> Value:
     """What a value is made of by what a divisor may pass."""
-    while value is not None and value.producer is not None and _passes(value.producer):
+    while value.producer is not None and _passes(value.producer):
         value = value.producer.data[0]
     return value
 

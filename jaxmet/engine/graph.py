@@ -215,7 +215,15 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
             "module, or what jm.functional(module) returns for an nnx or equinox one."
         )
-    analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
+    try:
+        analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
+    except (TypeError, KeyError, AttributeError) as error:
+        error.add_note(
+            "jaxmet.trace called apply(params, *inputs, **kwargs). Pass what the model takes: "
+            "its parameters first, then arrays or jax.ShapeDtypeStruct((1, 224, 224, 3), "
+            "jnp.float32) in place of each input."
+        )
+        raise
     nodes = describe(analysis)
     if not any(node.is_site for node in nodes.values()):
         raise ValueError(

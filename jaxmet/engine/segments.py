@@ -57,6 +57,11 @@ def segments(
     ...     environment = jax.jit(piece)(params, environment)
     >>> logits = pieces.finish(environment)
     """
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"jaxmet.segments: the graph is of type {type(graph).__name__}. Pass what "
+            "jm.trace returned first, then the parameters."
+        )
     cuts = [cuts] if isinstance(cuts, str) else cuts
     analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
     nodes = describe(analysis)

@@ -15,7 +15,7 @@ from jaxmet.transforms.observe import Range, check_samples, is_signed, observed_
 from jaxmet.transforms.placement import WeightPlace, place
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.config import QuantConfig, Settings, config_of
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias, along_scale
 
@@ -80,7 +80,7 @@ def calibrate(
     >>> quantizers = jm.calibrate(params, graph, jm.stacked(images, batch_size=32))
     >>> print(quantizers)
     """
-    config = config or QuantConfig()
+    config = config_of(config, "calibrate")
     leaves = leaves_of(params, graph, "calibrate")
     check_keywords(kwargs, graph, params, "calibrate", config=True)
     placement = place(graph, config, leaves, "calibrate")

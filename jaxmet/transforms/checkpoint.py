@@ -23,6 +23,10 @@ class Checkpoint:
     """A folder with a file for each finished step; None keeps nothing."""
 
     def __init__(self, path: Any, caller: str, told: Iterable[Any]) -> None:
+        if not isinstance(path, str | os.PathLike | None):
+            raise ValueError(
+                f"jaxmet.{caller}: checkpoint is {path!r}. Give the path of a folder."
+            )
         self.path = None if path is None else Path(path)
         if self.path is None:
             return

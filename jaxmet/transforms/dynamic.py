@@ -7,7 +7,7 @@ from jaxmet.engine.graph import Graph
 from jaxmet.numerics.grid import check_bits
 from jaxmet.transforms.calibrate import activation_quantizer, weight_quantizer
 from jaxmet.transforms.placement import place
-from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers
 
 
@@ -42,12 +42,7 @@ def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
     >>> loss = cross_entropy(jm.simulate(model.apply, jm.dynamic(bits=8))(params, images))
     """
     check_bits(bits, caller="dynamic")
-    config = config or QuantConfig()
-    if not isinstance(config, QuantConfig):
-        raise ValueError(
-            f"jaxmet.dynamic: config is of type {type(config).__name__}. Give a "
-            "jm.QuantConfig, for example jm.QuantConfig(per_channel=False)."
-        )
+    config = config_of(config, "dynamic")
     if "int32" in (config.bias, *(rule.bias for rule in config.rules)):
         raise ValueError(
             "jaxmet.dynamic: the configuration has bias='int32', whose scale is that of a "

@@ -11,7 +11,7 @@ from jaxmet.transforms.stored import check_mode
 from jaxmet.tree.leaves import Compressed, flatten, is_compressed
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.paths import has_collections, path_parts
-from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 
 CALLER = "optimizer_labels"
 
@@ -40,11 +40,8 @@ def optimizer_labels(
     >>> state = optimizer.init((params, quantizers))
     """
     leaves_of(params, graph, CALLER, sites=False)
-    if quantizers is not None and not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{CALLER}: quantizers is of type {type(quantizers).__name__}. Give what "
-            "jm.calibrate returned."
-        )
+    if quantizers is not None:
+        check_are_quantizers(quantizers, CALLER)
     kept = {n for node in graph.nodes if node.norm for n in _statistics(node)}
     collections = has_collections(params)
     names, (paths, leaves, tree) = named_leaves(params), flatten(params)

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxmet.engine.graph import Graph
 from jaxmet.tree.names import named_leaves, suggestion
-from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.quantizers import check_are_quantizers
 
 
 def check_quantizers(
@@ -17,11 +17,7 @@ def check_quantizers(
 
     With `params` also scales that lie along channels which their weight does not have.
     """
-    if not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{caller}: the quantizers are of type {type(quantizers).__name__}. "
-            "Pass what jm.calibrate returned, after params and graph."
-        )
+    check_are_quantizers(quantizers, caller)
     nodes = {node.name for node in graph.nodes}
     for group, known in (
         (quantizers.weights, nodes | set(graph.parameters)),

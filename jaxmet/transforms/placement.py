@@ -84,11 +84,6 @@ def place(
     Raises ValueError for a rule that names nothing or reaches nothing, and for rules that
     disagree about one weight.
     """
-    if not isinstance(config, QuantConfig):
-        raise ValueError(
-            f"jaxmet.{caller}: config is of type {type(config).__name__}. Give a "
-            "jm.QuantConfig, for example jm.QuantConfig(weight_bits=4)."
-        )
     names = [n.name for n in graph.nodes]
     parameters = [*graph.parameters, *(p for n in graph.nodes for p in n.parameters)]
     for rule in config.unused([*names, *parameters]):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jaxmet.engine.graph import Graph, leaves_of
 from jaxmet.transforms.placement import WeightPlace, place
-from jaxmet.tree.config import Kind, QuantConfig
+from jaxmet.tree.config import Kind, QuantConfig, config_of
 from jaxmet.tree.table import Table
 
 
@@ -24,7 +24,7 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
 
     >>> print(jm.plan(params, graph, jm.QuantConfig(weight_bits=4)))
     """
-    config = config or QuantConfig()
+    config = config_of(config, "plan")
     leaves = leaves_of(params, graph, "plan")
     placement = place(graph, config, leaves, "plan")
     rows = []

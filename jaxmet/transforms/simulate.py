@@ -15,7 +15,7 @@ from jaxmet.transforms.dynamic import Dynamic
 from jaxmet.transforms.fold.grids import folded_and_back
 from jaxmet.tree.checks import is_concrete, tested
 from jaxmet.tree.names import named_leaves, replace_leaves, suggestion
-from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers
+from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers, check_are_quantizers
 from jaxmet.tree.types import P
 
 
@@ -181,6 +181,7 @@ def round_weights(
     >>> rounded = jm.round_weights(params, quantizers)
     >>> fast = jax.jit(jm.simulate(model.apply, quantizers, weights=False))
     """
+    check_are_quantizers(quantizers, "round_weights")
     leaves = named_leaves(params)
     for name in quantizers.weights:
         if name not in leaves and name not in quantizers.derived:

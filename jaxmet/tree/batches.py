@@ -212,6 +212,11 @@ def as_batches(
     `jax.ShapeDtypeStruct` may stand for an absent batch.
     """
     check_mask_function(mask, function)
+    if inputs is not None and not callable(inputs):
+        raise ValueError(
+            f"jaxmet.{function}: inputs is {inputs!r}. Give a function of a batch that returns "
+            "what the model takes, such as inputs=lambda batch: batch['image']."
+        )
 
     def arguments(batch: Any) -> tuple[Any, ...]:
         picked = batch if inputs is None else inputs(batch)

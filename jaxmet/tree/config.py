@@ -277,3 +277,15 @@ def _check(fields: dict[str, Any], caller: str) -> None:
 
 def _is_block(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 1
+
+
+def config_of(config: Any, caller: str, **default: Any) -> QuantConfig:
+    """The configuration that was given, or the default one; anything else is refused."""
+    if config is None:
+        return QuantConfig(**default)
+    if not isinstance(config, QuantConfig):
+        raise ValueError(
+            f"jaxmet.{caller}: config is of type {type(config).__name__}. Give a "
+            "jm.QuantConfig, for example jm.QuantConfig(weight_bits=4)."
+        )
+    return config

@@ -18,7 +18,7 @@ from jaxmet.tree.leaves import Compressed, flatten
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
 from jaxmet.tree.quantizer import Quantizer
-from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.structures import STRUCTURES
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import writable, written
@@ -69,11 +69,8 @@ def save(
             "jaxmet.save: there is nothing to save. Give params=, quantizers= or "
             "table=."
         )
-    if quantizers is not None and not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.save: quantizers is of type {type(quantizers).__name__}. Give what "
-            "jm.calibrate returned, and the parameters as params=."
-        )
+    if quantizers is not None:
+        check_are_quantizers(quantizers, "save")
     if table is not None and not isinstance(table, Table):
         raise ValueError(
             f"jaxmet.save: table is of type {type(table).__name__}. Give one jm.Table."

@@ -237,6 +237,15 @@ jax.tree_util.register_dataclass(
 )
 
 
+def check_are_quantizers(quantizers: Any, caller: str) -> None:
+    """Refuse what is no set of quantizers."""
+    if not isinstance(quantizers, Quantizers):
+        raise ValueError(
+            f"jaxmet.{caller}: quantizers is of type {type(quantizers).__name__}. Give what "
+            "jm.calibrate returned, after the parameters (and the graph)."
+        )
+
+
 def grids(
     quantizers: Quantizers,
     *,
@@ -259,6 +268,7 @@ def grids(
     >>> late = jm.grids(quantizers, activations=step >= 500)
     >>> apply = jm.simulate(model.apply, quantizers, grids=late)
     """
+    check_are_quantizers(quantizers, "grids")
 
     for given, group in (
         (weights, quantizers.weights),

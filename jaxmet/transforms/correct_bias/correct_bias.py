@@ -16,6 +16,7 @@ from jaxmet.transforms.correct_bias.places import Place, find_places
 from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
 from jaxmet.transforms.grams import unmasked
 from jaxmet.transforms.lockstep import Copy, Positions, quantized_copy
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.reference import float_model
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
@@ -114,7 +115,8 @@ def correct_bias(
     """
     leaves_of(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
-    _check_options(quantizers, batches, of, store)
+    check_quantizers(quantizers, graph, CALLER)
+    _check_options(batches, of, store)
     check_mask_function(mask, CALLER)
     places = find_places(graph, quantizers)
     model = float_model(reference, params, graph, quantizers, CALLER)
@@ -147,12 +149,7 @@ def correct_bias(
     return (params, _report(places, found)) if with_report else params
 
 
-def _check_options(quantizers: Any, batches: Any, of: str, store: str) -> None:
-    if not isinstance(quantizers, Quantizers):
-        raise ValueError(
-            f"jaxmet.{CALLER}: the quantizers are of type {type(quantizers).__name__}. "
-            "Pass what jm.calibrate returned, after params and graph."
-        )
+def _check_options(batches: Any, of: str, store: str) -> None:
     for name, value, known in (
         ("of", of, get_args(Rounded)),
         ("store", store, get_args(Store)),

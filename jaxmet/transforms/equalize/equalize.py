@@ -45,7 +45,7 @@ from jaxmet.transforms.equalize.plan import (
 from jaxmet.transforms.equalize.statistics import Observed, predicted
 from jaxmet.transforms.placement import place
 from jaxmet.tree.batches import as_batches, check_mask_function
-from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
@@ -145,12 +145,12 @@ def equalize(
     plan = make_plan(graph, clip)
     check_named(graph, plan)
     check_leaves(plan, leaves)
-    if config is not None:
+    given, config = config, config_of(config, "equalize", per_channel=False)
+    if given is not None:
         place(graph, config, leaves, "equalize")  # refuses rules that reach nothing
     if not plan.free:
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params
-    config = config or QuantConfig(per_channel=False)
     check_mask_function(mask, "equalize")
     key = key_of(key, "equalize")
     signs, draws = jax.random.split(key)

@@ -18,6 +18,7 @@ from jaxmet.engine.once import run_once
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
 from jaxmet.transforms.fold.plans import Plan, listed, plan_of, spread
+from jaxmet.transforms.matching import check_quantizers
 from jaxmet.transforms.stored import check_stored, roles_of, statistics_weight
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight
@@ -87,6 +88,8 @@ def fold_batch_norm(
     >>> params, quantizers = jm.fold_batch_norm(params, graph, quantizers=quantizers)
     """
     leaves = leaves_of(params, graph, CALLER)
+    if quantizers is not None:
+        check_quantizers(quantizers, graph, CALLER)
     plans = [plan_of(graph, node) for node in graph.nodes if node.kind == "norm"]
     for plan in plans:
         _check(graph, plan, leaves)

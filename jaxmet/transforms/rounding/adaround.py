@@ -195,6 +195,11 @@ def adaround(
     check_number(CALLER, rows=(rows, 1), batch=(batch, 1))
     check_number(CALLER, learning_rate=(learning_rate, 0), warm_start=(warm_start, 0))
     check_number(CALLER, regularisation=(regularisation, 0))
+    if not isinstance(beta_range, tuple | list) or len(beta_range) != 2:
+        raise ValueError(
+            f"jaxmet.{CALLER}: beta_range is {beta_range!r}. Give where β begins and where "
+            "it ends, such as (20.0, 2.0)."
+        )
     options = Options(
         method,
         scales,
