@@ -83,7 +83,10 @@ def _equation(
         return [t | INPUT * bool(every & INPUT) for t in carry]
     if name == "cond":
         outs = [taints[0]] * len(equation.outvars)
-        for branch in map(_open, params["branches"]):
+        branches = params["branches"]
+        if params.get("branches_platforms"):  # one for each platform, the others unused
+            branches = branches[-1:]
+        for branch in map(_open, branches):
             more = _walk(branch, taints[1:], found, times, [True] * len(outs))
             outs = [a | b for a, b in zip(outs, more, strict=True)]
         return outs
