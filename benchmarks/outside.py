@@ -146,6 +146,33 @@ def _shown(cell: dict[str, Any]) -> str:
     return value if cell["verdict"] in ("right", "n/a") else f"**{value}**"
 
 
+def read(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The cells that several runs found, model by model, and what none of them built."""
+    rows: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    for path in paths:
+        found = json.loads(path.read_text())
+        skipped |= found["skipped"]
+        for row in found["rows"]:
+            kept = rows.setdefault(row["model"], row | {"cells": {}, "seconds": 0.0})
+            kept["cells"] |= row["cells"]
+            kept["seconds"] += row["seconds"]
+    return [*rows.values()], {n: why for n, why in skipped.items() if n not in rows}
+
+
+def show(
+    rows: list[dict[str, Any]], skipped: dict[str, str], cells: Sequence[str]
+) -> None:
+    """Print the table, its holes and what is not in it."""
+    cells = [c for c in cells if all(c in row["cells"] for row in rows)]
+    print(table(rows, cells))
+    print(holes(rows, cells))
+    if skipped:
+        print(
+            "\nNot built:\n", *(f"- {n}: {why}" for n, why in skipped.items()), sep="\n"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -162,6 +189,12 @@ def main() -> None:
         help="one process, no time limit, less to load",
     )
     parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--read",
+        type=Path,
+        nargs="*",
+        help="print what --json wrote in several runs, later ones over earlier ones",
+    )
     arguments = parser.parse_args()
     from outside.battery import CELLS
     from outside.model import load_models
@@ -170,6 +203,9 @@ def main() -> None:
     if arguments.here:
         load_models()
         run_here(arguments.here, cells, lambda line: print(line, flush=True))
+        return
+    if arguments.read:
+        show(*read(arguments.read), cells)
         return
     models = load_models(arguments.only)
     run = run_together if arguments.together else run_apart
@@ -196,12 +232,7 @@ def main() -> None:
             arguments.json.write_text(
                 json.dumps({"rows": rows, "skipped": skipped}, indent=1)
             )
-    print(table(rows, cells))
-    print(holes(rows, cells))
-    if skipped:
-        print(
-            "\nNot built:\n", *(f"- {n}: {why}" for n, why in skipped.items()), sep="\n"
-        )
+    show(rows, skipped, cells)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Padded positions count nowhere: masked statistics are those of the sequences by themselves."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -325,10 +327,14 @@ def test_gram_matrices_are_sums_over_real_tokens():
         )
 
 
+@functools.cache
+def coarse():
+    found = jm.calibrate(PARAMS, GRAPH, PADDED, mask=where, progress=False)
+    return found.set("*", bits=4)
+
+
 def passes():
     """Every public pass over data, as a function of batches and options."""
-    quantizers = jm.calibrate(PARAMS, GRAPH, PADDED, mask=where, progress=False)
-    coarse = quantizers.set("*", bits=4)
     key = jax.random.key(3)
     few = {"rows": 8, "progress": False}
     quiet = {"progress": False}
@@ -337,19 +343,19 @@ def passes():
     yield "calibrate", lambda b, o: jm.calibrate(PARAMS, GRAPH, b, mse, **quiet, **o)
     yield (
         "correct_bias",
-        lambda b, o: jm.correct_bias(PARAMS, GRAPH, coarse, b, **quiet, **o),
+        lambda b, o: jm.correct_bias(PARAMS, GRAPH, coarse(), b, **quiet, **o),
     )
     for method in ("coordinate", "adam", "gram"):
         yield (
             f"adaround {method}",
             lambda b, o, m=method: jm.adaround(
-                PARAMS, GRAPH, coarse, b, key=key, method=m, iterations=20, rows=30,
+                PARAMS, GRAPH, coarse(), b, key=key, method=m, iterations=20, rows=30,
                 progress=False, **o
             ),
         )  # fmt: skip
     yield (
         "search_scales",
-        lambda b, o: jm.search_scales(PARAMS, GRAPH, coarse, b, **few, **o),
+        lambda b, o: jm.search_scales(PARAMS, GRAPH, coarse(), b, **few, **o),
     )
     yield (
         "factorize",
@@ -362,9 +368,12 @@ def passes():
     )
     yield (
         "noise",
-        lambda b, o: jm.noise(PARAMS, GRAPH, coarse, b, examples=4, **quiet, **o),
+        lambda b, o: jm.noise(PARAMS, GRAPH, coarse(), b, examples=4, **quiet, **o),
     )
-    yield "compare", lambda b, o: jm.compare(PARAMS, GRAPH, coarse, next(iter(b)), **o)
+    yield (
+        "compare",
+        lambda b, o: jm.compare(PARAMS, GRAPH, coarse(), next(iter(b)), **o),
+    )
     yield (
         "score_ratios",
         lambda b, o: jm.score_ratios(
