@@ -89,6 +89,16 @@ CAUSAL_MASKS = {
         )
     )[..., :-1],
 }
+AFTER = {
+    "factor": lambda p, s: (
+        jnp.exp(s - jnn.logsumexp(s, axis=-1, keepdims=True, b=batched(CAUSAL)))
+        * batched(CAUSAL)
+    ),
+    "select": lambda p, s: HIDE(
+        jnp.exp(s - jnn.logsumexp(HIDE(s, -jnp.inf), axis=-1, keepdims=True)), 0.0
+    ),
+}
+
 over = lambda m: m[:, None, None, :]
 PADDING_MASKS = {
     "select": lambda p, s, m: jnn.softmax(jnp.where(over(m) > 0, s, -1e9)),
@@ -267,6 +277,13 @@ def test_masked_pools_gates_and_outputs_keep_their_resolution(params, data):
     assert sqnr(wanted, got) > 25
     kept = np.broadcast_to(np.asarray(m)[..., None] > 0, logits.shape)
     assert sqnr(logits[kept], some[kept]) > 30
+
+
+@pytest.mark.parametrize("form", AFTER)
+def test_what_is_masked_after_its_exponential_fills_no_range(form, params, data):
+    mask = AFTER[form]
+    apply = lambda p, x: attention(p, x, lambda s: mask(p, s))
+    assert measured(apply, params, data[:1]) > 25
 
 
 @pytest.mark.parametrize("bits", (8, 16))

@@ -55,12 +55,28 @@ class Masks:
         """Whether a softmax is all that sees a result, or it has entries that mean −∞."""
         if cluster.kind in (*LAYERS, "output", "matmul", "norm"):
             return False
-        if cluster.exit in self.masked:
+        if cluster.exit in self.masked or self._masked_later(cluster):
             return True
         joined = self._joins(cluster)
         bias = cluster.exit not in self.weighted
         masking = bias or not self._all_weighted(cluster)
         return (joined or bias) and self._ends_so(cluster.exit, joined, masking)
+
+    def _masked_later(self, cluster: Cluster) -> bool:
+        """Whether an exponential is masked after it: what the mask hides may be huge."""
+        uses = cluster.exit.uses
+        return (
+            cluster.function in ("exp", "exp2")
+            and bool(uses)
+            and all(u is not None and self._is_masking(u) for u in uses)
+        )
+
+    def _is_masking(self, use: Equation) -> bool:
+        """Whether an equation multiplies by what has no weights in it, or selects by it."""
+        others = [v for v in use.operands if v not in self.weighted]
+        if use.name == "mul":
+            return any(v.ndim and v.kind != PARAM for v in others)
+        return use.name == "select_n" and len(others) == 2 and use.operands[0] in others
 
     def selects(self, cluster: Cluster) -> bool:
         """Whether a result without weights decides what a mask hides or an index means."""
