@@ -89,10 +89,10 @@ CAUSAL_MASKS = {
         )
     )[..., :-1],
 }
+SEEN = batched(CAUSAL).astype(jnp.float32)
 AFTER = {
     "factor": lambda p, s: (
-        jnp.exp(s - jnn.logsumexp(s, axis=-1, keepdims=True, b=batched(CAUSAL)))
-        * batched(CAUSAL)
+        jnp.exp(s - jnn.logsumexp(s, axis=-1, keepdims=True, b=SEEN)) * SEEN
     ),
     "select": lambda p, s: HIDE(
         jnp.exp(s - jnn.logsumexp(HIDE(s, -jnp.inf), axis=-1, keepdims=True)), 0.0
