@@ -1,5 +1,6 @@
 """The Flax classes of transformers 4, each at a small width, with masks where it takes them."""
 
+import types
 from typing import Any
 
 import jax
@@ -172,8 +173,19 @@ def encoder_decoder(whole: Any, key: jax.Array) -> Built:
     return Built(apply, params, inputs)
 
 
+def let_t5_clip() -> None:
+    """T5 names the bounds of jnp.clip as JAX did until 2025."""
+    from transformers.models.t5 import modeling_flax_t5 as module
+
+    def clip(x, a_min=None, a_max=None):
+        return jnp.clip(x, a_min, a_max)
+
+    module.jnp = types.SimpleNamespace(**{**vars(jnp), "clip": clip})
+
+
 @model("FlaxT5Encoder", "transformers")
 def t5_encoder(key):
+    let_t5_clip()
     small = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
     small |= {"num_heads": 4, "relative_attention_num_buckets": 8}
     return flax_model("FlaxT5EncoderModel", "T5Config", padded, key, **small)
@@ -183,6 +195,7 @@ def t5_encoder(key):
 def t5(key):
     import transformers
 
+    let_t5_clip()
     small = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
     small |= {"num_heads": 4, "relative_attention_num_buckets": 8}
     whole = transformers.FlaxT5Model(transformers.T5Config(**small), seed=0)
