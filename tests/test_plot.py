@@ -508,7 +508,7 @@ def test_what_a_grid_clips_is_red() -> None:
         assert any(r["kind"] == "clipped" for r in rows) == clipped
     with pytest.raises(ValueError, match="nothing is called 'tow'"):
         jm.plot.histograms(params, graph, names="tow")
-    with pytest.raises(ValueError, match="histograms: the quantizers are of type list"):
+    with pytest.raises(ValueError, match="histograms: quantizers is of type list"):
         jm.plot.histograms(params, graph, [jnp.ones((2, 6))])
 
 
