@@ -402,8 +402,8 @@ def numbers(found):
     return np.concatenate(arrays)
 
 
-@pytest.mark.one_in(6)
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.one_in(5)
+@pytest.mark.parametrize("name", sorted({*PASSES} - {"adaround adam"}))
 def test_garbage_in_padded_positions_changes_nothing(name):
     run = PASSES[name]
     assert said(run(PADDED, {"mask": where})) == said(run(WORSE, {"mask": where}))
