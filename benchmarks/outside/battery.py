@@ -19,11 +19,8 @@ from outside.count import counted
 from outside.model import Built, Model
 
 BATCH = 16
-BATCHES, RANGES, MORE = (
-    2,
-    64,
-    16,
-)  # batches to learn, calibrate and compare two trees on
+# So many batches to learn from, to calibrate on and to compare two trees on.
+BATCHES, RANGES, MORE = 8, 64, 16
 W16 = jm.QuantConfig(weight_bits=16, activation_bits=16)
 W4 = jm.QuantConfig(weight_bits=4, activation_bits=32)
 
