@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument(
         "--read",
         type=Path,
-        nargs="*",
+        nargs="+",
         help="print what --json wrote in several runs, later ones over earlier ones",
     )
     arguments = parser.parse_args()

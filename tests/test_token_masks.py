@@ -417,7 +417,8 @@ def test_a_mask_that_is_true_everywhere_is_no_mask(name):
     every = lambda batch: np.ones(batch[0].shape, bool)
     some, none = (numbers(run(PADDED, options)) for options in ({"mask": every}, {}))
     assert len(some) == len(none) > 0
-    assert np.isclose(some, none, rtol=1e-4, atol=1e-5).mean() > 0.99
+    same = np.isclose(some, none, rtol=1e-4, atol=1e-5)
+    assert same.mean() > 0.99 if name.startswith("adaround") else same.all()
 
 
 def test_both_forms_of_batches_give_the_same_numbers():

@@ -37,8 +37,8 @@ def _is_divisor(value: Value) -> bool:
 
 def _is_reciprocal(cluster: Cluster) -> bool:
     divisor = _divisor_of(cluster.exit)
-    if divisor is None or divisor is cluster.entry:
-        return divisor is not None and cluster.entry is not None
+    if divisor is None:
+        return False
     # 1 / (1 + x²) within one node is a function of numbers like any other.
     return divisor.producer is None or divisor.producer.node is not cluster
 
@@ -49,7 +49,7 @@ def _waits(cluster: Cluster) -> bool:
 
 
 def _over(value: Value) -> Iterator[Value]:
-    """What a value is divided by, or multiplied with one over, behind views."""
+    """What a value is divided by, or multiplied with one over, after views."""
     for use in value.uses:
         if use is None or use.bodies:
             continue
@@ -66,9 +66,7 @@ def _over(value: Value) -> Iterator[Value]:
 
 def _divisor_of(value: Value) -> Value | None:
     """x of a value that is one over x, with what x passed taken off."""
-    while value.producer is not None and _passes(value.producer):
-        value = value.producer.data[0]
-    made = value.producer
+    made = _root(value).producer
     if made is None or _own(made) or len(made.data) != 1 or not _divisors(made):
         return None
     return _root(_divisors(made)[0])

@@ -111,7 +111,7 @@ def _join(equation: Equation, operands: Sequence[Value], axes: Iterable[int]) ->
 def _meet(
     equation: Equation, operands: Sequence[Value], labels: Sequence[Axis]
 ) -> None:
-    """`_join` along one axis, of which the operands have these labels."""
+    """`_join` along one axis that has these labels in the operands."""
     node, wide = equation.node, [axis for axis in labels if axis]
     follows = node is not None and node.kind in ("add", "concat", "product", "norm")
     for value, known in zip(operands, labels, strict=True) if wide else ():

@@ -114,7 +114,7 @@ def _initial(module: Any) -> Any:
 def _place_of_state(call: Callable, inputs: Any, kwargs: Any) -> int | str | None:
     """Where a call takes its state: before which input, by name, or nowhere.
 
-    A state of another name is what is missing behind the inputs.
+    A state of another name is what is missing after the inputs.
     """
     how = inspect.signature(call)
     if "state" in how.parameters:
