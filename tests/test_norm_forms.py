@@ -35,6 +35,9 @@ INVERSES = {
     "power of root": lambda v: (v**0.5) ** -1,
     "reciprocal": lambda v: jnp.reciprocal(jnp.sqrt(v)),
     "root of inverse": lambda v: jnp.sqrt(1.0 / v),
+    "logarithm": lambda v: jnp.exp(-0.5 * jnp.log(v)),
+    "halved logarithm": lambda v: jnp.exp(-(jnp.log(v) / 2)),
+    "over an exponential": lambda v: 1.0 / jnp.exp(jnp.log(v) * 0.5),
 }
 # x, mean, inverse root, root, scale, bias -> the norm
 ORDERS = {

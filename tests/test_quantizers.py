@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxmet as jm
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.quantizers import Grid, Quantizer, Quantizers, grids
 
@@ -358,3 +359,81 @@ def test_it_prints_as_a_table():
     assert " .. " in pinned
     jax.jit(lambda q: repr(q) and 0)(quantizers())
     assert "4 bits, symmetric, channel" in repr(Quantizer(bits=4, axis=(1,)))
+
+
+# Headroom
+
+
+def ranges(q):
+    """The real ends of a quantizer's grid, in float64."""
+    scale, zero_point = (np.asarray(a, np.float64) for a in q.grid(None))
+    return [scale * (end - zero_point) for end in q.ends]
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """Calibrations of values between −1 and 3 with some bits and settings."""
+
+    def apply(p, x):
+        return jnp.tanh(x @ p) @ p
+
+    w, x = jnp.eye(4), jnp.linspace(-1.0, 3.0, 32).reshape(8, 4)
+    graph = jm.trace(apply, w, x)
+
+    def calibrate(bits, **settings):
+        config = jm.QuantConfig(activation_bits=bits, **settings)
+        found = jm.calibrate(w, graph, [x], config, progress=False)
+        return found, found.activations["input"]
+
+    return calibrate
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_sixteen_bits_reach_twice_as_far(calibrated, symmetric):
+    low, high = (-3, 3) if symmetric else (-1, 3)
+    for bits, times in ((4, 1), (8, 1), (15, 1), (16, 2)):
+        _, q = calibrated(bits, symmetric_activations=symmetric)
+        step = times * (high - low) / 2**bits
+        np.testing.assert_allclose(
+            ranges(q), [times * low, times * high], atol=2 * step
+        )
+    _, q = calibrated(16, symmetric_activations=symmetric)
+    np.testing.assert_allclose(q(f32(5.5, 100.0)), f32(5.5, 6.0), atol=2e-4)
+
+
+def test_other_calibrators_have_no_headroom(calibrated):
+    _, q = calibrated(16, activation_range="percentile", percentile=100)
+    np.testing.assert_allclose(ranges(q), [-1, 3], atol=1e-3)
+
+
+@pytest.mark.parametrize("learn", ["lsq", "minmax"])
+@pytest.mark.parametrize("one, two", [(16, 8), (8, 16), (16, 5)])
+def test_the_range_of_other_bits_is_that_of_calibrating_with_them(
+    calibrated, one, two, learn
+):
+    old, new = (calibrated(bits)[0].set("*", learn=learn) for bits in (one, two))
+    expected = ranges(new.activations["input"])
+    step = 4 / 2 ** min(one, two)
+
+    changed = old.set("*", bits=two)
+    through_float = old.set("*", bits=32).set("*", bits=two)
+    back = changed.set("*", bits=one).set("*", bits=two)
+    for found in (changed, through_float, back):
+        np.testing.assert_allclose(
+            ranges(found.activations["input"]), expected, atol=step
+        )
+
+    @jax.jit
+    def as_data(bits):
+        grid = grids(old, activation_bits=bits).activations["input"]
+        scale, zero_point = old.activations["input"].grid(None, grid)
+        return scale * (grid.low - zero_point), scale * (grid.high - zero_point)
+
+    np.testing.assert_allclose(as_data(jnp.int32(two)), expected, atol=step)
+
+
+def test_a_stated_range_is_meant_as_it_is(calibrated):
+    old, _ = calibrated(8)
+    stated = old.set("input", bits=16, minimum=0.0, maximum=6.0)
+    for q in (stated, stated.set("input", bits=8)):
+        np.testing.assert_allclose(ranges(q.activations["input"]), [0, 6], atol=0.05)

@@ -311,13 +311,15 @@ def _changes(params: Any, rounded: Any, names: Sequence[str]) -> dict[str, jax.A
 
 def _scaled(rounded: float, clipped: float, quantizer: Quantizer) -> Noise:
     """Rounding noise grows with the square of the step, clipping stays as it is."""
-    low, high = quantizer.ends
+
+    def step(q: Quantizer) -> float:
+        low, high = q.ends
+        return float(q.margin(q.ends)) / (high - low)
+
     widths = []
     for bits in WIDTHS:
-        other = (
-            quantizer.set(bits=bits).ends if quantizer.product is None else (low, high)
-        )
-        steps = (high - low) / (other[1] - other[0])
+        other = quantizer.set(bits=bits) if quantizer.product is None else quantizer
+        steps = step(other) / step(quantizer)
         widths.append(rounded * steps**2 + clipped)
     return Noise(rounded, clipped, widths)
 

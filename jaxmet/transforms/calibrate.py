@@ -26,6 +26,9 @@ SAMPLES = 2**14
 ROOM = 2.0**30
 """The largest bias in units of its scale when it is calibrated: half of what int32 holds."""
 
+HEADROOM = 2
+"""How far beyond what 'minmax' saw an activation of 16 bits may go: it costs the last bit."""
+
 
 def calibrate(
     params: Any,
@@ -46,7 +49,7 @@ def calibrate(
     splatted into the model's inputs and `inputs=` chooses them from a batch that holds
     more. The default configuration is W8A8: symmetric weights with one scale an output
     channel that follow the weight, asymmetric activations with one scale a tensor, from
-    the smallest and largest value seen in float. Keyword arguments go to the model.
+    the smallest and largest value seen in float; with 16 bits, twice that range. Keyword arguments go to the model.
 
     The other choices of `QuantConfig.activation_range` look at histograms. Of a node's
     values in a batch these count about `samples` at most, evenly strided over all axes, and
@@ -231,11 +234,12 @@ def activation_quantizer(s: Settings, *, signed: bool = True) -> Quantizer:
         narrow=False,
         calibrator=s.calibrator,
         percentile=s.percentile,
+        headroom=HEADROOM if s.calibrator == "minmax" else 1,
     )
 
 
 def _of_range(extremes: Range, s: Settings) -> Quantizer:
     low, high = (jnp.asarray(e, jnp.float32) for e in extremes)
     quantizer = activation_quantizer(s, signed=is_signed(s, extremes[0]))
-    ends = quantizer.ends
-    return quantizer.holding(*grid_between(low, high, *ends, symmetric=s.symmetric))
+    scale, zero_point = grid_between(low, high, *quantizer.ends, symmetric=s.symmetric)
+    return quantizer.holding(scale * quantizer.margin(quantizer.ends), zero_point)

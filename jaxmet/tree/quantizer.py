@@ -56,6 +56,10 @@ class Quantizer:
     has no `minimum`); None nothing, gradients are zero. Whatever an optimizer makes of the
     leaves is a valid grid: scales count as |scale|, zero points as the nearest integer of
     the grid, and ranges include zero.
+
+    With 16 bits and more the range is `headroom` times as wide as with fewer, and changes
+    with the bits accordingly. Calibration by 'minmax' sets it to 2 for activations: 16 bits
+    round so finely that what is lost is lost to values beyond those of the data.
     """
 
     scale: Any = None
@@ -76,6 +80,7 @@ class Quantizer:
     beside: tuple[tuple[str, float], ...] = ()
     enabled: bool = True
     learn: Learn | None = "lsq"
+    headroom: int = 1
 
     @property
     def follows(self) -> bool:
@@ -88,6 +93,13 @@ class Quantizer:
         bits = 16 if self.bits == 32 else self.bits
         signed = self.symmetric and self.signed
         return grid_ends(bits, signed=signed, narrow=self.narrow)
+
+    def margin(self, ends: Any) -> Any:
+        """How many times as wide the range of a grid with these ends is as it must be."""
+        if self.headroom == 1:
+            return 1
+        low, high = ends
+        return jnp.where(jnp.asarray(high - low) > 2**15, float(self.headroom), 1.0)
 
     @property
     def active(self) -> bool:
@@ -137,7 +149,8 @@ class Quantizer:
         if self.maximum is not None:
             least = None if self.minimum is None else jnp.asarray(self.minimum)
             low, high = self.ends if ends is None else (ends.low, ends.high)
-            return grid_of_learned_range(least, jnp.asarray(self.maximum), low, high)
+            grid = grid_of_learned_range(least, jnp.asarray(self.maximum), low, high)
+            return grid if ends is None else self._with_margin(grid, ends[:2])
         scale = positive(jnp.asarray(self.scale))
         zero_point = jnp.zeros_like(scale)
         if self.zero_point is not None:
@@ -145,7 +158,18 @@ class Quantizer:
             zero_point = zero_point_on(zero_point, *self.ends)
         if ends is None:
             return scale, zero_point
-        return regrid(scale, zero_point, self.ends, ends[:2], symmetric=self.symmetric)
+        grid = regrid(scale, zero_point, self.ends, ends[:2], symmetric=self.symmetric)
+        return self._with_margin(grid, ends[:2])
+
+    def _with_margin(
+        self, grid: tuple[jax.Array, jax.Array], ends: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The margin that grids with these ends have, in place of the own: zero stays."""
+        if self.headroom == 1:
+            return grid
+        scale, zero_point = grid
+        change = self.margin(ends) / self.margin(self.ends)
+        return scale * change.astype(scale.dtype), zero_point
 
     def holding(self, scale: Any, zero_point: Any = None) -> "Quantizer":
         """A copy whose leaves state this grid, in the form that `learn` says."""
@@ -192,7 +216,8 @@ class Quantizer:
         if changed & {"axis", "block", "block_axis"} and self.least is not None:
             fields.setdefault("least", jnp.max(self.least, keepdims=True))
         new = dataclasses.replace(self, **fields | none)
-        if given:
+        if given:  # what is stated is meant as it is, whatever the bits
+            new = dataclasses.replace(new, headroom=fields.get("headroom", 1))
             return _holding(self, new, given)
         if self.follows:
             return new
@@ -251,7 +276,7 @@ def _on_new_grid(old: Quantizer, new: Quantizer) -> Quantizer:
         scale, zero_point = grid_between(
             least, most, *new.ends, symmetric=new.symmetric
         )
-    return new.holding(scale, zero_point)
+    return new.holding(*old._with_margin((scale, zero_point), new.ends))
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:

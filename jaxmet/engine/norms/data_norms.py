@@ -20,6 +20,7 @@ from jaxmet.engine.cluster import (
     only_use,
     through_views,
 )
+from jaxmet.engine.norms.roots import Root, root_of
 from jaxmet.engine.program import CONST, DATA, PARAM, Equation, Value
 
 CAST = "convert_element_type"
@@ -39,7 +40,9 @@ class Growth(NamedTuple):
     power: int
 
 
-def data_norm(root: Equation, order: dict[Equation, int]) -> Cluster | None:
+def data_norm(
+    root: Equation, spread: Value, order: dict[Equation, int]
+) -> Cluster | None:
     """The norm that divides by this root, if there is one."""
     for exit in _exits(root, order):
         source = _source(exit, root, order)
@@ -47,7 +50,7 @@ def data_norm(root: Equation, order: dict[Equation, int]) -> Cluster | None:
             continue
         if _growth(exit, source) != Growth(0.0, 1):
             continue
-        return _cluster(root, exit, source, order)
+        return _cluster(root, spread, exit, source, order)
     return None
 
 
@@ -142,19 +145,25 @@ def _growth(value: Value, source: Value) -> Growth | None:
         elif equation is None or not is_free(equation):
             memo[top] = None
         else:
-            needed = [v for v in equation.operands if v not in memo]
+            root = root_of(equation)
+            operands = equation.operands if root is None else [root.spread]
+            needed = [v for v in operands if v not in memo]
             if needed:
                 stack += needed
                 continue
-            memo[top] = _grown(equation, [memo[v] for v in equation.operands])
+            memo[top] = _grown(equation, root, [memo[v] for v in operands])
     return memo[value]
 
 
-def _grown(equation: Equation, given: list[Growth | None]) -> Growth | None:
+def _grown(
+    equation: Equation, root: Root | None, given: list[Growth | None]
+) -> Growth | None:
     if any(g is None for g in given):
         return None
     known = [g for g in given if g is not None]
     name, (degree, power) = equation.name, known[0]
+    if root is not None:
+        return Growth(degree * root.power, 0) if power == 0 else None
     if name in SAME:
         return known[0]
     if name in REDUCTIONS or name == "dot_general":  # of two values, or with numbers
@@ -167,10 +176,6 @@ def _grown(equation: Equation, given: list[Growth | None]) -> Growth | None:
         times = 2 if name == "square" else equation.params["y"]
         if times > 0 or power == 0:
             return Growth(degree * times, power * times)
-    if name in ("sqrt", "rsqrt", "pow") and power == 0:
-        times = {"sqrt": 0.5, "rsqrt": -0.5}.get(name)
-        times = equation.operands[1].scalar() if times is None else times
-        return None if times is None else Growth(degree * times, 0)
     if name == "abs":
         return Growth(degree, 2 * power)  # linear in x no more
     if name == "select_n":
@@ -193,7 +198,11 @@ def _joined(operands: list[Value], known: list[Growth]) -> Growth | None:
 
 
 def _cluster(
-    root: Equation, exit: Value, source: Value, order: dict[Equation, int]
+    root: Equation,
+    spread: Value,
+    exit: Value,
+    source: Value,
+    order: dict[Equation, int],
 ) -> Cluster | None:
     source = through_views(source, (CAST,))
     inner = cone(exit, {source}, order)
@@ -206,7 +215,7 @@ def _cluster(
     if root not in equations:
         return None
     details = {
-        "spread": root.operands[0],
+        "spread": spread,
         "mean": None,
         "scale": scale,
         "bias": bias,

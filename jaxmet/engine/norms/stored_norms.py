@@ -48,14 +48,16 @@ class Roles:
     plain: bool = False
 
 
-def stored_norms_of(root: Equation, order: dict[Equation, int]) -> Iterator[Cluster]:
-    """The norms that divide by one root of parameters or constants."""
+def stored_norms_of(
+    root: Equation, spread: Value, order: dict[Equation, int]
+) -> Iterator[Cluster]:
+    """The norms that divide by one root of a spread of parameters or constants."""
     uses = sorted(_data_uses(root), key=order.__getitem__)
     while uses:
         run, start = _run(uses[0])
         inside = [i for i, e in enumerate(run) if e in uses]
         uses = [e for e in uses if e not in run]
-        found = _best(root, run, start, inside)
+        found = _best(spread, run, start, inside)
         if found is None:
             continue
         low, high, roles = found
@@ -70,7 +72,7 @@ def stored_norms_of(root: Equation, order: dict[Equation, int]) -> Iterator[Clus
         if root.kind == CONST and not _is_layer(roles, source):
             continue
         details = {
-            "spread": root.operands[0],
+            "spread": spread,
             "mean": roles.mean,
             "scale": roles.scale,
             "bias": roles.bias,
@@ -133,10 +135,10 @@ def _entry(run: Sequence[Equation], start: Value, low: int) -> Value:
 
 
 def _best(
-    root: Equation, run: list[Equation], start: Value, inside: list[int]
+    spread: Value, run: list[Equation], start: Value, inside: list[int]
 ) -> tuple[int, int, Roles] | None:
     """The longest part of a run that is a norm and nothing else, or what may be one."""
-    finder = _Finder(root)
+    finder = _Finder(spread)
     if not finder.under:
         return None
     first, last = inside[0], inside[-1] + 1
@@ -215,14 +217,14 @@ def _weight(spread: Value) -> tuple[Value | None, bool]:
 class _Finder:
     """Roles by what changes when a leaf does."""
 
-    def __init__(self, root: Equation):
-        self.root = root
-        self.weight, self.inverse = _weight(root.operands[0])
+    def __init__(self, spread: Value):
+        self.spread = spread
+        self.weight, self.inverse = _weight(spread)
         self.draws: dict[Value, Numbers] = {}
         self.fixed: dict[Value, Numbers] = {}
         if self.weight is not None:
             self.fixed[self.weight] = np.linspace(0.3, 0.9, DRAWS)
-        self.under = self.leaves_of(root.operands[0])
+        self.under = self.leaves_of(spread)
         for value in self.under:  # of what a root is taken
             self.draws[value] = np.abs(self.draws[value])
 
@@ -308,7 +310,7 @@ class _Finder:
 
     def exact(self, epsilon: float) -> float:
         """The number in the equations that an epsilon found by arithmetic is."""
-        stack, seen = [self.root.operands[0]], set()
+        stack, seen = [self.spread], set()
         while stack:
             value = stack.pop()
             number = value.scalar()
