@@ -49,7 +49,8 @@ def calibrate(
     splatted into the model's inputs and `inputs=` chooses them from a batch that holds
     more. The default configuration is W8A8: symmetric weights with one scale an output
     channel that follow the weight, asymmetric activations with one scale a tensor, from
-    the smallest and largest value seen in float; with 16 bits, twice that range. Keyword arguments go to the model.
+    the smallest and largest value seen in float; with 16 bits, twice that range. Keyword
+    arguments go to the model.
 
     The other choices of `QuantConfig.activation_range` look at histograms. Of a node's
     values in a batch these count about `samples` at most, evenly strided over all axes, and

@@ -12,7 +12,7 @@ from jaxmet.engine.cluster import Cluster, is_free, order_of
 from jaxmet.engine.norms.data_norms import data_norm
 from jaxmet.engine.norms.roots import root_of
 from jaxmet.engine.norms.stored_norms import stored_norms_of
-from jaxmet.engine.program import DATA, NOISE, Equation, Region
+from jaxmet.engine.program import DATA, NOISE, Region
 
 
 def norms(region: Region) -> Iterable[Cluster]:
