@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from outside.model import Built, count, drawn, images, model, settled, tokens, vectors
 
@@ -10,8 +12,8 @@ from outside.model import Built, count, drawn, images, model, settled, tokens, v
 RUNNING = ("moving_mean", "moving_variance")
 
 
-def keras_model(net: Any, inputs: Any, key: jax.Array) -> Built:
-    """A keras model as a function of a dict of its variables, by path."""
+def keras_model(net: Any, inputs: Any, key: jax.Array, steps: int = 0) -> Built:
+    """A keras model as a function of a dict of its variables, by path; trained for `steps`."""
     lists = net.trainable_variables, net.non_trainable_variables
     paths = [[v.path for v in variables] for variables in lists]
     params = {v.path: v.value for variables in lists for v in variables}
@@ -26,18 +28,62 @@ def keras_model(net: Any, inputs: Any, key: jax.Array) -> Built:
         _, new = run(params, *some, training=True)
         return {**params, **dict(zip(paths[1], new, strict=True))}
 
-    some = inputs(key, 16)
+    some = inputs(key, 256 if steps else 16)
     params = drawn(params, key, RUNNING)
+    if steps:
+        params = trained(run, params, paths, inputs, key, steps)
     norms = count(params, "moving_variance")
     if norms:
-        params = settled(train, params, key)
+        params = settled(train, params, key, noise=0.0 if steps else 1.0)
     return Built(lambda p, *x: run(p, *x, training=False)[0], params, inputs, norms)
 
 
+def trained(
+    run: Any, params: Any, paths: Any, inputs: Any, key: jax.Array, steps: int
+) -> Any:
+    """The parameters after some steps of telling which quarter of a picture is brightest."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9),
+    )
+
+    def loss(weights: Any, rest: Any, x: Any) -> tuple[jax.Array, Any]:
+        logits, new = run({**weights, **rest}, x, training=True)
+        n, size, *_ = x.shape
+        quarters = x.reshape(n, 2, size // 2, 2, size // 2, -1).mean((2, 4, 5))
+        label = jnp.argmax(quarters.reshape(n, 4), -1)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return losses.mean(), dict(zip(paths[1], new, strict=True))
+
+    @jax.jit
+    def step(weights: Any, rest: Any, state: Any, x: Any) -> tuple[Any, Any, Any]:
+        (_, rest), slope = jax.value_and_grad(loss, has_aux=True)(weights, rest, x)
+        change, state = optimizer.update(slope, state)
+        return optax.apply_updates(weights, change), rest, state
+
+    weights, rest = ({p: params[p] for p in of} for of in paths)
+    state = optimizer.init(weights)
+    for i in range(steps):
+        x = inputs(jax.random.fold_in(key, i), 64)[0]
+        weights, rest, state = step(weights, rest, state, x)
+    return {**weights, **rest}
+
+
 def application(
-    make: Any, size: int, key: jax.Array, *args: Any, **kwargs: Any
+    make: Any,
+    size: int,
+    key: jax.Array,
+    *args: Any,
+    of_bytes: bool = False,
+    steps: int = 0,
+    **kwargs: Any,
 ) -> Built:
-    """An application without trained weights, for small pictures and ten classes."""
+    """An application without trained weights, for small pictures and ten classes.
+
+    Some rescale pictures of 0 to 255 themselves (`of_bytes`): numbers about zero would be
+    one grey to them, with differences far below the epsilon of the first norm. Deep ones
+    are trained for some `steps`: with random weights they magnify whatever is rounded.
+    """
     import keras
 
     keras.utils.set_random_seed(0)
@@ -48,7 +94,14 @@ def application(
         classifier_activation=None,
         **{"input_shape": (size, size, 3), **kwargs},
     )
-    return keras_model(net, images(size), key)
+    inputs = pictures(size) if of_bytes else images(size)
+    return keras_model(net, inputs, key, steps)
+
+
+def pictures(size: int) -> Any:
+    """The pictures of `images` from 0 to 255."""
+    inputs = images(size)
+    return lambda key, n: tuple(jnp.clip(128 + 64 * x, 0, 255) for x in inputs(key, n))
 
 
 @model("keras MobileNet", "keras")
@@ -69,21 +122,44 @@ def mobilenet_v2(key):
 def mobilenet_v3(key):
     from keras.applications import MobileNetV3Small
 
-    return application(MobileNetV3Small, 32, key, alpha=0.35, dropout_rate=0.0)
+    return application(
+        MobileNetV3Small,
+        32,
+        key,
+        of_bytes=True,
+        steps=150,
+        alpha=0.35,
+        dropout_rate=0.0,
+    )
 
 
 @model("keras EfficientNetB0", "keras")
 def efficientnet(key):  # B0's depth at a quarter of its width
     from keras.src.applications.efficientnet import EfficientNet
 
-    return application(EfficientNet, 32, key, 0.25, 1.0, 32, drop_connect_rate=0.0)
+    return application(
+        EfficientNet,
+        32,
+        key,
+        0.25,
+        1.0,
+        32,
+        drop_connect_rate=0.0,
+        of_bytes=True,
+        steps=300,
+    )
 
 
 @model("keras EfficientNetV2", "keras")
 def efficientnet_v2(key):
     from keras.src.applications.efficientnet_v2 import EfficientNetV2
 
-    made = {"name": "efficientnetv2-b0", "drop_connect_rate": 0.0}
+    made = {
+        "name": "efficientnetv2-b0",
+        "drop_connect_rate": 0.0,
+        "of_bytes": True,
+        "steps": 150,
+    }
     return application(EfficientNetV2, 32, key, 0.25, 0.3, 32, **made)
 
 

@@ -110,8 +110,10 @@ def last(path: tuple[Any, ...]) -> str:
     return name.split("/")[-1]
 
 
-def settled(train: Callable[[Any], Any], params: Any, key: jax.Array) -> Any:
-    """Running statistics near those of data, as training leaves them.
+def settled(
+    train: Callable[[Any], Any], params: Any, key: jax.Array, noise: float = 1.0
+) -> Any:
+    """Running statistics near those of data, as training leaves them; without `noise`, those.
 
     `train(params)` is the tree after one step over data. Statistics move to
     m · old + (1 − m) · batch; two calls, from zeros and from ones, give m and the batch's.
@@ -133,7 +135,7 @@ def settled(train: Callable[[Any], Any], params: Any, key: jax.Array) -> Any:
         if not np.any(np.asarray(one - zero) < 1):
             return x  # training does not touch it
         batch = zero / (1 - (one - zero))
-        normal = jax.random.normal(next(source), x.shape)
+        normal = noise * jax.random.normal(next(source), x.shape)
         variance = last(path) in VARIANCES
         return (
             (batch + 1e-3) * jnp.exp(0.2 * normal) if variance else batch + 0.1 * normal
