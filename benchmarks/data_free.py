@@ -38,16 +38,16 @@ from train_demo import as_input, read_idx
 import jaxmet as jm
 from jaxmet.demo import data as packaged
 from jaxmet.demo.network import Network as DemoNetwork
-from jaxmet.engine import compat
-from jaxmet.engine.graph import leaves_of
-from jaxmet.engine.once import run_once
-from jaxmet.engine.replay import evaluate
+from jaxmet.engine.graph.graph import leaves_of
+from jaxmet.engine.program import compat
+from jaxmet.engine.run.replay import evaluate
+from jaxmet.layers.moments import Network, node_moments
+from jaxmet.layers.once import run_once
 from jaxmet.numerics.moments import Measured, Moments, measure, merge, normal
 from jaxmet.transforms.equalize.channels import Channels
 from jaxmet.transforms.equalize.equalize import Task
 from jaxmet.transforms.equalize.plan import make_plan
 from jaxmet.transforms.equalize.statistics import predicted
-from jaxmet.transforms.statistics import Network, node_moments
 from jaxmet.tree.names import replace_leaves
 
 MODULE = import_module("jaxmet.transforms.equalize.equalize")
@@ -308,7 +308,7 @@ class Bench:
 
         One program for all rows: which node and field is replaced is data.
         """
-        network = import_module("jaxmet.transforms.statistics.network")
+        network = import_module("jaxmet.layers.moments.network")
 
         def look(leaves: Any, twins: Any, which: Any, width: Any) -> Any:
             pieces: dict[str, list[Pieces]] = {}

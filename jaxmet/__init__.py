@@ -24,11 +24,11 @@ from jaxmet.analysis.ratios import score_ratios as score_ratios
 from jaxmet.analysis.ratios import select_ratios as select_ratios
 from jaxmet.analysis.sensitivity import sensitivity as sensitivity
 from jaxmet.engine.frontends import functional as functional
-from jaxmet.engine.graph import Graph as Graph
-from jaxmet.engine.graph import trace as trace
-from jaxmet.engine.lift import lift as lift
-from jaxmet.engine.replay import evaluate as evaluate
-from jaxmet.engine.segments import segments as segments
+from jaxmet.engine.graph.graph import Graph as Graph
+from jaxmet.engine.graph.graph import trace as trace
+from jaxmet.engine.run.lift import lift as lift
+from jaxmet.engine.run.replay import evaluate as evaluate
+from jaxmet.engine.run.segments import segments as segments
 from jaxmet.numerics.fake_quant import fake_quant as fake_quant
 from jaxmet.plot.report import report as report
 from jaxmet.transforms.absorb_bias import absorb_bias as absorb_bias

@@ -10,7 +10,7 @@ from jax.nn import leaky_relu, relu, relu6
 import jaxmet as jm
 from by_hand import x64
 from folds import affine
-from jaxmet.transforms.statistics import input_moments, node_moments
+from jaxmet.layers.moments import input_moments, node_moments
 from jaxmet.tree.names import named_leaves
 from zoo import CASES
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmet.transforms.checkpoint import Checkpoint, fingerprint
+from jaxmet.layers.checkpoint import Checkpoint, fingerprint
 
 SCRIPT = """
-from jaxmet.transforms.checkpoint import fingerprint
+from jaxmet.layers.checkpoint import fingerprint
 def score(apply, params):
     return sum(name in {"stem", "head", "body"} for name in params)
 print(fingerprint([score]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from jaxmet.engine.collect import collect
+from jaxmet.layers.collect import collect
 from jaxmet.tree.batches import as_batches
 
 RNG = np.random.default_rng(0)

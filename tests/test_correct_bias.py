@@ -12,7 +12,7 @@ from scipy import integrate, stats
 
 import jaxmet as jm
 from folds import affine
-from jaxmet.engine.segments import Segment
+from jaxmet.engine.run.segments import Segment
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES
 

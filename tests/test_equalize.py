@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu
 
-from jaxmet.engine.channels import Joined
-from jaxmet.engine.graph import Graph, trace
-from jaxmet.engine.lift import lift
+from jaxmet.engine.graph.channels import Joined
+from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet.engine.run.lift import lift
 from jaxmet.transforms.equalize import equalize
 from jaxmet.tree.leaves import Compressed, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.nn import relu
 
-from jaxmet.engine.graph import trace
+from jaxmet.engine.graph.graph import trace
 from jaxmet.numerics.chance import (
     Rounded,
     added_noise,

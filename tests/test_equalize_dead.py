@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu
 
-from jaxmet.engine.graph import Graph, trace
+from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.tree.batches import stacked

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu, relu6
 
-from jaxmet.engine.gradients import by_channel, projected_gradients, squared
-from jaxmet.engine.graph import trace
-from jaxmet.engine.lift import lift
+from jaxmet.engine.graph.graph import trace
+from jaxmet.engine.run.lift import lift
+from jaxmet.layers.gradients import by_channel, projected_gradients, squared
 from jaxmet.numerics.fixed_point import anderson
 from jaxmet.numerics.minimise import lbfgs
 from jaxmet.numerics.moments import (

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
-from jaxmet.engine.program import flatten as program
+from jaxmet.engine.program.program import flatten as program
 from jaxmet.tree.leaves import Compressed, densify
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied

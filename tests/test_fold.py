@@ -30,8 +30,8 @@ from folds import (
     same_function,
     wide,
 )
-from jaxmet.engine.graph import trace
-from jaxmet.engine.replay import evaluate
+from jaxmet.engine.graph.graph import trace
+from jaxmet.engine.run.replay import evaluate
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves

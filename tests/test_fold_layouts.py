@@ -26,7 +26,7 @@ from folds import (
     same_function,
     wide,
 )
-from jaxmet.engine.graph import trace
+from jaxmet.engine.graph.graph import trace
 from jaxmet.numerics.norm import folded_statistics, norm_gain, unit_scale
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.tree.names import named_leaves, replace_leaves

@@ -28,13 +28,14 @@ FLOORS = {
     "numerics": 0,
     "tree": 1,
     "engine": 2,
-    "transforms": 3,
-    "analysis": 4,
-    "plot": 5,
-    "export": 5,
-    "": 6,
-    "demo": 7,
-    "__main__": 8,
+    "layers": 3,
+    "transforms": 4,
+    "analysis": 5,
+    "plot": 6,
+    "export": 6,
+    "": 7,
+    "demo": 8,
+    "__main__": 9,
 }
 FAKE_QUANT = "numerics/fake_quant.py"  # defines the package's one primitive
 JAXPR_MODULES = ("jax.extend", "jax.interpreters")
@@ -125,7 +126,7 @@ def test_imports_point_down() -> None:
     ("floor", "line", "reaches"),
     [
         ("numerics", "from ..tree import names", "tree"),
-        ("tree", "import jaxmet.engine.graph", "engine"),
+        ("tree", "import jaxmet.engine.graph.graph", "engine"),
         ("engine", "from jaxmet import analysis", "analysis"),
         ("transforms", "from .. import plot", "plot"),
         ("transforms", "def f():\n    from jaxmet import trace", ""),

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from jaxmet.engine.frontends import functional
-from jaxmet.engine.graph import trace
+from jaxmet.engine.graph.graph import trace
 from zoo import CASES
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmet as jm
-from jaxmet.transforms.placement import place
+from jaxmet.layers.placement import place
 from zoo import CASES
 
 # placement='operations': what an operation stores, with norm and rectifier fused into it;

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from jaxmet.layers.ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
-from jaxmet.transforms.ratios import check_ratio
 
 RATIOS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
 AIMET = np.array([[11.0, 23.0, 47.0, 85.0, 89.0]])

@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from equations import Program
 from jaxmet.engine.frontends import functional
-from jaxmet.engine.graph import trace
-from jaxmet.engine.replay import Counted, evaluate
+from jaxmet.engine.graph.graph import trace
+from jaxmet.engine.run.replay import Counted, evaluate
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import replace_leaves
 from zoo import CASES
@@ -569,7 +569,7 @@ def test_the_compiled_replay_costs_what_the_model_costs(name):
 
 def test_lowering_takes_at_most_twice_as_long():
     apply, params, inputs = model("resnet", "linen")
-    replay = unchecked("jaxmet.engine.replay").evaluate
+    replay = unchecked("jaxmet.engine.run.replay").evaluate
 
     def fastest(f):
         seconds = []

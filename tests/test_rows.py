@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxmet.engine.replay import evaluate
-from jaxmet.engine.rows import matrix_of, rows_of, why_no_rows
+from jaxmet.engine.run.replay import evaluate
+from jaxmet.layers.rows import matrix_of, rows_of, why_no_rows
 from zoo import CASES
 
 

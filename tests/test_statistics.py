@@ -18,10 +18,10 @@ from jax.nn import relu, relu6
 import jaxmet as jm
 from folds import affine, norm_leaves, numbers
 from jaxmet.demo.network import Network as Demo
-from jaxmet.engine.elementwise import compute
+from jaxmet.engine.nodes.scalar_function import compute
+from jaxmet.layers.moments import input_moments, node_moments, unreached
 from jaxmet.numerics.moments import Moments, multiplied, normal, through
 from jaxmet.numerics.moments import affine as scaled
-from jaxmet.transforms.statistics import input_moments, node_moments, unreached
 from zoo import CASES
 from zoo_nets import fill
 

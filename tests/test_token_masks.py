@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from jaxmet.engine.replay import Counted, evaluate
-from jaxmet.transforms.grams import grams
+from jaxmet.engine.run.replay import Counted, evaluate
+from jaxmet.layers.grams import grams
 from jaxmet.tree.batches import BatchInfo, as_batches
 
 RNG = np.random.default_rng(0)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.engine.graph import Graph, trace
-from jaxmet.engine.node import Convolution
-from jaxmet.engine.replay import evaluate
+from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet.engine.graph.node import Convolution
+from jaxmet.engine.run.replay import evaluate
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES

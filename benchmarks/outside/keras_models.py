@@ -146,7 +146,7 @@ def efficientnet(key):  # B0's depth at a quarter of its width
         32,
         drop_connect_rate=0.0,
         of_bytes=True,
-        steps=300,
+        steps=600,
     )
 
 
@@ -158,7 +158,7 @@ def efficientnet_v2(key):
         "name": "efficientnetv2-b0",
         "drop_connect_rate": 0.0,
         "of_bytes": True,
-        "steps": 150,
+        "steps": 400,
     }
     return application(EfficientNetV2, 32, key, 0.25, 0.3, 32, **made)
 

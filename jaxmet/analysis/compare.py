@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.collect import accepting
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Counted, Run, counted_only, evaluate
-from jaxmet.numerics.precision import wide
-from jaxmet.transforms.arguments import check_keywords
-from jaxmet.transforms.matching import check_quantizers
-from jaxmet.transforms.observe import extremes
-from jaxmet.transforms.reference import float_model
-from jaxmet.transforms.simulate import (
-    put_on_grid,
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import Counted, Run, counted_only, evaluate
+from jaxmet.layers.arguments import check_keywords
+from jaxmet.layers.collect import accepting
+from jaxmet.layers.fake_quantized import (
+    fake_quantize_derived,
+    fake_quantize_output,
     quantizer_at,
-    round_derived,
-    round_weights,
 )
+from jaxmet.layers.matching import check_quantizers
+from jaxmet.layers.observe import extremes
+from jaxmet.layers.reference import float_model
+from jaxmet.numerics.precision import wide
+from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.batches import ONE, one_batch
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import dense
@@ -152,9 +152,9 @@ def _measuring(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
     """A hook that simulates, and compares with what was kept."""
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        operands = round_derived(node, operands, quantizers)
+        operands = fake_quantize_derived(node, operands, quantizers)
         raw = run(*operands)
-        result = put_on_grid(node, run, raw, quantizers)
+        result = fake_quantize_output(node, run, raw, quantizers)
         result = counted_only(node, run, result)
         if node.name not in floats:
             return result, None

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmet.engine.collect import accepting
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.operations import works
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.operations import works
+from jaxmet.layers.collect import accepting
 from jaxmet.tree.leaves import dense, flatten, is_structured
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.structures import LowRank, Pruned

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.matching import check_quantizers
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.matching import check_quantizers
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
 

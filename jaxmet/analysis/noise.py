@@ -13,15 +13,16 @@ from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.grids import Place, places
-from jaxmet.engine.collect import accepting
-from jaxmet.engine.gradients import Tap, energies, projected_gradients, squared
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.lift import lift
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Run, counted_only, evaluate
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.lift import lift
+from jaxmet.engine.run.replay import Run, counted_only, evaluate
+from jaxmet.layers.arguments import check_keywords, key_of
+from jaxmet.layers.collect import accepting
+from jaxmet.layers.fake_quantized import quantizer_at
+from jaxmet.layers.gradients import Tap, energies, projected_gradients, squared
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.arguments import check_keywords, key_of
-from jaxmet.transforms.simulate import quantizer_at, round_weights
+from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.leaves import dense, with_weight

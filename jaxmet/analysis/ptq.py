@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxmet.engine.calls import Apply
-from jaxmet.engine.collect import accepting
 from jaxmet.engine.frontends import refuse_module
-from jaxmet.engine.graph import Graph, trace
-from jaxmet.engine.replay import output_masks
-from jaxmet.transforms.arguments import check_key, refuse_options
+from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.replay import output_masks
+from jaxmet.layers.arguments import check_key, refuse_options
+from jaxmet.layers.collect import accepting
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxmet.engine.calls import is_array
-from jaxmet.engine.compat import held_after, only_new_garbage
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.lift import lift
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.program.calls import is_array
+from jaxmet.engine.program.compat import held_after, only_new_garbage
+from jaxmet.engine.run.lift import lift
 
 Score = Callable[[Callable[..., Any], Any], Any]
 Setting = tuple[Any, Any]

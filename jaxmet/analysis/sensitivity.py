@@ -16,9 +16,9 @@ from jaxmet.analysis.scoring import (
     number_of,
     runner,
 )
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.ratios import check_multiple
 from jaxmet.numerics.grid import check_bits
-from jaxmet.transforms.ratios import check_multiple
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.quantizers import Grids, Quantizers, grids
 from jaxmet.tree.table import Table

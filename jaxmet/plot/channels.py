@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import dense, flatten, is_structured
 from jaxmet.tree.names import named_leaves, parameter_names

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.collect import Observer, collect, statistics_of
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Hook, Run
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import Hook, Run
+from jaxmet.layers.collect import Observer, collect, statistics_of
 from jaxmet.numerics.histogram import (
     Histogram,
     Tally,

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.matching import check_quantizers
 from jaxmet.plot.channels import leaves_of_sites
 from jaxmet.plot.drawing import ROWS, altair, data, layered, shortened, titled
 from jaxmet.plot.layers import Place, lanes, places
 from jaxmet.plot.states import STATES, states_of
-from jaxmet.transforms.matching import check_quantizers
 from jaxmet.tree.quantizers import Quantizers
 
 CALLER = "plot.graph"

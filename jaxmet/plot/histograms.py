@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.matching import check_quantizers
 from jaxmet.plot.channels import not_finite, weights_of
 from jaxmet.plot.counts import Counts, activations, countable
 from jaxmet.plot.drawing import (
@@ -17,7 +18,6 @@ from jaxmet.plot.drawing import (
     shortened,
     titled,
 )
-from jaxmet.transforms.matching import check_quantizers
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.names import select
 from jaxmet.tree.quantizer import Quantizer

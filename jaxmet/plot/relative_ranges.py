@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.plot.channels import (
     Relative,
     not_finite,

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 
 from jaxmet.analysis.compare import compare as compared
-from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.matching import check_quantizers
+from jaxmet.layers.reference import float_model
 from jaxmet.plot.compare import compare
 from jaxmet.plot.drawing import altair, version_of_vega_lite, vl_convert
 from jaxmet.plot.graph import graph as graph_chart
@@ -23,8 +25,6 @@ from jaxmet.plot.rounding_loss import rounding_loss
 from jaxmet.plot.sensitivity import sensitivity
 from jaxmet.plot.tables import kind_of, number
 from jaxmet.plot.weight_ranges import weight_ranges
-from jaxmet.transforms.matching import check_quantizers
-from jaxmet.transforms.reference import float_model
 from jaxmet.tree.batches import one_batch
 from jaxmet.tree.checks import check_concrete, is_concrete
 from jaxmet.tree.quantizer import granularity, scale_text

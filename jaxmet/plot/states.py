@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import indices_of
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.channels import indices_of
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.stored import statistics_weight
 from jaxmet.plot.channels import leaves_by_name
-from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import dense, flatten, is_compressed, is_structured
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.quantizers import Quantizers

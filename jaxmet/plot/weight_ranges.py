@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.plot.channels import (
     not_finite,
     quartiles,

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import Layout, Member
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node, Norm
+from jaxmet.engine.graph.channels import Layout, Member
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.layers.layouts import how_often, matrix, split, spread
+from jaxmet.layers.moments import Network
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.layouts import how_often, matrix, split, spread
-from jaxmet.transforms.statistics import Network
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 from jaxmet.tree.names import replace_leaves

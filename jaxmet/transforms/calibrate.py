@@ -7,12 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.arguments import check_keywords
+from jaxmet.layers.new_quantizers import activation_quantizer, weight_quantizer
+from jaxmet.layers.observe import Range, check_samples, is_signed, observed_ranges
+from jaxmet.layers.placement import place
 from jaxmet.numerics.ranges import grid_between
-from jaxmet.transforms.arguments import check_keywords
 from jaxmet.transforms.foresee import WHY, foreseen_ranges
-from jaxmet.transforms.observe import Range, check_samples, is_signed, observed_ranges
-from jaxmet.transforms.placement import WeightPlace, place
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.config import QuantConfig, Settings, config_of
@@ -25,9 +26,6 @@ SAMPLES = 2**14
 
 ROOM = 2.0**30
 """The largest bias in units of its scale when it is calibrated: half of what int32 holds."""
-
-HEADROOM = 2
-"""How far beyond what 'minmax' saw an activation of 16 bits may go: it costs the last bit."""
 
 
 def calibrate(
@@ -209,34 +207,6 @@ def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, 
             "configuration does not quantize. Pass quantizers of this model."
         )
     return kept
-
-
-def weight_quantizer(place: WeightPlace) -> Quantizer:
-    """What quantizes a weight, following it."""
-    s = place.settings
-    return Quantizer(
-        bits=s.bits,
-        symmetric=s.symmetric,
-        signed=s.symmetric,
-        axis=place.axis,
-        block=s.block,
-        block_axis=place.block_axis,
-        calibrator=s.calibrator,
-        percentile=s.percentile,
-    )
-
-
-def activation_quantizer(s: Settings, *, signed: bool = True) -> Quantizer:
-    """What quantizes an activation, following it until it holds a range."""
-    return Quantizer(
-        bits=s.bits,
-        symmetric=s.symmetric,
-        signed=signed and s.symmetric,
-        narrow=False,
-        calibrator=s.calibrator,
-        percentile=s.percentile,
-        headroom=HEADROOM if s.calibrator == "minmax" else 1,
-    )
 
 
 def _of_range(extremes: Range, s: Settings) -> Quantizer:

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.new_quantizers import activation_quantizer, weight_quantizer
+from jaxmet.layers.placement import place
 from jaxmet.numerics.grid import check_bits
-from jaxmet.transforms.calibrate import activation_quantizer, weight_quantizer
-from jaxmet.transforms.placement import place
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers
 

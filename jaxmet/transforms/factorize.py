@@ -6,14 +6,14 @@ from typing import Any, Literal, get_args, overload
 
 import jax.numpy as jnp
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node
-from jaxmet.engine.views import CASTS
+from jaxmet.engine.axes.views import CASTS
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.arguments import key_of
+from jaxmet.layers.grams import ROWS, grams, unmasked
+from jaxmet.layers.ratios import asked_for, check_multiple
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
-from jaxmet.transforms.arguments import key_of
 from jaxmet.transforms.factors import Shape, factors_of, made_of, shape_of, shapes_on
-from jaxmet.transforms.grams import ROWS, grams, unmasked
-from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed

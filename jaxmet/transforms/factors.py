@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.operations import works
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.graph.operations import works
 from jaxmet.numerics.low_rank import Spectrum, low_rank, refit, spectrum
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph import Graph
-from jaxmet.transforms.observe import Range
-from jaxmet.transforms.placement import Placement
-from jaxmet.transforms.statistics import node_moments
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.moments import node_moments
+from jaxmet.layers.observe import Range
+from jaxmet.layers.placement import Placement
 
 N_SIGMA = 6.0
 """Tails of trained networks are longer than a normal value's."""

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.stored import check_mode
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.stored import check_mode
 from jaxmet.tree.leaves import Compressed, flatten, is_compressed
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.paths import has_collections, path_parts

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.placement import WeightPlace, place
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.placement import WeightPlace, place
 from jaxmet.tree.config import Kind, QuantConfig, config_of
 from jaxmet.tree.table import Table
 

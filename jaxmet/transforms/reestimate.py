@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node, Norm
-from jaxmet.engine.replay import Run
-from jaxmet.engine.segments import Live, Segments, segments
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.engine.run.replay import Run
+from jaxmet.engine.run.segments import Live, Segments, segments
+from jaxmet.layers.arguments import check_keywords
+from jaxmet.layers.fake_quantized import (
+    fake_quantize_derived,
+    fake_quantize_output,
+    fake_quantize_params,
+)
+from jaxmet.layers.grams import unmasked
+from jaxmet.layers.lockstep import Positions, Where
+from jaxmet.layers.stored import check_mode, check_stored, statistics_weight
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
-from jaxmet.transforms.arguments import check_keywords
-from jaxmet.transforms.grams import unmasked
-from jaxmet.transforms.lockstep import Positions, Where
-from jaxmet.transforms.simulate import put_on_grid, round_derived, round_weights
-from jaxmet.transforms.stored import check_mode, check_stored, statistics_weight
 from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves
@@ -114,7 +118,7 @@ def reestimate_batch_norm(
     if norms:
         quantizers = quantizers or Quantizers()
         # Weights do not change while norms are measured, so they are rounded once.
-        rounded = round_weights(params, quantizers)
+        rounded = fake_quantize_params(params, quantizers)
         stored: dict[str, Any] = {}
         waiting = _Waiting(graph, norms, rounded, read, store, kwargs, quantizers)
         for number, node in enumerate(tqdm(norms, desc=CALLER, disable=not progress)):
@@ -218,8 +222,8 @@ class _Waiting:
             own = self.where.get(node.name)
             where = None if own is None else own.operand
             self.seen[node.name] = measure(operands[0], node.features, where=where)
-        operands = round_derived(node, operands, self.quantizers)
-        return put_on_grid(node, run, run(*operands), self.quantizers), None
+        operands = fake_quantize_derived(node, operands, self.quantizers)
+        return fake_quantize_output(node, run, run(*operands), self.quantizers), None
 
     def step(self, pieces: Segments, number: int) -> Callable:
         """From values before one norm's cut to those before the next, and its moments."""

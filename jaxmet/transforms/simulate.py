@@ -1,21 +1,22 @@
 """The model as an integer device would compute it: every grid in its place."""
 
-import functools
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxmet.engine.calls import Apply
-from jaxmet.engine.graph import Graph, leaves_of, trace
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Run, evaluate
+from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.replay import Run, evaluate
+from jaxmet.layers.fake_quantized import (
+    fake_quantize_derived,
+    fake_quantize_output,
+    fake_quantize_params,
+)
 from jaxmet.transforms.dynamic import Dynamic
-from jaxmet.transforms.fold.grids import folded_and_back
 from jaxmet.tree.checks import is_concrete, tested
-from jaxmet.tree.names import named_leaves, replace_leaves, suggestion
-from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers, check_are_quantizers
+from jaxmet.tree.names import named_leaves, suggestion
+from jaxmet.tree.quantizers import Grids, Quantizers, check_are_quantizers
 from jaxmet.tree.types import P
 
 
@@ -87,11 +88,11 @@ def simulate(
 
         def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
             seen.add(node.name)
-            operands = round_derived(node, operands, found, grids)
-            return put_on_grid(node, run, run(*operands), found, grids), None
+            operands = fake_quantize_derived(node, operands, found, grids)
+            return fake_quantize_output(node, run, run(*operands), found, grids), None
 
         if weights:
-            params = _rounded(params, found, grids, fold)
+            params = fake_quantize_params(params, found, grids, fold)
         outputs, _ = evaluate(apply, hook)(params, *inputs, **kwargs)
         known = seen | named_leaves(params).keys()
         missing = [name for name in found.activations if name not in seen]
@@ -117,50 +118,6 @@ def _check_stated(quantizers: Quantizers) -> None:
                     "gradients leaves it. Go back to a checkpoint, and wrap the optimizer "
                     "in optax.apply_if_finite."
                 )
-
-
-def quantizer_at(node: Node, run: Run, quantizers: Quantizers) -> Quantizer | None:
-    """What quantizes a node's result, in a loop over layers the one of this layer."""
-    owner = quantizers.owner(node.name)
-    if owner is None:
-        return None
-    quantizer: Quantizer = quantizers.activations[owner]
-    if not node.layers:
-        return quantizer
-    here = run.iteration[-1]
-    return jax.tree.map(lambda a: a[here] if jnp.ndim(a) else a, quantizer)
-
-
-def put_on_grid(
-    node: Node,
-    run: Run,
-    result: Any,
-    quantizers: Quantizers,
-    grids: Grids | None = None,
-) -> Any:
-    """A node's result on its grid, if it has one; integers, as pixels may be, stay."""
-    quantizer, owner = quantizer_at(node, run, quantizers), quantizers.owner(node.name)
-    real = jnp.issubdtype(result.dtype, jnp.inexact)
-    if quantizer is None or owner is None or not real:
-        return result
-    examples = math.prod(result.shape[axis] for axis in node.batch)
-    return quantizer(result, grids and grids.activations[owner], examples=examples)
-
-
-def round_derived(
-    node: Node,
-    operands: tuple[Any, ...],
-    quantizers: Quantizers,
-    grids: Grids | None = None,
-) -> tuple[Any, ...]:
-    """Put a weight that the model computes from several parameters on its grid."""
-    weight = node.weight
-    if weight is None or weight.name is not None or node.name not in quantizers.weights:
-        return operands
-    quantizer = quantizers.weights[node.name]
-    i = weight.operand
-    quantized = quantizer(operands[i], grids and grids.weights[node.name])
-    return (*operands[:i], quantized, *operands[i + 1 :])
 
 
 def round_weights(
@@ -189,18 +146,4 @@ def round_weights(
                 f"jaxmet.round_weights: the tree has no parameter {name!r} to round. "
                 f"{suggestion(name, leaves)} Pass the tree that the quantizers are of."
             )
-    return _rounded(params, quantizers, grids, fold)
-
-
-def _rounded(
-    params: Any, quantizers: Quantizers, grids: Grids | None, fold: Graph | None = None
-) -> Any:
-    leaves = named_leaves(params)
-    quantize = functools.partial(quantizers.quantize_weights, grids=grids)
-    if fold is None:
-        quantized = quantize(leaves)
-    else:
-        leaves = leaves_of(params, fold, "simulate")
-        quantized = folded_and_back(fold, leaves, quantize, "simulate")
-    held = {name: quantized[name] for name in quantizers.weights if name in leaves}
-    return replace_leaves(params, held)
+    return fake_quantize_params(params, quantizers, grids, fold)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmet.engine.channels import Layout
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.channels import Layout
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.grams import grams
 from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import (
@@ -25,7 +26,6 @@ from jaxmet.transforms.factors import (
     shapes_on,
     spectrum_of,
 )
-from jaxmet.transforms.grams import grams
 from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along, refused
 from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
 from jaxmet.transforms.prune.readers import Reader

@@ -19,12 +19,12 @@ from jaxmet.analysis.scoring import (
     number_of,
     runner,
 )
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.lift import lift
-from jaxmet.transforms.arguments import key_of
-from jaxmet.transforms.checkpoint import Checkpoint, model_of
-from jaxmet.transforms.grams import ROWS
-from jaxmet.transforms.ratios import asked_for, check_multiple
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.run.lift import lift
+from jaxmet.layers.arguments import key_of
+from jaxmet.layers.checkpoint import Checkpoint, model_of
+from jaxmet.layers.grams import ROWS
+from jaxmet.layers.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.table import Table
 

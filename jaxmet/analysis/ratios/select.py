@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.ratios.spending import BUDGETS, Budget, Spending
+from jaxmet.layers.ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
-from jaxmet.transforms.ratios import check_ratio
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
 

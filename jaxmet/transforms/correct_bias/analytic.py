@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.once import run_once
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.layouts import join, matrix
+from jaxmet.layers.moments import Network
+from jaxmet.layers.once import run_once
+from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.correct_bias.sequential import Found
-from jaxmet.transforms.layouts import join, matrix
-from jaxmet.transforms.statistics import Network
-from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers

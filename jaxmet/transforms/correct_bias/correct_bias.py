@@ -9,15 +9,15 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
-from jaxmet.engine.graph import Graph, leaves_of, trace
-from jaxmet.transforms.arguments import check_keywords
+from jaxmet.engine.graph.graph import Graph, leaves_of, trace
+from jaxmet.layers.arguments import check_keywords
+from jaxmet.layers.grams import unmasked
+from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
+from jaxmet.layers.matching import check_quantizers
+from jaxmet.layers.reference import float_model
 from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
 from jaxmet.transforms.correct_bias.places import Place, find_places
 from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
-from jaxmet.transforms.grams import unmasked
-from jaxmet.transforms.lockstep import Copy, Positions, quantized_copy
-from jaxmet.transforms.matching import check_quantizers
-from jaxmet.transforms.reference import float_model
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.quantizers import Quantizers

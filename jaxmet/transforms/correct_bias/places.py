@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
 from jaxmet.tree.quantizers import Quantizers
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxmet.layers.lockstep import Copy, Positions
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
-from jaxmet.transforms.lockstep import Copy, Positions
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmet.layers.moments.assumed import Constants, UnitInputs
 from jaxmet.numerics.scaling import Carried
 from jaxmet.transforms.equalize.channels import Channels, Stack, Weight
-from jaxmet.transforms.statistics.assumed import Constants, UnitInputs
 
 
 def carried(

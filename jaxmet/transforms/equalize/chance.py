@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.replay import counted_only, evaluate
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.run.replay import counted_only, evaluate
 from jaxmet.numerics.chance import Rounded, added_noise
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import log_scales

@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, layout_size
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.channels import (
+    Group,
+    Joined,
+    Layout,
+    Member,
+    Span,
+    layout_size,
+)
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import Layers, log_ranges
-from jaxmet.transforms.stored import statistics_weight
 from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import Group
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node
-from jaxmet.engine.once import run_once
+from jaxmet.engine.graph.channels import Group
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.arguments import key_of
+from jaxmet.layers.once import run_once
+from jaxmet.layers.placement import place
 from jaxmet.numerics.chance import DRAWS, least_of_draws
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
-from jaxmet.transforms.arguments import key_of
 from jaxmet.transforms.equalize.carried import carried
 from jaxmet.transforms.equalize.chance import foreseen, grids, plain, tried
 from jaxmet.transforms.equalize.channels import (
@@ -43,7 +44,6 @@ from jaxmet.transforms.equalize.plan import (
     make_plan,
 )
 from jaxmet.transforms.equalize.statistics import Observed, predicted
-from jaxmet.transforms.placement import place
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.examples import some_examples

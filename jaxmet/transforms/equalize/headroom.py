@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import layout_size
+from jaxmet.engine.graph.channels import layout_size
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.equalize.channels import POWERS, Channels, Weight
 from jaxmet.tree.leaves import dense

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.collect import collect
-from jaxmet.engine.gradients import by_channel, energies, projected_gradients, squared
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import counted_only, evaluate
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import counted_only, evaluate
+from jaxmet.layers.collect import collect
+from jaxmet.layers.gradients import by_channel, energies, projected_gradients, squared
+from jaxmet.layers.observe import extremes
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.equalize.channels import Weight
-from jaxmet.transforms.observe import extremes
 from jaxmet.tree.batches import Batches, BatchInfo, inputs_of
 from jaxmet.tree.examples import chosen
 from jaxmet.tree.leaves import dense

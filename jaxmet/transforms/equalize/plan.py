@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from jaxmet.engine.channels import Group, indices_of
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.channels import Group, indices_of
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
 from jaxmet.tree.table import Table
 
 Clip = Literal["exact", "skip", "relu"]

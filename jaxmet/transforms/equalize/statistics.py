@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.layers.layouts import join
+from jaxmet.layers.moments import Network
 from jaxmet.numerics.moments import Moments, normal
 from jaxmet.transforms.equalize.channels import Channels, Weight
-from jaxmet.transforms.layouts import join
-from jaxmet.transforms.statistics import Network
 
 
 class Observed(NamedTuple):

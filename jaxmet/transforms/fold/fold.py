@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Norm
-from jaxmet.engine.once import run_once
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Norm
+from jaxmet.layers.fold_plans import Plan, listed, plan_of, spread
+from jaxmet.layers.matching import check_quantizers
+from jaxmet.layers.once import run_once
+from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
-from jaxmet.transforms.fold.plans import Plan, listed, plan_of, spread
-from jaxmet.transforms.matching import check_quantizers
-from jaxmet.transforms.stored import check_stored, roles_of, statistics_weight
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves

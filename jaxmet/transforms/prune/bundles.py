@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxmet.engine.channels import Group, Joined, Layout, Member, Span, indices_of
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.channels import Group, Joined, Layout, Member, Span, indices_of
+from jaxmet.engine.graph.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.channels import indices_of
-from jaxmet.engine.graph import Graph
-from jaxmet.transforms.grams import Gram
+from jaxmet.engine.graph.channels import indices_of
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.grams import Gram
 from jaxmet.transforms.prune.bundles import Bundle
 from jaxmet.transforms.prune.readers import Reader, magnitudes, read_by
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.node import Node
+from jaxmet.engine.graph.node import Node
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.structures import Keep, Pruned
 

@@ -6,10 +6,11 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.engine.node import Node
-from jaxmet.transforms.arguments import key_of
-from jaxmet.transforms.grams import ROWS, grams, unmasked
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.arguments import key_of
+from jaxmet.layers.grams import ROWS, grams, unmasked
+from jaxmet.layers.ratios import asked_for, check_multiple
 from jaxmet.transforms.prune.bundles import (
     Bundle,
     axes_of,
@@ -21,7 +22,6 @@ from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, remov
 from jaxmet.transforms.prune.leaves import pruned
 from jaxmet.transforms.prune.readers import SELECTIONS, Reader, Selection, read_by
 from jaxmet.transforms.prune.report import report, whole_before
-from jaxmet.transforms.ratios import asked_for, check_multiple
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import replace_leaves

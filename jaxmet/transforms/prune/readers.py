@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.channels import Layout, Member
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.rows import matrix_of
-from jaxmet.engine.views import moved
+from jaxmet.engine.axes.views import moved
+from jaxmet.engine.graph.channels import Layout, Member
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.layers.grams import Gram
+from jaxmet.layers.rows import matrix_of
 from jaxmet.numerics.channel_selection import (
     by_block_obs,
     by_lasso,
@@ -21,7 +22,6 @@ from jaxmet.numerics.channel_selection import (
     removal_order,
 )
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.grams import Gram
 from jaxmet.transforms.prune.bundles import Bundle, channel_along, left_along
 from jaxmet.tree.leaves import dense, with_weight
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.channels import indices_of
-from jaxmet.engine.expand import scattered_before
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.channels import indices_of
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.pruned.expand import scattered_before
 from jaxmet.transforms.prune.bundles import Bundle, left_along
 from jaxmet.tree.table import Table
 

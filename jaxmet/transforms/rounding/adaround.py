@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args, overload
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.arguments import check_key, check_keywords
-from jaxmet.transforms.checkpoint import Checkpoint, model_of
-from jaxmet.transforms.grams import unmasked
-from jaxmet.transforms.matching import check_quantizers
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.arguments import check_key, check_keywords
+from jaxmet.layers.checkpoint import Checkpoint, model_of
+from jaxmet.layers.grams import unmasked
+from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.options import (
     METHODS,

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Hook, Run
-from jaxmet.engine.rows import counted_rows
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import Hook, Run
+from jaxmet.layers.lockstep import Copy, Where
+from jaxmet.layers.rows import counted_rows
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
-from jaxmet.transforms.lockstep import Copy, Where
 from jaxmet.transforms.rounding.layers import Layer
 
 

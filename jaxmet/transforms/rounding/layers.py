@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import Run, evaluate
-from jaxmet.engine.rows import matrix_of, why_no_rows
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import Run, evaluate
+from jaxmet.layers.rows import matrix_of, why_no_rows
 from jaxmet.numerics.rounding.levels import Grid
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal, get_args, overload
 
-from jaxmet.engine.graph import Graph, leaves_of
-from jaxmet.transforms.arguments import check_keywords, key_of
-from jaxmet.transforms.checkpoint import Checkpoint
-from jaxmet.transforms.matching import check_quantizers
+from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.layers.arguments import check_keywords, key_of
+from jaxmet.layers.checkpoint import Checkpoint
+from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import ROWS, report, results
 from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.options import (

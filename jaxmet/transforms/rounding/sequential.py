@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxmet.engine.elementwise import Formula, compute
-from jaxmet.engine.graph import Graph
-from jaxmet.engine.node import Node
-from jaxmet.engine.replay import bounds_of
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.nodes.scalar_function import Formula, compute
+from jaxmet.engine.run.replay import bounds_of
+from jaxmet.layers.checkpoint import Checkpoint
+from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.checkpoint import Checkpoint
-from jaxmet.transforms.lockstep import Copy, Positions, quantized_copy
 from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
 from jaxmet.transforms.rounding.layers import (
     Layer,

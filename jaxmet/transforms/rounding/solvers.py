@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine import compat
+from jaxmet.engine.program import compat
 from jaxmet.numerics.rounding.adaround import (
     GramData,
     RowData,

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxmet.engine.graph import Graph
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.transforms.rounding.layers import Layer
 
 

@@ -1,0 +1,303 @@
+"""Channels that must be scaled together, and every parameter axis they run along.
+
+A group is a set of atoms that additions, concatenations and shared axes tie; its members
+are the sites that make the channels, those that read them, and the biases and norms in
+between. A group that something forbids to rescale says what.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+from jaxmet.engine.axes import labels as lb
+from jaxmet.engine.graph.analyse import Analysis
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.nodes.cluster import Cluster, leaf_of
+from jaxmet.engine.program import compat
+from jaxmet.engine.program.program import PARAM, Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A factor of an axis: the channels of a group, or `size` other things."""
+
+    group: int | None
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """A factor of an axis that is a concatenation of axes."""
+
+    parts: tuple["Layout", ...]
+
+
+Layout = tuple[Span | Joined, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One axis of one parameter that a group runs along.
+
+    `role` is 'out' or 'in' for a weight, 'shift' for what is added (biases, means),
+    'variance' and 'scale' for a norm. Where `groups` is not 1, `axis` holds the input
+    channels of one group of a grouped convolution and `layout` lays out all of them;
+    `out_axis` is then the axis along which the groups follow each other.
+    """
+
+    parameter: str
+    axis: int
+    role: str
+    layout: Layout
+    node: str
+    groups: int = 1
+    out_axis: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Channels with one scale each.
+
+    `frozen` says why they may not be rescaled, `fixed` why none may be removed. `scales`
+    are the numbers of the groups that this one, a gate, multiplies: both lose the same channels.
+    """
+
+    name: str
+    index: int
+    size: int
+    makers: tuple[str, ...]
+    readers: tuple[str, ...]
+    clips: tuple[str, ...]
+    frozen: str | None
+    fixed: str | None = None
+    scales: tuple[int, ...] = ()
+
+    @property
+    def free(self) -> bool:
+        return self.frozen is None
+
+
+def find_channels(
+    analysis: Analysis, nodes: dict[Cluster, Node]
+) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
+    """The channel groups of a model and the parameter axes that follow them."""
+    return _Finder(analysis, nodes).find()
+
+
+class _Finder:
+    def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node]):
+        self.analysis, self.nodes = analysis, nodes
+        self.indices: dict[lb.Atom, int] = {}
+        self.uses = Counter(p for n in nodes.values() for p in n.parameters)
+        self.members: list[tuple[str, int, str, lb.Axis, str, int, int]] = []
+        self.tied: list[tuple[int, int]] = []
+
+    def find(self) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
+        for value in self.analysis.region.outputs:
+            self.freeze(value.axes, "an output of the model")
+        for cluster, node in self.nodes.items():
+            if node.kind == "product":
+                self.product(cluster, node)
+            elif node.kind == "ragged":
+                weight, (rows, _, *_) = cluster.details["weight"], cluster.operands
+                why = f"{node.name}: {node.why_kept()}"
+                self.freeze((*weight.axes, *rows.axes, *cluster.exit.axes), why)
+            elif node.kind == "lookup":
+                self.freeze(cluster.exit.axes, "made by a lookup")
+            elif node.kind == "norm" and node.norm is not None:
+                self.norm(cluster, node)
+            elif node.kind in ("add", "concat"):
+                for value in cluster.operands:
+                    if value.kind == PARAM:
+                        self.shift(value, node.name)
+        ties = self.ties()
+        for _, _, _, axis, *_ in self.members:
+            for atom in lb.leaves(axis):
+                self.indices.setdefault(atom, len(self.indices))
+        for pair in ties:
+            self.tie(*pair)
+        members = tuple(
+            Member(p, a, role, self.layout(axis), n, groups, out)
+            for p, a, role, axis, n, groups, out in self.members
+        )
+        return self.groups(members), members
+
+    def ties(self) -> list[tuple[lb.Atom, lb.Atom]]:
+        """Channels and their gates, atom by atom; those that do not line up stay whole."""
+        found = []
+        for equation in self.analysis.region.walk():
+            for one, two in (pair for v in equation.results for pair in v.tied):
+                for x, y in lb.paired(one, two):
+                    inside = [list(lb.leaves((atom,))) for atom in (x, y)]
+                    if [a.size for a in inside[0]] == [a.size for a in inside[1]]:
+                        found += zip(*inside, strict=True)
+                    else:
+                        for axis in inside:
+                            lb.fix(
+                                tuple(axis), "gated in other pieces than it is made of"
+                            )
+        return found
+
+    def tie(self, one: lb.Atom, two: lb.Atom) -> None:
+        """Two groups that lose the same channels, or none where one cannot."""
+        pair = one.root(), two.root()
+        first, second = (self.indices.get(atom) for atom in pair)
+        why = pair[0].fixed or pair[1].fixed
+        if first is not None and second is not None:
+            self.tied.append((first, second))
+        else:
+            why = why or "tied to channels that no layer makes"
+        if why is not None:
+            for atom in pair:
+                lb.fix((atom,), why)
+
+    def freeze(self, axes: Iterable[lb.Axis], why: str) -> None:
+        for axis in axes:
+            lb.freeze(axis, why)
+
+    def add(
+        self, name: str, axis: int, role: str, label: lb.Axis, node: str, *more
+    ) -> None:
+        groups, out_axis = more or (1, -1)
+        self.members.append((name, axis, role, label, node, groups, out_axis))
+
+    def product(self, cluster: Cluster, node: Node) -> None:
+        equation, weight = cluster.details["product"], node.weight
+        operand: Value = cluster.details["weight"]
+        data = next(v for v in equation.operands[:2] if v is not operand)
+        inputs = [data.axes[i] for i in node.in_features]
+        assert weight is not None
+        why = node.why_kept()
+        if why is not None:
+            why = f"{node.name}: {why}"
+            self.freeze((*operand.axes, *inputs, *cluster.exit.axes), why)
+            return
+        assert weight.name is not None
+        labels = self.analysis.leaf_atoms[weight.name]
+        for axis in weight.out_axes:
+            self.add(weight.name, axis, "out", labels[axis], node.name)
+        groups = node.convolution.groups if node.convolution else 1
+        if groups == 1:
+            for axis in weight.in_axes:
+                self.add(weight.name, axis, "in", labels[axis], node.name)
+        elif len(weight.in_axes) <= 1 and len(weight.out_axes) == 1:
+            axis = weight.in_axes[0] if weight.in_axes else -1
+            out = weight.out_axes[0]
+            self.add(weight.name, axis, "in", inputs[0], node.name, groups, out)
+        if cluster.details["bias"] is not None:
+            self.shift(cluster.details["bias"], node.name)
+
+    def shift(self, value: Value, node: str, role: str = "shift") -> None:
+        leaf = leaf_of(value)
+        name = leaf.value.name if leaf is not None else None
+        if name is None or leaf is None or leaf.stacked or self.is_shared(name):
+            self.freeze(value.axes, f"{node}: what is added there cannot be rescaled")
+            return
+        for axis, label in enumerate(self.analysis.leaf_atoms[name]):
+            if label:
+                self.add(name, axis, role, label, node)
+
+    def is_shared(self, name: str) -> bool:
+        return self.uses[name] > 1
+
+    def norm(self, cluster: Cluster, node: Node) -> None:
+        norm = node.norm
+        assert norm is not None
+        if norm.over != "stored":
+            why = (
+                "constant statistics"
+                if norm.over == "constant"
+                else "a norm over the data"
+            )
+            self.freeze(cluster.exit.axes, f"{node.name}: {why}")
+            return
+        if not norm.plain or any(name not in compat.REMAT for name in node.region):
+            self.freeze(cluster.exit.axes, f"{node.name}: a norm of an unknown form")
+            return
+        roles = {
+            "mean": "shift",
+            "bias": "shift",
+            "variance": "variance",
+            "scale": "scale",
+        }
+        for field, role in roles.items():
+            name = getattr(norm, field)
+            if name is None:
+                continue
+            for axis, label in enumerate(self.analysis.leaf_atoms[name]):
+                if label:
+                    self.add(name, axis, role, label, node.name)
+
+    def layout(self, axis: lb.Axis) -> Layout:
+        out: list[Span | Joined] = []
+        for atom in lb.expand(axis):
+            if atom.parts is not None:
+                out.append(Joined(tuple(self.layout(p) for p in atom.parts)))
+            else:
+                out.append(Span(self.indices.get(atom), atom.size))
+        return tuple(out)
+
+    def groups(self, members: tuple[Member, ...]) -> tuple[Group, ...]:
+        clips = self.clips()
+        groups = []
+        along: dict[int, list[Member]] = {}
+        for member in members:
+            for index in indices_of(member.layout):
+                along.setdefault(index, []).append(member)
+        for atom, index in self.indices.items():
+            mine = along.get(index, [])
+            makers = tuple(dict.fromkeys(m.node for m in mine if m.role == "out"))
+            readers = tuple(dict.fromkeys(m.node for m in mine if m.role == "in"))
+            alone = "no site makes it" if not makers else None
+            alone = "no site reads it" if makers and not readers else alone
+            why = atom.frozen or alone
+            name = makers[0] if makers else readers[0] if readers else mine[0].node
+            groups.append(
+                Group(
+                    name,
+                    index,
+                    atom.size,
+                    makers,
+                    readers,
+                    clips.get(index, ()),
+                    why,
+                    atom.fixed or alone,
+                    tuple(sorted({kept for kept, gate in self.tied if gate == index})),
+                )
+            )
+        return tuple(groups)
+
+    def clips(self) -> dict[int, tuple[str, ...]]:
+        """For each group the clips that its channels run through."""
+        found: dict[int, list[str]] = {}
+        for cluster, node in self.nodes.items():
+            if node.bounds is None:
+                continue
+            for axis in cluster.exit.axes:
+                for atom in lb.leaves(axis):
+                    if atom in self.indices:
+                        found.setdefault(self.indices[atom], []).append(node.name)
+        return {k: tuple(dict.fromkeys(v)) for k, v in found.items()}
+
+
+def indices_of(layout: Layout) -> set[int]:
+    """The groups that appear in a layout."""
+    found: set[int] = set()
+    for item in layout:
+        if isinstance(item, Joined):
+            for part in item.parts:
+                found |= indices_of(part)
+        elif item.group is not None:
+            found.add(item.group)
+    return found
+
+
+def layout_size(layout: Layout) -> int:
+    """The number of things along an axis."""
+    total = 1
+    for item in layout:
+        if isinstance(item, Joined):
+            total *= sum(layout_size(part) for part in item.parts)
+        else:
+            total *= item.size
+    return total

@@ -1,0 +1,388 @@
+"""From clusters of equations to static nodes: layouts, parameter roles, edges."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from jaxmet.engine.axes import labels as lb
+from jaxmet.engine.axes.views import CASTS, follow, holding, move_of, numbered
+from jaxmet.engine.flow.arrivals import Arrivals, arrivals
+from jaxmet.engine.flow.liveness import carries
+from jaxmet.engine.graph.analyse import Analysis
+from jaxmet.engine.graph.node import Convolution, Debias, Dot, Node, Norm, Weight
+from jaxmet.engine.graph.origins import Origins
+from jaxmet.engine.nodes.attention_masks import Masks
+from jaxmet.engine.nodes.cluster import (
+    LINEAR,
+    VIEWS,
+    Cluster,
+    Leaf,
+    leaf_of,
+    leaves_under,
+    through_views,
+    varying_axes,
+)
+from jaxmet.engine.nodes.divisors import divides
+from jaxmet.engine.nodes.grouping import REDUCTIONS
+from jaxmet.engine.nodes.norms.stored_norms import Roles
+from jaxmet.engine.nodes.products import ragged_numbers
+from jaxmet.engine.nodes.scalar_function import formula_between, formula_of
+from jaxmet.engine.program.program import (
+    DATA,
+    PARAM,
+    Equation,
+    Region,
+    Value,
+)
+
+
+def describe(analysis: Analysis) -> dict[Cluster, Node]:
+    """The static node of every named cluster, in the order in which they run."""
+    regions = _regions(analysis.region)
+    shared = _shared(analysis)
+    origins, masks = Origins(analysis), Masks(analysis.region)
+    nodes, named = {}, set(analysis.clusters)
+    norms = {c.exit: c for c in named if c.kind == "norm"}
+    for cluster in analysis.clusters:
+        place = regions.get(cluster.exit.producer, ()) if cluster.equations else ()
+        parameters = tuple(n for v in cluster.operands for n in _parameters(v))
+        nodes[cluster] = Node(
+            cluster.name,
+            cluster.kind,
+            cluster.function,
+            tuple(origins.edges(cluster)),
+            parameters,
+            batch=_batch_axes(cluster.exit),
+            only_readers=_only_readers(cluster.exit, named),
+            shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
+            region=tuple(e.name for e in place),
+            layers=_layers(place),
+            arrivals=_arrivals(cluster, named, norms),
+            masked=masks.hidden(cluster),
+            selects=masks.selects(cluster),
+            divides=divides(cluster),
+            **_details(cluster, shared),
+        )
+    carriers = _carriers(nodes)
+    return {
+        c: dataclasses.replace(n, carrier=carriers[n.name].name, features=carriers[n.name].features)
+        if n.name in carriers
+        else n
+        for c, n in nodes.items()
+    }  # fmt: skip
+
+
+def _parameters(value: Value) -> list[str]:
+    return [leaf.name for leaf in leaves_under(value) if leaf.name]
+
+
+def _batch_axes(value: Value) -> tuple[int, ...]:
+    axes = enumerate(value.axes or ())
+    return tuple(i for i, axis in axes if lb.carries_batch(axis))
+
+
+Place = tuple[Equation, ...]
+
+
+def _only_readers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
+    """The named nodes that read a value as it is, if nothing else uses it."""
+    found: dict[str, None] = {}
+    for use in value.uses:
+        if use is not None and use.node in named:
+            found[use.node.name] = None
+            continue
+        if use is None or use.name not in CASTS or len(use.operands) != 1:
+            return None
+        deeper = _only_readers(use.results[0], named)
+        if deeper is None or not use.results[0].inexact:
+            return None
+        found |= dict.fromkeys(deeper)
+    return tuple(found)
+
+
+def _arrivals(
+    cluster: Cluster, named: set[Cluster], norms: dict[Value, Cluster]
+) -> Arrivals | None:
+    """Where a constant arrives that an activation of a norm loses channel by channel."""
+    if cluster.kind != "activation" or cluster.entry is None:
+        return None
+    norm = norms.get(through_views(cluster.entry, CASTS))
+    if norm is None:
+        return None
+    axes = [cluster.exit.axes[i] for i in _norm_features(norm)]
+    return arrivals(cluster, named, {atom for axis in axes for atom in lb.leaves(axis)})
+
+
+def _regions(region: Region, path: Place = ()) -> dict[Any, Place]:
+    """For each equation the loops and branches around it, outermost first."""
+    found: dict[Any, Place] = {}
+    for equation in region.equations:
+        found[equation] = path
+        for body in equation.bodies:
+            found |= _regions(body, (*path, equation))
+    return found
+
+
+def _layers(place: Place) -> int | None:
+    """The length of the one loop around a node, if that loop slices parameters."""
+    loops = [e for e in place if e.name in ("scan", "while")]
+    if len(loops) != 1 or loops[0].name != "scan":
+        return None
+    sliced = [v for v in loops[0].bodies[0].inputs if v.sliced and v.kind == PARAM]
+    return loops[0].params["length"] if sliced else None
+
+
+def _shared(analysis: Analysis) -> set[str]:
+    """Parameters that more than one equation reads, those of a norm being one."""
+    uses: Counter[str] = Counter()
+    norms: set[tuple[Cluster, str]] = set()
+    for value in analysis.region.outputs:
+        if (
+            value.kind == PARAM and leaf_of(value) is None
+        ):  # a penalty, not the leaf itself
+            uses.update(_parameters(value))
+    for equation in analysis.region.walk():
+        if equation.kind != DATA:
+            continue
+        for value in equation.operands:
+            for leaf in leaves_under(value) if value.kind == PARAM else ():
+                name = leaf.name or ""
+                if equation.node is not None and equation.node.kind == "norm":
+                    norms.add((equation.node, name))
+                else:
+                    uses[name] += not equation.bodies
+    uses.update(name for _, name in norms)
+    return {name for name, n in uses.items() if n > 1}
+
+
+def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+    if cluster.kind == "product":
+        return _product(cluster, shared)
+    if cluster.kind == "ragged":
+        return _ragged(cluster, shared)
+    if cluster.kind == "lookup":
+        weight = cluster.details["weight"]
+        leaf = leaf_of(weight)
+        equation = cluster.equations[0]
+        rows = equation.params["dimension_numbers"].collapsed_slice_dims
+        return {
+            "weight": _weight(cluster, leaf, rows, (), shared),
+            "features": tuple(equation.params["dimension_numbers"].offset_dims),
+        }
+    if cluster.kind == "norm":
+        return {"norm": _norm(cluster), "features": _norm_features(cluster)}
+    if cluster.kind == "activation":
+        factor = cluster.details.get("factor")
+        leaf = leaf_of(factor) if factor is not None else None
+        bounds = cluster.details.get("bounds") if cluster.function == "clip" else None
+        return {
+            "bounds": bounds,
+            "slope": cluster.details.get("slope"),
+            "factor": leaf.value.name if leaf else None,
+            "formula": formula_of(cluster),
+        }
+    return {}
+
+
+def _ragged(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+    """Of its weight each matrix has its own outputs; the group axis counts as one of them."""
+    weight: Value = cluster.details["weight"]
+    numbers = ragged_numbers(cluster.details["product"]).dot_dimension_numbers
+    (lc, rc), _ = numbers
+    outs = tuple(i for i in range(weight.ndim) if i not in rc)
+    return {
+        "weight": _weight(cluster, leaf_of(weight), outs, tuple(rc), shared),
+        "features": (cluster.exit.ndim - 1,),
+        "in_features": tuple(lc),
+    }
+
+
+def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+    equation: Equation = cluster.details["product"]
+    weight, bias = cluster.details["weight"], cluster.details["bias"]
+    first, p = equation.operands[0], equation.params
+    numbers = p["dimension_numbers"]
+    convolution = dot = None
+    if cluster.function == "conv":
+        out_axes, in_axes = (numbers.rhs_spec[0],), (numbers.rhs_spec[1],)
+        in_features = (numbers.lhs_spec[1],)
+        convolution = Convolution(
+            p["feature_group_count"],
+            tuple(p["window_strides"]),
+            tuple(p["lhs_dilation"]),
+            tuple(p["rhs_dilation"]),
+            tuple((int(low), int(high)) for low, high in p["padding"]),
+            tuple(numbers.lhs_spec),
+            tuple(numbers.rhs_spec),
+            p["batch_group_count"],
+        )
+    else:
+        (lc, rc), (lb_, rb) = numbers
+        summed, batched = (lc, lb_) if weight is first else (rc, rb)
+        out_axes = tuple(i for i in range(weight.ndim) if i not in (*summed, *batched))
+        in_axes, in_features = tuple(summed), tuple(rc if weight is first else lc)
+        pairs = [
+            (l, r)[:: -1 if weight is first else 1] for l, r in ((lc, rc), (lb_, rb))
+        ]
+        dot = Dot(*(tuple(zip(data, own, strict=True)) for data, own in pairs))
+    leaf = leaf_of(weight)
+    bias_leaf = leaf_of(bias) if bias is not None else None
+    return {
+        "weight": _weight(cluster, leaf, out_axes, in_axes, shared),
+        "bias": bias_leaf.value.name if bias_leaf else None,
+        "derived_bias": bias is not None and bias_leaf is None,
+        "convolution": convolution,
+        "dot": dot,
+        "features": cluster.details["features"],
+        "in_features": in_features,
+    }
+
+
+def _weight(
+    cluster: Cluster,
+    leaf: Leaf | None,
+    out_axes: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    shared: set[str],
+) -> Weight:
+    value = cluster.details["weight"]
+    names, operand = tuple(_parameters(value)), cluster.operands.index(value)
+    if leaf is None:
+        return Weight(None, names, out_axes=out_axes, in_axes=in_axes, operand=operand)
+    before = numbered(leaf.value)
+    after = follow(before, leaf.views)
+    outs = set(holding(before, [after[i] for i in out_axes]))
+    ins = set(holding(before, [after[i] for i in in_axes]))
+    known = outs | ins | ({0} if leaf.stacked else set())
+    return Weight(
+        leaf.value.name,
+        names,
+        tuple(map(move_of, leaf.views)),
+        leaf.stacked,
+        leaf.value.name in shared,
+        tuple(sorted(outs)),
+        tuple(sorted(ins)),
+        tuple(i for i in range(leaf.value.ndim) if i not in known),
+        operand,
+    )
+
+
+# Norms
+
+
+def _norm(cluster: Cluster) -> Norm:
+    details = cluster.details
+    if details["affine"]:
+        return _stored(details)
+    roles = {}
+    for role in ("scale", "bias"):
+        value = details[role]
+        leaf = leaf_of(value) if value is not None else None
+        roles[role] = leaf.value.name if leaf is not None else None
+    labels = _batch_labels(details["spread"], cluster)
+    mixed = labels is not None and not any(lb.carries_batch(a) for a in labels)
+    over = "batch" if carries(cluster.exit) and mixed else "data"
+    return Norm(over, **roles, epsilon=_epsilon(details["spread"]), plain=False)
+
+
+def _stored(details: dict[str, Any]) -> Norm:
+    """A norm with stored statistics; of the leaves under each role their names."""
+    found: Roles = details["roles"]
+    roles = {
+        role: leaf.name if (leaf := getattr(found, role)) is not None else None
+        for role in ("mean", "variance", "scale", "bias")
+    }
+    debias = _debias(found)
+    return Norm(
+        "constant" if details["constant"] else "stored",
+        **roles,
+        epsilon=found.epsilon,
+        plain=found.plain and (found.weight is None) == (debias is None),
+        factor=found.factor,
+        debias=debias,
+    )
+
+
+def _debias(found: Roles) -> Debias | None:
+    """How the weight of stored statistics follows from a count of updates."""
+    leaves = leaves_under(found.weight) if found.weight is not None else []
+    if found.weight is None or len(leaves) != 1 or leaves[0].ndim:
+        return None
+    formula, name = formula_between(leaves[0], found.weight), leaves[0].name
+    if formula is None or name is None:
+        return None
+    return Debias(name, formula, not found.inverse)
+
+
+def _batch_labels(value: Value, norm: Cluster) -> list[lb.Axis] | None:
+    """Labels that tell where the batch is in a value inside a norm, None if unknown.
+
+    The rules label a norm from outside only; here fresh atoms go through its statistics.
+    """
+    equation = value.producer
+    if equation is None or equation.node is not norm:
+        pairs = zip(value.shape, value.axes or ((),) * value.ndim, strict=True)
+        return [(lb.Atom(n, batch=lb.carries_batch(a)),) for n, a in pairs]
+    # A mean over an axis that vmap names is a psum along it.
+    moves = equation.name in VIEWS or equation.name in (*REDUCTIONS, "psum")
+    found = [v for v in equation.data if moves or v.shape == value.shape]
+    axes = _batch_labels(found[0], norm) if found else None
+    if axes is None or not moves:
+        return axes
+    if equation.name in VIEWS:
+        return follow(axes, [equation])
+    return [a for i, a in enumerate(axes) if i not in equation.params["axes"]]
+
+
+def _norm_features(cluster: Cluster) -> tuple[int, ...]:
+    """The axes of a norm along which what it subtracts, multiplies and adds differs."""
+    wide = [
+        v
+        for e in cluster.equations
+        for v in e.operands
+        if e.kind == DATA and v.kind == PARAM and v.ndim == cluster.exit.ndim
+    ]
+    return tuple(sorted({int(axis) for v in wide for axis in varying_axes(v)}))
+
+
+def _epsilon(spread: Value) -> float:
+    """What is added to a variance under a root."""
+    epsilon = 0.0
+    while spread.producer is not None:
+        equation = spread.producer
+        numbers = [v.scalar() for v in equation.operands if v.kind < PARAM]
+        if equation.name == "add" and len(numbers) == 1 and numbers[0] is not None:
+            epsilon += numbers[0]
+            spread = next(v for v in equation.operands if v.kind >= PARAM)
+        elif equation.name in LINEAR or equation.name == "broadcast_in_dim":
+            spread = equation.operands[0]
+        else:
+            break
+    return epsilon
+
+
+# Clips and the products that carry their bounds
+
+
+def _carriers(nodes: dict[Cluster, Node]) -> dict[str, Node]:
+    """For each clip the one product that reaches it through norms alone."""
+    makers = {c.exit: c for c in nodes}
+    found: dict[str, Node] = {}
+    for cluster, node in nodes.items():
+        if node.bounds is None or node.region:
+            continue
+        value = cluster.entry
+        while value is not None:
+            value = through_views(value, LINEAR)
+            before = makers.get(value)
+            if before is None or before.kind == "product":
+                break
+            value = before.entry if before.kind == "norm" else None
+        else:
+            before = None
+        maker = nodes.get(before) if before is not None else None
+        if maker is not None and maker.weight is not None and maker.weight.name:
+            if not (maker.weight.shared or maker.weight.stacked or maker.region):
+                found[node.name] = maker
+    count = Counter(n.name for n in found.values())
+    return {name: n for name, n in found.items() if count[n.name] == 1}

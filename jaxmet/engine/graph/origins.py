@@ -1,0 +1,246 @@
+"""Where the operands of nodes come from, through moves and across regions."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from jaxmet.engine.axes.views import CASTS
+from jaxmet.engine.graph.analyse import Analysis
+from jaxmet.engine.graph.node import Edge
+from jaxmet.engine.nodes.activations import number_of
+from jaxmet.engine.nodes.cluster import SCALE, SHIFT, Cluster
+from jaxmet.engine.program.program import (
+    DATA,
+    Equation,
+    Region,
+    Value,
+    body_operands,
+    carried,
+)
+
+Affine = tuple[float, float] | None
+Origin = tuple[str | None, tuple[str, ...], Affine]
+SAME: Affine = (1.0, 0.0)
+NONE: frozenset[int] = frozenset()
+
+
+class _Scope(NamedTuple):
+    """A loop's carry whose origins are being looked up, and what was met without it."""
+
+    carry: Value
+    found: dict[Value, tuple[list[Origin], frozenset[int]]]
+
+
+class Origins:
+    """The named nodes that values may come from."""
+
+    def __init__(self, analysis: Analysis):
+        self.makers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
+        self.carry: dict[Value, list[Value]] = {}
+        for equation in analysis.region.walk():
+            inputs = equation.bodies[-1].inputs if equation.bodies else []
+            position = {v: i for i, v in enumerate(inputs)}
+            for inside, outside in carried(equation):
+                first = body_operands(equation)[-1][position[inside]]
+                self.carry[inside] = [v for v in (first, outside) if v.kind == DATA]
+        self.sole: dict[Value, str | None] = {}
+        for value in analysis.region.inputs:
+            self.meet(value, [None])
+        self.spread(analysis.region)
+        self.found: dict[Value, list[Origin]] = {}
+        self.scopes: list[_Scope] = []
+
+    def edges(self, cluster: Cluster) -> list[Edge]:
+        if cluster.kind == "input":
+            return []
+        data = [v for v in cluster.operands if v.kind == DATA]
+        if cluster.kind == "ragged":  # how many rows each matrix has is no input of it
+            data = [v for v in data if v.inexact]
+        return [
+            Edge(i, node, moves, affine)
+            for i, value in enumerate(data)
+            for node, moves, affine in self.of(value)
+        ]
+
+    def of(self, value: Value) -> list[Origin]:
+        """The nodes, each with the moves after it and what they do to a number."""
+        return self.look_up(value)[0]
+
+    def look_up(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
+        """Origins, and the open scopes without whose carry these are.
+
+        A carry that is met again on the way to its own origins adds none. What was found
+        meanwhile holds until that carry is done, so it is kept for that long.
+        """
+        chain: list[Equation] = []
+        while value not in self.makers:
+            equation = value.producer
+            if equation is None or equation.bodies:
+                if equation is None and value.source is not None:
+                    value = value.source
+                    continue
+                break
+            data = _numbers(equation, value)
+            if len(data) != 1:
+                break
+            chain.append(equation)
+            value = data[0]
+        found, without = self.at(value)
+        for equation in reversed(chain):
+            if equation.name not in CASTS:
+                found = [
+                    (node, (*moves, equation.name), _after(affine, equation))
+                    for node, moves, affine in found
+                ]
+        return found, without
+
+    def at(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
+        """The origins where more than one value may come together."""
+        if value in self.makers:
+            return [(self.makers[value].name, (), SAME)], NONE
+        equation = value.producer
+        if equation is not None and not equation.bodies and not _keeps(equation, value):
+            return [(self.sole.get(value), (equation.name,), None)], NONE
+        if equation is None and value not in self.carry:
+            return [(None, (), None)], NONE
+        if value in self.found:
+            return self.found[value], NONE
+        for depth, scope in enumerate(self.scopes):
+            if scope.carry is value:
+                return [], frozenset([depth])
+            if value in scope.found:
+                return scope.found[value]
+        if equation is None:
+            self.scopes.append(_Scope(value, {}))
+            parts = [self.look_up(v) for v in self.carry[value]]
+            self.scopes.pop()
+        elif not equation.bodies:
+            parts = [self.one_of(equation, v) for v in _numbers(equation, value)]
+        else:
+            i = equation.results.index(value)
+            parts = [self.look_up(b.outputs[i]) for b in _running(equation)]
+        found = _together(f for origins, _ in parts for f in origins)
+        without = NONE.union(*(w for _, w in parts)) - {len(self.scopes)}
+        if without:
+            self.scopes[max(without)].found[value] = found, without
+        else:
+            self.found[value] = found
+        return found, without
+
+    def one_of(
+        self, equation: Equation, value: Value
+    ) -> tuple[list[Origin], frozenset[int]]:
+        """The origins of one of several values that an equation chooses among."""
+        found, without = self.look_up(value)
+        return [(node, (*m, equation.name), None) for node, m, _ in found], without
+
+    # The one node that all that a value is computed from comes from
+
+    def spread(self, region: Region) -> bool:
+        """Give each value its sole node, None where there are several; whether any changed."""
+        changed = False
+        for equation in region.equations:
+            if equation.bodies:
+                changed |= self.spread_bodies(equation)
+                continue
+            nodes = [self.sole[v] for v in equation.data if v in self.sole]
+            for value in equation.results:
+                if value.kind == DATA:
+                    changed |= self.meet(value, nodes)
+        return changed
+
+    def spread_bodies(self, equation: Equation) -> bool:
+        changed, again = False, True
+        while again:
+            for body, outer in zip(
+                equation.bodies, body_operands(equation), strict=True
+            ):
+                for inside, outside in zip(body.inputs, outer, strict=True):
+                    if inside.kind != DATA:
+                        continue
+                    sources = [outside, *self.carry.get(inside, [])]
+                    nodes = [self.sole[v] for v in sources if v in self.sole]
+                    changed |= self.meet(inside, nodes)
+            again = [self.spread(body) for body in equation.bodies].count(True) > 0
+            changed |= again
+        for body in _running(equation):
+            for value, inside in zip(equation.results, body.outputs, strict=True):
+                if inside in self.sole and value.kind == DATA:
+                    changed |= self.meet(value, [self.sole[inside]])
+        return changed
+
+    def meet(self, value: Value, nodes: Sequence[str | None]) -> bool:
+        if value in self.makers:
+            nodes = [self.makers[value].name]
+        before = [self.sole[value]] if value in self.sole else []
+        every = {*before, *nodes}
+        if not every or every == {*before}:
+            return False
+        after = every.pop() if len(every) == 1 else None
+        if before == [after]:
+            return False
+        self.sole[value] = after
+        return True
+
+
+def _together(origins: Iterable[Origin]) -> list[Origin]:
+    """Each node once: ways through branches would double with every branch."""
+    found: dict[str | None, Origin] = {}
+    for node, moves, affine in origins:
+        if node in found and found[node] != (node, moves, affine):
+            _, others, other = found[node]
+            moves = tuple(dict.fromkeys((*others, *moves)))
+            affine = affine if affine == other else None
+        found[node] = node, moves, affine
+    return list(found.values())
+
+
+def _running(equation: Equation) -> tuple[Region, ...]:
+    """The bodies whose outputs are the results of a loop or branch."""
+    return equation.bodies[-1:] if equation.name == "while" else equation.bodies
+
+
+CHOOSES = {
+    "select_n": slice(1, None),
+    "gather": slice(0, 1),
+    "dynamic_slice": slice(0, 1),
+    "dynamic_update_slice": slice(0, 2),
+    "scatter": slice(0, None, 2),
+}
+"""Equations whose result holds numbers of these operands; the others say which."""
+
+
+def _keeps(equation: Equation, value: Value) -> bool:
+    return value.inexact and equation.name in (*CHOOSES, "sort")
+
+
+def _numbers(equation: Equation, value: Value) -> list[Value]:
+    """The operands from the data that the numbers of a result come from."""
+    if not _keeps(equation, value):
+        return equation.data
+    if equation.name == "sort":
+        return [equation.operands[equation.results.index(value)]]
+    chosen = equation.operands[CHOOSES[equation.name]]
+    return list(dict.fromkeys(v for v in chosen if v.kind == DATA)) or equation.data
+
+
+def _after(affine: Affine, equation: Equation) -> Affine:
+    """Scale and shift of a number once a move has seen it, None where it is unknown."""
+    if affine is None:
+        return None
+    scale, shift = affine
+    name, operands = equation.name, equation.operands
+    if name == "neg":
+        return -scale, -shift
+    if name not in (*SCALE, *SHIFT):
+        return affine
+    first = operands[0].kind == DATA
+    number = number_of(operands[1 if first else 0])
+    if number is None or (name == "div" and not (first and number)):
+        return None
+    if name == "mul":
+        return scale * number, shift * number
+    if name == "div":
+        return scale / number, shift / number
+    if name != "sub":
+        return scale, shift + number
+    return (scale, shift - number) if first else (-scale, number - shift)

@@ -1,0 +1,49 @@
+"""What padding holds instead of zero: a convolution of inputs that lost a constant."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmet.engine.graph.node import Node
+from jaxmet.tree.leaves import is_compressed
+
+
+def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The input offsets that compressed leaves state, by the convolution that pads."""
+    makers: dict[str, list[Node]] = {}
+    for node in nodes:
+        if node.weight is not None and node.weight.name is not None:
+            makers.setdefault(node.weight.name, []).append(node)
+    found = {}
+    for name, leaf in leaves.items():
+        if not is_compressed(leaf) or leaf.input_offset is None:
+            continue
+        mine = makers.get(name, [])
+        if len(mine) != 1 or mine[0].convolution is None:
+            raise ValueError(
+                f"jaxmet.lift: parameter {name!r} states what the padding before it holds, "
+                "but in this model it is not the kernel of one convolution. Run the model "
+                "that the tree was made for."
+            )
+        found[mine[0].name] = leaf.input_offset
+    return found
+
+
+def padded(params: dict[str, Any], x: Any, offset: Any) -> tuple[dict[str, Any], Any]:
+    """A convolution's equation without padding, and its input with the offset around it."""
+    spec = params["dimension_numbers"].lhs_spec
+    if any(d != 1 for d in params["lhs_dilation"]):
+        raise ValueError(
+            "jaxmet.lift: a convolution with a dilated input states what its padding "
+            "holds. Run the model that the tree was made for."
+        )
+    widths, here, channels = [(0, 0, 0)] * x.ndim, [1] * x.ndim, [1] * x.ndim
+    channels[spec[1]] = x.shape[spec[1]]
+    for axis, (low, high) in zip(spec[2:], params["padding"], strict=True):
+        widths[axis], here[axis] = (low, high, 0), x.shape[axis]
+    inside = lax.pad(jnp.ones(here, bool), jnp.zeros((), bool), widths)
+    around = lax.stop_gradient(jnp.reshape(offset, channels)).astype(x.dtype)
+    x = jnp.where(inside, lax.pad(x, jnp.zeros((), x.dtype), widths), around)
+    return {**params, "padding": tuple((0, 0) for _ in params["padding"])}, x

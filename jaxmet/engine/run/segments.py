@@ -1,0 +1,284 @@
+"""A program cut at named nodes: a list of pure functions that run it piece by piece."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxmet.engine.graph.analyse import Analysis, analyse
+from jaxmet.engine.graph.describe import describe
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.nodes.cluster import Cluster
+from jaxmet.engine.program import compat
+from jaxmet.engine.program.calls import make_call
+from jaxmet.engine.program.program import NOISE, Equation, Region, Value
+from jaxmet.engine.pruned.expand import call_of
+from jaxmet.engine.run.offset import offsets_of
+from jaxmet.engine.run.replay import (
+    Environment,
+    Hook,
+    Machine,
+    Statistics,
+    bounds_of,
+)
+from jaxmet.tree.leaves import dense
+from jaxmet.tree.names import named_leaves, suggestion
+
+Live = dict[str, Any]
+INLINED = (*compat.REMAT, *compat.CUSTOM)
+
+
+def segments(
+    graph: Graph,
+    params: Any,
+    *inputs: Any,
+    cuts: Sequence[str],
+    hook: Hook | None = None,
+    cpu_formulations: bool = True,
+    **kwargs: Any,
+) -> "Segments":
+    """The model as pure functions `(params, environment) -> environment`, cut behind nodes.
+
+    One piece ends with each node in `cuts` (in the order in which they run) and a last one
+    with the outputs. An environment is a dict of the live values that depend on the data;
+    what depends on parameters alone is computed again where it is needed. Pieces are
+    specialised on the shapes of `inputs`, which may be `jax.ShapeDtypeStruct`s. With a
+    `hook(node, run, operands) -> (result, statistics)` every node runs through it (its
+    statistics are dropped here). Run one after another the pieces give what `apply` gives,
+    to rounding.
+
+    Raises ValueError for an unknown cut, and for one inside a `scan`, `cond` or `while` body.
+
+    >>> pieces = jm.segments(graph, params, images, cuts=["stem", "block1"])
+    >>> environment = pieces.begin(images)
+    >>> for piece in pieces:
+    ...     environment = jax.jit(piece)(params, environment)
+    >>> logits = pieces.finish(environment)
+    """
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"jaxmet.segments: the graph is of type {type(graph).__name__}. Pass what "
+            "jm.trace returned first, then the parameters."
+        )
+    cuts = [cuts] if isinstance(cuts, str) else cuts
+    analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
+    nodes = describe(analysis)
+    _check_cuts(cuts, nodes)
+    return Segments(_Plan(analysis, nodes, set(cuts)), hook or _idle, cpu_formulations)
+
+
+def _idle(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, None]:
+    del node
+    return run(*operands), None
+
+
+def _check_cuts(cuts: Sequence[str], nodes: Mapping[Cluster, Node]) -> None:
+    by_name = {n.name: n for n in nodes.values()}
+    for cut in cuts:
+        if cut not in by_name:
+            raise ValueError(
+                f"jaxmet.segments: there is no node {cut!r} to cut behind. "
+                f"{suggestion(cut, by_name)}"
+            )
+        loops = by_name[cut].loops
+        if loops:
+            raise ValueError(
+                f"jaxmet.segments: {cut!r} runs inside a {loops[0]} body and cannot end a "
+                "segment. Cut before or behind the whole loop."
+            )
+
+
+class _Plan:
+    """Steps in order, values by key, and what is live between the pieces."""
+
+    def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node], cuts: set[str]):
+        self.analysis, self.nodes = analysis, nodes
+        self.alias: dict[Value, Value] = {}
+        self.steps: list[Equation | Cluster] = []
+        self.steps += [c for c in nodes if c.kind == "input"]
+        self.lay_out(analysis.region)
+        self.steps += [c for c in nodes if c.kind == "output"]
+        self.outputs = [self.base(v) for v in analysis.region.outputs]
+        self.ends = self.find_ends(cuts)
+        self.keys = {}
+        for i, step in enumerate(self.steps):
+            for value in self.made(step):
+                self.keys.setdefault(value, f"value {i}.{len(self.keys)}")
+        for cluster, node in nodes.items():
+            if cluster.equations:
+                self.keys[cluster.exit] = node.name
+        for name, value in analysis.leaves.items():
+            self.keys[value] = f"parameter {name}"
+        self.input_keys = [f"input {i}" for i in range(len(analysis.inputs))]
+        for key, value in zip(self.input_keys, analysis.inputs, strict=True):
+            self.keys[value] = key
+
+    def lay_out(self, region: Region) -> None:
+        for equation in region.equations:
+            if equation.name in INLINED and equation.bodies:
+                body = equation.bodies[0]
+                self.alias.update(zip(body.inputs, equation.operands, strict=True))
+                self.lay_out(body)
+                self.alias.update(zip(equation.results, body.outputs, strict=True))
+            elif equation.node not in self.nodes:
+                self.steps.append(equation)
+            elif equation.node.exit in equation.results:
+                self.steps.append(equation.node)
+
+    def base(self, value: Value) -> Value:
+        while value in self.alias:
+            value = self.alias[value]
+        return value
+
+    def made(self, step: Equation | Cluster) -> list[Value]:
+        if isinstance(step, Equation):
+            return step.results
+        return [step.exit] if step.equations else []
+
+    def read(self, step: Equation | Cluster) -> list[Value]:
+        return [self.base(v) for v in step.operands if v.constant is None]
+
+    def moves(self, step: Equation | Cluster) -> bool:
+        """Whether a step depends on the data (or on noise), so that it runs once."""
+        values = self.made(step) or self.read(step)
+        return any(v.kind >= NOISE for v in values)
+
+    def find_ends(self, cuts: set[str]) -> list[int]:
+        ends = [
+            i + 1
+            for i, step in enumerate(self.steps)
+            if isinstance(step, Cluster) and self.nodes[step].name in cuts
+        ]
+        return [*ends, len(self.steps)]
+
+    def pieces(self) -> list[tuple[str | None, list[Equation | Cluster], list[Value]]]:
+        """For each piece its last node, its steps and what is live after it."""
+        found, start = [], 0
+        for end in self.ends:
+            moving = [s for s in self.steps[start:end] if self.moves(s)]
+            last = self.steps[end - 1]
+            name = self.nodes[last].name if isinstance(last, Cluster) else None
+            name = name if end != len(self.steps) else None
+            found.append((name, self.with_parameters(moving, end), self.live(end)))
+            start = end
+        return found
+
+    def with_parameters(self, moving: list, end: int) -> list:
+        """The moving steps of a piece and the parameter steps that they need."""
+        needed = {v for s in moving for v in self.read(s)}
+        needed |= set(self.outputs) if end == len(self.steps) else set()
+        kept = []
+        for step in reversed(self.steps[:end]):
+            if not self.moves(step) and any(v in needed for v in self.made(step)):
+                needed.update(self.read(step))
+                kept.append(step)
+        order = {id(s): i for i, s in enumerate(self.steps)}
+        return sorted([*kept, *moving], key=lambda s: order[id(s)])
+
+    def live(self, end: int) -> list[Value]:
+        """Values of the data that are made before `end` and needed after it."""
+        if end == len(self.steps):  # the outputs, also those of parameters alone
+            return [v for v in dict.fromkeys(self.outputs) if v.constant is None]
+        made = {v for s in self.steps[:end] for v in self.made(s)}
+        made |= set(self.analysis.inputs)
+        later = {v for s in self.steps[end:] for v in self.read(s)}
+        later |= set(self.outputs)
+        return [v for v in self.keys if v in made and v in later and v.kind >= NOISE]
+
+
+class Segments(Sequence):
+    """The pieces in order, with how to begin and how to read the outputs."""
+
+    def __init__(self, plan: _Plan, hook: Hook, cpu_formulations: bool):
+        self._plan = plan
+        self._pieces = [
+            Segment(plan, hook, cpu_formulations, name, tuple(steps), tuple(live))
+            for name, steps, live in plan.pieces()
+        ]
+
+    def __getitem__(self, i):
+        return self._pieces[i]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator["Segment"]:
+        return iter(self._pieces)
+
+    def begin(self, *inputs: Any, **kwargs: Any) -> Live:
+        """The first environment: the model's inputs."""
+        call = make_call(self._plan.analysis.call.apply, {}, inputs, kwargs)
+        if len(call.inputs) != len(self._plan.input_keys):
+            raise ValueError(
+                f"jaxmet.Segments.begin: got {len(call.inputs)} arrays, the pieces were made "
+                f"for {len(self._plan.input_keys)}. Pass inputs like those given to segments."
+            )
+        return dict(zip(self._plan.input_keys, call.inputs, strict=True))
+
+    def finish(self, environment: Live) -> Any:
+        """The model's outputs, from the last environment."""
+        plan = self._plan
+        values = [
+            v.constant if v.constant is not None else environment[plan.keys[v]]
+            for v in plan.outputs
+        ]
+        return jax.tree.structure(plan.analysis.output_shape).unflatten(values)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """One piece; `name` is the node that it ends with, None for the last piece."""
+
+    plan: _Plan = dataclasses.field(repr=False)
+    hook: Hook = dataclasses.field(repr=False)
+    cpu_formulations: bool
+    name: str | None
+    steps: tuple = dataclasses.field(repr=False)
+    live: tuple = dataclasses.field(repr=False)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that this piece runs."""
+        return tuple(
+            self.plan.nodes[s].name for s in self.steps if isinstance(s, Cluster)
+        )
+
+    def __call__(self, params: Any, environment: Live) -> Live:
+        return self.run(params, environment)[0]
+
+    def run(self, params: Any, environment: Live) -> tuple[Live, Statistics]:
+        """The next environment, and what the hook returned besides."""
+        plan = self.plan
+        leaves = named_leaves(params)
+        bounds = bounds_of(plan.nodes.values(), leaves)
+        offsets = offsets_of(plan.nodes.values(), leaves)
+        machine = Machine(
+            plan.nodes, self.hook, bounds, self.cpu_formulations, offsets=offsets
+        )
+        values: Environment = _Aliased(plan)
+        for name, value in plan.analysis.leaves.items():
+            values[value] = dense(leaves[name])
+        back = {key: value for value, key in plan.keys.items()}
+        values.update({back[key]: array for key, array in environment.items()})
+        for step in self.steps:
+            if isinstance(step, Cluster):
+                machine.visit(step, values)
+            else:
+                machine.step(step, values)
+        return {plan.keys[v]: values[v] for v in self.live}, machine.statistics
+
+
+class _Aliased(dict):
+    """An environment that knows the two names of a value inside an inlined body."""
+
+    def __init__(self, plan: _Plan, content: Mapping | None = None):
+        super().__init__(content or {})
+        self.plan = plan
+
+    def __contains__(self, value: object) -> bool:
+        return super().__contains__(self.plan.base(value))  # type: ignore[arg-type]
+
+    def __getitem__(self, value: Value) -> Any:
+        return super().__getitem__(self.plan.base(value))

@@ -1,0 +1,161 @@
+"""Statistics of nodes over many batches: one compiled step, merged as it goes."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from tqdm.auto import tqdm
+
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.run.replay import Hook, evaluate
+from jaxmet.tree.batches import Batches, BatchInfo, Stacked, inputs_from, inputs_of
+
+Merge = Callable[[Any, Any], Any]
+Observer = Callable[[Hook], Callable]
+
+
+def collect(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    hook: Hook,
+    merge: Merge,
+    *,
+    caller: str,
+    progress: bool = True,
+    observer: Observer | None = None,
+    lost: dict[str, str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Merge what a hook observes over all batches: `{node name: statistics}`.
+
+    `merge(one, two)` is associative and takes the whole dict. Stacked data runs through
+    `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
+    batch compiles once more. `observer(hook)(params, *batch)` is what is merged, by default the
+    hook's statistics. A hook sees the number of its batch and, with a mask, where values
+    count; `lost` is told of nodes where that is not known, and why. Raises ValueError where
+    a batch runs other nodes than those that the graph was traced with.
+    """
+    seen: dict[str, None] = {}
+    unknown = {} if lost is None else lost
+
+    def watching(node, run, operands):
+        seen[node.name] = None
+        if run.lost is not None:
+            unknown[node.name] = run.lost
+        return hook(node, run, operands)
+
+    of_one = statistics_of(graph) if observer is None else observer
+    of_batch = of_one(watching)
+
+    def observe(params: Any, *batch: Any) -> Any:
+        return of_batch(params, *batch, **kwargs)
+
+    def chunk(params: Any, batch: Any) -> Any:
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            return observe(params, *jax.tree.map(lambda x: x[0], batch))
+        every = lax.map(lambda one: observe(params, *one), batch)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        total = jax.tree.map(lambda x: x[0], every)
+        for i in range(1, size):
+            total = merge(total, jax.tree.map(lambda x, i=i: x[i], every))
+        return total
+
+    step, merged = jax.jit(chunk), jax.jit(merge)
+    total = None
+    with tqdm(total=batches.length, desc=caller, disable=not progress) as bar:
+        for part, count in _chunks(batches):
+            seen.clear()
+            with accepting(part, caller):
+                found = step(params, part)
+            if seen:  # traced for this shape
+                _check_nodes(graph, seen, caller)
+            total = found if total is None else merged(total, found)
+            bar.update(count)
+    return total
+
+
+def statistics_of(graph: Graph) -> Observer:
+    """What a hook observes while the model runs on a batch."""
+
+    def observer(hook: Hook) -> Callable:
+        run = evaluate(graph.apply, hook)
+        return lambda params, *batch, **kwargs: run(params, *batch, **kwargs)[1]
+
+    return observer
+
+
+def _chunks(batches: Batches) -> Any:
+    """Batches with a leading axis of how many they are, and the number of each."""
+    first = 0
+    for part, size in _unnumbered(batches):
+        inputs, info = inputs_of(part)
+        number = np.arange(first, first + size, dtype=np.int32)
+        yield (*inputs, BatchInfo(info.mask, number)), size
+        first += size
+
+
+def _unnumbered(batches: Batches) -> Any:
+    source = batches.source
+    if isinstance(source, Stacked) and source.full is not None:
+        number = jax.tree.leaves(source.full)[0].shape[0]
+        size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
+        for i in range(0, number, size):
+            part = jax.tree.map(lambda x, i=i: x[i : i + size], source.full)
+            if batches.masked:  # a mask is a function of one batch
+                every = [
+                    batches.arguments(jax.tree.map(lambda x, k=k: x[k], part))
+                    for k in range(size)
+                ]
+                yield jax.tree.map(_stacked, *every), size
+            else:
+                yield tuple(batches.arguments(part)), size
+        rest = [] if source.rest is None else [batches.arguments(source.rest)]
+    else:
+        rest = batches
+    for batch in rest:
+        yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
+
+
+def _stacked(*arrays: Any) -> Any:
+    on_host = all(isinstance(x, np.ndarray) for x in arrays)
+    return np.stack(arrays) if on_host else jnp.stack(arrays)
+
+
+@contextlib.contextmanager
+def accepting(batch: tuple, caller: str, cure: str | None = None) -> Iterator[None]:
+    """While the model is traced for a batch, say of its errors that the batch is refused."""
+    try:
+        yield
+    except Exception as error:
+        of_flax = type(error).__module__.startswith("flax.")
+        known = of_flax or isinstance(error, TypeError | ValueError | AttributeError)
+        if not known or str(error).startswith("jaxmet."):
+            raise
+        given = inputs_of(batch)[0]
+        if any(0 in x.shape for x in jax.tree.leaves(given)):
+            raise ValueError(
+                f"jaxmet.{caller}: a batch has no examples in it. Leave it out."
+            ) from error
+        said = str(error).split("\n")[0].rstrip(".")
+        cure = inputs_from(given) if cure is None else cure
+        number = len(given)
+        inputs = "1 input" if number == 1 else f"{number} inputs"
+        raise ValueError(
+            f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {cure}"
+        ) from error
+
+
+def _check_nodes(graph: Graph, seen: dict[str, None], caller: str) -> None:
+    known = {n.name for n in graph.nodes}
+    other = sorted(known ^ set(seen))
+    if other:
+        raise ValueError(
+            f"jaxmet.{caller}: the batches run another program than the traced one: "
+            f"{other[0]!r} is in only one of them. Trace again with inputs like the "
+            "batches (another batch or image size is fine)."
+        )

@@ -1,0 +1,207 @@
+"""What can be folded into what: each norm, and the products that take its gain."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxmet.engine.graph.channels import Layout, Member, layout_size
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.layers.stored import roles_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A parameter and the axes of it that a norm's channels run along.
+
+    With `groups`, the axis holds the inputs of one group; see `channels.Member`.
+    """
+
+    parameter: str
+    axes: tuple[int, ...]
+    groups: int = 1
+    out_axis: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What happens to one norm: which products take its gain, or why none does."""
+
+    node: Node
+    side: str = ""
+    products: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
+    sizes: tuple[int, ...] = ()
+    why: str | None = None
+
+    @property
+    def norm(self) -> Norm:
+        assert self.node.norm is not None
+        return self.node.norm
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Those of the norm, and those that take its gain."""
+        norm = self.norm
+        count = () if norm.debias is None else (norm.debias.count,)
+        places = (p.parameter for p in self.places)
+        return (*roles_of(norm).values(), *count, *places)
+
+
+def plan_of(graph: Graph, node: Node) -> Plan:
+    channels = _channels(graph, node)
+    why = _unfit(node, channels)
+    if why is not None or channels is None:
+        return Plan(node, why=why)
+    plan = before = _before(graph, node, channels)
+    if before.why is not None:
+        plan = _behind(graph, node, channels)
+    if plan.why is not None:
+        return Plan(node, why=f"{before.why}; {plan.why}")
+    outside = [n for n in (node.name, *plan.products) if n not in graph.selected]
+    why = f"{listed(outside)} not selected" if outside else None
+    sizes = tuple(map(layout_size, channels))
+    return dataclasses.replace(plan, sizes=sizes, why=why)
+
+
+def _channels(graph: Graph, node: Node) -> tuple[Layout, ...] | None:
+    """What the axes of a norm's parameters are, None if they are not all the same."""
+    assert node.norm is not None
+    found = {
+        tuple(m.layout for m in _members(graph, node, parameter))
+        for parameter in roles_of(node.norm).values()
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _members(graph: Graph, node: Node, parameter: str, role: str = "") -> list[Member]:
+    found = [
+        m
+        for m in graph.members
+        if m.node == node.name and m.parameter == parameter and role in ("", m.role)
+    ]
+    return sorted(found, key=lambda m: m.axis)
+
+
+def _unfit(node: Node, channels: tuple[Layout, ...] | None) -> str | None:
+    """Why a norm cannot be folded into anything."""
+    norm = node.norm
+    assert norm is not None
+    if norm.over != "stored":
+        return {
+            "data": "a norm over the data",
+            "batch": "its statistics come from the batch",
+            "constant": "its statistics are constants",
+        }[norm.over]
+    if not norm.plain:
+        return "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
+    if inside := node.loops:
+        return f"inside a {inside[-1]}"
+    if node.shared:
+        return f"{node.shared[0]!r} is used elsewhere too"
+    if channels is None:
+        return "its parameters lie along different axes"
+    return None
+
+
+def _before(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
+    edge, norm = node.inputs[0], node.norm
+    product = graph[edge.node] if edge.node else None
+    if product is None or product.kind != "product" or norm is None:
+        return Plan(node, why="no product before it")
+    name = product.name
+    if edge.moves:
+        return Plan(node, why=f"{listed(edge.moves)} between {name!r} and it")
+    if product.only_readers != (node.name,):
+        return Plan(node, why=f"it is not alone in reading {name!r}")
+    if why := _stiff(product):
+        return Plan(node, why=why)
+    if norm.scale is None and norm.epsilon >= 1:
+        return Plan(node, why="no scale, and an epsilon of 1 or more")
+    places = [_place(graph, product, channels, product.kernel, "out")]
+    if product.bias is not None:
+        places.append(_place(graph, product, channels, product.bias, "shift"))
+    known = tuple(p for p in places if p is not None)
+    if len(known) < len(places) or not set(node.features) <= set(product.features):
+        return Plan(node, why=f"its channels are not those that {name!r} makes")
+    return Plan(node, "before", (name,), known)
+
+
+def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
+    norm, places = node.norm, []
+    assert norm is not None
+    if not node.only_readers:
+        return Plan(node, why="more than the nodes behind it reads it")
+    for name in node.only_readers:
+        product = graph[name]
+        if product.kind != "product":
+            return Plan(node, why=f"{name!r} behind it is no product")
+        if why := _stiff(product):
+            return Plan(node, why=why)
+        place = _place(graph, product, channels, product.kernel, "in")
+        if place is None or not set(node.features) <= set(product.in_features):
+            return Plan(node, why=f"its channels are not those that {name!r} reads")
+        places.append(place)
+    if norm.scale is None or norm.bias is None:
+        missing = "scale" if norm.scale is None else "bias"
+        return Plan(node, why=f"it has no {missing} to take the gain from")
+    return Plan(node, "behind", node.only_readers, tuple(places))
+
+
+def _stiff(product: Node) -> str | None:
+    """Why a product cannot take a gain."""
+    name, weight = product.name, product.weight
+    if weight is None or weight.name is None:
+        return f"the weight of {name!r} is computed from parameters"
+    if weight.stacked:
+        return f"the weight of {name!r} is stacked"
+    if inside := product.loops:
+        return f"{name!r} runs inside a {inside[-1]}"
+    if product.shared:
+        return f"{product.shared[0]!r} is used elsewhere too"
+    if product.derived_bias:
+        return f"the bias of {name!r} is computed from parameters"
+    return None
+
+
+def _place(
+    graph: Graph,
+    product: Node,
+    channels: tuple[Layout, ...],
+    parameter: str,
+    role: str,
+) -> Place | None:
+    """Where the channels of a norm lie in a parameter, None if they do not."""
+    members = _members(graph, product, parameter, role)
+    if any(m.groups != 1 for m in members):
+        (only,) = members
+        place = Place(parameter, (only.axis,), only.groups, only.out_axis)
+        return place if channels == (only.layout,) else None
+    hits = [[m.axis for m in members if m.layout == layout] for layout in channels]
+    if any(len(axes) != 1 for axes in hits):
+        return None
+    return Place(parameter, tuple(axis for (axis,) in hits))
+
+
+def spread(factor: jax.Array, place: Place, shape: tuple[int, ...]) -> jax.Array:
+    """A factor for each channel, with the rank of the parameter that it multiplies."""
+    sizes = [1] * len(shape)
+    if place.groups == 1:
+        for axis, n in zip(place.axes, factor.shape, strict=True):
+            sizes[axis] = n
+        order = sorted(range(factor.ndim), key=lambda i: place.axes[i])
+        return jnp.transpose(factor, order).reshape(sizes)
+    # The outputs of a group follow each other and read the same inputs.
+    (axis,), outputs = place.axes, shape[place.out_axis]
+    each = jnp.repeat(factor.reshape(place.groups, -1), outputs // place.groups, axis=0)
+    sizes[place.out_axis] = outputs
+    if axis < 0:
+        return each.reshape(sizes)
+    sizes[axis] = each.shape[1]
+    return (each if place.out_axis < axis else each.T).reshape(sizes)
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

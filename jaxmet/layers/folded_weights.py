@@ -1,0 +1,76 @@
+r"""Weights as a fold would leave them: the gains that norms put into them, and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.fold_plans import plan_of, spread
+from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
+from jaxmet.numerics.norm import SMALLEST, norm_gain
+from jaxmet.tree.leaves import dense, with_weight
+
+
+def gains_of(
+    graph: Graph, leaves: Mapping[str, Any], caller: str
+) -> dict[str, jax.Array]:
+    r"""By parameter, the gain $\gamma/\sqrt{\sigma^2+\varepsilon}$ that folding would put into it.
+
+    No gradient goes through $\sigma^2$, which is data of a norm in training.
+    """
+    found: dict[str, jax.Array] = {}
+    for node in graph.nodes:
+        if node.kind != "norm" or node.norm is None:
+            continue
+        plan = plan_of(graph, node)
+        check_stored(node, leaves, caller, where=" of fold=")
+        if plan.why is not None:
+            continue
+        roles = {role: leaves[name] for role, name in roles_of(node.norm).items()}
+        scale = roles.get("scale")
+        variance = lax.stop_gradient(jnp.asarray(dense(roles["variance"])))
+        scale = None if scale is None else jnp.asarray(dense(scale))
+        weight = statistics_weight(node.norm, leaves, variance.dtype)
+        variance = variance * weight
+        gain = norm_gain(variance, scale, node.norm.epsilon).reshape(plan.sizes)
+        for place in plan.places:
+            kernel = dense(leaves[place.parameter])
+            factor = spread(gain, place, kernel.shape)
+            found[place.parameter] = found.get(place.parameter, 1.0) * factor
+        if plan.side == "before" and node.norm.mean is not None:
+            # It follows its tensor, and an int32 bias is a sum with it.
+            found[node.norm.mean] = gain.reshape(leaves[node.norm.mean].shape)
+    return found
+
+
+def folded_and_back(
+    graph: Graph,
+    leaves: Mapping[str, Any],
+    quantize: Callable[[Mapping[str, Any]], dict[str, Any]],
+    caller: str,
+) -> dict[str, Any]:
+    r"""Leaves as `quantize` would leave them folded: $Q(W g)/g$, where $g$ is no zero."""
+    gains = gains_of(graph, leaves, caller)
+    wide = dict(leaves)
+    for name, gain in gains.items():
+        wide[name] = _times(leaves[name], gain)
+    rounded = quantize(wide)
+    for name, gain in gains.items():
+        faint = jnp.abs(gain) < SMALLEST
+        back = _times(rounded[name], 1.0 / jnp.where(faint, 1.0, gain))
+        rounded[name] = _where(faint, leaves[name], back)
+    return rounded
+
+
+def _times(leaf: Any, factor: jax.Array) -> Any:
+    array = jnp.asarray(dense(leaf))
+    return with_weight(leaf, (array.astype(factor.dtype) * factor).astype(array.dtype))
+
+
+def _where(faint: jax.Array, leaf: Any, other: Any) -> Any:
+    kept = jnp.asarray(dense(leaf))
+    shape = jnp.broadcast_to(faint, kept.shape)
+    return with_weight(other, jnp.where(shape, kept, dense(other)))

@@ -1,0 +1,105 @@
+"""Products of what sites read, over all data, in one pass."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import Run
+from jaxmet.layers.collect import collect
+from jaxmet.layers.rows import counted_rows
+from jaxmet.numerics.precision import wide
+from jaxmet.tree.batches import Batches
+
+ROWS = 65_536
+"""How many rows of a site's inputs are looked at in a batch, by default."""
+
+
+class Gram(NamedTuple):
+    """Sums over rows x of a site's inputs: how many, of them and of their products xᵀx."""
+
+    number: jax.Array
+    sums: jax.Array  # (groups, ins)
+    products: jax.Array  # (groups, ins, ins)
+
+    @property
+    def mean(self) -> jax.Array:
+        """E xᵀx."""
+        return self.products / jnp.maximum(self.number, 1.0)
+
+    @property
+    def center(self) -> jax.Array:
+        """E x."""
+        return self.sums / jnp.maximum(self.number, 1.0)
+
+
+def grams(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    sites: Collection[str],
+    *,
+    caller: str,
+    key: jax.Array,
+    rows: int = ROWS,
+    progress: bool = True,
+    lost: dict[str, str] | None = None,
+) -> dict[str, Gram]:
+    """The Gram matrix of the inputs of each of these sites, (groups, ins, ins).
+
+    `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
+    from all positions of each example that count: by a key of its own for each batch, node
+    and round of a loop. `lost` is told of sites of which it is not known which rows count.
+    """
+    wanted = set(sites)
+    numbers = {name: i for i, name in enumerate(n.name for n in graph.nodes)}
+
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = run(*operands)
+        if node.name not in wanted or node.weight is None:
+            return result, None
+        x, kernel = operands[0], operands[node.weight.operand]
+        most = max(1, rows // max(1, x.shape[0]))
+        own = key
+        for part in (run.batch, numbers[node.name], *run.iteration):
+            own = jax.random.fold_in(own, part)
+        where = run.reads[0] if run.reads else None
+        found, counts = counted_rows(
+            node, x, kernel.shape, where=where, most=most, key=own
+        )
+        found = found.astype(wide(found.dtype))
+        products = jnp.einsum("gri,grj->gij", found, found, precision="highest")
+        number = jnp.asarray(found.shape[1], found.dtype)
+        if counts is not None:
+            number = jnp.sum(counts).astype(found.dtype)
+        return result, Gram(number, jnp.sum(found, axis=1), products)
+
+    if not wanted:
+        return {}
+    merge = lambda a, b: jax.tree.map(jnp.add, a, b)
+    found = collect(
+        graph,
+        params,
+        batches,
+        hook,
+        merge,
+        caller=caller,
+        progress=progress,
+        lost=lost,
+    )
+    for name, gram in found.items():
+        if not np.all(np.isfinite(gram.center)):
+            raise ValueError(
+                f"jaxmet.{caller}: what {name!r} reads holds NaN or infinity in some batch. "
+                "Look at the batches, and at the model's outputs for them."
+            )
+    return found
+
+
+def unmasked(why: str | None) -> str | None:
+    """What a report says of a site of which it is not known which rows count."""
+    return None if why is None else f"all rows count, padded ones too: {why} moves them"

@@ -1,0 +1,288 @@
+"""Ranges of activations over data: observed batch by batch, then chosen for each grid."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.backend.cpu import computed_once
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
+from jaxmet.engine.run.replay import Counted, Hook, Run
+from jaxmet.layers.collect import Observer, collect, statistics_of
+from jaxmet.layers.placement import Placement
+from jaxmet.numerics.calibrators import best_range, values_of
+from jaxmet.numerics.grid import grid_ends
+from jaxmet.numerics.histogram import (
+    Histogram,
+    Tally,
+    histograms,
+    merge,
+    merge_all,
+    tally,
+)
+from jaxmet.tree.batches import Batches
+from jaxmet.tree.config import Settings
+
+Range = tuple[Any, Any]
+
+
+class Extremes(NamedTuple):
+    """The ends of all values: all that 'minmax' needs to know."""
+
+    low: Any
+    high: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What was seen at nodes, a row a node and layer: few arrays for a whole model.
+
+    Where a branch was not taken the ends are +∞ and −∞. `layout` says which nodes these
+    are, and the leading axes that loops gave to each.
+    """
+
+    value: Extremes | Histogram
+    layout: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(
+        metadata={"static": True}
+    )
+
+    def by_node(self) -> dict[str, Extremes | Histogram]:
+        """The rows of each node, on the host."""
+        value, start, found = jax.device_get(self.value), 0, {}
+        for name, shape in self.layout:
+            stop = start + math.prod(shape)
+            found[name] = jax.tree.map(
+                lambda v, a=start, b=stop, n=shape: v[a:b].reshape((*n, *v.shape[1:])),
+                value,
+            )
+            start = stop
+        return found
+
+
+def observed_ranges(
+    graph: Graph,
+    params: Any,
+    batches: Batches,
+    placement: Placement,
+    *,
+    samples: int | None,
+    progress: bool,
+    lost: dict[str, str],
+    **kwargs: Any,
+) -> dict[str, Range]:
+    """A finite range for each node that owns a grid: a pair a layer in a loop over layers.
+
+    A node whose branch was never taken, or none of whose values counts, has none. `lost` is
+    told of nodes of which it is not known which values count.
+    """
+    by_node = dict(placement.activations)
+    for name, owner in placement.shared.items():
+        by_node[name] = placement.activations[owner]
+    seen = collect(
+        graph,
+        params,
+        batches,
+        _observed(by_node, samples),
+        _merge,
+        caller="calibrate",
+        progress=progress,
+        observer=_counting(graph),
+        lost=lost,
+        **kwargs,
+    )
+    return _chosen(_settle(graph, seen, placement), placement.activations)
+
+
+def check_samples(samples: Any) -> None:
+    """Refuse a number of samples that is none."""
+    whole = isinstance(samples, int) and not isinstance(samples, bool)
+    if samples is not None and not (whole and samples > 0):
+        raise ValueError(
+            f"jaxmet.calibrate: samples is {samples!r}. Give how many values of a node and "
+            "batch a histogram counts, or None for all of them."
+        )
+
+
+def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result = run(*operands)
+        settings = by_node.get(node.name)
+        if settings is None:
+            return result, None
+        result = computed_once(result)
+        wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
+        values = result.astype(wide)
+        if settings.calibrator == "minmax":
+            return result, extremes(values, run.counts)
+        # Another batch is looked at in other positions.
+        number = 0 if run.batch is None else run.batch
+        return result, tally(values, samples, where=run.counts, number=number)
+
+    return hook
+
+
+def extremes(values: jax.Array, where: Any = None, axis: Any = None) -> Extremes:
+    """The smallest and the largest value that counts: +∞ and −∞ where none does."""
+    if where is None:
+        return Extremes(jnp.min(values, axis), jnp.max(values, axis))
+    low = jnp.min(values, axis, where=where, initial=jnp.inf)
+    return Extremes(low, jnp.max(values, axis, where=where, initial=-jnp.inf))
+
+
+def _counting(graph: Graph) -> Observer:
+    """What a batch shows, in rows; in few arrays for all nodes."""
+
+    def observer(hook: Hook) -> Callable:
+        run = statistics_of(graph)(hook)
+
+        def counted(params: Any, *batch: Any, **kwargs: Any) -> dict[str, Rows]:
+            seen = {
+                name: _uncounted(v) for name, v in run(params, *batch, **kwargs).items()
+            }
+            kinds: dict[Any, dict[str, Any]] = {}
+            for name, value in seen.items():
+                kinds.setdefault((type(value), value.low.dtype), {})[name] = value
+            return {
+                f"{kind.__name__} {dtype}": Rows(
+                    _in_rows(kind, [*found.values()]),
+                    tuple((name, v.low.shape) for name, v in found.items()),
+                )
+                for (kind, dtype), found in kinds.items()
+            }
+
+        return counted
+
+    return observer
+
+
+def _in_rows(kind: type, values: list[Any]) -> Extremes | Histogram:
+    if kind is Tally:
+        return histograms(values)
+    flat = [_flat(v) for v in values]
+    return jax.tree.map(lambda *v: jnp.concatenate(v), *flat)
+
+
+def _flat(value: Any) -> Any:
+    """One leading axis for all that loops gave."""
+    ndim = np.ndim(value.low)
+    return jax.tree.map(lambda v: jnp.reshape(v, (-1, *v.shape[ndim:])), value)
+
+
+def _uncounted(found: Any) -> Any:
+    """What a branch saw; nothing, where it was not taken."""
+    if not isinstance(found, Counted):
+        return found
+    value, taken = _uncounted(found.value), found.count > 0
+    taken = taken.reshape(taken.shape + (1,) * (value.low.ndim - taken.ndim))
+    low, high = (
+        jnp.where(taken, end, jnp.full_like(end, nothing))
+        for end, nothing in ((value.low, jnp.inf), (value.high, -jnp.inf))
+    )
+    return value._replace(low=low, high=high)
+
+
+def _merge(one: dict[str, Rows], two: dict[str, Rows]) -> dict[str, Rows]:
+    def join(a: Any, b: Any) -> Any:
+        if isinstance(a, Histogram):
+            return merge(a, b)
+        return Extremes(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
+
+    return {k: Rows(join(one[k].value, two[k].value), one[k].layout) for k in one}
+
+
+# Settling
+
+
+def _settle(
+    graph: Graph, seen: dict[str, Rows], placement: Placement
+) -> dict[str, Extremes | Histogram]:
+    """Finite values for each owner of a grid, of all nodes that share it."""
+    every = {n: v for rows in seen.values() for n, v in rows.by_node().items()}
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.name not in every:
+            continue
+        value = every[node.name]
+        taken = ~np.asarray(value.low > value.high)  # NaN is no less a value
+        if not taken.any():
+            continue
+        if not all(
+            np.isfinite(end[taken]).all() for end in map(np.asarray, value[-2:])
+        ):
+            raise ValueError(
+                f"jaxmet.calibrate: the values of {node.name!r} hold NaN or infinity. "
+                "Either a batch holds them, or the model overflows there, as float16 "
+                "does: clean the data, or calibrate in bfloat16 or float32."
+            )
+        ends = {
+            "low": np.where(taken, value.low, 0),
+            "high": np.where(taken, value.high, 0),
+        }
+        value = value._replace(**ends)
+        found[node.name] = value if node.layers else _as_one([value])
+    sharing: dict[str, list[Any]] = {}
+    for name, owner in placement.shared.items():
+        values = sharing.setdefault(owner, [found[owner]] if owner in found else [])
+        values += [found[name]] if name in found else []
+    return found | {owner: _as_one(v) for owner, v in sharing.items() if v}
+
+
+def _as_one(values: list[Any]) -> Any:
+    """What several saw, and each in a loop, as if one had."""
+    if isinstance(values[0], Histogram):
+        flat = [_flat(v) for v in values]
+        return merge_all(jax.tree.map(lambda *v: jnp.concatenate(v), *flat))
+    lows, highs = ([np.min(v[0]) for v in values], [np.max(v[1]) for v in values])
+    return Extremes(np.min(lows), np.max(highs))
+
+
+# Choosing
+
+
+def _chosen(
+    found: Mapping[str, Extremes | Histogram], activations: Mapping[str, Settings]
+) -> dict[str, Range]:
+    """The range of each grid: what was seen, or what its calibrator makes of it."""
+    ranges: dict[str, Range] = {}
+    searched: dict[Any, list[str]] = {}
+    for name, settings in activations.items():
+        value = found.get(name)
+        if isinstance(value, Histogram):
+            kind = settings.calibrator, settings.symmetric, value.counts.dtype
+            searched.setdefault(kind, []).append(name)
+        elif value is not None:
+            ranges[name] = value.low, value.high
+    for (method, symmetric, _), names in searched.items():
+        # All grids of a kind side by side, layers too: one program.
+        layers = [np.size(found[n].low) for n in names]
+        flat = [_flat(found[n]) for n in names]
+        values = values_of(jax.tree.map(lambda *v: jnp.concatenate(v), *flat))
+        given = np.repeat(
+            [_given(activations[n], found[n]) for n in names], layers, axis=0
+        )
+        given = (jnp.asarray(v, values.left.dtype) for v in given.T)
+        chosen = best_range(values, *given, method=method, symmetric=symmetric)
+        cuts = np.cumsum(layers)[:-1]
+        parts = zip(*(np.split(np.asarray(v), cuts) for v in chosen), strict=True)
+        for name, ends in zip(names, parts, strict=True):
+            low, high = (end.reshape(np.shape(found[name].low)) for end in ends)
+            ranges[name] = low, high
+    return ranges
+
+
+def _given(settings: Settings, value: Any) -> tuple[float, float, float]:
+    """The ends of the grid that a range is for, and the share that may lie outside."""
+    signed = is_signed(settings, value.low)
+    low, high = grid_ends(settings.bits, signed=settings.symmetric and signed)
+    return float(low), float(high), 1 - settings.percentile / 100
+
+
+def is_signed(settings: Settings, low: Any) -> bool:
+    """Whether the grid of an activation has negative integers or a zero point."""
+    return not settings.symmetric or bool(np.min(low) < 0)

@@ -1,0 +1,58 @@
+"""What a user asks of each site: one ratio for all, or one by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmet.engine.graph.graph import Graph
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.names import suggestion
+
+
+def asked_for(
+    ratios: Any, sites: Mapping[str, str | None], graph: Graph, caller: str
+) -> dict[str, float]:
+    """The ratio of every site that can have one and is asked for.
+
+    `sites` says of each why it cannot, or None. Refused are ratios outside (0, 1], unknown
+    names, and names, here or in `graph.only`, of sites that cannot.
+    """
+    by_name = isinstance(ratios, Mapping)
+    asked = (
+        dict(ratios) if by_name else {n: ratios for n, why in sites.items() if not why}
+    )
+    for name, ratio in asked.items() if by_name else [("", ratios)]:
+        check_ratio(f"ratio of {name!r}" if name else "ratio", ratio, caller)
+    named = set(asked) if by_name else set()
+    for name in [*asked, *(graph.named & set(sites))]:
+        if name not in sites:
+            raise ValueError(
+                f"jaxmet.{caller}: there is no selected site {name!r}. "
+                f"{suggestion(name, list(sites))}"
+            )
+        if sites[name] and (name in named or name in graph.named):
+            raise ValueError(
+                f"jaxmet.{caller}: {name!r} cannot be compressed: {sites[name]}. Leave it out."
+            )
+    return {name: float(ratio) for name, ratio in asked.items()}
+
+
+def check_ratio(what: str, ratio: Any, caller: str) -> None:
+    """Refuse what is no cost afterwards over the cost before."""
+    number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
+    number |= isinstance(ratio, jax.Array) and ratio.ndim == 0 and is_concrete(ratio)
+    if not number or not 0 < ratio <= 1:
+        raise ValueError(
+            f"jaxmet.{caller}: the {what} is {ratio!r}. It is the cost afterwards over the "
+            "cost before: a plain number above 0 and up to 1."
+        )
+
+
+def check_multiple(multiple: Any, caller: str, what: str = "multiple") -> None:
+    """Refuse what is no multiple to round to, or no other count."""
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise ValueError(
+            f"jaxmet.{caller}: {what} is {multiple!r}. Give a whole number from 1 on."
+        )
