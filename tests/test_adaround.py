@@ -16,7 +16,7 @@ from jax import lax
 
 import jaxmet as jm
 from jaxmet.transforms.rounding import sequential, solvers
-from jaxmet.transforms.rounding.layers import Views, find_layers
+from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.waves import find_waves
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
@@ -280,29 +280,6 @@ def test_layers_of_a_scan_are_rounded_side_by_side():
     assert found < 0.8 * error(apply, params, before, (x,), exact)
     np.testing.assert_array_equal(after.weights["w"](new["w"]), new["w"])
     assert all(np.any(np.asarray(new["w"][i]) != np.asarray(w[i])) for i in range(3))
-
-
-@pytest.mark.parametrize(
-    "name", ["scan", "einsum_heads", "transposed", "grouped", "haiku_conv"]
-)
-def test_matrices_lead_back_to_leaves(name):
-    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
-    graph = jm.trace(apply, params, *inputs)
-    q = jm.calibrate(params, graph, [inputs], W3, progress=False)
-    layers = [x for x in find_layers(graph, q, "adaround") if x.why is None]
-    views = Views(graph, params, layers, inputs)
-    leaves = named_leaves(params)
-    for layer in layers:
-        leaf = np.asarray(dense(leaves[layer.parameter]))
-        site = layer.node.name
-        assert views.whole[site]
-        matrix = views.matrix(site, leaf)
-        np.testing.assert_array_equal(views.leaf(site, matrix, leaf.shape), leaf)
-        weight = layer.node.weight
-        sizes = [
-            np.prod([leaf.shape[i] for i in axes]) for axes in (weight.out_axes, ())
-        ]
-        assert matrix.size == leaf.size and sizes[0] % matrix.shape[2] == 0
 
 
 def test_what_does_not_wait_for_another_is_one_wave():

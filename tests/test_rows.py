@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 from jaxmet.engine.run.replay import evaluate
-from jaxmet.layers.rows import matrix_of, rows_of, why_no_rows
+from jaxmet.layers.layer import matrix_of, why_no_matrix
+from jaxmet.layers.rows import rows_of
 from zoo import CASES
 
 
@@ -47,7 +48,7 @@ def sums(node, rows, matrix, y):
 def test_every_product_of_the_zoo_is_one_of_matrices(name):
     apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(1))
     for node, rows, matrix, y, _ in seen(apply, params, *inputs).values():
-        assert why_no_rows(node) is None
+        assert why_no_matrix(node) is None
         pair = sums(node, rows, matrix, y)
         if pair is None:
             assert rows.shape[0] == matrix.shape[0] > 1

@@ -1,16 +1,13 @@
 """Vectors by channel: between the axes of parameters and channel groups."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph.channels import Joined, Layout, Member, Span, layout_size
+from jaxmet.engine.graph.channels import Joined, Layout, Span, layout_size
 from jaxmet.numerics.moments import Moments
-from jaxmet.numerics.precision import wide
-from jaxmet.tree.leaves import dense
 
 Tensor = dict[int, Moments]  # by channel group
 
@@ -84,21 +81,3 @@ def how_often(layout: Layout) -> Counter[int]:
         elif item.group is not None:
             found[item.group] += 1
     return found
-
-
-def matrix(members: Sequence[Member], leaf: Any) -> jax.Array:
-    """A product's weight with axes (groups, ins, outs, window)."""
-    weight = jnp.asarray(dense(leaf))
-    ins = [m for m in members if m.role == "in"]
-    outs = [m.axis for m in members if m.role == "out"]
-    groups = ins[0].groups if ins else 1
-    axes = [m.axis for m in ins if m.axis >= 0]
-    rest = [i for i in range(weight.ndim) if i not in (*axes, *outs)]
-    number, made = 1, 1
-    for axis in axes:
-        number *= weight.shape[axis]
-    for axis in outs:
-        made *= weight.shape[axis]
-    weight = jnp.transpose(weight, (*axes, *outs, *rest))
-    weight = weight.reshape(number, groups, made // groups, -1)
-    return jnp.moveaxis(weight.astype(wide(weight.dtype)), 1, 0)

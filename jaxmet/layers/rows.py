@@ -1,9 +1,4 @@
-"""A product as a product of matrices: rows of what it reads, and its weight as columns.
-
-Whatever a site computes, it is (groups, rows, ins) times (groups, ins, outs): of a convolution
-a row is the window under one output position, and groups are those of a grouped one; of a dot
-groups are the axes that run along both operands.
-"""
+"""What a layer reads as rows, which its matrices (`layers.layer`) multiply."""
 
 import math
 from typing import Any
@@ -15,14 +10,6 @@ from jax import lax
 
 from jaxmet.engine.flow.token_mask_rules import LostError, windowed
 from jaxmet.engine.graph.node import Convolution, Dot, Node
-
-
-def why_no_rows(node: Node) -> str | None:
-    """Why a site is no such product, None where it is."""
-    if node.convolution is not None:
-        spread = node.convolution.batch_groups != 1
-        return "its batch is split into groups" if spread else None
-    return None if node.dot is not None else node.why_kept()
 
 
 def rows_of(
@@ -73,24 +60,6 @@ def counted_rows(
     if own is not None:
         rows = jnp.where(own[:, None], rows, jnp.zeros((), rows.dtype))
     return rows, own
-
-
-def matrix_of(node: Node, weight: jax.Array) -> jax.Array:
-    """A weight, as the product's equation reads it, as (groups, ins, outs)."""
-    conv, dot = node.convolution, node.dot
-    if conv is not None:
-        outs, ins, *window = conv.kernel_axes
-        weight = jnp.transpose(weight, (outs, *window, ins))
-        return jnp.swapaxes(weight.reshape(conv.groups, -1, _rest(weight)), 1, 2)
-    assert dot is not None
-    batched, summed = [w for _, w in dot.batched], [w for _, w in dot.summed]
-    free = [i for i in range(weight.ndim) if i not in (*batched, *summed)]
-    sizes = [math.prod(weight.shape[i] for i in axes) for axes in (batched, summed)]
-    return jnp.transpose(weight, (*batched, *summed, *free)).reshape(*sizes, -1)
-
-
-def _rest(kernel: jax.Array) -> int:
-    return math.prod(kernel.shape[1:])
 
 
 def _dot_rows(dot: Dot, x: jax.Array) -> jax.Array:

@@ -17,7 +17,8 @@ import numpy as np
 from jaxmet.engine.graph.channels import Layout, Member
 from jaxmet.engine.graph.graph import Graph, leaves_of
 from jaxmet.engine.graph.node import Node, Norm
-from jaxmet.layers.layouts import how_often, matrix, split, spread
+from jaxmet.layers.layer import by_channel
+from jaxmet.layers.layouts import how_often, split, spread
 from jaxmet.layers.moments import Network
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
@@ -351,7 +352,7 @@ def _take(
 ) -> None:
     """Give one product what its inputs lost."""
     leaf = work[reader.parameter]
-    weight = matrix(reader.members, leaf)
+    weight = by_channel(reader.product, leaf)
     lost = spread(reader.inputs, vectors).astype(weight.dtype)
     worth = shift_behind(weight, lost)
     work[reader.place] = _plus(work[reader.place], reader.sign * worth)

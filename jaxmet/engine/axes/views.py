@@ -1,6 +1,6 @@
 """Equations that only look at an array differently, and where each axis goes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,6 +126,9 @@ class Move(NamedTuple):
     shape: tuple[Any, ...] = ()
 
 
+SLICE = "slice of a loop"
+"""The move of a loop over stacked layers."""
+
 SAID_BY = {
     "broadcast_in_dim": "broadcast_dimensions",
     "transpose": "permutation",
@@ -138,27 +141,64 @@ SAID_BY = {
 def move_of(equation: Equation | None) -> Move:
     """The view that an equation is; None stands for the slice that a loop takes."""
     if equation is None:
-        return Move("slice of a loop")
+        return Move(SLICE)
     said = equation.params.get(SAID_BY.get(equation.name, ""), ())
     return Move(equation.name, tuple(said), tuple(equation.results[0].shape))
 
 
-def moved(array: np.ndarray, moves: Iterable[Move]) -> np.ndarray | None:
-    """An array of indices as it is read through views, None where a loop slices it."""
+def moved(array: Any, moves: Iterable[Move]) -> tuple[Any, int] | None:
+    """An array as it is read through views, and how many leading axes loops slice.
+
+    None where numbers are read more than once. Any array with NumPy's methods will do.
+    """
+    lead = 0
     for move in moves:
         if move.name in CASTS:
             continue
-        if move.name == "transpose":
-            array = np.transpose(array, move.to)
+        if move.name == SLICE:
+            lead += 1
+        elif move.name == "transpose":
+            array = array.transpose((*range(lead), *(lead + i for i in move.to)))
         elif move.name == "rev":
-            array = np.flip(array, move.to)
-        elif move.name in ("reshape", "squeeze"):
-            array = array.reshape(move.shape)
-        elif move.name == "broadcast_in_dim":
-            sizes = [1] * len(move.shape)
-            for axis, size in zip(move.to, array.shape, strict=True):
-                sizes[axis] = size
-            array = np.broadcast_to(array.reshape(sizes), move.shape)
+            array = _flipped(array, [lead + i for i in move.to])
+        elif move.name in ("reshape", "squeeze", "broadcast_in_dim"):
+            shape = (*array.shape[:lead], *move.shape)
+            if move.name == "broadcast_in_dim" and not _is_reshape(array, lead, move):
+                return None
+            array = array.reshape(shape)
         else:
             return None
+    return array, lead
+
+
+def moved_back(array: Any, moves: Sequence[Move], shape: tuple[int, ...]) -> Any:
+    """The array of this shape that is read like that through views."""
+    steps, current = [], np.zeros(shape, np.int8)
+    lead = 0
+    for move in moves:
+        steps.append((move, current.shape, lead))
+        found = moved(current, [*[Move(SLICE)] * lead, move])
+        assert found is not None
+        current, lead = found
+    for move, before, lead in reversed(steps):
+        if move.name == "transpose":
+            back = np.argsort(move.to)
+            array = array.transpose((*range(lead), *(lead + int(i) for i in back)))
+        elif move.name == "rev":
+            array = _flipped(array, [lead + i for i in move.to])
+        else:
+            array = array.reshape(before)
     return array
+
+
+def _flipped(array: Any, axes: Sequence[int]) -> Any:
+    back = slice(None, None, -1)
+    return array[tuple(back if i in axes else slice(None) for i in range(array.ndim))]
+
+
+def _is_reshape(array: Any, lead: int, move: Move) -> bool:
+    """Whether a broadcast only adds axes of size one, and keeps the order of the others."""
+    sizes = [1] * len(move.shape)
+    for axis, size in zip(move.to, array.shape[lead:], strict=True):
+        sizes[axis] = size
+    return tuple(sizes) == tuple(move.shape) and list(move.to) == sorted(move.to)

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.layouts import Tensor, matrix
+from jaxmet.layers.layer import by_channel
+from jaxmet.layers.layouts import Tensor
 from jaxmet.layers.moments.network import Network, UnreachedError
 from jaxmet.numerics.moments import Moments, normal
 
@@ -21,7 +22,7 @@ class UnitInputs(Network):
             return super().inputs(node)
         except UnreachedError:
             out = self.axis(node, "out")
-            weight = matrix(self.members[node.name], self.leaves[out.parameter])
+            weight = by_channel(node, self.leaves[out.parameter])
             power, reader = jnp.ones((), weight.dtype), self.norms.get(node.name)
             energy = jnp.sum(jnp.square(weight))
             variance = None

@@ -17,7 +17,8 @@ from jaxmet.engine.graph.channels import Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
 from jaxmet.engine.nodes.scalar_function import compute
-from jaxmet.layers.layouts import Tensor, join, matrix, split
+from jaxmet.layers.layer import by_channel
+from jaxmet.layers.layouts import Tensor, join, split
 from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.moments import (
     N_SIGMA,
@@ -189,7 +190,7 @@ class Network:
             made = join(out.layout, tensor)
         if made is None or out is None or self.member(node.name, "in") is None:
             return f"nothing is known of what {node.name} makes"
-        weight = matrix(self.members[node.name], self.leaves[out.parameter])
+        weight = by_channel(node, self.leaves[out.parameter])
         groups, ins, outs, _ = weight.shape
         if ins > outs:
             return f"{node.name} has fewer outputs than inputs"
@@ -208,7 +209,7 @@ class Network:
 
     def _product(self, node: Node) -> Tensor:
         x, out = self.inputs(node), self.axis(node, "out")
-        weight = matrix(self.members[node.name], self.leaves[out.parameter])
+        weight = by_channel(node, self.leaves[out.parameter])
         x = [v.reshape(weight.shape[:2]) for v in (x.mean, x.variance)]
         total = lambda w, v: jnp.einsum("giow,gi->go", w, v, precision="highest")
         mean = total(weight, x[0]).reshape(-1)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.layouts import join, matrix
+from jaxmet.layers.layer import by_channel
+from jaxmet.layers.layouts import join
 from jaxmet.layers.moments import Network
 from jaxmet.layers.once import run_once
 from jaxmet.layers.stored import statistics_weight
@@ -102,9 +103,9 @@ def _mean_error(
     assert (
         not isinstance(inputs, str) and weight is not None and weight.name is not None
     )
-    name, members = weight.name, network.members[site.name]
-    rounded = matrix(members, quantizers.weights[name](dense(leaves[name])))
-    error = rounded - matrix(members, network.leaves[name]).astype(rounded.dtype)
+    name = weight.name
+    rounded = by_channel(site, quantizers.weights[name](dense(leaves[name])))
+    error = rounded - by_channel(site, network.leaves[name]).astype(rounded.dtype)
     error = jnp.sum(error, axis=3)  # (groups, ins, outs)
     mean = inputs.mean.reshape(error.shape[:2]).astype(error.dtype)
     shift = jnp.einsum("gio,gi->go", error, mean, precision="highest").reshape(-1)

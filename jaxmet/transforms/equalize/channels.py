@@ -19,6 +19,7 @@ from jaxmet.engine.graph.channels import (
 )
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.layer import by_channel
 from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import Layers, log_ranges
@@ -112,14 +113,7 @@ class Weight:
 
     def matrix(self, leaf: Any) -> jax.Array:
         """The weight with axes (groups, ins, outs, window)."""
-        weight = jnp.asarray(dense(leaf))
-        groups = self.inputs.shape[1]
-        ins = [m.axis for m in self.ins if m.axis >= 0]
-        outs = [m.axis for m in self.outs]
-        rest = [i for i in range(weight.ndim) if i not in (*ins, *outs)]
-        sizes = (self.inputs.shape[2], groups, self.outputs.shape[2], -1)
-        weight = jnp.transpose(weight, (*ins, *outs, *rest)).reshape(sizes)
-        return jnp.moveaxis(weight.astype(wide(weight.dtype)), 1, 0)
+        return by_channel(self.node, leaf)
 
 
 def find_weights(channels: Channels) -> tuple[Weight, ...]:

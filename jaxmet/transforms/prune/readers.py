@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.axes.views import moved
 from jaxmet.engine.graph.channels import Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.grams import Gram
-from jaxmet.layers.rows import matrix_of
+from jaxmet.layers.layer import WeightMatrix
 from jaxmet.numerics.channel_selection import (
     by_block_obs,
     by_lasso,
@@ -75,13 +74,10 @@ class Reader:
         node, members = graph[name], read_by(graph, name)
         kernel = jnp.asarray(dense(leaves[node.kernel]))
         assert node.weight is not None
-        places = np.arange(kernel.size, dtype=np.int32).reshape(kernel.shape)
-        read = moved(places, node.weight.moves)
-        groups = (
-            None if read is None else np.asarray(matrix_of(node, jnp.asarray(read)))
-        )
-        if groups is None or len(groups) != 1 or np.unique(groups).size != kernel.size:
+        matrix = WeightMatrix.of(node, leaves[node.kernel])
+        if matrix is None or matrix.sizes[0] != 1:
             return None
+        groups = matrix.index
         weight = kernel.astype(wide(kernel.dtype))
         entries = np.unravel_index(groups[0], kernel.shape)
         along = {m.axis: entries[m.axis] for m in members}

@@ -1,25 +1,16 @@
-"""Which weights are rounded, and each of them as matrices and back.
-
-The way from a leaf to what its product reads (transposed, reshaped, cut into layers of a
-loop) is that of the model itself, and only moves numbers.
-"""
+"""Which weights are rounded, and how their scales lie in their matrices."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.engine.run.replay import Run, evaluate
-from jaxmet.layers.rows import matrix_of, why_no_rows
+from jaxmet.layers.layer import WeightMatrix, why_no_matrix
 from jaxmet.numerics.rounding.levels import Grid
-from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 
@@ -58,7 +49,7 @@ def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Laye
 
 
 def _unfit(site: Node, quantizers: Quantizers) -> str | None:
-    if (why := why_no_rows(site) or site.why_kept(stacked=True)) is not None:
+    if (why := why_no_matrix(site) or site.why_kept(stacked=True)) is not None:
         return why
     assert site.weight is not None
     weight = site.weight
@@ -70,86 +61,6 @@ def _unfit(site: Node, quantizers: Quantizers) -> str | None:
     if site.region.count("scan") > 1 or ("scan" in site.region) != weight.stacked:
         return "its weight is used again and again in a loop"
     return None
-
-
-DIGIT = 256  # integers below are exact in every float that models compute in
-
-
-class Views:
-    """Where each number of a leaf stands in its matrix (groups, ins, outs), by site.
-
-    Found by running the model on the digits of the leaves' own indices.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        params: Any,
-        layers: Sequence[Layer],
-        batch: Any,
-        **kwargs: Any,
-    ) -> None:
-        self.layers = {layer.node.name: layer for layer in layers}
-        leaves = named_leaves(params)
-        shapes = {n: dense(leaves[x.parameter]).shape for n, x in self.layers.items()}
-        size = max((math.prod(s) for s in shapes.values()), default=1)
-        digits = jax.jit(_reader(graph, params, self.layers, batch, kwargs))
-        self.index: dict[str, np.ndarray] = {n: np.array(0) for n in self.layers}
-        unit = 1
-        while unit < size:
-            given = {
-                layer.parameter: np.arange(math.prod(shapes[n])).reshape(shapes[n])
-                // unit
-                % DIGIT
-                for n, layer in self.layers.items()
-            }
-            for n, found in digits(given).items():
-                found = np.asarray(found.astype(jnp.float32)).astype(np.int64)
-                self.index[n] = self.index[n] + unit * found.reshape(
-                    -1, *found.shape[-2:]
-                )
-            unit *= DIGIT
-        self.whole = {
-            n: np.array_equal(np.sort(i, axis=None), np.arange(math.prod(shapes[n])))
-            for n, i in self.index.items()
-        }
-
-    def matrix(self, site: str, array: Any) -> np.ndarray:
-        """What stands in a leaf, as the product reads it."""
-        return np.asarray(array).reshape(-1)[self.index[site]]
-
-    def leaf(self, site: str, matrix: Any, shape: Sequence[int]) -> np.ndarray:
-        """What stands in a matrix, in the shape of the leaf."""
-        found = np.empty(math.prod(shape), np.asarray(matrix).dtype)
-        found[self.index[site].reshape(-1)] = np.asarray(matrix).reshape(-1)
-        return found.reshape(tuple(shape))
-
-
-def _reader(
-    graph: Graph, params: Any, layers: Mapping[str, Layer], batch: Any, kwargs: Any
-) -> Any:
-    """`f({parameter: numbers}) -> {site: matrix}`; nothing of the data is computed."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    leaves = named_leaves(params)
-
-    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        if node.name not in layers:
-            return run(*operands), None
-        assert node.weight is not None
-        return run(*operands), matrix_of(node, operands[node.weight.operand])
-
-    def read(numbers: Mapping[str, Any]) -> dict[str, jax.Array]:
-        new = {}
-        for name, array in numbers.items():
-            leaf = leaves[name]
-            array = jnp.asarray(array).astype(dense(leaf).dtype)
-            new[name] = with_weight(leaf, array)
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-        return evaluate(graph.apply, hook)(
-            replace_leaves(params, new), *zeros, **kwargs
-        )[1]
-
-    return read
 
 
 class LeafGrid(NamedTuple):
@@ -203,10 +114,10 @@ class Sharing(NamedTuple):
     shared: tuple[int, ...] | None
 
 
-def sharing(views: Views, site: str, grid: LeafGrid, shape: Sequence[int]) -> Sharing:
+def sharing(matrix: WeightMatrix, grid: LeafGrid) -> Sharing:
     """How a leaf's scales lie in its matrix."""
     number = np.arange(grid.scale.size).reshape(grid.scale.shape)
-    index = views.matrix(site, spread(number, shape, grid.block))
+    index = matrix.matrix(spread(number, matrix.shape, grid.block))
     ins = index.shape[1]
     if grid.scale.size == 1:
         return Sharing(ins, 1, (0, 1, 2))
@@ -218,33 +129,25 @@ def sharing(views: Views, site: str, grid: LeafGrid, shape: Sequence[int]) -> Sh
     return Sharing(length, own.shape[1], () if alone else None)
 
 
-def grid_in_blocks(
-    views: Views, site: str, grid: LeafGrid, shape: Sequence[int], how: Sharing
-) -> Grid:
+def grid_in_blocks(matrix: WeightMatrix, grid: LeafGrid, how: Sharing) -> Grid:
     """The grid of a leaf as that of its matrix."""
 
     def own(v: np.ndarray) -> Any:
-        m = views.matrix(site, spread(v.astype(np.float32), shape, grid.block))
-        return m[:, :: how.length]
+        wide = spread(v.astype(np.float32), matrix.shape, grid.block)
+        return matrix.matrix(wide)[:, :: how.length]
 
     return Grid(own(grid.scale), own(grid.zero_point), *grid.ends)
 
 
 def grid_of_leaf(
-    views: Views,
-    site: str,
-    new: Grid,
-    old: LeafGrid,
-    shape: Sequence[int],
-    how: Sharing,
+    matrix: WeightMatrix, new: Grid, old: LeafGrid, how: Sharing
 ) -> LeafGrid:
     """The grid of a matrix as that of its leaf."""
-    index = views.index[site]
-    ins = index.shape[1]
+    ins = matrix.sizes[1]
 
     def back(v: Any) -> np.ndarray:
         v = np.asarray(v, np.float32)
         wide = np.repeat(v, how.length, axis=1)[:, :ins]
-        return gathered(views.leaf(site, wide, shape), old.scale.shape, old.block)
+        return gathered(matrix.leaf(wide), old.scale.shape, old.block)
 
     return old._replace(scale=back(new.scale), zero_point=back(new.zero_point))

@@ -17,6 +17,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.nodes.scalar_function import Formula, compute
 from jaxmet.engine.run.replay import bounds_of
 from jaxmet.layers.checkpoint import Checkpoint
+from jaxmet.layers.layer import WeightMatrix
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
@@ -24,7 +25,6 @@ from jaxmet.transforms.rounding.layers import (
     Layer,
     LeafGrid,
     Sharing,
-    Views,
     grid_in_blocks,
     grid_of_leaf,
     sharing,
@@ -79,17 +79,15 @@ class Run:
 
     def begin(self, batches: Batches) -> tuple[Wave, ...]:
         """Read the data and cut both copies."""
-        first = batches.first
-        self.views = Views(
-            self.graph,
-            self.params,
-            [layer for layer in self.layers if layer.why is None],
-            first,
-            **self.kwargs,
-        )
+        found = {
+            layer.node.name: WeightMatrix.of(layer.node, self.leaves[layer.parameter])
+            for layer in self.layers
+            if layer.why is None
+        }
+        self.matrices = {n: m for n, m in found.items() if m is not None}
         self.layers = tuple(
             dataclasses.replace(layer, why="its product reads a part of it")
-            if layer.why is None and not self.views.whole[layer.node.name]
+            if layer.why is None and layer.node.name not in self.matrices
             else layer
             for layer in self.layers
         )
@@ -193,7 +191,7 @@ class Run:
         """Refuse, before looking, what the device cannot hold."""
         needed = 0
         for layer in wave.layers:
-            groups, ins, outs = self.views.index[layer.node.name].shape
+            groups, ins, outs = self.matrices[layer.node.name].sizes
             needed += 4 * 3 * groups * ins * ins
             if keep:
                 needed += 4 * self.rows * groups * (2 * ins + outs)
@@ -227,14 +225,14 @@ class Run:
         leaf = leaf.astype(wide(leaf.dtype))
         quantizer = self.quantizers.weights[layer.parameter]
         grid = LeafGrid.of(quantizer, leaf)
-        how: Sharing = sharing(self.views, name, grid, leaf.shape)
-        weight = self.views.matrix(name, leaf)
+        how: Sharing = sharing(self.matrices[name], grid)
+        weight = self.matrices[name].matrix(np.asarray(leaf))
         bias = self.bias_of(layer, weight.shape)
         problem = Problem(
             jnp.asarray(weight),
             jax.tree.map(
                 jnp.float32,
-                grid_in_blocks(self.views, name, grid, leaf.shape, how),
+                grid_in_blocks(self.matrices[name], grid, how),
             ),
             seen[name],
             jnp.zeros((weight.shape[0], weight.shape[2]), weight.dtype)
@@ -300,11 +298,11 @@ class Run:
         leaf = np.asarray(dense(self.leaves[layer.parameter]))
         exact = leaf.astype(wide(leaf.dtype))
         old = LeafGrid.of(quantizer, exact)
-        how = sharing(self.views, name, old, leaf.shape)
-        grid = grid_of_leaf(self.views, name, solution.grid, old, leaf.shape, how)
-        ins = self.views.index[name].shape[1]
+        how = sharing(self.matrices[name], old)
+        grid = grid_of_leaf(self.matrices[name], solution.grid, old, how)
+        ins = self.matrices[name].sizes[1]
         weight = np.asarray(solution.weight)[:, :ins]
-        weight = self.views.leaf(name, weight, leaf.shape)
+        weight = self.matrices[name].leaf(np.asarray(weight))
         pinned = quantizer.holding(
             jnp.asarray(grid.scale), jnp.asarray(grid.zero_point)
         )
@@ -338,7 +336,7 @@ class Run:
         old = self.leaves[layer.parameter]
         weight = jnp.asarray(chosen.weight).astype(dense(old).dtype)
         new = {layer.parameter: with_weight(old, weight)}
-        shape = self.views.index[layer.node.name].shape
+        shape = self.matrices[layer.node.name].sizes
         if self.bias and self.bias_of(layer, shape) is not None:
             assert layer.node.bias is not None
             leaf = self.leaves[layer.node.bias]

@@ -1,0 +1,132 @@
+"""The weight of a layer as matrices, and back.
+
+Whatever a layer computes, it is (groups, rows, ins) times (groups, ins, outs): of a
+convolution a row is the window under one output position, and groups are those of a grouped
+one; of a dot groups are the axes that run along both operands. Between the parameter and the
+product lie views (transposed, reshaped, flipped, cut into the layers of a loop), which only
+move numbers; the layers of a loop are one more leading axis.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.axes.views import moved, moved_back
+from jaxmet.engine.graph.node import Node
+from jaxmet.numerics.precision import wide
+from jaxmet.tree.leaves import dense
+
+
+def why_no_matrix(node: Node) -> str | None:
+    """Why a layer is no such product, None where it is."""
+    if node.convolution is not None:
+        spread = node.convolution.batch_groups != 1
+        return "its batch is split into groups" if spread else None
+    return None if node.dot is not None else node.why_kept()
+
+
+def matrix_of(node: Node, weight: Any, lead: int = 0) -> Any:
+    """A weight, as the product's equation reads it, as (layers · groups, ins, outs).
+
+    `lead` axes before those of the equation run over the layers of a loop.
+    """
+    order, sizes, swapped = _plan(node, weight.shape[lead:])
+    loops = weight.shape[:lead]
+    weight = weight.transpose((*range(lead), *(lead + i for i in order)))
+    weight = weight.reshape(*loops, *sizes)
+    weight = weight.swapaxes(-1, -2) if swapped else weight
+    return weight.reshape(-1, *weight.shape[-2:])
+
+
+def _plan(
+    node: Node, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, int, int], bool]:
+    """The order of axes that gives (groups, ins, outs), or with outs before ins."""
+    conv, dot = node.convolution, node.dot
+    if conv is not None:
+        outs, ins, *window = conv.kernel_axes
+        each = shape[outs] // conv.groups
+        row = math.prod(shape[i] for i in (ins, *window))
+        return (outs, *window, ins), (conv.groups, each, row), True
+    assert dot is not None
+    batched, summed = [w for _, w in dot.batched], [w for _, w in dot.summed]
+    free = [i for i in range(len(shape)) if i not in (*batched, *summed)]
+    groups, ins, outs = (
+        math.prod(shape[i] for i in a) for a in (batched, summed, free)
+    )
+    return (*batched, *summed, *free), (groups, ins, outs), False
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMatrix:
+    """Where the numbers of a parameter stand in the matrices of its layer."""
+
+    node: Node
+    shape: tuple[int, ...]  # of the parameter
+
+    @staticmethod
+    def of(node: Node, leaf: Any) -> "WeightMatrix | None":
+        """None for a layer that reads only a part of a parameter, or some of it twice."""
+        if node.weight is None or node.weight.name is None or why_no_matrix(node):
+            return None
+        found = WeightMatrix(node, tuple(dense(leaf).shape))
+        read = moved(np.zeros(found.shape, np.int8), node.weight.moves)
+        size = math.prod(found.shape)
+        return found if read is not None and read[0].size == size else None
+
+    def matrix(self, array: Any) -> Any:
+        """What stands in the parameter, (layers · groups, ins, outs)."""
+        assert self.node.weight is not None
+        found = moved(array, self.node.weight.moves)
+        assert found is not None
+        return matrix_of(self.node, *found)
+
+    def leaf(self, matrix: Any) -> Any:
+        """What stands in the matrices, in the shape of the parameter."""
+        assert self.node.weight is not None
+        found = moved(np.zeros(self.shape, np.int8), self.node.weight.moves)
+        assert found is not None
+        read, lead = found
+        order, sizes, swapped = _plan(self.node, read.shape[lead:])
+        groups, one, two = sizes
+        loops = read.shape[:lead]
+        matrix = matrix.reshape(
+            *loops, groups, *((two, one) if swapped else (one, two))
+        )
+        matrix = matrix.swapaxes(-1, -2) if swapped else matrix
+        matrix = matrix.reshape(*loops, *(read.shape[lead + i] for i in order))
+        back = [order.index(i) for i in range(len(order))]
+        matrix = matrix.transpose((*range(lead), *(lead + i for i in back)))
+        return moved_back(matrix, self.node.weight.moves, self.shape)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """Layers times groups, inputs and outputs of one."""
+        return self.matrix(np.zeros(self.shape, np.int8)).shape
+
+    @functools.cached_property
+    def index(self) -> np.ndarray:
+        """The place of each entry in the flattened parameter, (layers · groups, ins, outs)."""
+        size = math.prod(self.shape)
+        return self.matrix(np.arange(size, dtype=np.int32).reshape(self.shape))
+
+
+def by_channel(node: Node, leaf: Any) -> Any:
+    """A weight with axes (groups, ins, outs, window), in wide precision.
+
+    Inputs and outputs follow each other as along the axes of the parameter.
+    """
+    weight, conv = node.weight, node.convolution
+    assert weight is not None
+    array = jnp.asarray(dense(leaf))
+    ins, outs = weight.in_axes, weight.out_axes
+    rest = [i for i in range(array.ndim) if i not in (*ins, *outs)]
+    groups = conv.groups if conv is not None else 1
+    number, made = (math.prod(array.shape[i] for i in axes) for axes in (ins, outs))
+    array = jnp.transpose(array, (*ins, *outs, *rest))
+    array = array.reshape(number, groups, made // groups, -1)
+    return jnp.moveaxis(array.astype(wide(array.dtype)), 1, 0)
