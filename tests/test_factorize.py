@@ -493,3 +493,164 @@ def test_ranks_are_rounded_up_too(net):
         "head": 6,
         "point": 8,
     }  # 8 ranks of the head save nothing
+
+
+# Weights that the model transposes or reshapes
+
+
+def relu(x):
+    return jnp.maximum(x, 0)
+
+
+# by name: shape of the weight, the layer, and the weight in float64 as the matrix that x meets
+STORED = {
+    "plain": ((12, 10), lambda x, w: x @ w, lambda w: w),
+    "transposed": ((10, 12), lambda x, w: x @ w.T, lambda w: w.T),
+    "in two": ((3, 4, 10), lambda x, w: x @ w.reshape(12, 10), lambda w: w.reshape(12, 10)),
+    "in two, turned": (
+        (10, 3, 4),
+        lambda x, w: x @ w.transpose(2, 1, 0).reshape(12, 10),
+        lambda w: w.transpose(2, 1, 0).reshape(12, 10),
+    ),
+    "heads": (
+        (12, 2, 5),
+        lambda x, w: jnp.einsum("bsd,dhk->bshk", x, w).reshape(*x.shape[:2], 10),
+        lambda w: w.reshape(12, 10),
+    ),
+    "heads first": (
+        (2, 12, 5),
+        lambda x, w: jnp.einsum("bsd,hdk->bshk", x, w).reshape(*x.shape[:2], 10),
+        lambda w: w.transpose(1, 0, 2).reshape(12, 10),
+    ),
+    "heads, joined": (
+        (12, 10),
+        lambda x, w: jnp.einsum("bsd,dhk->bshk", x, w.reshape(12, 2, 5)).reshape(
+            *x.shape[:2], 10
+        ),
+        lambda w: w,
+    ),
+    "from heads": (
+        (3, 4, 10),
+        lambda x, w: jnp.einsum("bshk,hkd->bsd", x.reshape(*x.shape[:2], 3, 4), w),
+        lambda w: w.reshape(12, 10),
+    ),
+    "left": (
+        (10, 12),
+        lambda x, w: jnp.swapaxes(w @ jnp.swapaxes(x, 1, 2), 1, 2),
+        lambda w: w.T,
+    ),
+    "flipped": ((12, 10), lambda x, w: x @ w[::-1], lambda w: w[::-1]),
+    "one more axis": ((12, 10), lambda x, w: x @ w[:, None].reshape(12, 10), lambda w: w),
+}  # fmt: skip
+
+
+def dots(apply, *args):
+    """How many multiplications the dots of a program do."""
+    closed = jax.make_jaxpr(apply)(*args)
+    total = 0
+    for eqn in closed.jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (lc, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            total += np.prod(eqn.outvars[0].aval.shape) * np.prod([lhs[i] for i in lc])
+    return int(total)
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("stored", sorted(STORED))
+def test_factors_of_weights_however_they_are_stored(stored, data):
+    """Against the SVD in float64 of the matrix that the inputs meet."""
+    shape, layer, matrix = STORED[stored]
+    rng = np.random.default_rng(3)
+    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    mix = rng.normal(size=(12, 12)) * np.linspace(2, 0.05, 12)
+    x = jnp.asarray(rng.normal(size=(8, 6, 12)) @ mix, jnp.float32)
+    apply = lambda p, x: relu(layer(x, p["w"]))
+    graph = jm.trace(apply, params, x)
+    small, report = jm.factorize(
+        params,
+        graph,
+        ranks={graph.sites[0].name: 3},
+        batches=[x] if data else None,
+        with_report=True,
+        **({"progress": False} if data else {}),
+    )
+    assert isinstance(small["w"], Compressed)
+    w = matrix(np.asarray(params["w"], np.float64))
+    rows = np.asarray(x, np.float64).reshape(-1, 12)
+    of = rows @ w if data else w
+    values = np.linalg.svd(of, compute_uv=False)
+    best = np.sqrt(np.sum(values[3:] ** 2) / np.sum(values**2))
+    made = matrix(np.asarray(densify(small)["w"], np.float64))
+    assert np.linalg.matrix_rank(made, tol=1e-4) == 3
+    error = rows @ (made - w) if data else made - w
+    reached = np.linalg.norm(error) / np.linalg.norm(of)
+    assert reached == pytest.approx(best, rel=1e-3)
+    assert report["error"][0] == pytest.approx(best, rel=1e-3)
+    # two products run in place of one
+    lifted = jm.lift(apply)
+    np.testing.assert_allclose(
+        lifted(small, x), apply(densify(small), x), rtol=1e-4, atol=1e-4
+    )
+    assert dots(lifted, small, x) == 8 * 6 * 3 * (12 + 10)
+    # and the factors are layers like any other
+    again = jm.trace(apply, small, x)
+    assert len(again.sites) == 2
+    quantizers = jm.calibrate(small, again, [x], progress=False)
+    noisy = jm.simulate(apply, quantizers)(small, x)
+    assert np.linalg.norm(noisy - lifted(small, x)) < 0.05 * np.linalg.norm(noisy)
+
+
+KERNELS = {
+    "OIHW": (
+        (6, 4, 3, 3),
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w.transpose(2, 3, 1, 0), (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        lambda w: w.transpose(2, 3, 1, 0),
+    ),
+    "flipped": (
+        (3, 3, 4, 6),
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, jnp.flip(w, (0, 1)), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        lambda w: w[::-1, ::-1],
+    ),
+    "WH": (
+        (3, 5, 4, 6),
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "WHIO", "NHWC")
+        ),
+        lambda w: w.transpose(1, 0, 2, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+@pytest.mark.parametrize("stored", sorted(KERNELS))
+def test_factors_of_kernels_however_they_are_stored(stored, method):
+    shape, layer, matrix = KERNELS[stored]
+    rng = np.random.default_rng(4)
+    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(4, 8, 7, 4)), jnp.float32)
+    apply = lambda p, x: relu(layer(x, p["w"]))
+    graph = jm.trace(apply, params, x)
+    small, whitened = (
+        jm.factorize(
+            params, graph, ranks={"w": 2}, method=method, batches=b, progress=False
+        )
+        for b in (None, [x])
+    )
+    exact = np.asarray(layer(x, params["w"]), np.float64)
+
+    def error(tree):
+        np.testing.assert_allclose(
+            jm.lift(apply)(tree, x), apply(densify(tree), x), rtol=1e-4, atol=1e-4
+        )
+        return np.linalg.norm(np.asarray(layer(x, densify(tree)["w"])) - exact)
+
+    assert error(whitened) < error(small) < np.linalg.norm(exact)
+    made = matrix(np.asarray(densify(small)["w"], np.float64))
+    assert made.shape[2:] == (4, 6)
+    cost = jm.cost(small, jm.trace(apply, small, x), x)
+    assert sum(cost["macs"][:-1]) < sum(jm.cost(params, graph, x)["macs"][:-1])

@@ -43,7 +43,15 @@ def check(apply, params, inputs):
 
 @pytest.mark.parametrize(
     "name",
-    ["scan", "grouped", "transposed", "dilated", "transformer", "einsum_heads", "haiku_conv"],
+    [
+        "scan",
+        "grouped",
+        "transposed",
+        "dilated",
+        "transformer",
+        "einsum_heads",
+        "haiku_conv",
+    ],
 )
 def test_matrices_of_the_zoo(name):
     check(*next(iter(CASES[name].make.values()))(jax.random.key(0)))
@@ -54,7 +62,9 @@ VIEWS = {
     "swap": lambda w: jnp.swapaxes(w, 0, -1),
     "flat": lambda w: w.reshape(-1),
     "split": lambda w: w.reshape(2, -1),
-    "split last": lambda w: w.reshape(*w.shape[:-1], -1, 2) if w.shape[-1] % 2 == 0 else w,
+    "split last": lambda w: (
+        w.reshape(*w.shape[:-1], -1, 2) if w.shape[-1] % 2 == 0 else w
+    ),
     "add axis": lambda w: w[:, None],
     "squeeze": lambda w: w.reshape(1, *w.shape)[0],
     "flip": lambda w: jnp.flip(w, -1),

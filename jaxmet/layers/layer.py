@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.axes.views import moved, moved_back
+from jaxmet.engine.axes.views import CASTS, moved, moved_back
 from jaxmet.engine.graph.node import Node
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense
@@ -113,6 +113,50 @@ class WeightMatrix:
         """The place of each entry in the flattened parameter, (layers · groups, ins, outs)."""
         size = math.prod(self.shape)
         return self.matrix(np.arange(size, dtype=np.int32).reshape(self.shape))
+
+    @functools.cached_property
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The parameter's axes along which inputs and outputs run; None where one has both.
+
+        Axes of size one count to the inputs, the window of a convolution too.
+        """
+        outs = []
+        for axis, entry in enumerate(np.unravel_index(self.index, self.shape)):
+            by_row, by_column = (
+                (entry == entry[:1, :, :1]).all(),
+                (entry == entry[:, :1]).all(),
+            )
+            if not (by_row or by_column):
+                return None
+            if not by_row:
+                outs.append(axis)
+        ins = tuple(i for i in range(len(self.shape)) if i not in outs)
+        return ins, tuple(outs)
+
+    def row_order(self, axes: tuple[int, ...]) -> np.ndarray | None:
+        """The number of each row among the entries of these axes of the parameter, (ins,).
+
+        None where the columns of a row are not of one entry.
+        """
+        entries = np.unravel_index(self.index, self.shape)
+        sizes = [self.shape[i] for i in axes]
+        number = np.zeros(self.sizes, np.int64)
+        for axis, size in zip(axes, sizes, strict=True):
+            number = number * size + entries[axis]
+        rows = number[0, :, 0]
+        return rows if (number == rows[None, :, None]).all() else None
+
+
+def kernel_axes(node: Node) -> tuple[int, ...] | None:
+    """The parameter's axes of a convolution: outputs, inputs, window; None if reshaped."""
+    assert node.convolution is not None and node.weight is not None
+    axes = list(range(len(node.convolution.kernel_axes)))
+    for move in node.weight.moves:
+        if move.name == "transpose":
+            axes = [axes[i] for i in move.to]
+        elif move.name != "rev" and move.name not in CASTS:
+            return None
+    return tuple(axes[i] for i in node.convolution.kernel_axes)
 
 
 def by_channel(node: Node, leaf: Any) -> Any:

@@ -6,14 +6,21 @@ from typing import Any, Literal, get_args, overload
 
 import jax.numpy as jnp
 
-from jaxmet.engine.axes.views import CASTS
 from jaxmet.engine.graph.graph import Graph, leaves_of
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
+from jaxmet.layers.layer import WeightMatrix, kernel_axes, why_no_matrix
 from jaxmet.layers.ratios import asked_for, check_multiple
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
-from jaxmet.transforms.factors import Shape, factors_of, made_of, shape_of, shapes_on
+from jaxmet.transforms.factors import (
+    Shape,
+    factors_of,
+    gram_of_parameter,
+    made_of,
+    shape_of,
+    shapes_on,
+)
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
@@ -183,6 +190,8 @@ def factorize(
             continue
         name, shape, rank = node.kernel, shapes[node.name], wanted[node.name]
         gram = seen[node.name].mean if node.name in seen else None
+        if gram is not None:
+            gram = gram_of_parameter(node, leaves[name], shape, gram)
         first, second, error = factors_of(
             jnp.asarray(dense(leaves[name])), shape, rank, gram
         )
@@ -209,16 +218,15 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     assert weight is not None and weight.name is not None
     if node.loops:
         return f"inside a {node.loops[-1]}"
-    if any(view not in CASTS for view in weight.views):
-        return "its weight is transposed or reshaped before it is used"
-    conv, dot = node.convolution, node.dot
-    if conv is not None and conv.batch_groups != 1:
-        return "its batch is split into groups"
-    met = conv.kernel_axes[2:] if conv else [w for _, w in dot.summed] if dot else []
-    if list(met) != sorted(met):
-        return "its axes meet the input in another order than they stand in"
-    if dot is not None and dot.batched:
+    if (why := why_no_matrix(node)) is not None:
+        return why
+    if node.convolution is not None and kernel_axes(node) is None:
+        return "its kernel is reshaped before it is used"
+    if node.dot is not None and node.dot.batched:
         return "its weight is read along other axes"
+    found = WeightMatrix.of(node, leaves[weight.name])
+    if found is None or found.axes is None:
+        return "its weight is reshaped across its inputs and outputs"
     if not jnp.issubdtype(dense(leaves[weight.name]).dtype, jnp.floating):
         return "its weight holds no real numbers"
     return None

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.engine.graph.operations import works
+from jaxmet.engine.graph.operations import Work, works
+from jaxmet.layers.layer import WeightMatrix, kernel_axes
 from jaxmet.numerics.low_rank import Spectrum, low_rank, refit, spectrum
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense
@@ -86,12 +88,15 @@ def shape_of(
     `extents` are the sizes of input and output along each window axis. Where they are not
     known, outputs count as if padding kept the size of what is not strided or spread.
     """
-    weight, conv = node.weight, node.convolution
-    assert weight is not None
+    conv = node.convolution
     sizes = tuple(dense(leaf).shape)
     if conv is None:
-        return Shape(method, sizes, weight.in_axes, weight.out_axes)
-    out, inside, *window = conv.kernel_axes
+        found = WeightMatrix.of(node, leaf)
+        assert found is not None and found.axes is not None
+        return Shape(method, sizes, *found.axes)
+    axes = kernel_axes(node)
+    assert axes is not None
+    out, inside, *window = axes
     mine = (min(window),) if method == "spatial" and window else ()
     others = tuple(axis for axis in sorted(window) if axis not in mine)
     known = extents or dict(
@@ -115,7 +120,7 @@ def shapes_on(
     spread = any(n.convolution is not None for n in sites)
     found = works(graph, params, inputs, kwargs) if spread else []
     extents = {
-        w.node.name: w.extents
+        w.node.name: _of_parameter(w)
         for w in found
         if all(isinstance(size, int) for pair in w.extents.values() for size in pair)
     }
@@ -123,6 +128,33 @@ def shapes_on(
         n.name: shape_of(n, leaves[n.kernel], method, extents.get(n.name))
         for n in sites
     }
+
+
+def _of_parameter(work: Work) -> dict[int, tuple[int, int]]:
+    """Extents by the axis of the parameter, not by that of the kernel that is read."""
+    conv = work.node.convolution
+    axes = kernel_axes(work.node) if conv is not None else None
+    if conv is None or axes is None:
+        return {}
+    return {
+        axis: work.extents[own]
+        for own, axis in zip(conv.kernel_axes[2:], axes[2:], strict=True)
+        if own in work.extents
+    }
+
+
+def gram_of_parameter(
+    node: Node, leaf: Any, shape: Shape, gram: jax.Array
+) -> jax.Array:
+    """The Gram matrix of the inputs in the order of the parameter's axes."""
+    found = WeightMatrix.of(node, leaf)
+    assert found is not None
+    rows = found.row_order((*shape.mine, *shape.others, *shape.in_axes))
+    assert rows is not None
+    back = np.argsort(rows)
+    if np.array_equal(back, np.arange(back.size)):
+        return gram
+    return gram[:, back][:, :, back]
 
 
 @partial(jax.jit, static_argnames=("shape", "rank"))

@@ -21,6 +21,7 @@ from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import (
     Shape,
+    gram_of_parameter,
     placed_matrix,
     shape_of,
     shapes_on,
@@ -241,7 +242,9 @@ def sites_of(
     for node in nodes:
         leaf = leaves[node.kernel]
         shape = shape_of(node, leaf, method)
-        gram = seen[node.name].mean if node.name in seen else None
+        gram = None
+        if node.name in seen:
+            gram = gram_of_parameter(node, leaf, shape, seen[node.name].mean)
         parts = spectrum_of(jnp.asarray(dense(leaf)), shape, gram)
         found[node.name] = Low(node, shape, parts, known[node.name])
     return found, left

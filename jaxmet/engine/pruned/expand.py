@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
-from jaxmet.engine.axes.views import CASTS
+from jaxmet.engine.axes.views import CASTS, VIEW_RULES
 from jaxmet.engine.nodes.pointwise import POINTWISE
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import Apply, Call, make_call
 from jaxmet.engine.program.program import Equation, Region, Value, flatten
+from jaxmet.engine.pruned.factor_views import viewed
 from jaxmet.engine.pruned.parts import RULES, Partial, Uniform, taken, whole
 from jaxmet.tree.leaves import Compressed, dense, is_structured
 from jaxmet.tree.leaves import flatten as flatten_tree
@@ -207,6 +209,12 @@ class Expansion:
                 self.step(equation, [opened(part)])[0] for part in (x.first, x.second)
             )
             return [dataclasses.replace(x, first=first, second=second)]
+        if equation.name in VIEW_RULES and len(operands) == 1:
+            factors = [opened(part) for part in (operands[0].first, operands[0].second)]
+            if any(isinstance(factor, Partial | LowRank) for factor in factors):
+                return None
+            found = viewed(equation, operands[0], *factors)
+            return None if found is None else [found]
         if equation.name not in ("conv_general_dilated", "dot_general"):
             return None
         if all(isinstance(x, LowRank) for x in operands[:2]):
@@ -234,7 +242,7 @@ class Expansion:
             "lhs_dilation": 1,
         }
         for n, axis in enumerate(space):
-            first = kernel.method == "spatial" and axis == min(space)
+            first = kernel.method == "spatial" and _in_first(kernel, axis, space)
             other = two if first else one
             for key, value in idle.items():
                 other[key] = (*other[key][:n], value, *other[key][n + 1 :])
@@ -269,7 +277,7 @@ class Expansion:
         contracted, batched = equation.params["dimension_numbers"]
         own, data = contracted[at], contracted[1 - at]
         free = tuple(i for i in range(len(weight.shape)) if i not in own)
-        fits = (tuple(sorted(own)), free) == (weight.in_axes, weight.out_axes)
+        fits = {*own} == {*weight.in_axes} and {*free} == {*weight.out_axes}
         if any(batched) or not fits:
             return None
         first, second = opened(weight.first), opened(weight.second)
@@ -278,7 +286,7 @@ class Expansion:
         second = self.squeezed(second, stay)
         shifted = tuple(i - sum(m < i for m in middle) for i in own)
         made = len(x.shape) - len(data) if at else 0  # the axis between the factors
-        inner = weight.in_axes[-1] - len(stay)
+        inner = weight.in_axes[-1] - sum(s < weight.in_axes[-1] for s in stay)
         one, two = _between(equation), dict(equation.params)
         for factor, p, axes in (
             (first, one, (data, shifted)),
@@ -358,6 +366,12 @@ def _of_groups(first: Any, second: Partial, out: int, groups: int, rank: int) ->
     alive = sorted({i // (on.size // groups) for i in on.indices})
     indices = tuple(g * rank + k for g in alive for k in range(rank))
     return Partial(first, (Keep(out, groups * rank, indices),))
+
+
+def _in_first(kernel: LowRank, axis: int, window: Sequence[int]) -> bool:
+    """Whether the first factor of a spatial pair holds an axis of the window."""
+    one, two = (np.shape(dense(part))[axis] for part in (kernel.first, kernel.second))
+    return one > 1 or (two == 1 and axis == min(window))
 
 
 def multiply(x: LowRank) -> Any:
