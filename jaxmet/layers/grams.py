@@ -100,6 +100,16 @@ def grams(
     return found
 
 
+def of_all_uses(graph: Graph, seen: Mapping[str, Gram]) -> dict[str, Gram]:
+    """The Gram matrices, those of layers with one weight added up."""
+    total: dict[str, Gram] = {}
+    for name, gram in seen.items():
+        kernel = graph[name].kernel
+        both = total.get(kernel)
+        total[kernel] = gram if both is None else Gram(*map(jnp.add, both, gram))
+    return {name: total[graph[name].kernel] for name in seen}
+
+
 def unmasked(why: str | None) -> str | None:
     """What a report says of a site of which it is not known which rows count."""
     return None if why is None else f"all rows count, padded ones too: {why} moves them"

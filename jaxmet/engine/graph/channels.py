@@ -198,7 +198,12 @@ class _Finder:
                 self.add(name, axis, role, label, node)
 
     def is_shared(self, name: str) -> bool:
-        return self.uses[name] > 1
+        """Whether something reads it that does not change with it."""
+        if self.uses[name] <= 1:
+            return False
+        users = [n for n in self.nodes.values() if name in n.parameters]
+        biases = (n.weight is not None and n.weight.tied and n.bias == name for n in users)
+        return not all(biases)
 
     def norm(self, cluster: Cluster, node: Node) -> None:
         norm = node.norm

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from jaxmet.engine.axes import labels as lb
@@ -63,6 +64,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             divides=divides(cluster),
             **_details(cluster, shared),
         )
+    nodes = _with_ties(nodes, shared)
     carriers = _carriers(nodes)
     return {
         c: dataclasses.replace(n, carrier=carriers[n.name].name, features=carriers[n.name].features)
@@ -132,8 +134,8 @@ def _layers(place: Place) -> int | None:
     return loops[0].params["length"] if sliced else None
 
 
-def _shared(analysis: Analysis) -> set[str]:
-    """Parameters that more than one equation reads, those of a norm being one."""
+def _shared(analysis: Analysis) -> dict[str, int]:
+    """How many equations read a parameter, if more than one; those of a norm are one."""
     uses: Counter[str] = Counter()
     norms: set[tuple[Cluster, str]] = set()
     for value in analysis.region.outputs:
@@ -152,10 +154,48 @@ def _shared(analysis: Analysis) -> set[str]:
                 else:
                     uses[name] += not equation.bodies
     uses.update(name for _, name in norms)
-    return {name for name, n in uses.items() if n > 1}
+    return {name: n for name, n in uses.items() if n > 1}
 
 
-def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+def _with_ties(
+    nodes: dict[Cluster, Node], shared: Mapping[str, int]
+) -> dict[Cluster, Node]:
+    """The nodes, told of weights that only layers read, and products in one way."""
+    users: dict[str, list[Node]] = {}
+    for node in nodes.values():
+        if node.weight is not None and node.weight.name in shared:
+            users.setdefault(node.weight.name, []).append(node)
+    tied = {
+        name
+        for name, mine in users.items()
+        if len(mine) == shared[name]
+        and len({_reading(n) for n in mine if n.kind != "lookup"}) == 1
+        and not any(n.loops for n in mine)
+    }
+
+    def told(node: Node) -> Node:
+        if node.weight is None or node.weight.name not in tied:
+            return node
+        weight = dataclasses.replace(node.weight, tied=True)
+        return dataclasses.replace(node, weight=weight)
+
+    return {cluster: told(node) for cluster, node in nodes.items()}
+
+
+def _reading(node: Node) -> Any:
+    """How a product reads its weight: equal ones have the same matrix of it."""
+    conv, weight = node.convolution, node.weight
+    assert weight is not None
+    if conv is not None:
+        return weight.moves, conv.kernel_axes, conv.groups
+    dot = node.dot
+    if dot is None:
+        return node.kind, node.name
+    axes = [tuple(w for _, w in pairs) for pairs in (dot.summed, dot.batched)]
+    return node.kind, weight.moves, *axes
+
+
+def _details(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
     if cluster.kind == "product":
         return _product(cluster, shared)
     if cluster.kind == "ragged":
@@ -184,7 +224,7 @@ def _details(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
     return {}
 
 
-def _ragged(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+def _ragged(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
     """Of its weight each matrix has its own outputs; the group axis counts as one of them."""
     weight: Value = cluster.details["weight"]
     numbers = ragged_numbers(cluster.details["product"]).dot_dimension_numbers
@@ -197,7 +237,7 @@ def _ragged(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
     }
 
 
-def _product(cluster: Cluster, shared: set[str]) -> dict[str, Any]:
+def _product(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
     equation: Equation = cluster.details["product"]
     weight, bias = cluster.details["weight"], cluster.details["bias"]
     first, p = equation.operands[0], equation.params
@@ -243,7 +283,7 @@ def _weight(
     leaf: Leaf | None,
     out_axes: tuple[int, ...],
     in_axes: tuple[int, ...],
-    shared: set[str],
+    shared: Mapping[str, int],
 ) -> Weight:
     value = cluster.details["weight"]
     names, operand = tuple(_parameters(value)), cluster.operands.index(value)
@@ -259,11 +299,11 @@ def _weight(
         names,
         tuple(map(move_of, leaf.views)),
         leaf.stacked,
-        leaf.value.name in shared,
-        tuple(sorted(outs)),
-        tuple(sorted(ins)),
-        tuple(i for i in range(leaf.value.ndim) if i not in known),
-        operand,
+        shared=leaf.value.name in shared,
+        out_axes=tuple(sorted(outs)),
+        in_axes=tuple(sorted(ins)),
+        window_axes=tuple(i for i in range(leaf.value.ndim) if i not in known),
+        operand=operand,
     )
 
 

@@ -28,6 +28,8 @@ class Weight:
 
     Axes are those of the parameter itself, before the `moves`. `name` is None for a
     weight that is computed from several `parameters`. `stacked`: a loop slices axis 0.
+    `shared`: something else reads it too; `tied`: these are lookups, and products that read
+    it in the same way, so that it can be changed for all of them.
     """
 
     name: str | None
@@ -35,6 +37,7 @@ class Weight:
     moves: tuple[Move, ...] = ()
     stacked: bool = False
     shared: bool = False
+    tied: bool = False
     out_axes: tuple[int, ...] = ()
     in_axes: tuple[int, ...] = ()
     window_axes: tuple[int, ...] = ()
@@ -187,7 +190,7 @@ class Node:
             return f"a {self.kind} sums nothing"
         if weight.name is None:
             return "its weight is computed from parameters"
-        if weight.shared:
+        if weight.shared and not weight.tied:
             return f"its weight {weight.name!r} is used elsewhere too"
         return (
             "its weight is stacked by a loop"

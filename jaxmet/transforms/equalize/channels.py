@@ -241,9 +241,14 @@ def rescaled(
     """The leaves that change when channel i is divided by exp(x_i)."""
     scale = jnp.exp(x)
     found: dict[str, Any] = {}
+    done: set[tuple[str, int, str]] = set()
     for member in channels.graph.members:
         if member.role == "scale" or not channels.touched(member):
             continue
+        place = member.parameter, member.axis, member.role
+        if place in done:
+            continue  # of a weight that several layers use
+        done.add(place)
         leaf = found.get(member.parameter, leaves[member.parameter])
         if member.role == "variance":
             norm = channels.graph[member.node].norm

@@ -1,0 +1,232 @@
+"""A weight that several layers use is changed once, for all of them together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmet as jm
+from jaxmet.tree.leaves import densify
+
+
+def relu(x):
+    return jnp.maximum(x, 0)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def twice(p, x):
+    """One weight and bias twice, between others: as a module that is called twice."""
+    h = relu(x @ p["a"] + p["ab"])
+    for _ in range(2):
+        h = relu(h @ p["w"] + p["b"])
+    return h @ p["z"]
+
+
+def branches(p, x):
+    """One weight on two inputs, with a bias of its own each: a siamese network."""
+    one, two = relu(x @ p["a"]), relu(x @ p["c"])
+    y, z = relu(one @ p["w"] + p["b"]), relu(two @ p["w"] + p["d"])
+    return y @ p["z"], z @ p["y"]
+
+
+def tied_embedding(p, ids):
+    """The embedding is the classifier too."""
+    h = p["e"][ids]
+    h = relu(h @ p["a"]) @ p["z"]
+    return h @ p["e"].T
+
+
+def tree(**shapes):
+    return {
+        k: normal(*n, seed=i) * n[0] ** -0.5 for i, (k, n) in enumerate(shapes.items())
+    }
+
+
+MODELS = {
+    "twice": (twice, tree(a=(6, 8), ab=(8,), w=(8, 8), b=(8,), z=(8, 3)), normal(64, 6)),
+    "branches": (
+        branches,
+        tree(a=(6, 8), c=(6, 8), w=(8, 7), b=(7,), d=(7,), z=(7, 3), y=(7, 2)),
+        normal(64, 6),
+    ),
+    "tied embedding": (
+        tied_embedding,
+        tree(e=(20, 8), a=(8, 10), z=(10, 8)),
+        jnp.asarray(np.random.default_rng(1).integers(0, 20, (64, 3))),
+    ),
+}  # fmt: skip
+WEIGHT = {"twice": "w", "branches": "w", "tied embedding": "e"}
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request):
+    apply, params, x = MODELS[request.param]
+    return apply, params, x, jm.trace(apply, params, x), WEIGHT[request.param]
+
+
+def layers_of(graph, weight):
+    return [
+        n.name for n in graph.sites if n.weight.name == weight and n.kind == "product"
+    ]
+
+
+def outputs(apply, params, x):
+    flat = jax.tree.leaves(jm.lift(apply)(params, x))
+    return np.concatenate([np.asarray(y, np.float64).reshape(-1) for y in flat])
+
+
+W3 = jm.QuantConfig(weight_bits=3, activation_bits=32)
+
+
+def test_rounding_serves_every_use(model):
+    """Against all roundings of one output column, by brute force over what all uses read."""
+    apply, params, x, graph, weight = model
+    quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
+    new, _, report = jm.adaround(
+        params, graph, quantizers, [x], key=jax.random.key(0), inputs_from="float",
+        with_report=True, progress=False,
+    )  # fmt: skip
+    w, r = (np.asarray(t[weight], np.float64) for t in (params, new))
+    scale = np.asarray(quantizers.pin(params).weights[weight].scale, np.float64)
+    assert np.all(np.abs(r - w) <= 1.01 * scale) and np.any(r != w)
+    np.testing.assert_allclose(r / scale, np.rint(r / scale), atol=1e-3)
+
+    def rows(node, run, operands):
+        if node.weight is None or node.weight.name != weight or node.kind != "product":
+            return run(*operands), None
+        return run(*operands), operands[0].reshape(-1, operands[0].shape[-1])
+
+    seen = jm.evaluate(apply, rows)(params, x)[1]
+    both = np.concatenate([np.asarray(v, np.float64) for v in seen.values()])
+    assert len(seen) == len(layers_of(graph, weight))
+    matrix = (lambda v: v.T) if weight == "e" else (lambda v: v)
+    nearest = np.asarray(jm.round_weights(params, quantizers)[weight], np.float64)
+    loss, plain = (np.sum((both @ (matrix(v) - matrix(w))) ** 2) for v in (r, nearest))
+    assert loss < 0.8 * plain
+    told = [v for v in report["loss"] if v is not None]
+    assert len(told) >= 3
+
+
+def test_factors_serve_every_use(model):
+    apply, params, x, graph, weight = model
+    names = layers_of(graph, weight)
+    small, report = jm.factorize(
+        params,
+        graph.only(*names),
+        ratios=0.5,
+        batches=[x],
+        with_report=True,
+        progress=False,
+    )
+    assert isinstance(small[weight], jm.Compressed)
+    rank = {report.where(site=n)["rank"][0] for n in names}
+    assert len(rank) == 1
+    made = np.asarray(densify(small)[weight], np.float64)
+    assert np.linalg.matrix_rank(made, tol=1e-4) == rank.pop()
+    np.testing.assert_allclose(
+        outputs(apply, small, x), outputs(apply, densify(small), x), atol=1e-4
+    )
+    # nearer to the model, on all that reads it, than factors that have seen no data
+    blind = jm.factorize(params, graph.only(*names), ratios=0.5)
+
+    def rows(node, run, operands):
+        mine = node.weight is not None and node.weight.name == weight
+        x = operands[0] if mine and node.kind == "product" else None
+        return run(*operands), x
+
+    seen = jm.evaluate(apply, rows)(params, x)[1]
+    both = np.concatenate(
+        [np.asarray(v, np.float64).reshape(-1, v.shape[-1]) for v in seen.values()]
+    )
+    w = np.asarray(params[weight], np.float64)
+
+    def error(tree):
+        change = np.asarray(densify(tree)[weight], np.float64) - w
+        return np.sum((both @ (change.T if weight == "e" else change)) ** 2)
+
+    values = np.linalg.svd(both @ (w.T if weight == "e" else w), compute_uv=False)
+    best = np.sum(values[np.linalg.matrix_rank(made, tol=1e-4) :] ** 2)
+    assert error(small) <= error(blind)
+    assert error(small) == pytest.approx(best, rel=1e-3, abs=1e-6)
+    text = str(jax.make_jaxpr(jm.lift(apply))(small, x))
+    dense = "8,8" if weight == "w" and apply is twice else None
+    assert (
+        dense is None or f"f32[{dense}]" not in text
+    )  # two products run, no dense weight
+
+
+def test_equalizing_keeps_the_function_and_moves_tied_weights_once(model):
+    apply, params, x, graph, weight = model
+    params = params | {
+        weight: params[weight] * jnp.geomspace(0.1, 10, params[weight].shape[-1])
+    }
+    exact = outputs(apply, params, x)
+    for options in ({"objective": "range"}, {"batches": [x], "progress": False}):
+        new = jm.equalize(params, graph, **options)
+        np.testing.assert_allclose(outputs(apply, new, x), exact, rtol=1e-4, atol=1e-4)
+    if weight == "w":
+        assert np.any(new["w"] != params["w"])
+
+
+@pytest.mark.parametrize("name", ["twice", "branches"])
+@pytest.mark.parametrize("data", [False, True])
+def test_pruning_takes_the_same_channels_of_every_use(name, data):
+    apply, params, x = MODELS[name]
+    graph = jm.trace(apply, params, x)
+    small = jm.prune(params, graph, 0.5, batches=[x] if data else None, progress=False)
+    assert isinstance(small["w"], jm.Compressed)
+    np.testing.assert_allclose(
+        outputs(apply, small, x), outputs(apply, densify(small), x), atol=1e-4
+    )
+    before, after = (sum(a.size for a in jax.tree.leaves(t)) for t in (params, small))
+    assert after < 0.7 * before
+    dense = densify(small)
+    gone = np.all(np.asarray(dense["w"]) == 0, axis=1)
+    assert gone.sum() == 4
+
+
+@pytest.mark.parametrize("name", ["branches", "tied embedding"])
+def test_every_use_is_corrected(name):
+    """The mean of what each use makes is that of the float model, on calibration's data."""
+    apply, params, x = MODELS[name]
+    graph = jm.trace(apply, params, x)
+    quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
+    new, report = jm.correct_bias(
+        params, graph, quantizers, [x], with_report=True, progress=False
+    )
+    if name == "tied embedding":
+        return  # its head has no bias: nothing but the reason can be said
+
+    def means(node, run, operands):
+        y = run(*operands)
+        mine = node.weight is not None and node.weight.name == "w"
+        return y, y.mean(0) if mine else None
+
+    exact = jm.evaluate(apply, means)(params, x)[1]
+    noisy = jm.evaluate(jm.lift(apply), means)(jm.round_weights(new, quantizers), x)[1]
+    for node in exact:
+        np.testing.assert_allclose(noisy[node], exact[node], atol=2e-5)
+
+
+def test_a_weight_that_something_else_reads_is_left_with_the_reason():
+    def apply(p, x):
+        return relu(x @ p["w"]) @ p["v"] + jnp.sum(p["w"] ** 2)
+
+    params = {"w": normal(4, 4), "v": normal(4, 2)}
+    x = normal(8, 4)
+    graph = jm.trace(apply, params, x)
+    _, report = jm.factorize(params, graph, ratios=0.5, with_report=True)
+    assert "used elsewhere" in report.where(site="w")["note"][0]
+
+
+def test_a_weight_that_is_read_both_ways_is_left_with_the_reason():
+    def apply(p, x):
+        return relu(x @ p["w"]) @ p["w"].T
+
+    params, x = {"w": normal(6, 4)}, normal(8, 6)
+    graph = jm.trace(apply, params, x)
+    _, report = jm.factorize(params, graph, ratios=0.5, with_report=True)
+    assert all("w" in note for note in report["note"])
