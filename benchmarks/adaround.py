@@ -131,7 +131,7 @@ class Demo:
         params = data.weights()
         self.graph = jm.trace(Network().apply, params, calibration[:1])
         self.folded = jm.fold_batch_norm(params, self.graph)
-        self.batches = jm.stacked(calibration, batch_size=batch)
+        self.batches = jm.batched(calibration, batch_size=batch)
 
     def right(self, params: Any, quantizers: jm.Quantizers) -> np.ndarray:
         """By test image, whether its class is found."""

@@ -129,7 +129,7 @@ def test_a_dict_batch_lists_its_keys():
     batch = {"image": X, "label": jnp.arange(5)}
     for call in (
         lambda: jm.calibrate(PARAMS, graph, [batch], progress=False),
-        lambda: jm.calibrate(PARAMS, graph, jm.stacked(batch, 2), progress=False),
+        lambda: jm.calibrate(PARAMS, graph, jm.batched(batch, 2), progress=False),
         lambda: jm.ptq(apply, PARAMS, [batch], progress=False),
         lambda: jm.calibrate(PARAMS, graph, [batch | {"label": "cat"}]),
     ):
