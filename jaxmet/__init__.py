@@ -44,6 +44,10 @@ from jaxmet.transforms.prune import prune as prune
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
 from jaxmet.transforms.rounding import adaround as adaround
 from jaxmet.transforms.rounding import search_scales as search_scales
+from jaxmet.transforms.rounding.methods import Adam as Adam
+from jaxmet.transforms.rounding.methods import Coordinate as Coordinate
+from jaxmet.transforms.rounding.methods import Gptq as Gptq
+from jaxmet.transforms.rounding.methods import Gram as Gram
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
 from jaxmet.tree.batches import batched as batched

@@ -345,11 +345,12 @@ def passes():
         "correct_bias",
         lambda b, o: jm.correct_bias(PARAMS, GRAPH, coarse(), b, **quiet, **o),
     )
-    for method in ("coordinate", "adam", "gram"):
+    short = {"adam": jm.Adam(iterations=20), "gram": jm.Gram(iterations=20)}
+    for method in ("coordinate", "gptq", "adam", "gram"):
         yield (
             f"adaround {method}",
-            lambda b, o, m=method: jm.adaround(
-                PARAMS, GRAPH, coarse(), b, key=key, method=m, iterations=20, rows=30,
+            lambda b, o, m=short.get(method, method): jm.adaround(
+                PARAMS, GRAPH, coarse(), b, key=key, method=m, rows=30,
                 progress=False, **o
             ),
         )  # fmt: skip

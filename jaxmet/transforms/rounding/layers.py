@@ -87,6 +87,7 @@ class Views:
         params: Any,
         layers: Sequence[Layer],
         batch: Any,
+        /,  # the model may take keywords of these names
         **kwargs: Any,
     ) -> None:
         self.layers = {layer.node.name: layer for layer in layers}
