@@ -44,8 +44,7 @@ class Row(NamedTuple):
 
     name: str
     config: jm.QuantConfig
-    method: str | None
-    options: dict[str, Any] = {}
+    method: Any
     equalize: bool = False
 
 
@@ -59,6 +58,7 @@ def rows() -> list[Row]:
             Row(f"{at}: nearest", four, None),
             Row(f"{at}: nearest, correct", four, "correct"),
             Row(f"{at}: search_scales", four, "search"),
+            Row(f"{at}: gptq", four, "gptq"),
             Row(f"{at}: gram", four, "gram"),
             Row(f"{at}: adam", four, "adam"),
             Row(f"{at}: coordinate", four, "coordinate"),
@@ -79,7 +79,7 @@ def rows() -> list[Row]:
     tensor = jm.QuantConfig(per_channel=False, placement="products")
     found += [
         Row("W8A8 per channel: coordinate", eight, "coordinate"),
-        Row("W8A8 per tensor: noise, coordinate", tensor, "coordinate", {}, True),
+        Row("W8A8 per tensor: noise, coordinate", tensor, "coordinate", True),
     ]
     return found
 
@@ -131,7 +131,7 @@ class Demo:
         params = data.weights()
         self.graph = jm.trace(Network().apply, params, calibration[:1])
         self.folded = jm.fold_batch_norm(params, self.graph)
-        self.batches = jm.stacked(calibration, batch_size=batch)
+        self.batches = jm.batched(calibration, batch_size=batch)
 
     def right(self, params: Any, quantizers: jm.Quantizers) -> np.ndarray:
         """By test image, whether its class is found."""
@@ -226,19 +226,19 @@ def rounded(
             params, graph, quantizers, batches, with_report=True, **common
         )
     elif row.method is not None:
-        more = dict(row.options)
-        if row.method != "coordinate" and iterations is not None:
-            more["iterations"] = iterations
+        steps = {"gram": jm.Gram, "adam": jm.Adam}
+        method = row.method
+        if iterations is not None and method in steps:
+            method = steps[method](iterations=iterations)
         params, quantizers, report = jm.adaround(
             params,
             graph,
             quantizers,
             batches,
             key=jax.random.key(0),
-            method=row.method,
+            method=method,
             with_report=True,
             **common,
-            **more,
         )
     seconds = time.perf_counter() - start
     ratio = None
@@ -254,26 +254,27 @@ def curves(bench: Demo, path: Path) -> None:
     """The median ratio of losses against the time that it took, for several lengths."""
     import altair as alt  # of the extra 'benchmarks'
 
-    lengths = {
-        "coordinate": (1, 2, 5, 20),
-        "gram": (100, 300, 1000, 3000),
-        "adam": (100, 300, 1000, 3000),
+    steps = (100, 300, 1000, 3000)
+    methods = {
+        "coordinate": {n: jm.Coordinate(sweeps=n) for n in (1, 2, 5, 20)},
+        "gram": {n: jm.Gram(iterations=n) for n in steps},
+        "adam": {n: jm.Adam(iterations=n) for n in steps},
     }
     config = jm.QuantConfig(4, 32, placement="products")
     points = []
-    for method, several in lengths.items():
-        for steps in several:
-            row = Row("", config, method, {"iterations": steps})
+    for name, several in methods.items():
+        for number, method in several.items():
+            row = Row("", config, method)
             _, _, ratio, seconds = rounded(bench, row, None)
             points.append(
                 {
-                    "method": method,
-                    "steps": steps,
+                    "method": name,
+                    "steps": number,
                     "seconds, compilation included": seconds,
                     "loss / nearest": ratio,
                 }
             )
-            print(method, steps, f"{seconds:.0f} s", f"{ratio:.3f}", flush=True)
+            print(name, number, f"{seconds:.0f} s", f"{ratio:.3f}", flush=True)
     chart = alt.Chart(alt.Data(values=points)).mark_line(point=True)
     chart.encode(
         x="seconds, compilation included:Q",

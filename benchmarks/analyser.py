@@ -99,7 +99,7 @@ def prepared(case: Case) -> tuple[Any, jm.Graph, Any]:
     """The tree folded and equalized, its graph, and its batches."""
     apply, variables, inputs, size = case
     graph = jm.trace(apply, variables, inputs[:1])
-    batches = jm.stacked(inputs, batch_size=size)
+    batches = jm.batched(inputs, batch_size=size)
     folded = jm.fold_batch_norm(variables, graph)
     return jm.equalize(folded, graph, progress=False), graph, batches
 
@@ -173,7 +173,7 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
             params,
             graph,
             quantizers,
-            jm.stacked(inputs, batch_size=32),
+            jm.batched(inputs, batch_size=32),
             examples=len(inputs),
             progress=False,
         )

@@ -97,7 +97,7 @@ class Bench:
         self.graph = jm.trace(self.model.apply, self.params, self.one).without(
             "classifier"
         )
-        self.batches = jm.stacked(images[:SAMPLES], batch_size=64)
+        self.batches = jm.batched(images[:SAMPLES], batch_size=64)
         self.score = self.score_on(images[SAMPLES:][: options.scored])
         self.taught = self.data.told_by(self.model.apply, self.params)
         self.total = self.macs(self.params)

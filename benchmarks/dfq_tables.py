@@ -168,7 +168,7 @@ def main() -> None:
     rows = [r for r in ROWS if any(fnmatch.fnmatch(r, g) for g in options.rows)]
     calibration = Composer.read("calibration", options.data)
     images = calibration.scenes(range(options.calibration)).images
-    batches = jm.stacked(jnp.asarray(images), batch_size=32)
+    batches = jm.batched(jnp.asarray(images), batch_size=32)
     columns = {"scenes": (f"{len(images)} scenes", batches), "none": ("no data", None)}
     columns = dict(columns[kind] for kind in options.calibrate_on)
     scenes = Composer.read("test", options.data).scenes(range(options.scenes))

@@ -100,7 +100,7 @@ class Bench:
 
     @property
     def batches(self) -> Any:
-        return jm.stacked(self.calibration, batch_size=self.size)
+        return jm.batched(self.calibration, batch_size=self.size)
 
     def logits(self, quantizers: jm.Quantizers, params: Any) -> np.ndarray:
         """Of all evaluation pictures, in batches of one size: one compilation."""

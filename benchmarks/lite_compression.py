@@ -63,7 +63,7 @@ def main() -> None:
     def score(apply: Any, params: Any) -> jax.Array:
         return -jnp.mean(jnp.square(apply(params, scored) - wanted))
 
-    data = {"plain": None, "whitened": jm.stacked(fitted, batch_size=options.batch)}
+    data = {"plain": None, "whitened": jm.batched(fitted, batch_size=options.batch)}
     each = itertools.product(options.methods, options.kinds, options.select)
     for method, kind, select in each:
         batches = data[kind]

@@ -97,7 +97,7 @@ class Bench:
         replay = jm.evaluate(self.network.apply, _idle)
         self.forward = lambda params, x: replay(params, x)[0]
         self.taught = self.data.told_by(self.forward, self.folded)
-        self.calibration = jm.stacked(data.load()[0], batch_size=BATCH)
+        self.calibration = jm.batched(data.load()[0], batch_size=BATCH)
 
     def table(self) -> None:
         """Each cell a mean and a standard deviation over seeds, in percent."""

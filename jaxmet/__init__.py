@@ -6,7 +6,7 @@ pure functions over the parameter tree. A short tour:
     graph      = jm.trace(model.apply, params, images[:1])
     params     = jm.fold_batch_norm(params, graph)
     params     = jm.equalize(params, graph)
-    quantizers = jm.calibrate(params, graph, jm.stacked(images, batch_size=32))
+    quantizers = jm.calibrate(params, graph, jm.batched(images, batch_size=32))
     device     = jax.jit(jm.simulate(model.apply, quantizers))
     logits     = device(params, images)
 
@@ -44,9 +44,13 @@ from jaxmet.transforms.prune import prune as prune
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
 from jaxmet.transforms.rounding import adaround as adaround
 from jaxmet.transforms.rounding import search_scales as search_scales
+from jaxmet.transforms.rounding.methods import Adam as Adam
+from jaxmet.transforms.rounding.methods import Coordinate as Coordinate
+from jaxmet.transforms.rounding.methods import Gptq as Gptq
+from jaxmet.transforms.rounding.methods import Gram as Gram
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
-from jaxmet.tree.batches import stacked as stacked
+from jaxmet.tree.batches import batched as batched
 from jaxmet.tree.config import QuantConfig as QuantConfig
 from jaxmet.tree.config import Rule as Rule
 from jaxmet.tree.files import load as load

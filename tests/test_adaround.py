@@ -17,6 +17,7 @@ from jax import lax
 import jaxmet as jm
 from jaxmet.transforms.rounding import sequential, solvers
 from jaxmet.transforms.rounding.layers import find_layers
+from jaxmet.transforms.rounding.methods import coordinate_rounding
 from jaxmet.transforms.rounding.waves import find_waves
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
@@ -24,8 +25,8 @@ from zoo import CASES
 
 KEY = jax.random.key(0)
 W3 = jm.QuantConfig(weight_bits=3, activation_bits=32)
-METHODS = ("coordinate", "gram", "adam")
-QUICK = {"coordinate": {}, "gram": {"iterations": 300}, "adam": {"iterations": 300}}
+METHODS = ("coordinate", "gptq", "gram", "adam")
+QUICK = {"gram": jm.Gram(iterations=300), "adam": jm.Adam(iterations=300)}
 
 
 def spec(q):
@@ -59,10 +60,9 @@ def prepared(apply, params, *inputs, config=W3):
 
 def run(apply, params, inputs, *, config=W3, method="coordinate", **more):
     graph, quantizers = prepared(apply, params, *inputs, config=config)
-    options = {**QUICK[method], **more}
     return jm.adaround(
-        params, graph, quantizers, [inputs], key=KEY, method=method,
-        progress=False, with_report=True, **options,
+        params, graph, quantizers, [inputs], key=KEY, method=QUICK.get(method, method),
+        progress=False, with_report=True, **more,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def model(name):
 
 
 @pytest.mark.parametrize("name,method", [
-    ("dense", "coordinate"), ("dense", "gram"), ("dense", "adam"),
+    ("dense", "coordinate"), ("dense", "gptq"), ("dense", "gram"), ("dense", "adam"),
     ("inverted_residual", "coordinate"), ("inverted_residual", "adam"),
     ("grouped", "coordinate"), ("transposed", "gram"), ("concatenation", "adam"),
 ])  # fmt: skip
@@ -112,7 +112,7 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
     assert len(ratios) == len(graph.sites) and max(ratios) <= 1 + 1e-6
     assert np.median(ratios) < 0.97 and min(ratios) < 0.85
     curves = report.columns.get("curve", [])
-    assert len(curves) == (0 if method == "coordinate" else len(graph.sites))
+    assert len(curves) == (0 if method in ("coordinate", "gptq") else len(graph.sites))
     for curve, loss in zip(curves, report["loss"], strict=bool(curves)):
         assert len(curve) == 20 and 0.1 < curve[-1] / loss < 1
         assert 0 <= min(curve) < 0.9 * curve[-1]
@@ -123,7 +123,7 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
         leaf = dense(found[weight])
         assert q.scale is not None
         np.testing.assert_array_equal(q(leaf), leaf)  # rounding again changes nothing
-        if method != "coordinate":
+        if method in ("gram", "adam"):
             scale = np.asarray(before.weights[weight].grid(dense(old[weight]))[0])
             np.testing.assert_array_equal(np.asarray(q.scale), scale)
             inside = np.abs(np.asarray(dense(old[weight])) / scale) <= q.ends[1]
@@ -143,8 +143,8 @@ def test_coordinate_descent_is_near_the_best_of_all_roundings(bits, symmetric):
     apply = lambda p, x: x @ p["w"]
     config = jm.QuantConfig(bits, 32, symmetric_weights=symmetric)
     inputs = (jnp.asarray(x, jnp.float32),)
-    new, q, _ = run(apply, {"w": jnp.asarray(w)}, inputs, config=config, scales="given",
-                    damping=0.0, bias=False)  # fmt: skip
+    new, q, _ = run(apply, {"w": jnp.asarray(w)}, inputs, config=config,
+                    method=jm.Coordinate(scales="given"), damping=0.0, bias=False)  # fmt: skip
     grid = q.weights["w"]
     scale, zero = (np.asarray(v, np.float64) for v in grid.grid(None))
     low, high = grid.ends
@@ -299,10 +299,10 @@ def test_what_does_not_wait_for_another_is_one_wave():
 def test_one_program_for_layers_of_one_shape(monkeypatch):
     """Side by side where they can be, one after the other without compiling again."""
     apply, params, x = deep()
-    before = solvers._by_coordinates._cache_size()
+    before = coordinate_rounding.descended._cache_size()
     graph, q = prepared(apply, params, x)
     jm.adaround(params, graph, q, [(x,)], key=KEY, progress=False)
-    assert solvers._by_coordinates._cache_size() == before + 1
+    assert coordinate_rounding.descended._cache_size() == before + 1
 
     def heads(p, x):
         return [x @ w for w in p]
@@ -333,18 +333,25 @@ def test_same_key_same_bits():
     apply, params, x = mlp()
     one, two, other = (
         jm.adaround(params, *prepared(apply, params, x), [(x,)], key=jax.random.key(k),
-                    method="adam", iterations=60, batch=16, progress=False)[0]
+                    method=jm.Adam(iterations=60, batch=16), progress=False)[0]
         for k in (0, 0, 1)
     )  # fmt: skip
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
     assert not jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_without_iterations_it_is_nearest_rounding(method):
+@pytest.mark.parametrize(
+    "method",
+    [
+        jm.Coordinate(sweeps=0, start="nearest", scales="given"),
+        jm.Gram(iterations=0),
+        jm.Adam(iterations=0),
+    ],
+)
+def test_without_steps_it_is_nearest_rounding(method):
     apply, params, x = mlp()
     graph, q = prepared(apply, params, x)
-    new, after, _ = run(apply, params, (x,), method=method, iterations=0)
+    new, after, _ = run(apply, params, (x,), method=method, bias=False)
     wanted = jm.round_weights(params, q)
     assert jax.tree.all(jax.tree.map(np.array_equal, new, wanted))
     assert all(w.scale is not None for w in after.weights.values())
@@ -375,16 +382,158 @@ def test_bad_input_is_refused():
     trap, broken = jm.trace(rooted, params, x), q
     cases = [
         ("Calibrate", (params, graph, foreign, [(x,)]), good),
-        ("there is no key", (params, graph, q, [(x,)]), {"key": None}),
         ("method is 'best'", (params, graph, q, [(x,)]), good | {"method": "best"}),
-        ("scales is", (params, graph, q, [(x,)]), good | {"scales": "all"}),
-        ("iterations is -1", (params, graph, q, [(x,)]), good | {"iterations": -1}),
         ("rows is 0", (params, graph, q, [(x,)]), good | {"rows": 0}),
         ("'l1'.*NaN", (params, trap, broken, [(x,)]), good),
     ]
     for match, args, options in cases:
         with pytest.raises(ValueError, match=match):
             jm.adaround(*args, **options)
+
+
+def test_methods_are_values_with_options_of_their_own():
+    """Short names are the defaults; values compare, print and are checked when made."""
+    for method in (jm.Coordinate, jm.Gptq, jm.Gram, jm.Adam):
+        assert method() == method() and hash(method()) == hash(method())
+        assert repr(method()).startswith(f"{method.__name__}(")
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            method().rows = 3
+    assert jm.Gram(beta_range=[20, 2]) == jm.Gram() != jm.Adam()
+    bad = [
+        (lambda: jm.Coordinate(sweeps=-1), "Coordinate: sweeps is -1.*whole"),
+        (lambda: jm.Coordinate(sweeps=2.5), "Coordinate: sweeps is 2.5.*whole"),
+        (lambda: jm.Coordinate(start="best"), "Coordinate: start is 'best'.*'gptq'"),
+        (lambda: jm.Coordinate(scales="all"), "Coordinate: scales is.*'refit'"),
+        (lambda: jm.Gptq(scales="refit"), "Gptq: scales is 'refit'.*'search'"),
+        (lambda: jm.Gram(iterations=True), "Gram: iterations is True"),
+        (lambda: jm.Adam(batch=0), "Adam: batch is 0.*1 or more"),
+        (lambda: jm.Adam(beta_range=5), "Adam: beta_range is 5"),
+        (lambda: jm.Adam(beta_range=(2, "a")), "Adam: beta_range is 'a'"),
+        (lambda: jm.Gram(learning_rate="x"), "Gram: learning_rate is 'x'"),
+    ]
+    for make, match in bad:
+        with pytest.raises(ValueError, match=rf"jaxmet\.{match}"):
+            make()
+
+
+def product(ins=6, outs=4, rows=32):
+    """A single product, on inputs that hang together."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(rows, ins)) @ rng.normal(size=(ins, ins))
+    w = rng.normal(size=(ins, outs)).astype(np.float32)
+    return (lambda p, x: x @ p["w"]), {"w": jnp.asarray(w)}, jnp.float32(x)
+
+
+def test_a_short_name_is_the_method_with_its_defaults():
+    apply, params, x = product()
+    graph, q = prepared(apply, params, x)
+    methods = ("gptq", jm.Gptq(), jm.Gptq(scales="search"))
+    short, value, other = (
+        jm.adaround(params, graph, q, [(x,)], method=m, progress=False) for m in methods
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, short, value))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, short, other))
+
+
+@pytest.mark.parametrize(
+    "method,given,written",
+    [
+        ("coordinate", {"iterations": 40}, r"jm\.Coordinate\(sweeps=40\)"),
+        ("coordinate", {"scales": "given"}, r"jm\.Coordinate\(scales='given'\)"),
+        ("adam", {"iterations": 40, "batch": 8}, r"jm\.Adam\(iterations=40, batch=8\)"),
+        ("gram", {"learning_rate": 0.1}, r"jm\.Gram\(learning_rate=0\.1\)"),
+        ("coordinate", {"warm_start": 0.1}, r"jm\.Gram\(warm_start=0\.1\)"),
+        (jm.Gptq(), {"regularisation": 1}, r"jm\.Gram\(regularisation=1\)"),
+    ],
+)
+def test_options_of_methods_among_the_keywords_are_refused(method, given, written):
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    said = rf"jaxmet\.adaround: {', '.join(given)} is an option of.*{written}"
+    with pytest.raises(ValueError, match=said):
+        jm.adaround(params, graph, q, iter(()), method=method, **given)
+
+
+def test_a_model_may_take_a_keyword_that_a_method_has():
+    apply, params, x = product()
+    scaled = lambda p, x, batch=1.0, **others: apply(
+        p, x * batch + sum(others.values())
+    )
+    graph, q = prepared(scaled, params, x)
+    quiet = {"progress": False, "bias": False, "method": "gptq"}
+    near = jm.round_weights(params, q)["w"]
+    for scale in (1.0, 0.0):  # of what is always zero nothing is known
+        new, _ = jm.adaround(params, graph, q, [(x,)], batch=scale, start=0.0, **quiet)
+        assert bool(jnp.any(new["w"] != near)) == bool(scale)
+
+
+@pytest.mark.parametrize("wrong", ["best", jm.Gram, None, 3])
+def test_what_is_no_method_is_refused(wrong):
+    apply, params, x = mlp()
+    graph, q = prepared(apply, params, x)
+    said = r"jaxmet\.adaround: method is .*'coordinate', 'gptq'.*jm\.Gptq\("
+    with pytest.raises(ValueError, match=said):
+        jm.adaround(params, graph, q, [(x,)], method=wrong)
+
+
+def gptq(w, x, scale, low, high, damping):
+    """Frantar et al., algorithm 1, one weight after the other, in float64."""
+    w, levels = w.astype(np.float64).copy(), np.zeros(w.shape)
+    hessian = x.T @ x / len(x)
+    hessian += damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+    left = list(np.argsort(-np.diag(x.T @ x)))
+    while left:
+        i, *rest = left
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        levels[i] = np.clip(np.rint(w[i] / scale), low, high)
+        error = (w[i] - scale * levels[i]) / inverse[0, 0]
+        w[rest] -= inverse[0, 1:, None] * error[None]
+        left = rest
+    return scale * levels
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.2])
+def test_gptq_is_that_of_the_paper(damping):
+    apply, params, inputs = product(10, 6, 300)
+    x, w = np.asarray(inputs, np.float64), np.asarray(params["w"])
+    graph, q = prepared(apply, params, inputs)
+    new, after = jm.adaround(
+        params, graph, q, [(inputs,)], method=jm.Gptq(), damping=damping, bias=False,
+        progress=False,
+    )  # fmt: skip
+    scale = np.abs(w.astype(np.float64)).max(0, keepdims=True) / 3
+    np.testing.assert_allclose(after.weights["w"].scale, scale, rtol=1e-6)
+    wanted = gptq(w, x, scale[0], -3, 3, damping)
+    plain = scale * np.clip(np.rint(w / scale), -3, 3)
+    gram = x.T @ x / len(x)
+    gram += damping * np.mean(np.diag(gram)) * np.eye(len(gram))
+    loss = lambda v: np.einsum("io,ij,jo->o", v - w, gram, v - w)
+    wins = loss(wanted) < loss(plain)
+    assert wins.sum() >= 4
+    np.testing.assert_allclose(new["w"], np.where(wins, wanted, plain), atol=1e-5)
+
+
+def test_a_method_of_the_users_own_is_one_class():
+    """What the base class asks for is all that a method needs: here rounding up."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Up(solvers.RoundingMethod):
+        share: float = 1.0
+
+        def solve(self, problem, kind, key, tick):
+            step = problem.grid.scale  # (layers, groups, blocks, outs), one block here
+            rounded = jnp.ceil(problem.weight / step - 1e-6) * step
+            tick(1.0, 0.0)
+            nothing = jnp.zeros((*rounded.shape[:2], rounded.shape[3]))
+            return solvers.Solution(rounded, problem.grid, *[nothing] * 4)
+
+    apply, params, x = product()
+    graph, q = prepared(apply, params, x)
+    new, after = jm.adaround(params, graph, q, [(x,)], method=Up(), progress=False)
+    step = np.abs(np.asarray(params["w"])).max(0, keepdims=True) / 3
+    np.testing.assert_allclose(
+        new["w"], np.ceil(np.asarray(params["w"]) / step - 1e-6) * step, atol=1e-6
+    )
 
 
 def test_traced_trees_are_refused():
@@ -420,8 +569,8 @@ def counted(problems, *a, **k):
     return solve(problems, *a, **k)
 sequential.solve = counted
 print("begin", flush=True)
-new, q = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5), method="adam",
-                     iterations=40, batch=32, checkpoint={path!r}, progress=False)
+new, q = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5), checkpoint={path!r},
+                     method=jm.Adam(iterations=40, batch=32), progress=False)
 np.savez({out!r}, *jax.tree.leaves(new))
 """
 
@@ -472,8 +621,8 @@ def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path):
     )  # at most the one in work is lost
     apply, params, x = deep()
     graph, q = prepared(apply, params, x)
-    plain, _ = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5), method="adam",
-                           iterations=40, batch=32, progress=False)  # fmt: skip
+    plain, _ = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5),
+                           method=jm.Adam(iterations=40, batch=32), progress=False)  # fmt: skip
     with np.load(tmp_path / "resumed.npz") as found:
         for one, two in zip(found.values(), jax.tree.leaves(plain), strict=True):
             np.testing.assert_array_equal(one, two)

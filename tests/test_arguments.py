@@ -118,8 +118,6 @@ def test_keys_of_both_kinds():
     for one in found[1:]:
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(found[0]), strict=True):
             np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"adaround: there is no key.*at random"):
-        jm.adaround(PARAMS, graph, q, [X], key=None)
     with pytest.raises(ValueError, match=r"ptq: there is no key.*less than 8 bits"):
         jm.ptq(apply, PARAMS, [X], jm.QuantConfig(weight_bits=4))
 
@@ -129,7 +127,7 @@ def test_a_dict_batch_lists_its_keys():
     batch = {"image": X, "label": jnp.arange(5)}
     for call in (
         lambda: jm.calibrate(PARAMS, graph, [batch], progress=False),
-        lambda: jm.calibrate(PARAMS, graph, jm.stacked(batch, 2), progress=False),
+        lambda: jm.calibrate(PARAMS, graph, jm.batched(batch, 2), progress=False),
         lambda: jm.ptq(apply, PARAMS, [batch], progress=False),
         lambda: jm.calibrate(PARAMS, graph, [batch | {"label": "cat"}]),
     ):
@@ -171,8 +169,8 @@ def test_arguments_of_another_kind_are_named():
         ("segments: the graph is of", lambda: jm.segments(PARAMS, graph, X, cuts="w")),
         ("calibrate: inputs is 0", lambda: jm.calibrate(PARAMS, graph, no, inputs=0)),
         (
-            "adaround: beta_range is 5",
-            lambda: jm.adaround(PARAMS, graph, q, no, key=key, beta_range=5),
+            "adaround: method is Adam",
+            lambda: jm.adaround(PARAMS, graph, q, no, method=jm.Adam),  # type: ignore
         ),
         (
             "adaround: checkpoint is 3",

@@ -123,7 +123,7 @@ def measured(apply, params, inputs, config=None):
     """SQNR of the simulated model on the second half, calibrated on the first."""
     first, second = ([x[i] for x in inputs] for i in (slice(0, 24), slice(24, 48)))
     graph = jm.trace(apply, params, *(x[:2] for x in first))
-    batches = jm.stacked(tuple(first), batch_size=12)
+    batches = jm.batched(tuple(first), batch_size=12)
     quantizers = jm.calibrate(params, graph, batches, config, progress=False)
     for name, q in quantizers.activations.items():
         scale = float(np.max(np.asarray(q.grid(None)[0])))
@@ -188,7 +188,7 @@ def test_what_shows_the_error_stays_finite_behind_an_infinite_mask(params, data)
     mask = PADDING_MASKS["add log"]
     apply = lambda p, x, m: attention(p, x, lambda s: mask(p, s, m))
     graph = jm.trace(apply, params, *(x[:2] for x in inputs))
-    batches = jm.stacked(inputs, batch_size=8)
+    batches = jm.batched(inputs, batch_size=8)
     quantizers = jm.calibrate(params, graph, batches, progress=False)
     tables = (
         jm.compare(params, graph, quantizers, inputs),
@@ -270,7 +270,7 @@ def test_masked_pools_gates_and_outputs_keep_their_resolution(params, data):
     first = tuple(x[:24] for x in data)
     graph = jm.trace(apply, params, *(x[:2] for x in data))
     quantizers = jm.calibrate(
-        params, graph, jm.stacked(first, batch_size=12), progress=False
+        params, graph, jm.batched(first, batch_size=12), progress=False
     )
     wanted, logits = apply(params, *data)
     got, some = jax.jit(jm.simulate(apply, quantizers))(params, *data)
@@ -324,7 +324,7 @@ def test_categories_among_the_inputs_keep_their_meaning(bits):
     spins = 2.0 * jax.random.bernoulli(keys[2], 0.5, (64, 4)).astype(jnp.float32) - 1
     graph = jm.trace(apply, p, spins[:2])
     config = jm.QuantConfig(weight_bits=bits, activation_bits=bits)
-    batches = jm.stacked(spins, batch_size=32)
+    batches = jm.batched(spins, batch_size=32)
     quantizers = jm.calibrate(p, graph, batches, config, progress=False)
     simulated = jax.jit(jm.simulate(apply, quantizers))(p, spins)
     assert sqnr(apply(p, spins), simulated) > {8: 35, 16: 80}[bits]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.tree.batches import as_batches, stacked
+from jaxmet.tree.batches import as_batches, batched
 
 
 def data(rows=10):
@@ -14,8 +14,8 @@ def data(rows=10):
 
 @pytest.mark.parametrize("rows", [10, 8, 3, 4, 1])
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-def test_stacked_batches_are_the_data(rows, convert):
-    batches = stacked({"a": convert(data(rows)), "b": np.arange(rows)}, batch_size=4)
+def test_batched_batches_are_the_data(rows, convert):
+    batches = batched({"a": convert(data(rows)), "b": np.arange(rows)}, batch_size=4)
     parts = list(batches)
     assert len(parts) == len(batches) == -(-rows // 4)
     assert [p["a"].shape[0] for p in parts[:-1]] == [4] * (len(parts) - 1)
@@ -26,8 +26,8 @@ def test_stacked_batches_are_the_data(rows, convert):
     assert type(parts[0]["a"]) is type(convert(data(1)))
 
 
-def test_stacked_is_a_tree():
-    batches = stacked(data(), 4)
+def test_batched_is_a_tree():
+    batches = batched(data(), 4)
     doubled = jax.tree.map(lambda x: 2 * x, batches)
     np.testing.assert_array_equal(np.concatenate(list(doubled)), 2 * data())
     total = jax.jit(
@@ -47,14 +47,14 @@ def test_stacked_is_a_tree():
         (jax.ShapeDtypeStruct((4, 3), jnp.float32), "ShapeDtypeStruct"),
     ],
 )
-def test_stacked_refuses(inputs, message):
-    with pytest.raises(ValueError, match=rf"jaxmet\.stacked: .*{message}"):
-        stacked(inputs)
+def test_batched_refuses(inputs, message):
+    with pytest.raises(ValueError, match=rf"jaxmet\.batched: .*{message}"):
+        batched(inputs)
 
 
-def test_stacked_refuses_a_batch_size_of_zero():
+def test_batched_refuses_a_batch_size_of_zero():
     with pytest.raises(ValueError, match="batch_size is 0"):
-        stacked(data(), 0)
+        batched(data(), 0)
 
 
 class Loader:
@@ -71,7 +71,7 @@ class Loader:
 def sources():
     parts = [data()[:4], data()[4:8], data()[8:]]
     return {
-        "stacked": (stacked(data(), 4), 3),
+        "batched": (batched(data(), 4), 3),
         "list": (parts, 3),
         "generator": ((p for p in parts), None),
         "loader": (Loader(), None),
@@ -97,7 +97,7 @@ def test_all_forms_give_the_same_batches(name):
 
 
 def test_tuples_are_splatted_and_inputs_picks():
-    labelled = stacked((data(), np.arange(10)), 4)
+    labelled = batched((data(), np.arange(10)), 4)
     assert [len(p) for p in as_batches(labelled, "f")] == [2, 2, 2]
     picked = as_batches(labelled, "f", inputs=lambda batch: batch[0])
     assert len(picked.first) == 1
@@ -120,10 +120,10 @@ def test_other_libraries_arrays_become_numpy():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (data(), r"ndarray of shape \(10, 3\).*could be one.*jm\.stacked"),
-        (jnp.ones((2, 3)), r"of shape \(2, 3\).*jm\.stacked"),
-        ((data(), data()), r"a tuple of 2.*jm\.stacked"),
-        ({"x": data()}, r"of type dict.*jm\.stacked"),
+        (data(), r"ndarray of shape \(10, 3\).*could be one.*jm\.batched"),
+        (jnp.ones((2, 3)), r"of shape \(2, 3\).*jm\.batched"),
+        ((data(), data()), r"a tuple of 2.*jm\.batched"),
+        ({"x": data()}, r"of type dict.*jm\.batched"),
         ("images", r"a text"),
         (None, "of type NoneType"),
         (7, "of type int"),
@@ -164,12 +164,12 @@ def test_integers_tracers_and_shapes_pass():
 
 def test_printing_batches_shows_shapes_and_dtypes():
     images = {"x": np.zeros((10, 5, 3), np.float32), "y": (jnp.arange(10), None)}
-    shown = repr(stacked(images, 4))
+    shown = repr(batched(images, 4))
     assert shown == (
-        "Stacked(2 batches of {'x': float32[4, 5, 3], 'y': (int32[4], None)}, "
+        "Batched(2 batches of {'x': float32[4, 5, 3], 'y': (int32[4], None)}, "
         "the last of {'x': float32[2, 5, 3], 'y': (int32[2], None)})"
     )
-    assert repr(stacked(data(4), 4)) == "Stacked(1 batch of float32[4, 3])"
-    assert repr(stacked(data(3), 4)) == "Stacked(the last of float32[3, 3])"
-    empty = jax.tree.map(lambda x: object(), stacked(data(3), 4))
+    assert repr(batched(data(4), 4)) == "Batched(1 batch of float32[4, 3])"
+    assert repr(batched(data(3), 4)) == "Batched(the last of float32[3, 3])"
+    empty = jax.tree.map(lambda x: object(), batched(data(3), 4))
     assert "object" in repr(empty)

@@ -182,18 +182,18 @@ def forms(x):
     labels = [np.arange(len(p)) for p in parts]
     pairs = [*zip(parts, labels, strict=True)]
     return {
-        "stacked": (jm.stacked(x, batch_size=2), {}),
-        "stacked numpy": (jm.stacked(np.asarray(x), batch_size=2), {}),
-        "stacked tuple": (jm.stacked((x,), batch_size=2), {}),
-        "whole": (jm.stacked(x, batch_size=len(x)), {}),
-        "too few": (jm.stacked(x, batch_size=64), {}),
+        "batched": (jm.batched(x, batch_size=2), {}),
+        "batched numpy": (jm.batched(np.asarray(x), batch_size=2), {}),
+        "batched tuple": (jm.batched((x,), batch_size=2), {}),
+        "whole": (jm.batched(x, batch_size=len(x)), {}),
+        "too few": (jm.batched(x, batch_size=64), {}),
         "tuples": ([(p,) for p in parts], {}),
         "generator": ((p for p in parts), {}),
         "loader": (Loader(parts), {}),
         "numpy": ([np.asarray(p) for p in parts], {}),
         "pairs": (pairs, {"inputs": lambda batch: batch[0]}),
-        "stacked pairs": (
-            jm.stacked((x, jnp.arange(len(x))), batch_size=2),
+        "batched pairs": (
+            jm.batched((x, jnp.arange(len(x))), batch_size=2),
             {"inputs": lambda batch: (batch[0],)},
         ),
         "dicts": ([{"image": p} for p in parts], {"inputs": lambda b: b["image"]}),
@@ -233,7 +233,7 @@ def test_sharded_batches_give_the_same_ranges(many):
     params = jax.device_put(params, sharded())
     expected = calibrated(name, [x[:16], x[16:]])
     parts = [jax.device_put(p, sharded("data")) for p in (x[:16], x[16:])]
-    whole = jm.stacked(x, batch_size=16)
+    whole = jm.batched(x, batch_size=16)
     for batches in (parts, jax.device_put(whole, sharded(None, "data"))):
         found = jm.calibrate(params, graph, batches, progress=False)
         assert found.activations.keys() == expected.activations.keys()
@@ -270,10 +270,10 @@ NAN = np.full_like(X, np.nan)
         (
             X,
             {},
-            r"ndarray of shape \(2, 8, 8, 3\), which could be.*jm\.stacked\(x, batch_size",
+            r"ndarray of shape \(2, 8, 8, 3\), which could be.*jm\.batched\(x, batch_size",
         ),
-        ((X, X), {}, r"tuple of 2, which could be.*jm\.stacked"),
-        ([], {}, r"batches is empty.*jm\.stacked"),
+        ((X, X), {}, r"tuple of 2, which could be.*jm\.batched"),
+        ([], {}, r"batches is empty.*jm\.batched"),
         (iter([]), {}, r"batches is empty"),
         ([NAN], {}, r"input 0 of the first batch has NaN.*Clean the data"),
         ([X[:0]], {}, r"input 0 of the first batch is empty"),

@@ -435,7 +435,7 @@ def test_the_order_and_form_of_batches_do_not_matter(method):
     parts = [x[i : i + 2] for i in range(0, 18, 2)]
     options = {"config": {"activation_bits": 4}}
     one = calibrated("conv_bn_relu", parts, method, **dict(options))
-    for batches in (parts[::-1], jm.stacked(x, batch_size=2)):
+    for batches in (parts[::-1], jm.batched(x, batch_size=2)):
         two = calibrated("conv_bn_relu", batches, method, **dict(options))
         for node, q in one.activations.items():
             np.testing.assert_allclose(q.scale, two.activations[node].scale, rtol=1e-5)

@@ -50,10 +50,10 @@ def expected(rows):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 35, 64])
-@pytest.mark.parametrize("form", ["stacked", "list", "generator"])
+@pytest.mark.parametrize("form", ["batched", "list", "generator"])
 def test_merged_over_every_batch_and_the_shorter_last_one(size, form):
     parts = [ROWS[i : i + size] for i in range(0, 35, size)]
-    batches = {"stacked": jm.stacked(ROWS, batch_size=size), "list": parts}
+    batches = {"batched": jm.batched(ROWS, batch_size=size), "list": parts}
     found = run(batches.get(form, iter(parts)))
     assert found.keys() == {"first", "second"}
     for name, statistics in expected(ROWS).items():
@@ -69,7 +69,7 @@ def test_one_program_a_shape():
         traces.append((node.name, operands[0].shape if operands else ()))
         return moments(node, run, operands)
 
-    for batches in (jm.stacked(ROWS, 2), [ROWS[i : i + 2] for i in range(0, 35, 2)]):
+    for batches in (jm.batched(ROWS, 2), [ROWS[i : i + 2] for i in range(0, 35, 2)]):
         traces.clear()
         run(batches, counting)
         assert sorted(s for n, s in traces if n == "first") == [(1, 4), (2, 4)]
@@ -85,7 +85,7 @@ def test_merging_takes_its_arguments_in_order():
         return result, (result[0, 0], result[-1, 0])
 
     ends = lambda one, two: {"input": (one["input"][0], two["input"][1])}
-    for batches in (jm.stacked(ROWS, 2), [ROWS[:20], ROWS[20:]]):
+    for batches in (jm.batched(ROWS, 2), [ROWS[:20], ROWS[20:]]):
         first, last = run(batches, hook, ends)["input"]
         assert (first, last) == (ROWS[0, 0], ROWS[-1, 0])
 
@@ -101,10 +101,10 @@ def test_a_hook_may_change_the_run():
 
 
 def test_the_bar_counts_batches(capsys):
-    run(jm.stacked(ROWS, 2), progress=True)
+    run(jm.batched(ROWS, 2), progress=True)
     shown = capsys.readouterr().err
     assert "somebody" in shown and "18/18" in shown
-    run(jm.stacked(ROWS, 2))
+    run(jm.batched(ROWS, 2))
     assert capsys.readouterr().err == ""
 
 

@@ -292,7 +292,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"jaxmet\.compare: .*NaN"):
         compare(quantizers, x * jnp.nan)
     with pytest.raises(ValueError, match=r"jaxmet\.compare: .*Give one batch"):
-        compare(quantizers, jm.stacked(x, 16))
+        compare(quantizers, jm.batched(x, 16))
     for several in ([x], iter([x]), ()):
         with pytest.raises(
             ValueError, match=r"jaxmet\.compare: batch .*Give one batch"

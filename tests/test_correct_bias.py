@@ -176,7 +176,7 @@ def test_each_site_sees_corrected_predecessors(of):
     apply, params, graph, x = plain_mlp()
     config = jm.QuantConfig(weight_bits=3, activation_bits=5, per_channel=False)
     quantizers = jm.calibrate(params, graph, [x], config, progress=False).pin(params)
-    new = correct(params, graph, quantizers, jm.stacked(x, 16), of=of)
+    new = correct(params, graph, quantizers, jm.batched(x, 16), of=of)
     on = lambda name, y: grid(y, quantizers.activation(name)) if of == "both" else y
     exact, noisy = np.float64(x), on("input", np.float64(x))
     for i in range(3):
@@ -196,11 +196,11 @@ def test_each_site_sees_corrected_predecessors(of):
 def test_batches_in_every_form_give_the_same():
     apply, params, graph, x = plain_mlp()
     quantizers = weights_only(graph)
-    wanted = correct(params, graph, quantizers, jm.stacked(x, 16))
+    wanted = correct(params, graph, quantizers, jm.batched(x, 16))
     assert not np.array_equal(wanted["layer0"]["b"], params["layer0"]["b"])
     yields = ({"x": x[i : i + 20], "y": 1} for i in (0, 20))
     others = [
-        correct(params, graph, quantizers, jm.stacked(x, 16), store="host"),
+        correct(params, graph, quantizers, jm.batched(x, 16), store="host"),
         correct(params, graph, quantizers, [x[:16], np.asarray(x[16:])]),
         correct(params, graph, quantizers, yields, inputs=lambda b: b["x"]),
     ]
@@ -269,7 +269,7 @@ def test_each_copy_runs_over_the_data_once():
     }
     x = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     graph = jm.trace(apply, params, x)
-    correct(params, graph, weights_only(graph), jm.stacked(x, 2))
+    correct(params, graph, weights_only(graph), jm.batched(x, 2))
     jax.effects_barrier()
     assert 0 < max(runs.count(i) for i in range(3)) <= 2 * 3
 

@@ -24,7 +24,7 @@ from jaxmet.numerics.chance import (
 )
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.equalize.equalize import TRIED
-from jaxmet.tree.batches import as_batches, stacked
+from jaxmet.tree.batches import as_batches, batched
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.examples import some_examples
 from test_equalize import difference, model
@@ -249,7 +249,7 @@ def test_norms_foresee_a_draw_too() -> None:
 def test_images_come_from_all_over_the_data() -> None:
     x = np.arange(100, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
     for data in (
-        stacked(x, batch_size=8),
+        batched(x, batch_size=8),
         [(x[i : i + 10],) for i in range(0, 100, 10)],
     ):
         (found,) = some_examples(as_batches(data, "equalize"), TRIED)

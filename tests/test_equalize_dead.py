@@ -17,7 +17,7 @@ from jax.nn import relu
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
-from jaxmet.tree.batches import stacked
+from jaxmet.tree.batches import batched
 from jaxmet.tree.config import QuantConfig
 
 SIZES = (8, 12, 12, 4)
@@ -213,7 +213,7 @@ def test_measured_noise_keeps_precision() -> None:
     p[1][0][:, 2] *= 1e-8
     p[1][1][2] = -10.0
     x = rng.normal(size=(64, SIZES[0]))
-    batches = stacked(jnp.asarray(x, jnp.float32), batch_size=32)
+    batches = batched(jnp.asarray(x, jnp.float32), batch_size=32)
     config = QuantConfig(per_channel=False)
     out = equalize(
         as_leaves(p), graph(), batches=batches, config=config, progress=False

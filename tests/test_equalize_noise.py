@@ -34,7 +34,7 @@ from jaxmet.numerics.moments import (
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.simulate import simulate
-from jaxmet.tree.batches import stacked
+from jaxmet.tree.batches import batched
 from jaxmet.tree.config import QuantConfig, Rule
 from test_equalize import difference, model, scrambled
 
@@ -253,7 +253,7 @@ def test_forms_of_data_give_the_same() -> None:
     params, batches = mobile_params(), images()
     graph = trace(mobile, params, batches[0][0])
     whole = jnp.concatenate([x for (x,) in batches])
-    one = equalize(params, graph, **NOISE, batches=stacked(whole, batch_size=5))
+    one = equalize(params, graph, **NOISE, batches=batched(whole, batch_size=5))
     pairs = [(x, 0) for (x,) in batches]
     two = equalize(params, graph, **NOISE, batches=pairs, inputs=lambda pair: pair[0])
     for key, scale in scales_of(params, one).items():

@@ -31,7 +31,7 @@ def net():
     }
     x = jax.random.normal(keys[3], (1500, 5))
     graph = jm.trace(plain, params, x[:2])
-    batches = jm.stacked(x, batch_size=100)
+    batches = jm.batched(x, batch_size=100)
     config = jm.QuantConfig(weight_bits=6, activation_bits=6)
     quantizers = jm.calibrate(params, graph, batches, config, progress=False)
     return params, graph, quantizers, batches, x
@@ -114,7 +114,7 @@ def convolutions():
     model, x = Net(), jax.random.normal(jax.random.key(0), (128, 8, 8, 3))
     params = model.init(jax.random.key(1), x[:1])
     graph = jm.trace(model.apply, params, x[:1])
-    batches = jm.stacked(x, batch_size=32)
+    batches = jm.batched(x, batch_size=32)
     return model.apply, params, graph, batches, x
 
 
@@ -189,14 +189,14 @@ class Loader:
 
 
 @pytest.mark.parametrize("size", [3, 10, 64])
-@pytest.mark.parametrize("source", ["list", "generator", "stacked", "loader"])
+@pytest.mark.parametrize("source", ["list", "generator", "batched", "loader"])
 def test_examples_come_from_all_over_the_data(source, size):
     x = np.arange(150, dtype=np.float32)[:, None]
     parts = [x[i : i + size] for i in range(0, 150, size)]
     given = {
         "list": lambda: parts,
         "generator": lambda: iter(parts),
-        "stacked": lambda: jm.stacked(x, batch_size=size),
+        "batched": lambda: jm.batched(x, batch_size=size),
         "loader": lambda: Loader(parts),
     }[source]()
     (found,) = some_examples(as_batches(given, "noise"), 20)
@@ -206,7 +206,7 @@ def test_examples_come_from_all_over_the_data(source, size):
     some = some_examples(
         as_batches(given if source != "generator" else parts, "noise"), 999
     )
-    assert len(some[0]) >= (128 if source == "stacked" and size == 64 else 150)
+    assert len(some[0]) >= (128 if source == "batched" and size == 64 else 150)
 
 
 @pytest.mark.parametrize("case", ["scanned", "derived", "shared"])

@@ -61,7 +61,7 @@ def test_each_expert_and_channel_has_its_own_scale(case):
     p, x, graph = case
     config = jm.QuantConfig(weight_bits=4, rules=[jm.Rule("router", quantize=False)])
     quantizers = jm.calibrate(
-        p, graph, jm.stacked(x, batch_size=4), config, progress=False
+        p, graph, jm.batched(x, batch_size=4), config, progress=False
     )
 
     def rounded(w):
@@ -71,7 +71,7 @@ def test_each_expert_and_channel_has_its_own_scale(case):
     weights_only = jm.calibrate(
         p,
         graph,
-        jm.stacked(x, batch_size=4),
+        jm.batched(x, batch_size=4),
         jm.QuantConfig(
             weight_bits=4,
             activation_bits=32,
@@ -88,7 +88,7 @@ def test_each_expert_and_channel_has_its_own_scale(case):
 
 def test_what_needs_one_matrix_leaves_it_and_says_why(case):
     p, x, graph = case
-    batches = jm.stacked(x, batch_size=4)
+    batches = jm.batched(x, batch_size=4)
     quantizers = jm.calibrate(p, graph, batches, progress=False)
     quiet = {"with_report": True, "progress": False}
     reports = (

@@ -83,7 +83,7 @@ def test_batches_in_any_form_and_order_and_store_give_the_same():
     apply, params, x, graph = case("conv_bn_relu")
     one = jm.reestimate_batch_norm(params, graph, [x], **QUIET)
     others = [
-        jm.reestimate_batch_norm(params, graph, jm.stacked(x, batch_size=3), **QUIET),
+        jm.reestimate_batch_norm(params, graph, jm.batched(x, batch_size=3), **QUIET),
         jm.reestimate_batch_norm(params, graph, iter([x[4:], x[:4]]), **QUIET),
         jm.reestimate_batch_norm(
             params, graph, [x[:4], x[4:]], store="device", **QUIET

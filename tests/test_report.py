@@ -273,7 +273,7 @@ def test_bad_arguments_are_refused_before_any_work(
     with pytest.raises(ValueError, match="jaxmet.report: parameter"):
         jm.report(path, jax.tree.map(lambda w: w[:, :3], params), graph)
     with pytest.raises(ValueError, match="jaxmet.report: batch is all the data"):
-        data = jm.stacked(batch, batch_size=2)
+        data = jm.batched(batch, batch_size=2)
         jm.report(path, params, graph, quantizers=quantizers, batch=data)
     for several in ([batch], iter([batch])):
         with pytest.raises(ValueError, match="jaxmet.report: batch .* Give one batch"):

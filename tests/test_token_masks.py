@@ -58,8 +58,8 @@ def _params():
 
 PARAMS = _params()
 GRAPH = jm.trace(MODEL.apply, PARAMS, IDS, KEEP)
-PADDED = jm.stacked((IDS, KEEP), batch_size=4)
-WORSE = jm.stacked((BAD, KEEP), batch_size=4)
+PADDED = jm.batched((IDS, KEEP), batch_size=4)
+WORSE = jm.batched((BAD, KEEP), batch_size=4)
 
 
 def where(batch):
@@ -345,11 +345,12 @@ def passes():
         "correct_bias",
         lambda b, o: jm.correct_bias(PARAMS, GRAPH, coarse(), b, **quiet, **o),
     )
-    for method in ("coordinate", "adam", "gram"):
+    short = {"adam": jm.Adam(iterations=20), "gram": jm.Gram(iterations=20)}
+    for method in ("coordinate", "gptq", "adam", "gram"):
         yield (
             f"adaround {method}",
-            lambda b, o, m=method: jm.adaround(
-                PARAMS, GRAPH, coarse(), b, key=key, method=m, iterations=20, rows=30,
+            lambda b, o, m=short.get(method, method): jm.adaround(
+                PARAMS, GRAPH, coarse(), b, key=key, method=m, rows=30,
                 progress=False, **o
             ),
         )  # fmt: skip
@@ -479,7 +480,7 @@ def test_norms_are_measured_on_real_positions():
     found = jm.reestimate_batch_norm(
         params,
         graph,
-        jm.stacked(TOKENS, 4),
+        jm.batched(TOKENS, 4),
         mask=lambda x: x[..., 0] < 100,
         progress=False,
     )
@@ -577,8 +578,8 @@ def test_later_batches_show_other_positions():
     many = gram_rank([one] * 40, rows=2)
     assert np.linalg.matrix_rank(np.asarray(many.products[0])) == 4
     assert np.linalg.matrix_rank(np.asarray(first.products[0])) <= 2
-    stacked = gram_rank(jm.stacked(np.repeat(one, 40, 0), 1), rows=2)
-    np.testing.assert_allclose(stacked.products, many.products, rtol=1e-6)
+    joined = gram_rank(jm.batched(np.repeat(one, 40, 0), 1), rows=2)
+    np.testing.assert_allclose(joined.products, many.products, rtol=1e-6)
 
 
 def test_what_only_later_batches_show_decides_about_factors():

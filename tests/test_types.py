@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -49,8 +48,13 @@ def right(params: Params, x: jax.Array, flag: bool) -> None:
     assert_type(jm.factorize(params, graph, ratios=0.5, method="weight"), Params)
     pruned = jm.prune(params, graph, 0.5, selection="obs", with_report=True)
     assert_type(pruned, tuple[Params, jm.Table])
-    rounded = jm.adaround(params, graph, quantizers, [x], key=jax.random.key(0), scales="refit")
+    method = jm.Coordinate(sweeps=5, scales="refit")
+    rounded = jm.adaround(params, graph, quantizers, [x], key=jax.random.key(0), method=method)
     assert_type(rounded, tuple[Params, jm.Quantizers])
+    jm.adaround(params, graph, quantizers, [x], method="gptq")
+    for value in (jm.Gptq(scales="search"), jm.Gram(iterations=5), jm.Adam(batch=8)):
+        told = jm.adaround(params, graph, quantizers, [x], method=value, with_report=True)
+        assert_type(told, tuple[Params, jm.Quantizers, jm.Table])
     jm.search_scales(params, graph, quantizers, [x], of="float", store="host")
     assert_type(jm.round_weights(params, quantizers), Params)
     assert_type(jm.densify(params), Params)
@@ -76,7 +80,10 @@ def wrong(params: Params, x: jax.Array, quantizers: jm.Quantizers) -> None:
     jm.factorize(params, graph, ratios=0.5, method="svd")  # wrong
     jm.prune(params, graph, 0.5, selection="random")  # wrong
     jm.adaround(params, graph, quantizers, [x], key=key, method="adm")  # wrong
-    jm.adaround(params, graph, quantizers, [x], key=key, scales="searched")  # wrong
+    jm.adaround(params, graph, quantizers, [x], key=key, method=jm.Adam)  # wrong
+    jm.Coordinate(scales="searched")  # wrong
+    jm.Coordinate(iterations=3)  # wrong
+    jm.Gptq(scales="refit")  # wrong
     jm.search_scales(params, graph, quantizers, [x], of="weight")  # wrong
     jm.score_ratios(params, graph, lambda a, p: 0.0, batches=[x], method="spatail")  # wrong
     table = jm.cost(params, graph, x)
@@ -103,14 +110,13 @@ WORDS = {
     jm.reestimate_batch_norm: (([],), ("store",)),
     jm.factorize: ((), ("method",)),
     jm.prune: ((0.5,), ("selection",)),
-    jm.adaround: ((QUANTIZERS, []), ("method", "scales", "of", "store")),
+    jm.adaround: ((QUANTIZERS, []), ("method", "of", "store")),
     jm.search_scales: ((QUANTIZERS, []), ("of", "store")),
     jm.score_ratios: ((lambda apply, params: 0.0,), ("method",)),
     jm.select_ratios: (None, ("method", "budget")),
 }
 MORE = {
     jm.factorize: {"ratios": 0.5},
-    jm.adaround: {"key": jax.random.key(0)},
     jm.score_ratios: {"batches": []},
 }
 FREE = {(jm.report, "path"), (jm.report, "title")}

@@ -74,7 +74,7 @@ class Subject:
             every = jax.random.split(self.calibration, RANGES)
             return [self.built.inputs(k, BATCH) for k in every]
         rows = self.built.inputs(self.calibration, RANGES * BATCH)
-        return list(jm.stacked(rows, batch_size=BATCH))
+        return list(jm.batched(rows, batch_size=BATCH))
 
     @property
     def data(self) -> list[tuple[Any, ...]]:

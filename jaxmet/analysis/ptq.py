@@ -63,7 +63,7 @@ def ptq(
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019.
 
-    >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.stacked(images))
+    >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.batched(images))
     >>> print(table)
     """
     refuse_module(apply, params, "ptq")

@@ -41,7 +41,7 @@ def run(*, progress: bool = True, report: Path | None = None) -> jm.Table:
     calibration, images, labels = packaged.load()
     apply, trained = Network().apply, packaged.weights()
     graph = jm.trace(apply, trained, images[:1])
-    batches = jm.stacked(calibration, batch_size=64)
+    batches = jm.batched(calibration, batch_size=64)
     folded = jm.fold_batch_norm(trained, graph)
     equalized = jm.equalize(folded, graph, progress=progress)
 

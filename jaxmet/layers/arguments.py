@@ -1,7 +1,7 @@
 """Arguments that are checked before any work, in one wording for every function."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,14 @@ from jaxmet.engine.run.lift import lift
 from jaxmet.tree.config import OPTIONS, QuantConfig
 
 
-def check_key(key: Any, caller: str, *, why: str = "rows are drawn at random") -> Any:
-    """A typed PRNG key of one, or of the two 32-bit integers that `jax.random.PRNGKey` gives."""
+def key_of(key: Any, caller: str) -> Any:
+    """The one default of the package, `jax.random.key(0)`, or the typed key that was given.
+
+    It may be given as the two 32-bit integers that `jax.random.PRNGKey` makes, too. Each use
+    of a key splits it or folds numbers of its own into it.
+    """
     if key is None:
-        raise ValueError(
-            f"jaxmet.{caller}: there is no key, and {why}. Give key=jax.random.key(0)."
-        )
+        return jax.random.key(0)
     if hasattr(key, "dtype") and is_key(key) and key.shape == ():
         return key
     try:
@@ -38,9 +40,13 @@ def check_key(key: Any, caller: str, *, why: str = "rows are drawn at random") -
     )
 
 
-def key_of(key: Any, caller: str) -> Any:
-    """The key, checked; `jax.random.key(0)` where none is given."""
-    return check_key(jax.random.key(0) if key is None else key, caller)
+def check_key(key: Any, caller: str, *, why: str = "rows are drawn") -> Any:
+    """`key_of` where a key must be given, and why."""
+    if key is None:
+        raise ValueError(
+            f"jaxmet.{caller}: there is no key, and {why}. Give key=jax.random.key(0)."
+        )
+    return key_of(key, caller)
 
 
 def check_keywords(
@@ -71,12 +77,9 @@ def refuse_options(
     config: bool = True,
 ) -> None:
     """`check_keywords` for a model that is not traced yet."""
-    options = {n: v for n, v in kwargs.items() if n in OPTIONS and not _takes(apply, n)}
+    options = misplaced(kwargs, OPTIONS, apply, params, inputs)
     if not options:
         return
-    others = {n: v for n, v in kwargs.items() if n not in options}
-    if _runs(apply, params, inputs, kwargs) or not _runs(apply, params, inputs, others):
-        return  # the model takes it, or there is something else wrong with the call
     fields = QuantConfig.__dataclass_fields__
     of_config = [f"{n}={v!r}" for n, v in options.items() if n in fields]
     of_rule = [f"{n}={v!r}" for n, v in options.items() if n not in fields]
@@ -90,6 +93,28 @@ def refuse_options(
         f"jaxmet.{caller}: {', '.join(options)} is an option of jm.{owner}, but keyword "
         f"arguments go to the model, which does not take it. Write {write}."
     )
+
+
+def misplaced(
+    kwargs: Mapping[str, Any],
+    options: Collection[str],
+    apply: Apply,
+    params: Any,
+    inputs: Sequence[Any],
+) -> dict[str, Any]:
+    """The keyword arguments for a model that are options of something else.
+
+    None where the model takes them, or where something else is wrong with the call.
+    """
+    found = {n: v for n, v in kwargs.items() if n in options and not _takes(apply, n)}
+    others = {n: v for n, v in kwargs.items() if n not in found}
+    if (
+        not found
+        or _runs(apply, params, inputs, kwargs)
+        or not _runs(apply, params, inputs, others)
+    ):
+        return {}
+    return found
 
 
 def _takes(apply: Apply, name: str) -> bool:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.run.replay import Hook, evaluate
-from jaxmet.tree.batches import Batches, BatchInfo, Stacked, inputs_from, inputs_of
+from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_from, inputs_of
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]
@@ -33,7 +33,7 @@ def collect(
 ) -> Any:
     """Merge what a hook observes over all batches: `{node name: statistics}`.
 
-    `merge(one, two)` is associative and takes the whole dict. Stacked data runs through
+    `merge(one, two)` is associative and takes the whole dict. Batched data runs through
     `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
     batch compiles once more. `observer(hook)(params, *batch)` is what is merged, by default the
     hook's statistics. A hook sees the number of its batch and, with a mask, where values
@@ -101,7 +101,7 @@ def _chunks(batches: Batches) -> Any:
 
 def _unnumbered(batches: Batches) -> Any:
     source = batches.source
-    if isinstance(source, Stacked) and source.full is not None:
+    if isinstance(source, Batched) and source.full is not None:
         number = jax.tree.leaves(source.full)[0].shape[0]
         size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
         for i in range(0, number, size):
@@ -111,7 +111,7 @@ def _unnumbered(batches: Batches) -> Any:
                     batches.arguments(jax.tree.map(lambda x, k=k: x[k], part))
                     for k in range(size)
                 ]
-                yield jax.tree.map(_stacked, *every), size
+                yield jax.tree.map(_joined, *every), size
             else:
                 yield tuple(batches.arguments(part)), size
         rest = [] if source.rest is None else [batches.arguments(source.rest)]
@@ -121,7 +121,7 @@ def _unnumbered(batches: Batches) -> Any:
         yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
 
 
-def _stacked(*arrays: Any) -> Any:
+def _joined(*arrays: Any) -> Any:
     on_host = all(isinstance(x, np.ndarray) for x in arrays)
     return np.stack(arrays) if on_host else jnp.stack(arrays)
 

@@ -1,6 +1,6 @@
 """Products of what sites read, over all data, in one pass."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ ROWS = 65_536
 """How many rows of a site's inputs are looked at in a batch, by default."""
 
 
-class Gram(NamedTuple):
+class GramSums(NamedTuple):
     """Sums over rows x of a site's inputs: how many, of them and of their products xᵀx."""
 
     number: jax.Array
@@ -48,7 +48,7 @@ def grams(
     rows: int = ROWS,
     progress: bool = True,
     lost: dict[str, str] | None = None,
-) -> dict[str, Gram]:
+) -> dict[str, GramSums]:
     """The Gram matrix of the inputs of each of these sites, (groups, ins, ins).
 
     `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
@@ -76,7 +76,7 @@ def grams(
         number = jnp.asarray(found.shape[1], found.dtype)
         if counts is not None:
             number = jnp.sum(counts).astype(found.dtype)
-        return result, Gram(number, jnp.sum(found, axis=1), products)
+        return result, GramSums(number, jnp.sum(found, axis=1), products)
 
     if not wanted:
         return {}
@@ -100,13 +100,13 @@ def grams(
     return found
 
 
-def of_all_uses(graph: Graph, seen: Mapping[str, Gram]) -> dict[str, Gram]:
+def of_all_uses(graph: Graph, seen: Mapping[str, GramSums]) -> dict[str, GramSums]:
     """The Gram matrices, those of layers with one weight added up."""
-    total: dict[str, Gram] = {}
+    total: dict[str, GramSums] = {}
     for name, gram in seen.items():
         kernel = graph[name].kernel
         both = total.get(kernel)
-        total[kernel] = gram if both is None else Gram(*map(jnp.add, both, gram))
+        total[kernel] = gram if both is None else GramSums(*map(jnp.add, both, gram))
     return {name: total[graph[name].kernel] for name in seen}
 
 

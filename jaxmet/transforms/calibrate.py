@@ -43,7 +43,7 @@ def calibrate(
 ) -> Quantizers:
     """Quantizers for a model, with activation ranges from a pass over `batches`.
 
-    `batches` is `jm.stacked(images, batch_size=32)` or any iterable of batches; a tuple is
+    `batches` is `jm.batched(images, batch_size=32)` or any iterable of batches; a tuple is
     splatted into the model's inputs and `inputs=` chooses them from a batch that holds
     more. The default configuration is W8A8: symmetric weights with one scale an output
     channel that follow the weight, asymmetric activations with one scale a tensor, from
@@ -79,7 +79,7 @@ def calibrate(
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018.
 
-    >>> quantizers = jm.calibrate(params, graph, jm.stacked(images, batch_size=32))
+    >>> quantizers = jm.calibrate(params, graph, jm.batched(images, batch_size=32))
     >>> print(quantizers)
     """
     config = config_of(config, "calibrate")

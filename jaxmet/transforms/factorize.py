@@ -140,6 +140,8 @@ def factorize(
         )
     check_multiple(multiple, CALLER)
     check_multiple(rows, CALLER, "rows")
+    key = key_of(key, CALLER)
+    check_mask_function(mask, CALLER)
     if batches is not None:
         check_concrete(params, CALLER)
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
@@ -164,8 +166,6 @@ def factorize(
         if traced[name].cost_of(wanted[name]) >= traced[name].cost:
             left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
             del wanted[name]
-    key = key_of(key, CALLER)
-    check_mask_function(mask, CALLER)
     read = None
     if batches is not None:
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)

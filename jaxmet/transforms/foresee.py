@@ -41,7 +41,7 @@ def foreseen_ranges(
         raise ValueError(
             "jaxmet.calibrate: without batches activation ranges come from batch norms, and "
             f"no norm tells those of {_listed(placement.activations)}. Give "
-            "batches=jm.stacked(inputs, batch_size=32)."
+            "batches=jm.batched(inputs, batch_size=32)."
         )
     return found
 

@@ -101,7 +101,7 @@ def reestimate_batch_norm(
     statistics are not in the tree, where `graph.only` named a norm that cannot be measured,
     and where a norm reads NaN or infinity.
 
-    >>> params = jm.reestimate_batch_norm(params, graph, jm.stacked(images))
+    >>> params = jm.reestimate_batch_norm(params, graph, jm.batched(images))
     """
     leaves = leaves_of(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)

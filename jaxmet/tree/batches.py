@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxmet.tree.checks import is_concrete
 
-CURE = "Give jm.stacked(x, batch_size=32), or a list of batches"
+CURE = "Give jm.batched(x, batch_size=32), or a list of batches"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Stacked:
+class Batched:
     """Data cut into batches of one size, and what was left over.
 
     The leaves of `full` have leading axes `[batches, batch]`, those of `rest` a shorter
@@ -37,7 +37,7 @@ class Stacked:
             parts.append(f"{number} {several} of {_shown(self.full, 1)}")
         if self.rest is not None:
             parts.append(f"the last of {_shown(self.rest, 0)}")
-        return f"Stacked({', '.join(parts)})"
+        return f"Batched({', '.join(parts)})"
 
     def __iter__(self) -> Iterator[Any]:
         for i in range(_leading(self.full)):
@@ -46,10 +46,10 @@ class Stacked:
             yield self.rest
 
 
-jax.tree_util.register_dataclass(Stacked, ["full", "rest"], [])
+jax.tree_util.register_dataclass(Batched, ["full", "rest"], [])
 
 
-def stacked(inputs: Any, batch_size: int = 32) -> Stacked:
+def batched(inputs: Any, batch_size: int = 32) -> Batched:
     """Data with a leading axis, as batches of `batch_size` and a shorter last one.
 
     `inputs` is an array or a tree of arrays with equally many rows; a tuple is the
@@ -59,22 +59,22 @@ def stacked(inputs: Any, batch_size: int = 32) -> Stacked:
     if not whole or batch_size < 1:
         shown = batch_size if whole else _kind(batch_size)
         raise ValueError(
-            f"jaxmet.stacked: batch_size is {shown}, not a positive integer. "
-            "Several inputs go into one tuple: jm.stacked((x, y), batch_size=32)."
+            f"jaxmet.batched: batch_size is {shown}, not a positive integer. "
+            "Several inputs go into one tuple: jm.batched((x, y), batch_size=32)."
         )
     pairs = jax.tree_util.tree_leaves_with_path(inputs)
     if not pairs:
-        raise ValueError("jaxmet.stacked: there is no array. Give the data itself.")
+        raise ValueError("jaxmet.batched: there is no array. Give the data itself.")
     sizes = {f"inputs{jax.tree_util.keystr(p)}": _rows(x, p) for p, x in pairs}
     rows = next(iter(sizes.values()))
     for name, size in sizes.items():
         if size != rows:
             raise ValueError(
-                f"jaxmet.stacked: {name} has {size} rows and {next(iter(sizes))} has "
+                f"jaxmet.batched: {name} has {size} rows and {next(iter(sizes))} has "
                 f"{rows}. Give arrays with equally many rows."
             )
     if rows == 0:
-        raise ValueError("jaxmet.stacked: the arrays have no rows. Give some data.")
+        raise ValueError("jaxmet.batched: the arrays have no rows. Give some data.")
     batches = rows // batch_size
     kept = batches * batch_size
     full = rest = None
@@ -84,18 +84,18 @@ def stacked(inputs: Any, batch_size: int = 32) -> Stacked:
         )
     if kept < rows:
         rest = jax.tree.map(lambda x: x[kept:], inputs)
-    return Stacked(full, rest)
+    return Batched(full, rest)
 
 
 def _rows(x: Any, path: tuple[Any, ...]) -> int:
     name = f"inputs{jax.tree_util.keystr(path)}"
     if isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "shape"):
         raise ValueError(
-            f"jaxmet.stacked: {name} is {_kind(x)}. Give an array with its numbers."
+            f"jaxmet.batched: {name} is {_kind(x)}. Give an array with its numbers."
         )
     if len(x.shape) == 0:
         raise ValueError(
-            f"jaxmet.stacked: {name} is a scalar. Its first axis must count the rows."
+            f"jaxmet.batched: {name} is a scalar. Its first axis must count the rows."
         )
     return x.shape[0]
 
@@ -307,8 +307,10 @@ def one_batch(
     batch: Any, function: str, mask: Callable[[Any], Any] | None = None
 ) -> tuple[Any, ...]:
     """The inputs that one batch holds, a tuple being all of them, and its mask."""
-    if isinstance(batch, Stacked):
-        raise ValueError(f"jaxmet.{function}: batch is all the data, stacked. {ONE}.")
+    if isinstance(batch, Batched):
+        raise ValueError(
+            f"jaxmet.{function}: batch is all the data, in batches. {ONE}."
+        )
     several = isinstance(batch, list) or (
         isinstance(batch, Iterable) and not hasattr(batch, "shape")
     )
@@ -364,7 +366,7 @@ def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
 def _one_shot(function: str, what: str) -> str:
     return (
         f"jaxmet.{function}: batches is an iterator that can be read once, and it "
-        f"{what}. Give list(batches), jm.stacked(x, batch_size=32), or an object that "
+        f"{what}. Give list(batches), jm.batched(x, batch_size=32), or an object that "
         "starts again whenever it is iterated."
     )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.tree.batches import Batches, Stacked
+from jaxmet.tree.batches import Batched, Batches
 
 
 def some_examples(batches: Batches, number: int, *, read: bool = True) -> Any:
@@ -17,7 +17,7 @@ def some_examples(batches: Batches, number: int, *, read: bool = True) -> Any:
     """
     source, count, at = batches.source, 0, None
     alike = len({x.shape[:1] for x in jax.tree.leaves(batches.first)}) == 1
-    if isinstance(source, Stacked) and source.full is not None:
+    if isinstance(source, Batched) and source.full is not None:
         count = jax.tree.leaves(source.full)[0].shape[0]
         at = lambda i: jax.tree.map(lambda x: x[i], source.full)
     elif isinstance(source, list):

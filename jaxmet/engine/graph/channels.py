@@ -202,7 +202,9 @@ class _Finder:
         if self.uses[name] <= 1:
             return False
         users = [n for n in self.nodes.values() if name in n.parameters]
-        biases = (n.weight is not None and n.weight.tied and n.bias == name for n in users)
+        biases = (
+            n.weight is not None and n.weight.tied and n.bias == name for n in users
+        )
         return not all(biases)
 
     def norm(self, cluster: Cluster, node: Node) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxmet.engine.graph.channels import indices_of
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.layers.grams import Gram
+from jaxmet.layers.grams import GramSums
 from jaxmet.transforms.prune.bundles import Bundle
 from jaxmet.transforms.prune.readers import Reader, magnitudes, read_by
 
@@ -45,7 +45,7 @@ def readers_of(
     graph: Graph,
     names: Iterable[str],
     leaves: Mapping[str, Any],
-    seen: Mapping[str, Gram],
+    seen: Mapping[str, GramSums],
 ) -> dict[str, Reader]:
     """What the data say to the sites with these names, as far as they have seen any."""
     found = {n: Reader.of(graph, n, leaves, seen[n]) for n in names if n in seen}

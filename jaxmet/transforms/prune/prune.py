@@ -128,6 +128,8 @@ def prune(
     selection = _selection(selection, batches)
     check_multiple(multiple, CALLER)
     check_multiple(rows, CALLER, "rows")
+    key = key_of(key, CALLER)
+    check_mask_function(mask, CALLER)
     _check_concrete(leaves)
     bundles = bundles_of(graph)
     why = _why(graph, bundles, coupled)
@@ -138,8 +140,6 @@ def prune(
         b.index: kept_at(b.size, each[b.index], multiple) for b in free
     }
     chosen = [b for b in bundles if keep[b.index] < b.size]
-    key = key_of(key, CALLER)
-    check_mask_function(mask, CALLER)
     read = None
     if batches is not None:
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmet.engine.graph.channels import Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.grams import Gram
+from jaxmet.layers.grams import GramSums
 from jaxmet.layers.layer import WeightMatrix
 from jaxmet.numerics.channel_selection import (
     by_block_obs,
@@ -64,11 +64,11 @@ class Reader:
     weight: jax.Array  # (ins, outs)
     index: np.ndarray  # (ins, outs)
     along: Mapping[int, np.ndarray]  # (ins,) each
-    gram: Gram
+    gram: GramSums
 
     @staticmethod
     def of(
-        graph: Graph, name: str, leaves: Mapping[str, Any], gram: Gram
+        graph: Graph, name: str, leaves: Mapping[str, Any], gram: GramSums
     ) -> "Reader | None":
         """None for a site that is not one product of a matrix that a parameter holds."""
         node, members = graph[name], read_by(graph, name)

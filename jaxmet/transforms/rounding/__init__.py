@@ -1,11 +1,12 @@
-"""Which way weights are rounded, layer after layer, by what the data tell of their inputs.
+"""Rounding of weights, layer after layer, by statistics of their inputs.
 
 layers       which weights, and each of them as a matrix
 waves        in which order, and what side by side
 inputs       what both copies of the model read there
-solvers      one layer's weights on their grid
-sequential   all of them
-checkpoint   going on after an interruption
+solvers      one layer's weights on the grid of its quantizer: what every method gets and returns
+methods      the methods, one a file
+sequential   all layers
+options      checks of options
 adaround, search_scales     the public calls
 """
 

@@ -1,28 +1,22 @@
-r"""Rounding that the data decide: AdaRound, and two solvers of the same problem."""
+"""Rounding by the outputs of each layer: AdaRound, GPTQ and descent over the integers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, leaves_of
-from jaxmet.layers.arguments import check_key, check_keywords
+from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint, model_of
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
-from jaxmet.transforms.rounding.options import (
-    METHODS,
-    SCALES,
-    Method,
-    Scales,
-    check_number,
-    check_word,
-)
+from jaxmet.transforms.rounding.methods import MethodName, check_options, method_of
+from jaxmet.transforms.rounding.options import check_number, check_word
 from jaxmet.transforms.rounding.sequential import Chosen, Run
-from jaxmet.transforms.rounding.solvers import Options
+from jaxmet.transforms.rounding.solvers import RoundingMethod
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.names import replace_leaves
@@ -31,8 +25,6 @@ from jaxmet.tree.table import Table
 from jaxmet.tree.types import P, Rounded, Store
 
 CALLER = "adaround"
-ROWS = {"adam": 2**14, "gram": 2**16, "coordinate": 2**16}
-ITERATIONS = {"adam": 2000, "gram": 2000, "coordinate": 20}
 
 
 @overload
@@ -42,21 +34,14 @@ def adaround(
     quantizers: Quantizers,
     batches: Any,
     *,
-    key: Any,
-    method: Method = ...,
-    iterations: int | None = ...,
-    scales: Scales | None = ...,
+    method: MethodName | RoundingMethod = ...,
     of: Rounded = ...,
     bias: bool = ...,
     damping: float = ...,
     rows: int | None = ...,
     store: Store = ...,
-    learning_rate: float = ...,
-    regularisation: float = ...,
-    beta_range: tuple[float, float] = ...,
-    warm_start: float = ...,
-    batch: int = ...,
     checkpoint: Any = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
@@ -70,21 +55,14 @@ def adaround(
     quantizers: Quantizers,
     batches: Any,
     *,
-    key: Any,
-    method: Method = ...,
-    iterations: int | None = ...,
-    scales: Scales | None = ...,
+    method: MethodName | RoundingMethod = ...,
     of: Rounded = ...,
     bias: bool = ...,
     damping: float = ...,
     rows: int | None = ...,
     store: Store = ...,
-    learning_rate: float = ...,
-    regularisation: float = ...,
-    beta_range: tuple[float, float] = ...,
-    warm_start: float = ...,
-    batch: int = ...,
     checkpoint: Any = ...,
+    key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
@@ -97,123 +75,91 @@ def adaround(
     quantizers: Quantizers,
     batches: Any,
     *,
-    key: Any,
-    method: Method = "coordinate",
-    iterations: int | None = None,
-    scales: Scales | None = None,
+    method: MethodName | RoundingMethod = "coordinate",
     of: Rounded = "weights",
     bias: bool = True,
     damping: float = 0.2,
     rows: int | None = None,
     store: Store = "device",
-    learning_rate: float = 1e-2,
-    regularisation: float = 0.01,
-    beta_range: tuple[float, float] = (20.0, 2.0),
-    warm_start: float = 0.2,
-    batch: int = 256,
     checkpoint: Any = None,
+    key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
     with_report: bool = False,
     **kwargs: Any,
 ) -> Any:
-    r"""The same tree with weights on their grids, rounded so that outputs stay.
+    r"""Round each weight up or down so that the outputs of its layer change least.
 
-    Layer after layer, up or down is chosen so that $E|f(xW + b) - f(\hat x\hat W + b')|^2$
-    is small: $x$ is what the float model reads there, $\hat x$ what the model does whose
-    earlier layers are rounded already (with `of='both'` activations are on their grids,
-    too). With `bias` what is constant of the error goes into the layer's bias. Fold and
-    equalize before; activation ranges move, so calibrate activations again behind it.
+    Layer after layer,
 
-    `method` is one of
+    $$\min_{\hat W}\ E\,|f(xW + b) - f(\hat x\hat W + b')|^2$$
 
-    - 'coordinate' (the default): scales are searched, weights start from GPTQ's rounding
-      for the best real weights $W^*$ and then each takes the best integer beside the
-      others, for at most `iterations` sweeps (20). $f$ is the identity, and the loss a
-      quadratic form in the Gram matrix of the inputs, exact over all rows.
-    - 'gram': AdaRound (the rectified sigmoid with an annealed regulariser, by Adam) on the
-      same quadratic form, `iterations` steps (2000).
-    - 'adam': AdaRound as published: each step draws `batch` of the rows, and $f$ is the
-      activation that alone reads the layer.
+    where $x$ is what the float model reads there and $\hat x$ what the model reads whose
+    earlier layers are rounded already. What is constant of the error goes into the layer's
+    bias. Fold and equalize first; activation ranges move, so calibrate the activations again
+    afterwards. The method says how the integers are found, and has its own options:
 
-    `scales` says which grids: 'given', those of `quantizers`; 'search', as
-    `jm.search_scales` does; 'refit', searched and then fitted to the integers ('refit' is
-    for 'coordinate', where it is the default; the others keep the given ones). Scales that
-    `quantizers` hold already as numbers are always kept. `rows` bounds how many rows of a
-    layer's inputs are looked at, in all (65,536; of 'adam', which keeps them, 16,384), and
-    `store='host'` keeps activations between layers in the host's memory: on the device
-    there is one batch, and of 'adam' the rows. Rows are drawn by `key`, in other positions of
-    each batch and layer. `mask`, a function of a batch, says where its values count, as in
-    `jm.calibrate`: padded tokens are no rows. The error of what few data do not see is
-    held by `damping`, a share of the mean of the Gram matrix's diagonal. `learning_rate`,
-    `regularisation`, `beta_range` and `warm_start` are AdaRound's; the loss is counted in
-    units in which the regulariser of all weights weighs four times what nearest rounding
-    costs.
+    - `'coordinate'`, `jm.Coordinate(…)`, the default: descent over the integers;
+    - `'gptq'`, `jm.Gptq(…)`: one pass with compensation;
+    - `'gram'`, `jm.Gram(…)`: AdaRound's smooth choice, on Gram matrices;
+    - `'adam'`, `jm.Adam(…)`: AdaRound as published, on rows and through the activation.
 
-    Returns the tree and the quantizers, with the scales of these weights pinned. No layer
-    is worse than nearest rounding by its loss on the data, and weights stay on the grid, at
-    most a step from the float weight with 'adam' and 'gram' where it lies in range. With
-    `checkpoint`, a folder, a run that was killed goes on behind the last finished layer and
-    ends in the same bits. The report has a row a site: its loss, the loss of nearest rounding,
-    what is inherited from earlier layers (the loss of the best real weights, $W^*$) and what
-    rounding adds to that, as a ratio to what nearest rounding adds; of 'adam' and 'gram' the
-    `curve` of what they minimise, the loss of the soft rounding, behind every twentieth of the
-    steps too. Weights that are shared, computed
-    from parameters, used again in a loop or not quantized are rounded to nearest, and the
-    report says so.
-
-    Raises ValueError for quantizers of another model, a site that `graph.only` named and
-    whose weight cannot be chosen, NaN in the inputs of a layer (named), a missing key,
-    unknown options, a checkpoint of another run and too little memory for the rows.
+    No layer is worse than nearest rounding by its loss on the data. Weights that are shared,
+    computed from parameters, used again in a loop or not quantized are rounded to nearest,
+    and the report says so.
 
     Nagel et al., [Up or Down? Adaptive Rounding for Post-Training
-    Quantization](https://arxiv.org/abs/2004.10568), ICML 2020; Frantar et al.,
-    [GPTQ](https://arxiv.org/abs/2210.17323), ICLR 2023; Zhang et al.,
-    [COMQ](https://arxiv.org/abs/2403.07134), 2024.
+    Quantization](https://arxiv.org/abs/2004.10568), ICML 2020.
 
-    >>> params, quantizers = jm.adaround(params, graph, quantizers, batches, key=key)
+    Args:
+        params: the tree of parameters.
+        graph: of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: of `jm.calibrate`. Scales that are numbers already are kept.
+        batches: `jm.batched(images)`, or any iterable of batches that can be read again.
+        method: a short name, or a method with its options such as `jm.Coordinate(sweeps=5)`.
+        of: 'weights' (the default), or 'both': earlier activations are quantized, too.
+        bias: whether biases take the constant part of the error; default True.
+        damping: what share of the mean of its diagonal is added to the diagonal of the Gram
+            matrix, against the error of what few data do not show; default 0.2.
+        rows: how many rows of a layer's inputs are used, from all batches together; default
+            65,536, and 16,384 for a method that keeps them.
+        store: where activations between layers are kept, 'device' (the default) or 'host'.
+        checkpoint: a folder; a run that was killed resumes after the last finished layer with
+            bit-identical results.
+        key: draws the rows, in other positions of each batch and layer, and whatever else the
+            method draws; default `jax.random.key(0)`.
+        inputs: picks the inputs of the model from a batch that holds more.
+        mask: a function of a batch that says where its values count, as in `jm.calibrate`.
+        progress: whether a progress bar is shown.
+        with_report: whether a table is returned, too.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The tree and the quantizers, with the scales of these weights pinned. With
+        `with_report` also a table with one row per layer: its `loss`, that of nearest
+        rounding, what is `inherited` from earlier layers (the loss of the best real weights
+        $W^*$), the `ratio` of what rounding adds to what nearest rounding adds, and the
+        `curve` of the loss for methods that optimise it step by step.
+
+    Raises:
+        ValueError: for quantizers of another model, a layer that `graph.only` named and whose
+            weight cannot be chosen, NaN in the inputs of a layer (named), a wrong key, unknown
+            options, a checkpoint of another run and too little memory for the rows.
+
+    >>> params, quantizers = jm.adaround(params, graph, quantizers, batches)
     """
     leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
+    chosen = method_of(method, CALLER)
+    check_options(kwargs, graph, params, chosen, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
-    key = check_key(key, CALLER)
-    check_word(CALLER, method=(method, METHODS), of=(of, get_args(Rounded)))
-    check_word(CALLER, store=(store, get_args(Store)))
-    default = "refit" if method == "coordinate" else "given"
-    scales = default if scales is None else scales
-    check_word(CALLER, scales=(scales, SCALES))
-    if method != "coordinate" and scales != "given":
-        raise ValueError(
-            f"jaxmet.{CALLER}: scales={scales!r} is for method='coordinate'. Search them "
-            "first: quantizers = jm.search_scales(…)."
-        )
-    number = ITERATIONS[method] if iterations is None else iterations
-    check_number(CALLER, iterations=(number, 0), damping=(damping, 0))
-    rows = ROWS[method] if rows is None else rows
-    check_number(CALLER, rows=(rows, 1), batch=(batch, 1))
-    check_number(CALLER, learning_rate=(learning_rate, 0), warm_start=(warm_start, 0))
-    check_number(CALLER, regularisation=(regularisation, 0))
-    if not isinstance(beta_range, tuple | list) or len(beta_range) != 2:
-        raise ValueError(
-            f"jaxmet.{CALLER}: beta_range is {beta_range!r}. Give where β begins and where "
-            "it ends, such as (20.0, 2.0)."
-        )
-    options = Options(
-        method,
-        scales,
-        iterations=number,
-        sweeps=number,
-        damping=damping,
-        learning_rate=learning_rate,
-        regularisation=regularisation,
-        beta_range=(float(beta_range[0]), float(beta_range[1])),
-        warm_start=warm_start,
-        batch=batch,
-    )
-    if number == 0:  # nothing is chosen: plain rounding, on the grids as they are
-        options = dataclasses.replace(options, scales="given", start="nearest")
+    key = key_of(key, CALLER)
+    check_word(CALLER, of=(of, Rounded), store=(store, Store))
+    check_number(CALLER, damping=(damping, 0))
+    rows = chosen.rows if rows is None else rows
+    check_number(CALLER, whole=True, rows=(rows, 1))
     layers = find_layers(graph, quantizers, CALLER)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
@@ -222,11 +168,12 @@ def adaround(
         params,
         quantizers,
         layers,
-        options,
+        chosen,
+        damping,
         rows,
         store,
         of == "both",
-        bias and number > 0,
+        bias,
         key,
         kwargs,
     )
@@ -237,7 +184,8 @@ def adaround(
         read.first_batch,
         read.length,
         key,
-        repr(options),
+        repr(chosen),
+        damping,
         rows,
         of,
         bias,

@@ -1,28 +1,27 @@
-"""What the public calls are told, checked before any work."""
+"""Options of the public calls and of methods, checked before any work."""
 
-from typing import Any, Literal, get_args
-
-Method = Literal["coordinate", "adam", "gram"]
-METHODS = get_args(Method)
-Scales = Literal["given", "search", "refit"]
-SCALES = get_args(Scales)
+from typing import Any, get_args
 
 
-def check_word(caller: str, **words: tuple[Any, tuple[str, ...]]) -> None:
-    """Refuse words that are not among those known."""
+def check_word(caller: str, **words: tuple[Any, Any]) -> None:
+    """Raise unless each word is one of its `Literal`."""
     for name, (value, known) in words.items():
-        if value not in known:
-            listed = ", ".join(map(repr, known))
+        if value not in get_args(known):
+            listed = ", ".join(map(repr, get_args(known)))
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {value!r}. Use one of {listed}."
             )
 
 
-def check_number(caller: str, **numbers: tuple[Any, float | int]) -> None:
-    """Refuse what is no number, or below its least value."""
+def check_number(
+    caller: str, *, whole: bool = False, **numbers: tuple[Any, float | int]
+) -> None:
+    """Raise unless each is a number, not below its least value."""
+    kinds = (int,) if whole else (int, float)
     for name, (value, least) in numbers.items():
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = isinstance(value, kinds) and not isinstance(value, bool)
         if not good or not value >= least:
+            what = "whole number" if whole else "number"
             raise ValueError(
-                f"jaxmet.{caller}: {name} is {value!r}. Give a number, {least:g} or more."
+                f"jaxmet.{caller}: {name} is {value!r}. Give a {what}, {least:g} or more."
             )

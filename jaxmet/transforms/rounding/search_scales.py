@@ -1,20 +1,17 @@
 """Weight scales by the outputs that they give: sequential MSE."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 from jaxmet.engine.graph.graph import Graph, leaves_of
 from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.transforms.rounding.adaround import ROWS, report, results
+from jaxmet.transforms.rounding.adaround import report, results
 from jaxmet.transforms.rounding.layers import find_layers
-from jaxmet.transforms.rounding.options import (
-    check_number,
-    check_word,
-)
+from jaxmet.transforms.rounding.methods.scale_search import CANDIDATES, Search
+from jaxmet.transforms.rounding.options import check_number, check_word
 from jaxmet.transforms.rounding.sequential import Run
-from jaxmet.transforms.rounding.solvers import Options
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
@@ -67,9 +64,9 @@ def search_scales(
     quantizers: Quantizers,
     batches: Any,
     *,
-    candidates: int = 20,
+    candidates: int = CANDIDATES,
     of: Read = "weights",
-    rows: int = ROWS["coordinate"],
+    rows: int = Search.rows,
     store: Store = "device",
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
@@ -104,10 +101,8 @@ def search_scales(
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = key_of(key, CALLER)
-    check_word(CALLER, of=(of, get_args(Read)))
-    check_word(CALLER, store=(store, get_args(Store)))
-    check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
-    options = Options("search", "search", candidates=int(candidates), damping=0.0)
+    check_word(CALLER, of=(of, Read), store=(store, Store))
+    check_number(CALLER, whole=True, candidates=(candidates, 1), rows=(rows, 1))
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
         CALLER,
@@ -115,7 +110,8 @@ def search_scales(
         params,
         quantizers,
         find_layers(graph, quantizers, CALLER),
-        options,
+        Search(candidates),
+        0.0,  # no damping: nothing is fitted
         rows,
         store,
         of == "both",

@@ -29,7 +29,13 @@ from jaxmet.transforms.rounding.layers import (
     grid_of_leaf,
     sharing,
 )
-from jaxmet.transforms.rounding.solvers import Kind, Options, Problem, Solution, solve
+from jaxmet.transforms.rounding.solvers import (
+    Kind,
+    Problem,
+    RoundingMethod,
+    Solution,
+    solve,
+)
 from jaxmet.transforms.rounding.waves import Wave, find_waves
 from jaxmet.tree.batches import Batches, inputs_of
 from jaxmet.tree.leaves import dense, is_compressed, with_weight
@@ -59,7 +65,8 @@ class Run:
     params: Any
     quantizers: Quantizers
     layers: tuple[Layer, ...]
-    options: Options
+    method: RoundingMethod
+    damping: float
     rows: int
     store: str
     both: bool
@@ -147,7 +154,7 @@ class Run:
 
     def choose(self, number: int, wave: Wave, bar: Any) -> dict[str, Chosen]:
         """Look at the inputs of a wave and choose its weights."""
-        keep = self.options.method == "adam"
+        keep = self.method.keeps_rows
         offsets = {
             layer.node.name: leaf.input_offset
             for layer in wave.layers
@@ -158,11 +165,11 @@ class Run:
         look = Look(self.exact, self.noisy, wave.layers, offsets, self.most, keep=keep)
         seen: dict[str, Inputs] = {}
         rows: dict[str, list[Rows]] = {}
-        key = jax.random.fold_in(self.key, number)
+        drawing, solving = jax.random.split(jax.random.fold_in(self.key, number))
         merge = jax.jit(merged)
         for batch in range(len(self.exact.lives)):
             where = self.positions.batches[batch]
-            found, own = look(batch, number, jax.random.fold_in(key, batch), where)
+            found, own = look(batch, number, jax.random.fold_in(drawing, batch), where)
             for name, one in found.items():
                 seen[name] = merge(seen[name], one) if name in seen else one
             for name, one in own.items():
@@ -179,8 +186,8 @@ class Run:
             solutions = solve(
                 [problem for _, problem in same],
                 kind,
-                self.options,
-                jax.random.fold_in(key, 2**20 + turn),
+                self.method,
+                jax.random.fold_in(solving, turn),
                 partial(_tick, bar, len(same)),
             )
             for (layer, _), solution in zip(same, solutions, strict=True):
@@ -250,7 +257,8 @@ class Run:
             how.blocks,
             how.shared,
             centred=self.bias and bias is not None,
-            free=quantizer.follows or self.options.method == "search",
+            damping=self.damping,
+            free=quantizer.follows or self.method.searches_pinned,
             activation=activation,
         )
         return kind, _filled(problem, how.blocks * how.length - weight.shape[1])
