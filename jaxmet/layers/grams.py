@@ -1,6 +1,6 @@
 """Products of what sites read, over all data, in one pass."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,8 @@ def grams(
 ) -> dict[str, GramSums]:
     """The Gram matrix of the inputs of each of these sites, (groups, ins, ins).
 
+    Layers with one weight have one, over the inputs of all of them.
+
     `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
     from all positions of each example that count: by a key of its own for each batch, node
     and round of a loop. `lost` is told of sites of which it is not known which rows count.
@@ -97,17 +99,12 @@ def grams(
                 f"jaxmet.{caller}: what {name!r} reads holds NaN or infinity in some batch. "
                 "Look at the batches, and at the model's outputs for them."
             )
-    return found
-
-
-def of_all_uses(graph: Graph, seen: Mapping[str, GramSums]) -> dict[str, GramSums]:
-    """The Gram matrices, those of layers with one weight added up."""
     total: dict[str, GramSums] = {}
-    for name, gram in seen.items():
+    for name, gram in found.items():
         kernel = graph[name].kernel
         both = total.get(kernel)
         total[kernel] = gram if both is None else GramSums(*map(jnp.add, both, gram))
-    return {name: total[graph[name].kernel] for name in seen}
+    return {name: total[graph[name].kernel] for name in found}
 
 
 def unmasked(why: str | None) -> str | None:

@@ -162,6 +162,7 @@ def factorize(
             for name, ratio in asked.items()
             if ratio < 1
         }
+    wanted = _for_all_uses(graph, wanted, left)
     for name in list(wanted):
         if traced[name].cost_of(wanted[name]) >= traced[name].cost:
             left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
@@ -230,6 +231,27 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     if not jnp.issubdtype(dense(leaves[weight.name]).dtype, jnp.floating):
         return "its weight holds no real numbers"
     return None
+
+
+def _for_all_uses(
+    graph: Graph, wanted: Mapping[str, int], left: dict[str, str]
+) -> dict[str, int]:
+    """One rank a weight, the largest that was asked for; `left` is told of the others."""
+    found: dict[str, int] = {}
+    for name, rank in wanted.items():
+        kernel = graph[name].kernel
+        uses = [
+            n.name
+            for n in graph.nodes
+            if n.kind == "product" and n.weight is not None and n.weight.name == kernel
+        ]
+        strange = [use for use in uses if use not in graph.selected]
+        if strange:
+            left[name] = f"its weight is that of {strange[0]!r}, which is not selected"
+            continue
+        for use in uses:
+            found[use] = max(rank, found.get(use, 0))
+    return found
 
 
 def _given(

@@ -163,8 +163,9 @@ def _with_ties(
     """The nodes, told of weights that only layers read, and products in one way."""
     users: dict[str, list[Node]] = {}
     for node in nodes.values():
-        if node.weight is not None and node.weight.name in shared:
-            users.setdefault(node.weight.name, []).append(node)
+        name = node.weight.name if node.weight is not None else None
+        if name is not None and name in shared:
+            users.setdefault(name, []).append(node)
     tied = {
         name
         for name, mine in users.items()

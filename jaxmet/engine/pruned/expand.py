@@ -215,6 +215,8 @@ class Expansion:
                 return None
             found = viewed(equation, operands[0], *factors)
             return None if found is None else [found]
+        if equation.name == "gather":
+            return self.looked_up(equation, operands)
         if equation.name not in ("conv_general_dilated", "dot_general"):
             return None
         if all(isinstance(x, LowRank) for x in operands[:2]):
@@ -295,6 +297,30 @@ class Expansion:
             p["dimension_numbers"] = (axes if at else axes[::-1], ((), ()))
             x = self.product(equation, p, [x, factor] if at else [factor, x])
         return [x]
+
+    def looked_up(self, equation: Equation, operands: list[Any]) -> list[Any] | None:
+        """Rows of a table in two factors: those of one factor, times the other."""
+        table, p = operands[0], equation.params
+        numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+        along = tuple(numbers.collapsed_slice_dims)
+        if not isinstance(table, LowRank) or len(table.shape) != 2 or len(along) != 1:
+            return None
+        (axis,) = along
+        first, second = opened(table.first), opened(table.second)
+        rows, other = (second, first) if axis in table.out_axes else (first, second)
+        last = len(equation.results[0].shape) - 1
+        whole_rows = sizes[1 - axis] == table.shape[1 - axis]
+        if numbers.start_index_map != along or numbers.offset_dims != (last,):
+            return None
+        if not whole_rows or any(
+            isinstance(x, Partial | LowRank) for x in (rows, other)
+        ):
+            return None
+        sizes = tuple(1 if i == axis else rows.shape[i] for i in range(2))
+        step = dataclasses.replace(equation, params=p | {"slice_sizes": sizes})
+        (found,) = self.plain(step, [rows, operands[1]])
+        contracted = ((last,), (axis,)), ((), ())
+        return [lax.dot_general(found, other, contracted)]
 
     def squeezed(self, x: Any, axes: tuple[int, ...]) -> Any:
         if not axes:

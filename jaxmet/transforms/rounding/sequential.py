@@ -98,6 +98,8 @@ class Run:
             else layer
             for layer in self.layers
         )
+        self.last = {x.parameter: x.node.name for x in self.layers if x.why is None}
+        self.waiting: dict[str, tuple[Inputs, list[Rows]]] = {}
         waves = find_waves(self.graph, self.layers)
         cuts = tuple(w.cut for w in waves if w.cut is not None)
         exact = Copy(
@@ -138,11 +140,15 @@ class Run:
         with tqdm(total=total, desc=self.caller, disable=not progress) as bar:
             for number, wave in enumerate(waves):
                 kept = checkpoint.load(number)
-                if kept is None:
-                    new = self.choose(number, wave, bar)
+                chosen = [x.node.name for x in wave.layers if self.is_last(x)]
+                more = len(chosen) < len(wave.layers)  # layers that another waits for
+                data = self.look(number, wave) if kept is None or more else None
+                if kept is None and data is not None:
+                    new = self.choose(number, wave, *data, bar)
                     checkpoint.save(number, _flat(new))
                 else:
-                    new = {x.node.name: _unflat(kept, x.node.name) for x in wave.layers}
+                    assert kept is not None
+                    new = {name: _unflat(kept, name) for name in chosen}
                     bar.update(len(wave.layers))
                 found |= new
                 self.put(wave, new)
@@ -152,8 +158,14 @@ class Run:
                         self.noisy.advance(batch, number)
         return found
 
-    def choose(self, number: int, wave: Wave, bar: Any) -> dict[str, Chosen]:
-        """Look at the inputs of a wave and choose its weights."""
+    def is_last(self, layer: Layer) -> bool:
+        """Whether no layer after this one has the same weight: there it is chosen."""
+        return self.last[layer.parameter] == layer.node.name
+
+    def look(
+        self, number: int, wave: Wave
+    ) -> tuple[dict[str, Inputs], dict[str, list[Rows]]]:
+        """The inputs of a wave; of a weight's last layer those of all that have it."""
         keep = self.method.keeps_rows
         offsets = {
             layer.node.name: leaf.input_offset
@@ -165,7 +177,7 @@ class Run:
         look = Look(self.exact, self.noisy, wave.layers, offsets, self.most, keep=keep)
         seen: dict[str, Inputs] = {}
         rows: dict[str, list[Rows]] = {}
-        drawing, solving = jax.random.split(jax.random.fold_in(self.key, number))
+        drawing, _ = jax.random.split(jax.random.fold_in(self.key, number))
         merge = jax.jit(merged)
         for batch in range(len(self.exact.lives)):
             where = self.positions.batches[batch]
@@ -175,8 +187,30 @@ class Run:
             for name, one in own.items():
                 rows.setdefault(name, []).append(one)
         self.check(seen)
-        groups: dict[Any, list[tuple[Layer, Problem]]] = {}
         for layer in wave.layers:
+            name, parameter = layer.node.name, layer.parameter
+            if parameter in self.waiting:
+                before, earlier = self.waiting.pop(parameter)
+                seen[name] = merge(before, seen[name])
+                rows[name] = [*earlier, *rows.get(name, [])]
+            if not self.is_last(layer):
+                self.waiting[parameter] = seen[name], rows.get(name, [])
+        return seen, rows if keep else {}
+
+    def choose(
+        self,
+        number: int,
+        wave: Wave,
+        seen: Mapping[str, Inputs],
+        rows: Mapping[str, list[Rows]],
+        bar: Any,
+    ) -> dict[str, Chosen]:
+        """The weights of a wave, each for all that its layers read."""
+        _, solving = jax.random.split(jax.random.fold_in(self.key, number))
+        groups: dict[Any, list[tuple[Layer, Problem]]] = {}
+        layers = [layer for layer in wave.layers if self.is_last(layer)]
+        bar.update(len(wave.layers) - len(layers))
+        for layer in layers:
             kind, problem = self.problem(layer, seen, rows)
             shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(problem))
             structure = jax.tree.structure(problem)
@@ -192,7 +226,7 @@ class Run:
             )
             for (layer, _), solution in zip(same, solutions, strict=True):
                 new[layer.node.name] = self.read(layer, solution)
-        return {layer.node.name: new[layer.node.name] for layer in wave.layers}
+        return {layer.node.name: new[layer.node.name] for layer in layers}
 
     def check_memory(self, wave: Wave, keep: bool) -> None:
         """Refuse, before looking, what the device cannot hold."""
@@ -265,9 +299,9 @@ class Run:
 
     def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
         """The site's own bias as (groups, outs), None where no mean can be put."""
-        name = layer.node.bias
-        if name is None or name in layer.node.shared:
-            return None
+        name, weight = layer.node.bias, layer.node.weight
+        if name is None or name in layer.node.shared or (weight and weight.shared):
+            return None  # the mean error of several layers fits no one bias
         bias = np.asarray(dense(self.leaves[name]))
         if (
             bias.size != shape[0] * shape[2]
@@ -336,7 +370,8 @@ class Run:
             return
         leaves = {}
         for layer in wave.layers:
-            leaves |= self.updated(layer, new[layer.node.name])
+            if layer.node.name in new:
+                leaves |= self.updated(layer, new[layer.node.name])
         self.noisy.params = replace_leaves(self.noisy.params, leaves)
 
     def updated(self, layer: Layer, chosen: Chosen) -> dict[str, Any]:
