@@ -82,8 +82,9 @@ W3 = jm.QuantConfig(weight_bits=3, activation_bits=32)
 
 
 def test_rounding_serves_every_use(model):
-    """Against all roundings of one output column, by brute force over what all uses read."""
+    """Less is lost on all that reads the weight, together, than by rounding to nearest."""
     apply, params, x, graph, weight = model
+    graph = graph.only(*layers_of(graph, weight))
     quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
     new, chosen, report = jm.adaround(
         params, graph, quantizers, [x], damping=0.01,
@@ -107,7 +108,7 @@ def test_rounding_serves_every_use(model):
     loss, plain = (np.sum((both @ (matrix(v) - matrix(w))) ** 2) for v in (r, nearest))
     assert loss < 0.8 * plain
     told = [v for v in report["loss"] if v is not None]
-    assert len(told) >= 3
+    assert len(told) == 1  # where the last of them runs
 
 
 def test_factors_serve_every_use(model):

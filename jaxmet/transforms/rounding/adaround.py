@@ -105,9 +105,10 @@ def adaround(
     - `'gram'`, `jm.Gram(…)`: AdaRound's smooth choice, on Gram matrices;
     - `'adam'`, `jm.Adam(…)`: AdaRound as published, on rows and through the activation.
 
-    No layer is worse than nearest rounding by its loss on the data. Weights that are shared,
-    computed from parameters, used again in a loop or not quantized are rounded to nearest,
-    and the report says so.
+    No layer is worse than nearest rounding by its loss on the data. A weight that several
+    layers use is chosen once, for what all of them read. Weights that are computed from
+    parameters, used again in a loop or not quantized are rounded to nearest, and the report
+    says so.
 
     Nagel et al., [Up or Down? Adaptive Rounding for Post-Training
     Quantization](https://arxiv.org/abs/2004.10568), ICML 2020.
@@ -231,7 +232,11 @@ def report(
             ratio = max(loss - least, 0.0) / (plain - least) if plain > least else 1.0
             ratios.append(ratio)
         note = unmasked(lost.get(layer.node.name))
-        note = note if layer.why is None else f"rounded to nearest: {layer.why}"
+        if layer.why is not None:
+            note = f"rounded to nearest: {layer.why}"
+        elif chosen is None:
+            with_it = next(x for x in reversed(layers) if x.parameter == layer.parameter)
+            note = f"its weight is rounded with {with_it.node.name!r}"
         rows.append((layer.node.name, loss, plain, least, ratio, note))
     names = ("site", "loss", "nearest loss", "inherited", "ratio", "note")
     columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}
