@@ -6,8 +6,10 @@ between. A group that something forbids to rescale says what.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
 
 from jaxmet.engine.axes import labels as lb
 from jaxmet.engine.graph.analyse import Analysis
@@ -27,9 +29,24 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """A factor of an axis that is a concatenation of axes."""
+    """A factor of an axis that is a concatenation of axes.
+
+    A part that is a concatenation itself stands there as its own parts.
+    """
 
     parts: tuple["Layout", ...]
+
+    # Members of one axis share this object: of long concatenations each is counted once.
+
+    @cached_property
+    def size(self) -> int:
+        """The number of things along it."""
+        return sum(layout_size(part) for part in self.parts)
+
+    @cached_property
+    def groups(self) -> frozenset[int]:
+        """The groups that appear in it."""
+        return frozenset().union(*(indices_of(part) for part in self.parts))
 
 
 Layout = tuple[Span | Joined, ...]
@@ -91,6 +108,7 @@ class _Finder:
         self.uses = Counter(p for n in nodes.values() for p in n.parameters)
         self.members: list[tuple[str, int, str, lb.Axis, str, int, int]] = []
         self.tied: list[tuple[int, int]] = []
+        self.joined: dict[lb.Atom, Joined] = {}
 
     def find(self) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
         for value in self.analysis.region.outputs:
@@ -111,8 +129,9 @@ class _Finder:
                     if value.kind == PARAM:
                         self.shift(value, node.name)
         ties = self.ties()
+        seen: set[lb.Atom] = set()
         for _, _, _, axis, *_ in self.members:
-            for atom in lb.leaves(axis):
+            for atom in lb.leaves(axis, seen):
                 self.indices.setdefault(atom, len(self.indices))
         for pair in ties:
             self.tie(*pair)
@@ -232,10 +251,30 @@ class _Finder:
         out: list[Span | Joined] = []
         for atom in lb.expand(axis):
             if atom.parts is not None:
-                out.append(Joined(tuple(self.layout(p) for p in atom.parts)))
+                out.append(self.join(atom))
             else:
                 out.append(Span(self.indices.get(atom), atom.size))
         return tuple(out)
+
+    def join(self, atom: lb.Atom) -> Joined:
+        """The layout of a concatenation, those inside it first: they may go deep."""
+        stack = [atom]
+        while stack:
+            top = stack[-1]
+            parts = top.parts or ()
+            inner = [a for part in parts for a in lb.expand(part) if a.parts]
+            inner = [a for a in inner if a not in self.joined]
+            if inner:
+                stack += inner
+                continue
+            stack.pop()
+            if top not in self.joined:
+                found: list[Layout] = []
+                for part in map(self.layout, parts):
+                    first = part[0] if len(part) == 1 else None
+                    found += first.parts if isinstance(first, Joined) else [part]
+                self.joined[top] = Joined(tuple(found))
+        return self.joined[atom]
 
     def groups(self, members: tuple[Member, ...]) -> tuple[Group, ...]:
         clips = self.clips()
@@ -285,8 +324,7 @@ def indices_of(layout: Layout) -> set[int]:
     found: set[int] = set()
     for item in layout:
         if isinstance(item, Joined):
-            for part in item.parts:
-                found |= indices_of(part)
+            found |= item.groups
         elif item.group is not None:
             found.add(item.group)
     return found
@@ -294,10 +332,4 @@ def indices_of(layout: Layout) -> set[int]:
 
 def layout_size(layout: Layout) -> int:
     """The number of things along an axis."""
-    total = 1
-    for item in layout:
-        if isinstance(item, Joined):
-            total *= sum(layout_size(part) for part in item.parts)
-        else:
-            total *= item.size
-    return total
+    return math.prod(item.size for item in layout)

@@ -22,7 +22,7 @@ from jaxmet.engine.nodes.cluster import (
     through_views,
     varying_axes,
 )
-from jaxmet.engine.nodes.divisors import divides
+from jaxmet.engine.nodes.divisors import Divisors
 from jaxmet.engine.nodes.grouping import REDUCTIONS
 from jaxmet.engine.nodes.norms.stored_norms import Roles
 from jaxmet.engine.nodes.products import ragged_numbers
@@ -41,6 +41,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
     regions = _regions(analysis.region)
     shared = _shared(analysis)
     origins, masks = Origins(analysis), Masks(analysis.region)
+    divisors = Divisors(analysis.region)
     nodes, named = {}, set(analysis.clusters)
     norms = {c.exit: c for c in named if c.kind == "norm"}
     for cluster in analysis.clusters:
@@ -60,7 +61,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             arrivals=_arrivals(cluster, named, norms),
             masked=masks.hidden(cluster),
             selects=masks.selects(cluster),
-            divides=divides(cluster),
+            divides=divisors.divides(cluster),
             **_details(cluster, shared),
         )
     carriers = _carriers(nodes)

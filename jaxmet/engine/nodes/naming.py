@@ -93,19 +93,20 @@ def _anchors(
 
     def latest(value: Value) -> int:
         """Rank of the last site at or before a value, −1 for none."""
-        stack = [value]
+        stack, pending = [value], {value}
         while stack:
             top = stack[-1]
             if top in memo:
                 stack.pop()
                 continue
             needs = [v for v in before(top) if v not in memo]
-            if needs and not set(needs) & set(stack):
+            if needs and pending.isdisjoint(needs):
                 stack += needs
+                pending.update(needs)
                 continue
             found = [memo.get(v, -1) for v in before(top)]
             memo[top] = max([own(top), *found])
-            stack.pop()
+            pending.discard(stack.pop())
         return memo[value]
 
     def own(value: Value) -> int:

@@ -138,11 +138,13 @@ def _by_calls(pieces: list[Piece], own: set[int]) -> list[Piece]:
     for i, (_, piece) in enumerate(pieces):
         for number in {n for e in piece for n, _ in e.calls} & own:
             spans.setdefault(number, []).append(i)
+    ends: dict[int, int] = {}  # the last piece of the calls that begin with each
+    for first, *_, last in ([*w, w[-1]] for w in spans.values()):
+        ends[first] = max(last, ends.get(first, last))
     out: list[Piece] = []
     i = 0
     while i < len(pieces):
-        ends = [max(w) for w in spans.values() if min(w) == i]
-        end = max(ends, default=i)
+        end = ends.get(i, i)
         joined = [e for _, piece in pieces[i : end + 1] for e in piece]
         if all(_is_linear(e) for e in joined):
             out += pieces[i : end + 1]
