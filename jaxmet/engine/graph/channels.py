@@ -98,10 +98,10 @@ def find_channels(
     analysis: Analysis, nodes: dict[Cluster, Node]
 ) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
     """The channel groups of a model and the parameter axes that follow them."""
-    return _Finder(analysis, nodes).find()
+    return _ChannelFinder(analysis, nodes).find()
 
 
-class _Finder:
+class _ChannelFinder:
     def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node]):
         self.analysis, self.nodes = analysis, nodes
         self.indices: dict[lb.Atom, int] = {}
@@ -117,7 +117,7 @@ class _Finder:
             if node.kind == "product":
                 self.product(cluster, node)
             elif node.kind == "ragged":
-                weight, (rows, _, *_) = cluster.details["weight"], cluster.operands
+                weight, (rows, _, *_) = cluster.weighted.weight, cluster.operands
                 why = f"{node.name}: {node.why_kept()}"
                 self.freeze((*weight.axes, *rows.axes, *cluster.exit.axes), why)
             elif node.kind == "lookup":
@@ -181,8 +181,8 @@ class _Finder:
         self.members.append((name, axis, role, label, node, groups, out_axis))
 
     def product(self, cluster: Cluster, node: Node) -> None:
-        equation, weight = cluster.details["product"], node.weight
-        operand: Value = cluster.details["weight"]
+        equation, operand = cluster.weighted.equation, cluster.weighted.weight
+        weight = node.weight
         data = next(v for v in equation.operands[:2] if v is not operand)
         inputs = [data.axes[i] for i in node.in_features]
         assert weight is not None
@@ -203,8 +203,8 @@ class _Finder:
             axis = weight.in_axes[0] if weight.in_axes else -1
             out = weight.out_axes[0]
             self.add(weight.name, axis, "in", inputs[0], node.name, groups, out)
-        if cluster.details["bias"] is not None:
-            self.shift(cluster.details["bias"], node.name)
+        if cluster.weighted.bias is not None:
+            self.shift(cluster.weighted.bias, node.name)
 
     def shift(self, value: Value, node: str, role: str = "shift") -> None:
         leaf = leaf_of(value)

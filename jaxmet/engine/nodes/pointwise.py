@@ -111,8 +111,8 @@ def _segments(
         exit = piece[-1].results[0]
         if exit.inexact and not all(_is_linear(e) for e in piece):
             held = sorted({*piece, *cone(exit, {entry}, order)}, key=order.__getitem__)
-            function, details = classify(entry, piece, own)
-            yield Cluster("activation", function, held, exit, entry, details)
+            function, record = classify(entry, piece, own)
+            yield Cluster("activation", function, held, exit, entry, record)
 
 
 def _pieces(entry: Value, equations: list[Equation]) -> list[Piece]:
@@ -184,4 +184,4 @@ def _stands_alone(start: Value, piece: list[Equation], own: set[int]) -> bool:
     if any(e.name in compat.CUSTOM for e in piece):
         return True
     shared = set.intersection(*({n for n, _ in e.calls} for e in piece))
-    return bool(shared & own) or classify(start, piece, own)[1].get("known", False)
+    return bool(shared & own) or classify(start, piece, own)[1].known
