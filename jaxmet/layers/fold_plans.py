@@ -79,8 +79,8 @@ def _channels(graph: Graph, node: Node) -> tuple[Layout, ...] | None:
 def _members(graph: Graph, node: Node, parameter: str, role: str = "") -> list[Member]:
     found = [
         m
-        for m in graph.members
-        if m.node == node.name and m.parameter == parameter and role in ("", m.role)
+        for m in graph.members_of(parameter)
+        if m.node == node.name and role in ("", m.role)
     ]
     return sorted(found, key=lambda m: m.axis)
 

@@ -27,9 +27,6 @@ MOVES = (
 )  # fmt: skip
 VIEWS = MOVES[:11]
 MULTIPLIES = ("product", "ragged", "matmul")
-MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
-SELECTS = "a mask or an index: rounding it would change what it selects"
-DIVIDES = "a divisor: rounded to zero it would make infinities"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +97,8 @@ def place(
         if node.name not in wanted:
             continue
         settings = config.resolve(node.name, "activation")
-        if (why := _in_float(node)) is not None:
-            left[node.name] = why
+        if node.in_float is not None:
+            left[node.name] = node.in_float
         elif node.name not in graph.selected:
             left[node.name] = "not selected"
         elif not settings.quantize:
@@ -212,12 +209,6 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 
 
 # Activations
-
-
-def _in_float(node: Node) -> str | None:
-    """Why no grid serves a result, whatever the configuration."""
-    whys = ((node.masked, MASKED), (node.selects, SELECTS), (node.divides, DIVIDES))
-    return next((why for holds, why in whys if holds), None)
 
 
 def _stored(graph: Graph) -> set[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.engine.flow.bias_targets import BiasTargets
 from jaxmet.engine.graph.channels import Layout, Member
 from jaxmet.engine.graph.graph import Graph, leaves_of
 from jaxmet.engine.graph.node import Node, Norm
@@ -156,9 +157,10 @@ def _plan(graph: Graph, node: Node) -> _Plan | None:
     why = _unfit(graph, norm, node)
     if why is not None:
         return _Plan(node, norm, why=why)
-    assert node.arrivals is not None
+    targets = _targets(node)
+    assert targets is not None
     readers = []
-    for name in node.arrivals.products:
+    for name in targets.products:
         reader = _reader(graph, norm, graph[name])
         if isinstance(reader, str):
             return _Plan(node, norm, why=reader)
@@ -171,9 +173,15 @@ def _plan(graph: Graph, node: Node) -> _Plan | None:
     return _Plan(node, norm, tuple(readers), bounds)
 
 
+def _targets(rectifier: Node) -> BiasTargets | None:
+    """The products that a constant reaches that the rectifier's channels lose."""
+    activation = rectifier.activation
+    return activation.bias_targets if activation is not None else None
+
+
 def _unfit(graph: Graph, node: Node, rectifier: Node) -> str | None:
     """Why a norm cannot give anything through its rectifier."""
-    norm, arrivals = node.norm, rectifier.arrivals
+    norm, targets = node.norm, _targets(rectifier)
     assert norm is not None
     if norm.over != "stored":
         return "its norm stores no statistics"
@@ -191,8 +199,8 @@ def _unfit(graph: Graph, node: Node, rectifier: Node) -> str | None:
         return f"it is not alone in reading {node.name!r}"
     if node.name not in graph.selected:
         return f"{node.name} is not selected"
-    if arrivals is None or arrivals.stopped is not None:
-        return arrivals.stopped if arrivals is not None else "nothing reads it"
+    if targets is None or targets.stopped is not None:
+        return targets.stopped if targets is not None else "nothing reads it"
     if rectifier.bounds is not None and rectifier.function == "clip":
         return _unbounded(graph, rectifier, node)
     return None

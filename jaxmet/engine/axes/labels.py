@@ -63,35 +63,51 @@ def size(axis: Axis) -> Size:
     return math.prod(atom.size for atom in axis)
 
 
-def leaves(axis: Axis) -> Iterator[Atom]:
-    """The atoms at the bottom, through products and concatenations."""
-    for atom in expand(axis):
-        if atom.parts is None:
+def leaves(axis: Axis, seen: set[Atom] | None = None) -> Iterator[Atom]:
+    """The atoms at the bottom, through products and concatenations.
+
+    Without those of concatenations in `seen`, which is added to.
+    """
+    stack = list(reversed(axis))
+    while stack:
+        atom = stack.pop().root()
+        if atom.factors is not None:
+            stack += reversed(atom.factors)
+        elif atom.parts is None:
             yield atom
-        else:
-            for part in atom.parts:
-                yield from leaves(part)
+        elif seen is None or atom not in seen:
+            stack += [a for part in reversed(atom.parts) for a in reversed(part)]
+            if seen is not None:
+                seen.add(atom)
 
 
 def freeze(axis: Axis, why: str, *, fixed: bool = True) -> None:
     """Forbid to rescale anything on this axis, and with `fixed` to remove any of it."""
-    for atom in expand(axis):
+    stack = list(axis)
+    while stack:
+        atom = stack.pop().root()
+        if atom.factors is not None:
+            stack += atom.factors
+            continue
         if atom.frozen and (atom.fixed or not fixed):
             continue  # and so are its parts
         atom.frozen = atom.frozen or why
         atom.fixed = atom.fixed or (why if fixed else None)
-        for part in atom.parts or ():
-            freeze(part, why, fixed=fixed)
+        stack += [a for part in atom.parts or () for a in part]
 
 
 def frozen(axis: Axis) -> str | None:
     """Why this axis may not be rescaled, or None."""
-    for atom in expand(axis):
-        if atom.frozen:
+    stack = list(reversed(axis))
+    while stack:
+        atom = stack.pop().root()
+        if atom.factors is not None:
+            stack += reversed(atom.factors)
+        elif atom.frozen:
             return atom.frozen
-        for part in atom.parts or ():
-            if why := frozen(part):
-                return why
+        else:
+            parts = reversed(atom.parts or ())
+            stack += [a for part in parts for a in reversed(part)]
     return None
 
 

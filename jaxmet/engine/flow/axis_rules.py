@@ -16,6 +16,7 @@ from jaxmet.engine.nodes.activations import HOMOGENEOUS, number_of
 from jaxmet.engine.nodes.cluster import LINEAR, Cluster
 from jaxmet.engine.nodes.grouping import REDUCTIONS, WINDOWS
 from jaxmet.engine.nodes.pointwise import POINTWISE
+from jaxmet.engine.nodes.records import StoredNorm
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import (
     CONST,
@@ -244,7 +245,7 @@ def _followed(cluster: Cluster) -> None:
         _align([entry, *wide], exit)
     elif entry.ndim == exit.ndim:
         exit.axes = entry.axes
-    if cluster.kind == "norm" and cluster.details["affine"]:
+    if isinstance(cluster.record, StoredNorm):
         for equation in cluster.equations:
             if equation.name in ("add", "sub") and equation.kind == DATA:
                 whole = [exit, *(v for v in equation.operands if v.kind != DATA)]

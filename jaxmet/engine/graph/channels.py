@@ -6,8 +6,10 @@ between. A group that something forbids to rescale says what.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
 
 from jaxmet.engine.axes import labels as lb
 from jaxmet.engine.graph.analyse import Analysis
@@ -27,9 +29,24 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """A factor of an axis that is a concatenation of axes."""
+    """A factor of an axis that is a concatenation of axes.
+
+    A part that is a concatenation itself stands there as its own parts.
+    """
 
     parts: tuple["Layout", ...]
+
+    # Members of one axis share this object: of long concatenations each is counted once.
+
+    @cached_property
+    def size(self) -> int:
+        """The number of things along it."""
+        return sum(layout_size(part) for part in self.parts)
+
+    @cached_property
+    def groups(self) -> frozenset[int]:
+        """The groups that appear in it."""
+        return frozenset().union(*(indices_of(part) for part in self.parts))
 
 
 Layout = tuple[Span | Joined, ...]
@@ -81,16 +98,17 @@ def find_channels(
     analysis: Analysis, nodes: dict[Cluster, Node]
 ) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
     """The channel groups of a model and the parameter axes that follow them."""
-    return _Finder(analysis, nodes).find()
+    return _ChannelFinder(analysis, nodes).find()
 
 
-class _Finder:
+class _ChannelFinder:
     def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node]):
         self.analysis, self.nodes = analysis, nodes
         self.indices: dict[lb.Atom, int] = {}
         self.uses = Counter(p for n in nodes.values() for p in n.parameters)
         self.members: list[tuple[str, int, str, lb.Axis, str, int, int]] = []
         self.tied: list[tuple[int, int]] = []
+        self.joined: dict[lb.Atom, Joined] = {}
 
     def find(self) -> tuple[tuple[Group, ...], tuple[Member, ...]]:
         for value in self.analysis.region.outputs:
@@ -99,7 +117,7 @@ class _Finder:
             if node.kind == "product":
                 self.product(cluster, node)
             elif node.kind == "ragged":
-                weight, (rows, _, *_) = cluster.details["weight"], cluster.operands
+                weight, (rows, _, *_) = cluster.weighted.weight, cluster.operands
                 why = f"{node.name}: {node.why_kept()}"
                 self.freeze((*weight.axes, *rows.axes, *cluster.exit.axes), why)
             elif node.kind == "lookup":
@@ -111,8 +129,9 @@ class _Finder:
                     if value.kind == PARAM:
                         self.shift(value, node.name)
         ties = self.ties()
+        seen: set[lb.Atom] = set()
         for _, _, _, axis, *_ in self.members:
-            for atom in lb.leaves(axis):
+            for atom in lb.leaves(axis, seen):
                 self.indices.setdefault(atom, len(self.indices))
         for pair in ties:
             self.tie(*pair)
@@ -162,8 +181,8 @@ class _Finder:
         self.members.append((name, axis, role, label, node, groups, out_axis))
 
     def product(self, cluster: Cluster, node: Node) -> None:
-        equation, weight = cluster.details["product"], node.weight
-        operand: Value = cluster.details["weight"]
+        equation, operand = cluster.weighted.equation, cluster.weighted.weight
+        weight = node.weight
         data = next(v for v in equation.operands[:2] if v is not operand)
         inputs = [data.axes[i] for i in node.in_features]
         assert weight is not None
@@ -184,8 +203,8 @@ class _Finder:
             axis = weight.in_axes[0] if weight.in_axes else -1
             out = weight.out_axes[0]
             self.add(weight.name, axis, "in", inputs[0], node.name, groups, out)
-        if cluster.details["bias"] is not None:
-            self.shift(cluster.details["bias"], node.name)
+        if cluster.weighted.bias is not None:
+            self.shift(cluster.weighted.bias, node.name)
 
     def shift(self, value: Value, node: str, role: str = "shift") -> None:
         leaf = leaf_of(value)
@@ -239,10 +258,30 @@ class _Finder:
         out: list[Span | Joined] = []
         for atom in lb.expand(axis):
             if atom.parts is not None:
-                out.append(Joined(tuple(self.layout(p) for p in atom.parts)))
+                out.append(self.join(atom))
             else:
                 out.append(Span(self.indices.get(atom), atom.size))
         return tuple(out)
+
+    def join(self, atom: lb.Atom) -> Joined:
+        """The layout of a concatenation, those inside it first: they may go deep."""
+        stack = [atom]
+        while stack:
+            top = stack[-1]
+            parts = top.parts or ()
+            inner = [a for part in parts for a in lb.expand(part) if a.parts]
+            inner = [a for a in inner if a not in self.joined]
+            if inner:
+                stack += inner
+                continue
+            stack.pop()
+            if top not in self.joined:
+                found: list[Layout] = []
+                for part in map(self.layout, parts):
+                    first = part[0] if len(part) == 1 else None
+                    found += first.parts if isinstance(first, Joined) else [part]
+                self.joined[top] = Joined(tuple(found))
+        return self.joined[atom]
 
     def groups(self, members: tuple[Member, ...]) -> tuple[Group, ...]:
         clips = self.clips()
@@ -292,8 +331,7 @@ def indices_of(layout: Layout) -> set[int]:
     found: set[int] = set()
     for item in layout:
         if isinstance(item, Joined):
-            for part in item.parts:
-                found |= indices_of(part)
+            found |= item.groups
         elif item.group is not None:
             found.add(item.group)
     return found
@@ -301,10 +339,4 @@ def indices_of(layout: Layout) -> set[int]:
 
 def layout_size(layout: Layout) -> int:
     """The number of things along an axis."""
-    total = 1
-    for item in layout:
-        if isinstance(item, Joined):
-            total *= sum(layout_size(part) for part in item.parts)
-        else:
-            total *= item.size
-    return total
+    return math.prod(item.size for item in layout)

@@ -7,12 +7,24 @@ from typing import Any
 
 from jaxmet.engine.axes import labels as lb
 from jaxmet.engine.axes.views import CASTS, follow, holding, move_of, numbered
-from jaxmet.engine.flow.arrivals import Arrivals, arrivals
+from jaxmet.engine.flow.bias_targets import BiasTargets, bias_targets
 from jaxmet.engine.flow.liveness import carries
 from jaxmet.engine.graph.analyse import Analysis
-from jaxmet.engine.graph.node import Convolution, Debias, Dot, Node, Norm, Weight
+from jaxmet.engine.graph.node import (
+    DIVIDES,
+    MASKED,
+    SELECTS,
+    Activation,
+    Convolution,
+    Debias,
+    Dot,
+    LayerSpec,
+    Node,
+    Norm,
+    Weight,
+)
 from jaxmet.engine.graph.origins import Origins
-from jaxmet.engine.nodes.attention_masks import Masks
+from jaxmet.engine.nodes.attention_masks import AttentionMasks
 from jaxmet.engine.nodes.cluster import (
     LINEAR,
     VIEWS,
@@ -23,10 +35,10 @@ from jaxmet.engine.nodes.cluster import (
     through_views,
     varying_axes,
 )
-from jaxmet.engine.nodes.divisors import divides
+from jaxmet.engine.nodes.divisors import Divisors
 from jaxmet.engine.nodes.grouping import REDUCTIONS
-from jaxmet.engine.nodes.norms.stored_norms import Roles
 from jaxmet.engine.nodes.products import ragged_numbers
+from jaxmet.engine.nodes.records import DataNorm, Roles, StoredNorm
 from jaxmet.engine.nodes.scalar_function import formula_between, formula_of
 from jaxmet.engine.program.program import (
     DATA,
@@ -41,7 +53,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
     """The static node of every named cluster, in the order in which they run."""
     regions = _regions(analysis.region)
     shared = _shared(analysis)
-    origins, masks = Origins(analysis), Masks(analysis.region)
+    origins, reasons = Origins(analysis), _Reasons(analysis.region)
     nodes, named = {}, set(analysis.clusters)
     norms = {c.exit: c for c in named if c.kind == "norm"}
     for cluster in analysis.clusters:
@@ -58,20 +70,34 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
             region=tuple(e.name for e in place),
             layers=_layers(place),
-            arrivals=_arrivals(cluster, named, norms),
-            masked=masks.hidden(cluster),
-            selects=masks.selects(cluster),
-            divides=divides(cluster),
-            **_details(cluster, shared),
+            in_float=reasons.of(cluster),
+            features=_features(cluster),
+            details=_details(cluster, shared, named, norms),
         )
     nodes = _with_ties(nodes, shared)
-    carriers = _carriers(nodes)
-    return {
-        c: dataclasses.replace(n, carrier=carriers[n.name].name, features=carriers[n.name].features)
-        if n.name in carriers
-        else n
-        for c, n in nodes.items()
-    }  # fmt: skip
+    for cluster, maker in _carriers(nodes).items():
+        clip = nodes[cluster]
+        assert clip.activation is not None
+        details = dataclasses.replace(clip.activation, carrier=maker.name)
+        nodes[cluster] = dataclasses.replace(
+            clip, features=maker.features, details=details
+        )
+    return nodes
+
+
+class _Reasons:
+    """Why the results of nodes stay in float, whatever the configuration."""
+
+    def __init__(self, region: Region):
+        self.masks, self.divisors = AttentionMasks(region), Divisors(region)
+
+    def of(self, cluster: Cluster) -> str | None:
+        """The first reason that holds for a result."""
+        if self.masks.hidden(cluster):
+            return MASKED
+        if self.masks.selects(cluster):
+            return SELECTS
+        return DIVIDES if self.divisors.divides(cluster) else None
 
 
 def _parameters(value: Value) -> list[str]:
@@ -102,17 +128,18 @@ def _only_readers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
     return tuple(found)
 
 
-def _arrivals(
+def _bias_targets(
     cluster: Cluster, named: set[Cluster], norms: dict[Value, Cluster]
-) -> Arrivals | None:
-    """Where a constant arrives that an activation of a norm loses channel by channel."""
-    if cluster.kind != "activation" or cluster.entry is None:
+) -> BiasTargets | None:
+    """The products that a constant reaches that an activation of a norm loses by channel."""
+    if cluster.entry is None:
         return None
     norm = norms.get(through_views(cluster.entry, CASTS))
     if norm is None:
         return None
     axes = [cluster.exit.axes[i] for i in _norm_features(norm)]
-    return arrivals(cluster, named, {atom for axis in axes for atom in lb.leaves(axis)})
+    channels = {atom for axis in axes for atom in lb.leaves(axis)}
+    return bias_targets(cluster, named, channels)
 
 
 def _regions(region: Region, path: Place = ()) -> dict[Any, Place]:
@@ -178,7 +205,9 @@ def _with_ties(
         if node.weight is None or node.weight.name not in tied:
             return node
         weight = dataclasses.replace(node.weight, tied=True)
-        return dataclasses.replace(node, weight=weight)
+        assert isinstance(node.details, LayerSpec)
+        details = dataclasses.replace(node.details, weight=weight)
+        return dataclasses.replace(node, details=details)
 
     return {cluster: told(node) for cluster, node in nodes.items()}
 
@@ -196,51 +225,65 @@ def _reading(node: Node) -> Any:
     return node.kind, weight.moves, *axes
 
 
-def _details(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
-    if cluster.kind == "product":
-        return _product(cluster, shared)
-    if cluster.kind == "ragged":
-        return _ragged(cluster, shared)
-    if cluster.kind == "lookup":
-        weight = cluster.details["weight"]
-        leaf = leaf_of(weight)
-        equation = cluster.equations[0]
-        rows = equation.params["dimension_numbers"].collapsed_slice_dims
-        return {
-            "weight": _weight(cluster, leaf, rows, (), shared),
-            "features": tuple(equation.params["dimension_numbers"].offset_dims),
-        }
-    if cluster.kind == "norm":
-        return {"norm": _norm(cluster), "features": _norm_features(cluster)}
-    if cluster.kind == "activation":
-        factor = cluster.details.get("factor")
-        leaf = leaf_of(factor) if factor is not None else None
-        bounds = cluster.details.get("bounds") if cluster.function == "clip" else None
-        return {
-            "bounds": bounds,
-            "slope": cluster.details.get("slope"),
-            "factor": leaf.value.name if leaf else None,
-            "formula": formula_of(cluster),
-        }
-    return {}
+def _features(cluster: Cluster) -> tuple[int, ...]:
+    """The axes of a result that its weight makes, or along which a norm differs."""
+    match cluster.kind:
+        case "product":
+            return cluster.weighted.features
+        case "ragged":
+            return (cluster.exit.ndim - 1,)
+        case "lookup":
+            numbers = cluster.equations[0].params["dimension_numbers"]
+            return tuple(numbers.offset_dims)
+        case "norm":
+            return _norm_features(cluster)
+    return ()
 
 
-def _ragged(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
+def _details(
+    cluster: Cluster,
+    shared: Mapping[str, int],
+    named: set[Cluster],
+    norms: dict[Value, Cluster],
+) -> LayerSpec | Norm | Activation | None:
+    match cluster.kind:
+        case "product":
+            return _product(cluster, shared)
+        case "ragged":
+            return _ragged(cluster, shared)
+        case "lookup":
+            leaf = leaf_of(cluster.weighted.weight)
+            numbers = cluster.equations[0].params["dimension_numbers"]
+            rows = numbers.collapsed_slice_dims
+            return LayerSpec(_weight(cluster, leaf, rows, (), shared))
+        case "norm":
+            return _norm(cluster)
+        case "activation":
+            form = cluster.pointwise
+            leaf = leaf_of(form.factor) if form.factor is not None else None
+            return Activation(
+                formula_of(cluster),
+                bounds=form.bounds if cluster.function == "clip" else None,
+                slope=form.slope,
+                factor=leaf.value.name if leaf else None,
+                bias_targets=_bias_targets(cluster, named, norms),
+            )
+    return None
+
+
+def _ragged(cluster: Cluster, shared: Mapping[str, int]) -> LayerSpec:
     """Of its weight each matrix has its own outputs; the group axis counts as one of them."""
-    weight: Value = cluster.details["weight"]
-    numbers = ragged_numbers(cluster.details["product"]).dot_dimension_numbers
+    weight = cluster.weighted.weight
+    numbers = ragged_numbers(cluster.weighted.equation).dot_dimension_numbers
     (lc, rc), _ = numbers
     outs = tuple(i for i in range(weight.ndim) if i not in rc)
-    return {
-        "weight": _weight(cluster, leaf_of(weight), outs, tuple(rc), shared),
-        "features": (cluster.exit.ndim - 1,),
-        "in_features": tuple(lc),
-    }
+    read = _weight(cluster, leaf_of(weight), outs, tuple(rc), shared)
+    return LayerSpec(read, in_features=tuple(lc))
 
 
-def _product(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
-    equation: Equation = cluster.details["product"]
-    weight, bias = cluster.details["weight"], cluster.details["bias"]
+def _product(cluster: Cluster, shared: Mapping[str, int]) -> LayerSpec:
+    equation, bias = cluster.weighted.equation, cluster.weighted.bias
+    weight = cluster.weighted.weight
     first, p = equation.operands[0], equation.params
     numbers = p["dimension_numbers"]
     convolution = dot = None
@@ -268,15 +311,14 @@ def _product(cluster: Cluster, shared: Mapping[str, int]) -> dict[str, Any]:
         dot = Dot(*(tuple(zip(data, own, strict=True)) for data, own in pairs))
     leaf = leaf_of(weight)
     bias_leaf = leaf_of(bias) if bias is not None else None
-    return {
-        "weight": _weight(cluster, leaf, out_axes, in_axes, shared),
-        "bias": bias_leaf.value.name if bias_leaf else None,
-        "derived_bias": bias is not None and bias_leaf is None,
-        "convolution": convolution,
-        "dot": dot,
-        "features": cluster.details["features"],
-        "in_features": in_features,
-    }
+    return LayerSpec(
+        _weight(cluster, leaf, out_axes, in_axes, shared),
+        bias_leaf.value.name if bias_leaf else None,
+        bias is not None and bias_leaf is None,
+        convolution,
+        dot,
+        in_features,
+    )
 
 
 def _weight(
@@ -286,7 +328,7 @@ def _weight(
     in_axes: tuple[int, ...],
     shared: Mapping[str, int],
 ) -> Weight:
-    value = cluster.details["weight"]
+    value = cluster.weighted.weight
     names, operand = tuple(_parameters(value)), cluster.operands.index(value)
     if leaf is None:
         return Weight(None, names, out_axes=out_axes, in_axes=in_axes, operand=operand)
@@ -312,30 +354,31 @@ def _weight(
 
 
 def _norm(cluster: Cluster) -> Norm:
-    details = cluster.details
-    if details["affine"]:
-        return _stored(details)
+    record = cluster.record
+    if isinstance(record, StoredNorm):
+        return _stored(record)
+    assert isinstance(record, DataNorm)
     roles = {}
     for role in ("scale", "bias"):
-        value = details[role]
+        value = getattr(record, role)
         leaf = leaf_of(value) if value is not None else None
         roles[role] = leaf.value.name if leaf is not None else None
-    labels = _batch_labels(details["spread"], cluster)
+    labels = _batch_labels(record.spread, cluster)
     mixed = labels is not None and not any(lb.carries_batch(a) for a in labels)
     over = "batch" if carries(cluster.exit) and mixed else "data"
-    return Norm(over, **roles, epsilon=_epsilon(details["spread"]), plain=False)
+    return Norm(over, **roles, epsilon=_epsilon(record.spread), plain=False)
 
 
-def _stored(details: dict[str, Any]) -> Norm:
+def _stored(record: StoredNorm) -> Norm:
     """A norm with stored statistics; of the leaves under each role their names."""
-    found: Roles = details["roles"]
+    found = record.roles
     roles = {
         role: leaf.name if (leaf := getattr(found, role)) is not None else None
         for role in ("mean", "variance", "scale", "bias")
     }
     debias = _debias(found)
     return Norm(
-        "constant" if details["constant"] else "stored",
+        "constant" if record.constant else "stored",
         **roles,
         epsilon=found.epsilon,
         plain=found.plain and (found.weight is None) == (debias is None),
@@ -405,10 +448,10 @@ def _epsilon(spread: Value) -> float:
 # Clips and the products that carry their bounds
 
 
-def _carriers(nodes: dict[Cluster, Node]) -> dict[str, Node]:
+def _carriers(nodes: dict[Cluster, Node]) -> dict[Cluster, Node]:
     """For each clip the one product that reaches it through norms alone."""
     makers = {c.exit: c for c in nodes}
-    found: dict[str, Node] = {}
+    found: dict[Cluster, Node] = {}
     for cluster, node in nodes.items():
         if node.bounds is None or node.region:
             continue
@@ -424,6 +467,6 @@ def _carriers(nodes: dict[Cluster, Node]) -> dict[str, Node]:
         maker = nodes.get(before) if before is not None else None
         if maker is not None and maker.weight is not None and maker.weight.name:
             if not (maker.weight.shared or maker.weight.stacked or maker.region):
-                found[node.name] = maker
+                found[cluster] = maker
     count = Counter(n.name for n in found.values())
     return {name: n for name, n in found.items() if count[n.name] == 1}

@@ -1,7 +1,8 @@
 """What the equations say about a model, without values: nodes, edges, channel groups."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -53,13 +54,35 @@ class Graph:
         return tuple(n for n in self.nodes if n.is_site and n.name in self.selected)
 
     def __getitem__(self, name: str) -> Node:
+        node = self._by_name.get(name)
+        if node is None:
+            raise ValueError(
+                f"jaxmet.Graph: there is no node {name!r}. "
+                f"{suggestion(name, self._by_name)}"
+            )
+        return node
+
+    # Read at every node, so a scan of all nodes would make transforms quadratic.
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Node]:
+        return {node.name: node for node in reversed(self.nodes)}
+
+    @cached_property
+    def _consumers(self) -> Mapping[str, tuple[Node, ...]]:
+        found: dict[str, list[Node]] = {}
         for node in self.nodes:
-            if node.name == name:
-                return node
-        names = [n.name for n in self.nodes]
-        raise ValueError(
-            f"jaxmet.Graph: there is no node {name!r}. {suggestion(name, names)}"
-        )
+            for name in dict.fromkeys(e.node for e in node.inputs):
+                if name is not None:
+                    found.setdefault(name, []).append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    @cached_property
+    def _members_of(self) -> Mapping[str, tuple[Member, ...]]:
+        found: dict[str, list[Member]] = {}
+        for member in self.members:
+            found.setdefault(member.parameter, []).append(member)
+        return {name: tuple(members) for name, members in found.items()}
 
     def only(self, *globs: str) -> "Graph":
         """A graph in which transforms touch nothing but these nodes.
@@ -116,17 +139,24 @@ class Graph:
 
     def readers(self, name: str) -> tuple[Node, ...]:
         """The nodes that read a node's result."""
-        return tuple(n for n in self.nodes if any(e.node == name for e in n.inputs))
+        return self._consumers.get(name, ())
+
+    def members_of(self, parameter: str) -> tuple[Member, ...]:
+        """The axes of a parameter that channel groups run along."""
+        return self._members_of.get(parameter, ())
 
     def table(self) -> Table:
         """One row a node."""
         free = {g.index: g for g in self.groups if g.free}
+        made: dict[str, list[Member]] = {}
+        for member in self.members:
+            if member.role == "out":
+                made.setdefault(member.node, []).append(member)
         rows = []
         for node in self.nodes:
             group = [
                 free[g].name
-                for m in self.members
-                if m.node == node.name and m.role == "out"
+                for m in made.get(node.name, ())
                 for g in _indices(m)
                 if g in free
             ]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxmet.engine.axes.views import Move
-from jaxmet.engine.flow.arrivals import Arrivals
+from jaxmet.engine.flow.bias_targets import BiasTargets
 from jaxmet.engine.nodes.cluster import LAYERS
 from jaxmet.engine.nodes.scalar_function import Formula
 
@@ -118,24 +118,59 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What only a product, ragged product or lookup has.
+
+    `bias` is the parameter that it adds, `derived_bias` says that what it adds is computed
+    from parameters. `in_features` are the axes of the first operand that it sums over.
+    """
+
+    weight: Weight
+    bias: str | None = None
+    derived_bias: bool = False
+    convolution: Convolution | None = None
+    dot: Dot | None = None
+    in_features: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """What only an activation has.
+
+    `formula` says what it does to a number. `bounds` are those of a clip, `carrier` is the
+    product whose leaf may hold other bounds for it, channel by channel. `slope` is that of a
+    leaky ReLU, `factor` the parameter that is the slope of a PReLU. Of one that reads a norm,
+    `bias_targets` says which products a constant reaches that its channels lose.
+    """
+
+    formula: Formula | None = None
+    bounds: tuple[float, float] | None = None
+    carrier: str | None = None
+    slope: float | None = None
+    factor: str | None = None
+    bias_targets: BiasTargets | None = None
+
+
+MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
+SELECTS = "a mask or an index: rounding it would change what it selects"
+DIVIDES = "a divisor: rounded to zero it would make infinities"
+
+
+@dataclasses.dataclass(frozen=True)
 class Node:
     """A group of equations with a name, a kind and a single exit.
 
     `kind` is one of input, product, ragged (each row meets one of several matrices, as of
     experts), matmul, lookup, norm, activation, add, multiply,
     concat, pool, resize, output; `function` says which. `features` are the axes of the
-    result that the weight makes, `in_features` the axes of the first operand that it sums
-    over; of a norm, `features` are the axes along which its parameters differ. `batch` are
-    the axes of the result that run over examples.
+    result that the weight makes; of a norm, the axes along which its parameters differ.
+    `batch` are the axes of the result that run over examples.
     `only_readers` are the nodes that use the result as it is, None where anything else
     uses it too; `shared` are those of its parameters that something else reads too.
-    `bounds` are those of a clip, `carrier` the product whose leaf may hold other
-    bounds for it, channel by channel. `region` names the loops and branches around it,
-    `layers` is the length of a loop that runs stacked layers. Of an activation,
-    `formula` says what it does to a number, and of one that reads a norm `arrivals`
-    says where a constant arrives that its channels lose. `masked`: it has entries that stand
-    for −∞, or is a sum that only a softmax reads. `selects`: it has no weights in it, and
-    decides what a mask hides or an index means. `divides`: something is divided by it.
+    `region` names the loops and branches around it, `layers` is the length of a loop that
+    runs stacked layers. `in_float` is the reason why no quantizer serves the result, whatever
+    the configuration. `details` is what only nodes of its kind have; `layer`, `norm` and
+    `activation` are that, or None for a node of another kind.
     """
 
     name: str
@@ -143,28 +178,71 @@ class Node:
     function: str
     inputs: tuple[Edge, ...] = ()
     parameters: tuple[str, ...] = ()
-    weight: Weight | None = None
-    bias: str | None = None
-    derived_bias: bool = False
-    convolution: Convolution | None = None
-    dot: Dot | None = None
-    norm: Norm | None = None
     features: tuple[int, ...] = ()
-    in_features: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     only_readers: tuple[str, ...] | None = None
     shared: tuple[str, ...] = ()
-    bounds: tuple[float, float] | None = None
-    slope: float | None = None
-    factor: str | None = None
-    carrier: str | None = None
     region: tuple[str, ...] = ()
     layers: int | None = None
-    arrivals: Arrivals | None = None
-    formula: Formula | None = None
-    masked: bool = False
-    selects: bool = False
-    divides: bool = False
+    in_float: str | None = None
+    details: LayerSpec | Norm | Activation | None = None
+
+    @property
+    def layer(self) -> LayerSpec | None:
+        """What only a layer has."""
+        return self.details if isinstance(self.details, LayerSpec) else None
+
+    @property
+    def norm(self) -> Norm | None:
+        """What only a norm has."""
+        return self.details if isinstance(self.details, Norm) else None
+
+    @property
+    def activation(self) -> Activation | None:
+        """What only an activation has."""
+        return self.details if isinstance(self.details, Activation) else None
+
+    # What transforms ask of any node: None where its kind has none.
+
+    @property
+    def weight(self) -> Weight | None:
+        """How a layer reads its weight."""
+        return self.layer.weight if self.layer else None
+
+    @property
+    def bias(self) -> str | None:
+        """The parameter that a layer adds."""
+        return self.layer.bias if self.layer else None
+
+    @property
+    def derived_bias(self) -> bool:
+        """Whether what a layer adds is computed from parameters."""
+        return self.layer is not None and self.layer.derived_bias
+
+    @property
+    def in_features(self) -> tuple[int, ...]:
+        """The axes of the first operand that a layer sums over."""
+        return self.layer.in_features if self.layer else ()
+
+    @property
+    def convolution(self) -> Convolution | None:
+        """What the equation of a convolution says apart from its sizes."""
+        return self.layer.convolution if self.layer else None
+
+    @property
+    def dot(self) -> Dot | None:
+        """The axes that meet in a dot."""
+        return self.layer.dot if self.layer else None
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of a clip."""
+        return self.activation.bounds if self.activation else None
+
+    @property
+    def carrier(self) -> str | None:
+        """The product whose leaf may hold other bounds for a clip."""
+        return self.activation.carrier if self.activation else None
 
     @property
     def loops(self) -> tuple[str, ...]:

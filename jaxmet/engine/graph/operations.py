@@ -8,6 +8,7 @@ from jaxmet.engine.graph.analyse import analyse
 from jaxmet.engine.graph.describe import describe
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.engine.nodes.records import Weighted
 from jaxmet.engine.program.program import RAGGED, Equation, Region
 from jaxmet.engine.pruned.expand import call_of
 
@@ -37,7 +38,9 @@ def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
         if node.kind == "lookup":
             found.append(Work(node, 0, 0))
         elif node.kind in ("product", "ragged", "matmul"):
-            equation = cluster.details.get("product", cluster.equations[0])
+            record = cluster.record
+            weighted = isinstance(record, Weighted)
+            equation = record.equation if weighted else cluster.equations[0]
             macs, flops = (n * times[equation] for n in _counts(equation))
             found.append(Work(node, macs, flops, _extents(equation)))
     return found

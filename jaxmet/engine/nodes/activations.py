@@ -4,8 +4,7 @@ Only what the equations prove is claimed: `known` functions are recognised by th
 others keep the name of the call or primitive they end in and are treated as arbitrary.
 """
 
-from typing import Any
-
+from jaxmet.engine.nodes.records import Pointwise
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import (
     CONST,
@@ -28,8 +27,8 @@ PASS = ("convert_element_type", "copy", "reduce_precision", "stop_gradient")
 
 def classify(
     start: Value, equations: list[Equation], own: set[int]
-) -> tuple[str, dict[str, Any]]:
-    """The function's name and what is known of it (`bounds`, `slope`, `known`).
+) -> tuple[str, Pointwise]:
+    """The function's name and what is known of it.
 
     `own` are the numbers of the calls that hold nothing but this group.
     """
@@ -39,13 +38,13 @@ def classify(
     for recognise in (_clip, _leaky):
         found = recognise(start, core)
         if found is not None:
-            return found[0], {"known": True, **found[1]}
+            return found
     if len(core) == 1:
         name = core[0].name
         name = _renamed(name)
-        return name, {"known": name in ("tanh", "sigmoid", "abs", "erf")}
+        return name, Pointwise(known=name in ("tanh", "sigmoid", "abs", "erf"))
     name = _named(core, outer, own)
-    return ("pointwise" if name in (*HOMOGENEOUS, "clip") else name), {}
+    return ("pointwise" if name in (*HOMOGENEOUS, "clip") else name), Pointwise()
 
 
 def _renamed(name: str) -> str:
@@ -79,7 +78,7 @@ def number_of(value: Value) -> float | None:
     return value.scalar()
 
 
-def _clip(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | None:
+def _clip(start: Value, core: list[Equation]) -> tuple[str, Pointwise] | None:
     low, high = -float("inf"), float("inf")
     for equation in core:
         found = [number_of(v) for v in equation.operands if v.kind == CONST]
@@ -96,12 +95,11 @@ def _clip(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | No
             return None
     if not core:
         return None
-    if low == 0 and high == float("inf"):
-        return "relu", {"bounds": (low, high)}
-    return "clip", {"bounds": (low, high)}
+    function = "relu" if low == 0 and high == float("inf") else "clip"
+    return function, Pointwise(True, bounds=(low, high))
 
 
-def _leaky(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | None:
+def _leaky(start: Value, core: list[Equation]) -> tuple[str, Pointwise] | None:
     """x where x > 0, a·x elsewhere, in its usual spellings."""
     final = core[-1]
     products = [e for e in core if e.name == "mul"]
@@ -117,7 +115,8 @@ def _leaky(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | N
     scaled, slope = products[0].results[0], number_of(factor)
     if final.name == "max" and slope is not None and 0 <= slope <= 1 and not compares:
         branches = {_base(v) for v in final.operands}
-        return ("leaky_relu", {"slope": slope}) if branches == {start, scaled} else None
+        leaky = branches == {start, scaled}
+        return ("leaky_relu", Pointwise(True, slope=slope)) if leaky else None
     if final.name != "select_n" or len(compares) != 1 or len(final.operands) != 3:
         return None
     positive = _positive_branch(compares[0], start)
@@ -127,8 +126,8 @@ def _leaky(start: Value, core: list[Equation]) -> tuple[str, dict[str, Any]] | N
     if _base(cases[positive]) is not start or _base(cases[1 - positive]) is not scaled:
         return None
     if factor.kind == PARAM:
-        return "prelu", {"factor": factor}
-    return None if slope is None else ("leaky_relu", {"slope": slope})
+        return "prelu", Pointwise(True, factor=factor)
+    return None if slope is None else ("leaky_relu", Pointwise(True, slope=slope))
 
 
 def _positive_branch(compare: Equation, start: Value) -> int | None:

@@ -35,9 +35,11 @@ CARRIES = (
 DECIDES = ("eq", "ne", "floor", "ceil", "round", "sign", "argmax", "argmin")
 MAXIMA = ("max", "max_pool")
 COMPARES = ("ge", "gt", "le", "lt")
+Ending = tuple[Value, bool, bool]
+"""A value, whether it was joined on the way, and whether a maximum is an end too."""
 
 
-class Masks:
+class AttentionMasks:
     """Which values of a program hold masked entries, and which decide."""
 
     def __init__(self, region: Region):
@@ -47,7 +49,7 @@ class Masks:
         self.decides: set[Value] = set()
         self.compared: set[Value] = set()
         """What only comparisons decide by: of a value that is computed with, no reason."""
-        self.ends_so: dict[tuple[Value, bool, bool], bool] = {}
+        self.ends_so: dict[Ending, bool] = {}
         self._forward(region)
         self._backward(region)
 
@@ -100,29 +102,36 @@ class Masks:
 
         Of what has a mask in it (`masking`), or a maximum of a sum.
         """
-        key = value, joined, masking
-        if key not in self.ends_so:
-            self.ends_so[key] = self._found_so(value, joined, masking)
-        return self.ends_so[key]
+        stack = [(value, joined, masking)]
+        while stack:  # a recursion would go as deep as the model
+            key = stack[-1]
+            after = None if key in self.ends_so else self._after(*key)
+            unknown = [k for k in after or () if k not in self.ends_so]
+            if unknown:
+                stack += unknown
+                continue
+            if key not in self.ends_so:
+                found = after is not None and all(self.ends_so[k] for k in after)
+                self.ends_so[key] = found
+            stack.pop()
+        return self.ends_so[value, joined, masking]
 
-    def _found_so(self, value: Value, joined: bool, masking: bool) -> bool:
+    def _after(self, value: Value, joined: bool, masking: bool) -> list[Ending] | None:
+        """What must end so for a value to, None where it does not."""
         ends = (*SOFTMAX, *(MAXIMA if masking else ()))
-        if not value.uses:
-            return False
+        found: list[Ending] = []
         for use in value.uses:
             if use is None or use.bodies:
-                return False
+                return None
             cluster = use.node
             if cluster is None or self._joins(cluster):
                 results = use.results if cluster is None else [cluster.exit]
-                more = joined or cluster is not None
-                if not all(
-                    r.inexact and self._ends_so(r, more, masking) for r in results
-                ):
-                    return False
+                if not all(r.inexact for r in results):
+                    return None
+                found += [(r, joined or cluster is not None, masking) for r in results]
             elif not joined or cluster.function not in ends:
-                return False
-        return True
+                return None
+        return found if value.uses else None
 
     # Forward: what depends on weights, and what has masked entries
 
@@ -170,7 +179,7 @@ class Masks:
                 return whole and cluster.entry in self.masked
             if cluster.function in SOFTMAX or _bounded(cluster):
                 return False
-            if cluster.details.get("known") and name in ("max", "min", "clamp"):
+            if cluster.pointwise.known and name in ("max", "min", "clamp"):
                 return any(v in self.masked for v in equation.data)
             cases = [v for v in operands[1:] if v.kind == DATA]
             if name == "select_n" and cases:
@@ -265,14 +274,15 @@ def _is_sentinel(value: Value) -> bool:
 
 def _bounded(cluster: Cluster) -> bool:
     """Whether an activation is known and leaves nothing of −∞, as a sigmoid or ReLU does."""
-    if not cluster.details.get("known") or "slope" in cluster.details:
+    form = cluster.pointwise
+    if not form.known or form.slope is not None:
         return False
-    return cluster.details.get("bounds", (0.0, 0.0))[0] > UNSEEN
+    return form.bounds is None or form.bounds[0] > UNSEEN
 
 
 def _known(equation: Equation) -> bool:
     """Whether an equation belongs to an activation that is known, as a rectifier is."""
-    return equation.node is not None and bool(equation.node.details.get("known"))
+    return equation.node is not None and equation.node.pointwise.known
 
 
 def _by_cases(cluster: Cluster | None) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from jaxmet.engine.axes.views import CASTS, VIEW_RULES
+from jaxmet.engine.nodes.records import Pointwise, Record, Weighted
 from jaxmet.engine.program.program import DATA, PARAM, Equation, Region, Value
 
 LAYERS = ("product", "ragged", "lookup")
@@ -24,9 +25,20 @@ class Cluster:
     equations: list[Equation]
     exit: Value
     entry: Value | None = None
-    details: dict = dataclasses.field(default_factory=dict)
+    record: Record | None = None
     name: str = ""
     operands: list[Value] = dataclasses.field(default_factory=list)
+
+    @property
+    def weighted(self) -> Weighted:
+        """The weight of a layer and the equation that reads it."""
+        assert isinstance(self.record, Weighted)
+        return self.record
+
+    @property
+    def pointwise(self) -> Pointwise:
+        """What is known of an activation; nothing of other nodes."""
+        return self.record if isinstance(self.record, Pointwise) else Pointwise()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

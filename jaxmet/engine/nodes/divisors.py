@@ -7,7 +7,7 @@ the small ones become zero and the quotient infinite.
 from collections.abc import Iterator
 
 from jaxmet.engine.nodes.cluster import VIEWS, Cluster
-from jaxmet.engine.program.program import DATA, Equation, Value
+from jaxmet.engine.program.program import DATA, Equation, Region, Value
 
 THROUGH = (
     *VIEWS, "select_n", "add", "sub", "add_any", "mul", "max", "sqrt", "reduce_sum",
@@ -15,68 +15,76 @@ THROUGH = (
 """What a divisor may pass, perhaps with a constant: Σx, x + ε, max(x, ε), √x."""
 
 
-def divides(cluster: Cluster) -> bool:
-    """Whether a result divides, is one over another, or is a product that waits for it.
+class Divisors:
+    """The values of a program that something is divided by, and what values are made of."""
 
-    Such a product is Σ e v of a softmax (Σ e v) / (Σ e): as small as its divisor.
-    """
-    found = _is_divisor(cluster.exit) or _is_reciprocal(cluster)
-    return found or (cluster.kind == "matmul" and _waits(cluster))
+    def __init__(self, region: Region):
+        self.divided: set[Value] = set()
+        self.roots: dict[Value, Value] = {}
+        self._forward(region)
+        self._backward(region)
 
+    def divides(self, cluster: Cluster) -> bool:
+        """Whether a result divides, is one over another, or is a product that waits for it.
 
-def _is_divisor(value: Value) -> bool:
-    for use in value.uses:
-        if use is None or use.bodies or _own(use):
-            continue
-        if value in _divisors(use):
-            return True
-        if _passes(use) and _is_divisor(use.results[0]):
-            return True
-    return False
+        Such a product is Σ e v of a softmax (Σ e v) / (Σ e): as small as its divisor.
+        """
+        found = cluster.exit in self.divided or self._is_reciprocal(cluster)
+        return found or (cluster.kind == "matmul" and self._waits(cluster))
 
+    def _forward(self, region: Region) -> None:
+        """The root of each value: what it is made of by what a divisor may pass."""
+        for equation in region.equations:
+            for body in equation.bodies:
+                self._forward(body)
+            if _passes(equation):
+                self.roots[equation.results[0]] = self._root(equation.data[0])
 
-def _is_reciprocal(cluster: Cluster) -> bool:
-    divisor = _divisor_of(cluster.exit)
-    if divisor is None:
-        return False
-    # 1 / (1 + x²) within one node is a function of numbers like any other.
-    return divisor.producer is None or divisor.producer.node is not cluster
+    def _backward(self, region: Region) -> None:
+        for equation in reversed(region.equations):
+            for body in equation.bodies:
+                self._backward(body)
+            if equation.bodies or _own(equation):
+                continue
+            self.divided.update(_divisors(equation))
+            if _passes(equation) and equation.results[0] in self.divided:
+                self.divided.add(equation.data[0])
 
+    def _is_reciprocal(self, cluster: Cluster) -> bool:
+        divisor = self._divisor_of(cluster.exit)
+        if divisor is None:
+            return False
+        # 1 / (1 + x²) within one node is a function of numbers like any other.
+        return divisor.producer is None or divisor.producer.node is not cluster
 
-def _waits(cluster: Cluster) -> bool:
-    summed = {_root(v) for v in cluster.operands if v.kind == DATA}
-    return any(d in summed for d in _over(cluster.exit))
+    def _waits(self, cluster: Cluster) -> bool:
+        summed = {self._root(v) for v in cluster.operands if v.kind == DATA}
+        return any(d in summed for d in self._over(cluster.exit))
 
+    def _over(self, value: Value) -> Iterator[Value]:
+        """What a value is divided by, or multiplied with one over, after views."""
+        for use in value.uses:
+            if use is None or use.bodies:
+                continue
+            others = [v for v in use.data if v is not value]
+            if use.name in VIEWS and not others:
+                yield from self._over(use.results[0])
+            elif use.name == "div" and others == use.operands[1:]:
+                yield self._root(others[0])
+            elif use.name == "mul" and others:
+                divisor = self._divisor_of(others[0])
+                if divisor is not None:
+                    yield self._root(divisor)
 
-def _over(value: Value) -> Iterator[Value]:
-    """What a value is divided by, or multiplied with one over, after views."""
-    for use in value.uses:
-        if use is None or use.bodies:
-            continue
-        others = [v for v in use.data if v is not value]
-        if use.name in VIEWS and not others:
-            yield from _over(use.results[0])
-        elif use.name == "div" and others == use.operands[1:]:
-            yield _root(others[0])
-        elif use.name == "mul" and others:
-            divisor = _divisor_of(others[0])
-            if divisor is not None:
-                yield _root(divisor)
+    def _divisor_of(self, value: Value) -> Value | None:
+        """x of a value that is one over x, with what x passed taken off."""
+        made = self._root(value).producer
+        if made is None or _own(made) or len(made.data) != 1 or not _divisors(made):
+            return None
+        return self._root(_divisors(made)[0])
 
-
-def _divisor_of(value: Value) -> Value | None:
-    """x of a value that is one over x, with what x passed taken off."""
-    made = _root(value).producer
-    if made is None or _own(made) or len(made.data) != 1 or not _divisors(made):
-        return None
-    return _root(_divisors(made)[0])
-
-
-def _root(value: Value) -> Value:
-    """What a value is made of by what a divisor may pass."""
-    while value.producer is not None and _passes(value.producer):
-        value = value.producer.data[0]
-    return value
+    def _root(self, value: Value) -> Value:
+        return self.roots.get(value, value)
 
 
 def _divisors(equation: Equation) -> list[Value]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jaxmet.engine.nodes.cluster import LAYERS, Cluster, leaf_of, leaves_under
+from jaxmet.engine.nodes.records import DataNorm, Pointwise, StoredNorm, Weighted
 from jaxmet.engine.program.program import DATA, Value
 
 OWN_NAME = (*LAYERS, "norm", "activation")
@@ -16,15 +17,18 @@ OWN_NAME = (*LAYERS, "norm", "activation")
 
 def modules(cluster: Cluster) -> list[str]:
     """Names of the parameters that give a node its name."""
-    values = []
-    if cluster.kind in LAYERS:
-        values = [cluster.details["weight"]]
-    elif cluster.kind == "norm":
-        keys = ("scale", "bias", "mean", "spread")
-        values = [cluster.details[k] for k in keys if cluster.details[k] is not None]
-    elif cluster.kind == "activation" and "factor" in cluster.details:
-        values = [cluster.details["factor"]]
-    return [leaf.name for v in values for leaf in leaves_under(v) if leaf.name]
+    values: list[Value | None] = []
+    match cluster.record:
+        case Weighted(weight):
+            values = [weight]
+        case StoredNorm(spread, roles):
+            values = [roles.scale, roles.bias, roles.mean, spread]
+        case DataNorm(spread, scale, bias):
+            values = [scale, bias, spread]
+        case Pointwise(factor=factor):
+            values = [factor]
+    known = [v for v in values if v is not None]
+    return [leaf.name for v in known for leaf in leaves_under(v) if leaf.name]
 
 
 def module_of(names: Sequence[str]) -> str:
@@ -64,7 +68,7 @@ def _enumerate(clusters: Sequence[Cluster], name: str) -> None:
 
 def _name_sites(sites: Sequence[Cluster]) -> None:
     weights = {c: tuple(modules(c)) for c in sites}
-    direct = {c for c in sites if leaf_of(c.details["weight"]) is not None}
+    direct = {c for c in sites if leaf_of(c.weighted.weight) is not None}
     held: dict[str, set[tuple[str, ...]]] = {}
     for cluster in sites:
         held.setdefault(module_of(weights[cluster]), set()).add(weights[cluster])
@@ -93,19 +97,20 @@ def _anchors(
 
     def latest(value: Value) -> int:
         """Rank of the last site at or before a value, −1 for none."""
-        stack = [value]
+        stack, pending = [value], {value}
         while stack:
             top = stack[-1]
             if top in memo:
                 stack.pop()
                 continue
             needs = [v for v in before(top) if v not in memo]
-            if needs and not set(needs) & set(stack):
+            if needs and pending.isdisjoint(needs):
                 stack += needs
+                pending.update(needs)
                 continue
             found = [memo.get(v, -1) for v in before(top)]
             memo[top] = max([own(top), *found])
-            stack.pop()
+            pending.discard(stack.pop())
         return memo[value]
 
     def own(value: Value) -> int:

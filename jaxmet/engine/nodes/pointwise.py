@@ -111,8 +111,8 @@ def _segments(
         exit = piece[-1].results[0]
         if exit.inexact and not all(_is_linear(e) for e in piece):
             held = sorted({*piece, *cone(exit, {entry}, order)}, key=order.__getitem__)
-            function, details = classify(entry, piece, own)
-            yield Cluster("activation", function, held, exit, entry, details)
+            function, record = classify(entry, piece, own)
+            yield Cluster("activation", function, held, exit, entry, record)
 
 
 def _pieces(entry: Value, equations: list[Equation]) -> list[Piece]:
@@ -138,11 +138,13 @@ def _by_calls(pieces: list[Piece], own: set[int]) -> list[Piece]:
     for i, (_, piece) in enumerate(pieces):
         for number in {n for e in piece for n, _ in e.calls} & own:
             spans.setdefault(number, []).append(i)
+    ends: dict[int, int] = {}  # the last piece of the calls that begin with each
+    for first, *_, last in ([*w, w[-1]] for w in spans.values()):
+        ends[first] = max(last, ends.get(first, last))
     out: list[Piece] = []
     i = 0
     while i < len(pieces):
-        ends = [max(w) for w in spans.values() if min(w) == i]
-        end = max(ends, default=i)
+        end = ends.get(i, i)
         joined = [e for _, piece in pieces[i : end + 1] for e in piece]
         if all(_is_linear(e) for e in joined):
             out += pieces[i : end + 1]
@@ -182,4 +184,4 @@ def _stands_alone(start: Value, piece: list[Equation], own: set[int]) -> bool:
     if any(e.name in compat.CUSTOM for e in piece):
         return True
     shared = set.intersection(*({n for n, _ in e.calls} for e in piece))
-    return bool(shared & own) or classify(start, piece, own)[1].get("known", False)
+    return bool(shared & own) or classify(start, piece, own)[1].known

@@ -16,6 +16,7 @@ from jaxmet.engine.nodes.cluster import (
     through_views,
     varying_axes,
 )
+from jaxmet.engine.nodes.records import Weighted
 from jaxmet.engine.program.program import DATA, PARAM, RAGGED, Equation, Region, Value
 
 
@@ -29,7 +30,7 @@ def products(region: Region) -> Iterable[Cluster]:
                 [equation],
                 equation.results[0],
                 equation.operands[1],
-                {"weight": equation.operands[0]},
+                Weighted(equation.operands[0], equation),
             )
         if equation.name in RAGGED and _is_ragged(equation):
             rows, weight = equation.operands[:2]
@@ -39,7 +40,7 @@ def products(region: Region) -> Iterable[Cluster]:
                 [equation],
                 equation.results[0],
                 rows,
-                {"weight": weight, "product": equation},
+                Weighted(weight, equation),
             )
         if equation.name not in ("conv_general_dilated", "dot_general"):
             continue
@@ -107,14 +108,9 @@ def _with_bias(
         equations = cone(value, {data, weight}, order)
     else:
         value = equation.results[0]
-    details = {
-        "weight": weight,
-        "bias": bias,
-        "product": equation,
-        "features": features,
-    }
+    record = Weighted(weight, equation, bias, features)
     function = "conv" if equation.name == "conv_general_dilated" else "dot"
-    return Cluster("product", function, equations, value, data, details)
+    return Cluster("product", function, equations, value, data, record)
 
 
 def _by_features(use: Equation, value: Value, features: tuple[int, ...]) -> bool:

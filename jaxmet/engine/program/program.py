@@ -219,7 +219,7 @@ def link(region: Region) -> None:
     """Fill in who makes and who uses each value; `None` stands for the region's end."""
     for equation in region.equations:
         for value in equation.operands:
-            if equation not in value.uses:
+            if not value.uses or value.uses[-1] is not equation:  # twice in a row
                 value.uses.append(equation)
         for value in equation.results:
             value.producer = equation
@@ -233,7 +233,7 @@ def link(region: Region) -> None:
                         compat.scan_arity(equation.params)
                     )
     for value in region.outputs:
-        if None not in value.uses:
+        if not value.uses or value.uses[-1] is not None:
             value.uses.append(None)
 
 

@@ -12,14 +12,19 @@ from jaxmet.tree.leaves import is_compressed
 
 def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The input offsets that compressed leaves state, by the convolution that pads."""
+    stated = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if is_compressed(leaf) and leaf.input_offset is not None
+    }
+    if not stated:
+        return {}
     makers: dict[str, list[Node]] = {}
     for node in nodes:
         if node.weight is not None and node.weight.name is not None:
             makers.setdefault(node.weight.name, []).append(node)
     found = {}
-    for name, leaf in leaves.items():
-        if not is_compressed(leaf) or leaf.input_offset is None:
-            continue
+    for name, leaf in stated.items():
         mine = makers.get(name, [])
         if len(mine) != 1 or mine[0].convolution is None:
             raise ValueError(

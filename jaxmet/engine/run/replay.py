@@ -188,15 +188,21 @@ def bounds_of(
     nodes: Iterable[Node], leaves: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """The bounds that compressed leaves state, by the product that carries them."""
-    nodes = list(nodes)
-    carriers = {n.carrier for n in nodes if n.carrier is not None}
+    stated = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if is_compressed(leaf) and not (leaf.lower is None and leaf.upper is None)
+    }
+    if not stated:
+        return {}
+    carriers, users = set(), {name: [] for name in stated}
+    for node in nodes:
+        carriers.add(node.carrier)
+        if node.weight is not None and node.weight.name in stated:
+            users[node.weight.name].append(node.name)
     found = {}
-    for name, leaf in leaves.items():
-        if not is_compressed(leaf) or (leaf.lower is None and leaf.upper is None):
-            continue
-        makers = [
-            n.name for n in nodes if n.weight is not None and n.weight.name == name
-        ]
+    for name, leaf in stated.items():
+        makers = users[name]
         if len(makers) != 1 or makers[0] not in carriers:
             raise ValueError(
                 f"jaxmet.lift: parameter {name!r} states bounds for the clip behind it, but "
@@ -284,8 +290,9 @@ class Machine:
         def compute(*operands: Any) -> Any:
             if node.carrier is not None and node.carrier in self.bounds:
                 return clip(node, operands[0], *self.bounds[node.carrier])
-            inside = dict(environment)
-            inside.update(zip(cluster.operands, operands, strict=True))
+            # All that it reads but constants: a copy of the whole environment at each
+            # node would make a replay quadratic.
+            inside: Environment = dict(zip(cluster.operands, operands, strict=True))
             with jax.named_scope(node.name):
                 for equation in cluster.equations:
                     self.bind(equation, inside, self.offsets.get(node.name))

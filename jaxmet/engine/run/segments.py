@@ -1,6 +1,7 @@
 """A program cut at named nodes: a list of pure functions that run it piece by piece."""
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,6 +115,9 @@ class _Plan:
         self.input_keys = [f"input {i}" for i in range(len(analysis.inputs))]
         for key, value in zip(self.input_keys, analysis.inputs, strict=True):
             self.keys[value] = key
+        self.values = {key: value for value, key in self.keys.items()}
+        self.maker = {v: i for i, s in enumerate(self.steps) for v in self.made(s)}
+        self.moving = [self.moves(s) for s in self.steps]
 
     def lay_out(self, region: Region) -> None:
         for equation in region.equations:
@@ -156,36 +160,47 @@ class _Plan:
     def pieces(self) -> list[tuple[str | None, list[Equation | Cluster], list[Value]]]:
         """For each piece its last node, its steps and what is live after it."""
         found, start = [], 0
-        for end in self.ends:
-            moving = [s for s in self.steps[start:end] if self.moves(s)]
+        for end, live in zip(self.ends, self.live(), strict=True):
             last = self.steps[end - 1]
             name = self.nodes[last].name if isinstance(last, Cluster) else None
             name = name if end != len(self.steps) else None
-            found.append((name, self.with_parameters(moving, end), self.live(end)))
+            found.append((name, self.with_parameters(start, end), live))
             start = end
         return found
 
-    def with_parameters(self, moving: list, end: int) -> list:
+    def with_parameters(self, start: int, end: int) -> list:
         """The moving steps of a piece and the parameter steps that they need."""
-        needed = {v for s in moving for v in self.read(s)}
-        needed |= set(self.outputs) if end == len(self.steps) else set()
-        kept = []
-        for step in reversed(self.steps[:end]):
-            if not self.moves(step) and any(v in needed for v in self.made(step)):
-                needed.update(self.read(step))
-                kept.append(step)
-        order = {id(s): i for i, s in enumerate(self.steps)}
-        return sorted([*kept, *moving], key=lambda s: order[id(s)])
+        kept = {i for i in range(start, end) if self.moving[i]}
+        needed = [v for i in kept for v in self.read(self.steps[i])]
+        needed += self.outputs if end == len(self.steps) else []
+        while needed:
+            i = self.maker.get(needed.pop())
+            if i is not None and i not in kept and i < end and not self.moving[i]:
+                kept.add(i)
+                needed += self.read(self.steps[i])
+        return [self.steps[i] for i in sorted(kept)]
 
-    def live(self, end: int) -> list[Value]:
-        """Values of the data that are made before `end` and needed after it."""
-        if end == len(self.steps):  # the outputs, also those of parameters alone
-            return [v for v in dict.fromkeys(self.outputs) if v.constant is None]
-        made = {v for s in self.steps[:end] for v in self.made(s)}
-        made |= set(self.analysis.inputs)
-        later = {v for s in self.steps[end:] for v in self.read(s)}
-        later |= set(self.outputs)
-        return [v for v in self.keys if v in made and v in later and v.kind >= NOISE]
+    def live(self) -> list[list[Value]]:
+        """For each piece the values of the data that are made in it or before, and needed after.
+
+        After the last piece the outputs, also those of parameters alone.
+        """
+        first = dict.fromkeys(self.analysis.inputs, 0)
+        last: dict[Value, int] = {}
+        for i, step in enumerate(self.steps):
+            for value in self.made(step):
+                first.setdefault(value, i + 1)
+            last.update(dict.fromkeys(self.read(step), i))
+        last.update(dict.fromkeys(self.outputs, len(self.steps)))
+        lives: list[list[Value]] = [[] for _ in self.ends]
+        for value in self.keys:
+            if value in first and value in last and value.kind >= NOISE:
+                start = bisect_left(self.ends, first[value])
+                stop = bisect_right(self.ends, last[value])
+                for live in lives[start:stop]:
+                    live.append(value)
+        lives[-1] = [v for v in dict.fromkeys(self.outputs) if v.constant is None]
+        return lives
 
 
 class Segments(Sequence):
@@ -258,10 +273,11 @@ class Segment:
             plan.nodes, self.hook, bounds, self.cpu_formulations, offsets=offsets
         )
         values: Environment = _Aliased(plan)
-        for name, value in plan.analysis.leaves.items():
-            values[value] = dense(leaves[name])
-        back = {key: value for value, key in plan.keys.items()}
-        values.update({back[key]: array for key, array in environment.items()})
+        wanted = {v for s in self.steps for v in plan.read(s)} | {*self.live}
+        for value in wanted:
+            if value.name is not None:
+                values[value] = dense(leaves[value.name])
+        values.update({plan.values[key]: a for key, a in environment.items()})
         for step in self.steps:
             if isinstance(step, Cluster):
                 machine.visit(step, values)

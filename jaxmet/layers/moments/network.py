@@ -260,17 +260,18 @@ class Network:
             return self.clip(node, tensor)
         if node.function == "prelu":
             return self.prelu(node, tensor)
-        if node.function == "leaky_relu" and node.slope is not None:
-            return _each(tensor, lambda x: leaky(x, *_like(x, node.slope)))
+        assert node.activation is not None
+        slope, formula = node.activation.slope, node.activation.formula
+        if node.function == "leaky_relu" and slope is not None:
+            return _each(tensor, lambda x: leaky(x, *_like(x, slope)))
         if node.function == "abs":
             return _each(tensor, lambda x: leaky(x, *_like(x, -1.0)))
-        formula = node.formula
         if formula is None:
             raise UnreachedError(f"{node.name} is no function of single numbers")
         return _each(tensor, lambda x: through(x, lambda v: compute(formula, v)))
 
     def prelu(self, node: Node, tensor: Tensor) -> Tensor:
-        factor = self.vector(node.factor)
+        factor = self.vector(node.activation.factor if node.activation else None)
         if factor is None:
             raise UnreachedError(f"the slope of {node.name} is computed")
         if len(tensor) == 1:

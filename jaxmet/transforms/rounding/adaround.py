@@ -235,7 +235,9 @@ def report(
         if layer.why is not None:
             note = f"rounded to nearest: {layer.why}"
         elif chosen is None:
-            with_it = next(x for x in reversed(layers) if x.parameter == layer.parameter)
+            with_it = next(
+                x for x in reversed(layers) if x.parameter == layer.parameter
+            )
             note = f"its weight is rounded with {with_it.node.name!r}"
         rows.append((layer.node.name, loss, plain, least, ratio, note))
     names = ("site", "loss", "nearest loss", "inherited", "ratio", "note")

@@ -319,7 +319,8 @@ class Run:
         if node.derived_bias or (node.bias is not None and bias is None):
             return nothing
         after = self.graph[readers[0]] if len(readers) == 1 else None
-        if after is None or after.kind != "activation" or after.formula is None:
+        formula = after.activation.formula if after and after.activation else None
+        if after is None or formula is None:
             return nothing
         if after.bounds is not None:
             stated = bounds_of(self.graph.nodes, self.leaves)
@@ -330,9 +331,9 @@ class Run:
                 for s, b in pair
             ]
             return None, tuple(jnp.float32(b.reshape(tuple(shape))) for b in bounds)
-        if after.formula not in self.formulas:
-            self.formulas[after.formula] = partial(compute, after.formula)
-        return self.formulas[after.formula], (None, None)
+        if formula not in self.formulas:
+            self.formulas[formula] = partial(compute, formula)
+        return self.formulas[formula], (None, None)
 
     def read(self, layer: Layer, solution: Solution) -> Chosen:
         """A solution in terms of the leaves; weights exactly on the grid of the leaf."""

@@ -21,6 +21,7 @@ from jaxmet.engine.nodes.cluster import (
     through_views,
 )
 from jaxmet.engine.nodes.norms.roots import Root, root_of
+from jaxmet.engine.nodes.records import DataNorm
 from jaxmet.engine.program.program import CONST, DATA, PARAM, Equation, Value
 
 CAST = "convert_element_type"
@@ -214,15 +215,8 @@ def _cluster(
     equations = cone(exit, {source}, order)
     if root not in equations:
         return None
-    details = {
-        "spread": spread,
-        "mean": None,
-        "scale": scale,
-        "bias": bias,
-        "affine": False,
-        "constant": False,
-    }
-    return Cluster("norm", "norm", equations, exit, source, details)
+    record = DataNorm(spread, scale, bias)
+    return Cluster("norm", "norm", equations, exit, source, record)
 
 
 def _of_shape(value: Value, shape: tuple[Any, ...]) -> Value | None:

@@ -1,6 +1,5 @@
 """Norms with stored statistics: affine maps whose factor holds 1/√(variance + epsilon)."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,29 +22,12 @@ from jaxmet.engine.nodes.norms.affine_chain import (
     UnknownError,
     is_step,
 )
+from jaxmet.engine.nodes.records import Roles, StoredNorm
 from jaxmet.engine.program.program import CONST, DATA, PARAM, Equation, Value
 
 CAST = "convert_element_type"
 TOLERANCE = 1e-9
 """Of identities in float64; what is no identity misses by far more."""
-
-
-@dataclasses.dataclass(eq=False)
-class Roles:
-    """Which leaf plays which role; `plain` if nothing else is in the equations.
-
-    `weight` is what both statistics are divided (`inverse`) or multiplied by.
-    """
-
-    mean: Value | None = None
-    variance: Value | None = None
-    scale: Value | None = None
-    bias: Value | None = None
-    epsilon: float = 0.0
-    factor: float = 1.0
-    weight: Value | None = None
-    inverse: bool = False
-    plain: bool = False
 
 
 def stored_norms_of(
@@ -71,16 +53,8 @@ def stored_norms_of(
             continue
         if root.kind == CONST and not _is_layer(roles, source):
             continue
-        details = {
-            "spread": spread,
-            "mean": roles.mean,
-            "scale": roles.scale,
-            "bias": roles.bias,
-            "affine": True,
-            "constant": root.kind == CONST,
-            "roles": roles,
-        }
-        yield Cluster("norm", "norm", equations, exit, source, details)
+        record = StoredNorm(spread, roles, root.kind == CONST)
+        yield Cluster("norm", "norm", equations, exit, source, record)
 
 
 def _is_layer(roles: Roles, source: Value) -> bool:
@@ -138,7 +112,7 @@ def _best(
     spread: Value, run: list[Equation], start: Value, inside: list[int]
 ) -> tuple[int, int, Roles] | None:
     """The longest part of a run that is a norm and nothing else, or what may be one."""
-    finder = _Finder(spread)
+    finder = _RoleFinder(spread)
     if not finder.under:
         return None
     first, last = inside[0], inside[-1] + 1
@@ -214,7 +188,7 @@ def _weight(spread: Value) -> tuple[Value | None, bool]:
     return None, False
 
 
-class _Finder:
+class _RoleFinder:
     """Roles by what changes when a leaf does."""
 
     def __init__(self, spread: Value):
