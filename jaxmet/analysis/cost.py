@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.operations import works
 from jaxmet.layers.collect import accepting
 from jaxmet.tree.leaves import dense, flatten, is_structured
@@ -36,7 +36,8 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     >>> table = jm.cost(params, graph, images[:1])
     >>> table.where(site="(all)")["macs"]
     """
-    leaves, counted = leaves_of(params, graph, CALLER), set()
+    graph, leaves = fitted(params, graph, CALLER)
+    counted = set[str]()
     if not inputs:
         raise ValueError(
             f"jaxmet.{CALLER}: there are no inputs. Pass those of one call, or their "

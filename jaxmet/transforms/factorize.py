@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, overload
 import jax.numpy as jnp
 
 from jaxmet.engine.axes.views import CASTS
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
@@ -120,7 +120,7 @@ def factorize(
     >>> params = jm.factorize(params, graph, ratios=0.5, batches=batches)
     >>> graph = jm.trace(model.apply, params, images[:1])
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     if method not in METHODS:
         raise ValueError(
             f"jaxmet.{CALLER}: method is {method!r}. It is 'spatial' or 'weight': which "

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
@@ -124,7 +124,7 @@ def prune(
     >>> params = jm.prune(params, graph, 0.7, batches=batches)
     >>> graph = jm.trace(model.apply, params, images[:1])
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     selection = _selection(selection, batches)
     check_multiple(multiple, CALLER)
     check_multiple(rows, CALLER, "rows")
