@@ -22,8 +22,9 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     """Multiplications, parameters and bytes of every site, and of the model in all.
 
     `inputs` are arrays or `jax.ShapeDtypeStruct`s; counts are for one call with them, so
-    pass one example for the cost of an example. `params` may be factorized or pruned:
-    what is counted is what `jm.lift` runs, two sites for two factors.
+    pass one example for the cost of an example. `params` may be factorized or pruned,
+    with the graph of the model as it was: what is counted is what `jm.lift` runs, two sites
+    for two factors.
 
     Columns: `site`, products of activations with each other (attention) among them; `macs`,
     the multiplications of its product, those with padding included, as papers count them,

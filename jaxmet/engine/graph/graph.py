@@ -135,9 +135,11 @@ class Graph:
     def _differs(self, forms: Mapping[str, Any]) -> str | None:
         """A parameter that a tree stores in another form than that of this graph.
 
-        What no node reads (a cache, a state) may have any shape: it may follow the batch.
+        What is neither a weight nor runs along channels (a cache, a state) may have any
+        shape: it may follow the batch.
         """
-        read = {name for node in self.nodes for name in node.parameters}
+        read = {m.parameter for m in self.members}
+        read |= {n.weight.name for n in self.nodes if n.weight is not None}
         for name in {**self.forms, **forms}:
             mine, form = self.forms.get(name), forms.get(name)
             if mine == form or (name not in forms and not is_structure(mine)):

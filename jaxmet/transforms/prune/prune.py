@@ -93,8 +93,8 @@ def prune(
     largest of their ratios counts.
 
     Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
-    run: trace the model again with the new tree. It computes what the dense model does with
-    zeros in place of all that is gone (`jm.densify`). Where an operation has no rule for
+    run; the graph serves the new tree too. It computes what the dense model does with zeros
+    in place of all that is gone (`jm.densify`). Where an operation has no rule for
     fewer channels it gets whole arrays, with a note in the report. Nothing is removed inside
     loops and branches. A site that `graph.without` leaves out makes all its channels; of
     those that it reads with others it loses what they lose.
@@ -122,7 +122,7 @@ def prune(
     Brain Compression](https://arxiv.org/abs/2208.11580), NeurIPS 2022.
 
     >>> params = jm.prune(params, graph, 0.7, batches=batches)
-    >>> graph = jm.trace(model.apply, params, images[:1])
+    >>> quantizers = jm.calibrate(params, graph, batches)
     """
     graph, leaves = fitted(params, graph, CALLER)
     selection = _selection(selection, batches)
