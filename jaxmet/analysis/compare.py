@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Counted, Run, counted_only, evaluate
 from jaxmet.layers.arguments import check_keywords
@@ -70,7 +70,7 @@ def compare(
 
     >>> print(jm.compare(params, graph, quantizers, images))
     """
-    leaves_of(params, graph, CALLER)
+    graph, _ = fitted(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER, params)
     check_keywords(kwargs, graph, params, CALLER)

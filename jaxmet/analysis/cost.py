@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.operations import works
 from jaxmet.layers.collect import accepting
 from jaxmet.tree.leaves import dense, flatten, is_structured
@@ -22,8 +22,9 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     """Multiplications, parameters and bytes of every site, and of the model in all.
 
     `inputs` are arrays or `jax.ShapeDtypeStruct`s; counts are for one call with them, so
-    pass one example for the cost of an example. `params` may be factorized or pruned:
-    what is counted is what `jm.lift` runs, two sites for two factors.
+    pass one example for the cost of an example. `params` may be factorized or pruned,
+    with the graph of the model as it was: what is counted is what `jm.lift` runs, two sites
+    for two factors.
 
     Columns: `site`, products of activations with each other (attention) among them; `macs`,
     the multiplications of its product, those with padding included, as papers count them,
@@ -36,7 +37,8 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     >>> table = jm.cost(params, graph, images[:1])
     >>> table.where(site="(all)")["macs"]
     """
-    leaves, counted = leaves_of(params, graph, CALLER), set()
+    graph, leaves = fitted(params, graph, CALLER)
+    counted = set[str]()
     if not inputs:
         raise ValueError(
             f"jaxmet.{CALLER}: there are no inputs. Pass those of one call, or their "

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
@@ -27,10 +27,9 @@ def places(
 ) -> list[Place]:
     """All grids that are on, weights first, in the order of the network.
 
-    Raises ValueError where there is none, or none that the graph selects, and for a tree,
-    a graph and quantizers that do not belong together.
+    Raises ValueError where there is none, or none that the graph selects, and for a
+    graph of the tree and quantizers that do not belong together.
     """
-    leaves_of(params, graph, caller)
     check_concrete(params, caller)
     check_quantizers(quantizers, graph, caller, params)
     order = {node.name: i for i, node in enumerate(graph.nodes)}

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.grids import Place, places
-from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.lift import lift
 from jaxmet.engine.run.replay import Run, counted_only, evaluate
@@ -88,6 +88,7 @@ def noise(
     >>> table = jm.noise(params, graph, quantizers, batches)
     >>> jm.plot.noise(table)
     """
+    graph, _ = fitted(params, graph, CALLER)
     grid_of = places(params, graph, quantizers, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:

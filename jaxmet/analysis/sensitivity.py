@@ -16,7 +16,7 @@ from jaxmet.analysis.scoring import (
     number_of,
     runner,
 )
-from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.ratios import check_multiple
 from jaxmet.numerics.grid import check_bits
 from jaxmet.transforms.simulate import simulate
@@ -61,6 +61,7 @@ def sensitivity(
     >>> table = jm.sensitivity(params, graph, quantizers, score)
     >>> jm.plot.sensitivity(table)
     """
+    graph, _ = fitted(params, graph, CALLER)
     grid_of = places(params, graph, quantizers, CALLER)
     widths = None if bits is None else _widths(bits)
     check_multiple(together, CALLER, "together")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.folded_weights import folded_and_back
@@ -71,7 +71,7 @@ def fake_quantize_params(
     if fold is None:
         quantized = quantize(leaves)
     else:
-        leaves = leaves_of(params, fold, "simulate")
+        fold, leaves = fitted(params, fold, "simulate")
         quantized = folded_and_back(fold, leaves, quantize, "simulate")
     held = {name: quantized[name] for name in quantizers.weights if name in leaves}
     return replace_leaves(params, held)

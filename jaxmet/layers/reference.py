@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Weight
 from jaxmet.engine.program.calls import Apply
 from jaxmet.tree.checks import is_concrete
@@ -33,7 +33,7 @@ def float_model(
     if isinstance(reference, tuple) and len(reference) == 2 and callable(reference[0]):
         apply, tree = reference
     else:
-        leaves_of(tree, graph, f"{caller}, reference")
+        graph.leaves(tree, f"{caller}, reference")
     ours, theirs = named_leaves(params), named_leaves(tree)
     for site in graph.sites:
         weight = site.weight

@@ -43,6 +43,7 @@ def graph(
             "jm.trace returned."
         )
     if params is not None:
+        graph = graph.of(params, CALLER)
         leaves_of_sites(params, graph, CALLER)
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER, params)

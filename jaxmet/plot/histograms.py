@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.graph import Graph, graph_of
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.plot.channels import not_finite, weights_of
 from jaxmet.plot.counts import Counts, activations, countable
@@ -56,6 +56,7 @@ def histograms(
     >>> jm.plot.histograms(params, graph, quantizers, batches, names="block1/*")
     """
     alt = altair(CALLER)
+    graph = graph_of(params, graph, CALLER)
     weights = _weights(params, graph)
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER, params)

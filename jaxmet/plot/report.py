@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxmet.analysis.compare import compare as compared
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.reference import float_model
 from jaxmet.plot.compare import compare
@@ -86,6 +86,7 @@ def report(
     altair(CALLER)
     vl = vl_convert(CALLER)
     path = writable(path, CALLER)
+    graph, _ = fitted(params, graph, CALLER)
     tables = _check(params, graph, quantizers, before, tables)
     if not isinstance(title, str):
         raise ValueError(
@@ -115,17 +116,16 @@ def report(
 def _check(
     params: Any, graph: Any, quantizers: Any, before: Any, tables: Any
 ) -> list[Table]:
-    leaves_of(params, graph, CALLER)
     check_concrete(params, CALLER)
     if before is not None:
         try:
-            leaves_of(before, graph, CALLER)
+            graph.leaves(before, CALLER)
             check_concrete(before, CALLER)
         except ValueError as error:
             said = str(error).removeprefix(f"jaxmet.{CALLER}: ").split(". ")[0]
             raise ValueError(
-                f"jaxmet.{CALLER}: before is no tree of this graph: {said}. Factorizing and "
-                "pruning change the graph: give a tree from behind them, or none."
+                f"jaxmet.{CALLER}: before is another tree than params: {said}. Give one that "
+                "was factorized and pruned in the same way, or none."
             ) from error
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER, params)

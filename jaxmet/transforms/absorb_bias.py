@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmet.engine.flow.bias_targets import BiasTargets
 from jaxmet.engine.graph.channels import Layout, Member
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node, Norm
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import how_often, split, spread
@@ -80,7 +80,7 @@ def absorb_bias(
     >>> params = jm.absorb_bias(jm.equalize(params, graph), graph)
     """
     _check_n_sigma(n_sigma)
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     plans = [_plan(graph, n) for n in graph.nodes if n.kind == "activation"]
     plans = [plan for plan in plans if plan is not None]
     for plan in plans:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.arguments import check_keywords
 from jaxmet.layers.new_quantizers import activation_quantizer, weight_quantizer
 from jaxmet.layers.observe import Range, check_samples, is_signed, observed_ranges
@@ -83,7 +83,7 @@ def calibrate(
     >>> print(quantizers)
     """
     config = config_of(config, "calibrate")
-    leaves = leaves_of(params, graph, "calibrate")
+    graph, leaves = fitted(params, graph, "calibrate")
     check_keywords(kwargs, graph, params, "calibrate", config=True)
     placement = place(graph, config, leaves, "calibrate")
     grids = {w.name: weight_quantizer(w) for w in placement.weights}

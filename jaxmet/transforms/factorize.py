@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, overload
 
 import jax.numpy as jnp
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
@@ -93,16 +93,17 @@ def factorize(
     that holds it; the groups of a grouped convolution are factorized each for itself. Dense
     layers and windows of one are the same for both methods. The leaf becomes `Compressed`
     with `LowRank` factors, which `jm.lift` and `jm.simulate` run as two sites, 'site/in' and
-    'site/out': trace the model again with the new tree. Biases, bounds and what padding
-    holds stay with the factor that they belong to.
+    'site/out'. The graph serves the new tree too: every function finds both sites in it, and
+    `graph.of(params)` shows them. Biases, bounds and what padding holds stay with the factor
+    that they belong to.
 
     `ratios` is the cost of a site afterwards over its cost before, in multiplications: one
     number for all sites or one a site; `ranks` gives ranks themselves. Costs are those of
     padding that keeps sizes but for strides: where little is padded ('VALID') the first
     factor runs on more positions than the weight did, and the report has what it comes to
-    for inputs like those of `jm.trace`. Ranks are rounded up to a `multiple` where that
-    still saves something. A site whose factors would cost as much as its weight is left
-    alone.
+    for inputs like those of `batches`, or of `jm.trace`. Ranks are rounded up to a `multiple`
+    where that still saves something. A site whose factors would cost as much as its weight
+    is left alone.
 
     Without data the product of the factors is the nearest to the weight, by its singular
     values. With `batches` it is the one that changes the site's output least on them:
@@ -125,9 +126,9 @@ def factorize(
     error of the output.
 
     >>> params = jm.factorize(params, graph, ratios=0.5, batches=batches)
-    >>> graph = jm.trace(model.apply, params, images[:1])
+    >>> params = jm.prune(params, graph, 0.7, batches=batches)
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     if method not in METHODS:
         raise ValueError(
             f"jaxmet.{CALLER}: method is {method!r}. It is 'spatial' or 'weight': which "
@@ -142,12 +143,15 @@ def factorize(
     check_multiple(rows, CALLER, "rows")
     key = key_of(key, CALLER)
     check_mask_function(mask, CALLER)
+    read, example = None, graph.called
     if batches is not None:
         check_concrete(params, CALLER)
+        read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
+        example = read.first, {}
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
-    traced = shapes_on(params, graph, sites, leaves, method, *graph.called)
+    costs = shapes_on(params, graph, sites, leaves, method, *example)
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
         given = _given(ranks, names, shapes, graph)
@@ -164,12 +168,9 @@ def factorize(
         }
     wanted = _for_all_uses(graph, wanted, left)
     for name in list(wanted):
-        if traced[name].cost_of(wanted[name]) >= traced[name].cost:
+        if costs[name].cost_of(wanted[name]) >= costs[name].cost:
             left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
             del wanted[name]
-    read = None
-    if batches is not None:
-        read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     lost: dict[str, str] = {}
     seen: Mapping[str, Any] = {}
     if read is not None and wanted:
@@ -202,7 +203,7 @@ def factorize(
                 "site": node.name,
                 "rank": rank,
                 "of": shape.most,
-                "ratio": traced[node.name].cost_of(rank) / shape.cost,
+                "ratio": costs[node.name].cost_of(rank) / shape.cost,
                 "error": error,
                 "note": unmasked(lost.get(node.name)),
             }

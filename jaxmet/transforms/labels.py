@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.stored import check_mode
 from jaxmet.tree.leaves import Compressed, flatten, is_compressed
 from jaxmet.tree.names import named_leaves
@@ -39,7 +39,7 @@ def optimizer_labels(
     >>> optimizer = optax.multi_transform(each, jm.optimizer_labels(params, graph, quantizers))
     >>> state = optimizer.init((params, quantizers))
     """
-    leaves_of(params, graph, CALLER, sites=False)
+    graph, _ = fitted(params, graph, CALLER, sites=False)
     if quantizers is not None:
         check_are_quantizers(quantizers, CALLER)
     kept = {n for node in graph.nodes if node.norm for n in _statistics(node)}

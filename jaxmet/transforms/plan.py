@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.placement import WeightPlace, place
 from jaxmet.tree.config import Kind, QuantConfig, config_of
 from jaxmet.tree.table import Table
@@ -25,7 +25,7 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
     >>> print(jm.plan(params, graph, jm.QuantConfig(weight_bits=4)))
     """
     config = config_of(config, "plan")
-    leaves = leaves_of(params, graph, "plan")
+    graph, leaves = fitted(params, graph, "plan")
     placement = place(graph, config, leaves, "plan")
     rows = []
 

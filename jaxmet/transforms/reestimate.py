@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node, Norm
 from jaxmet.engine.run.replay import Run
 from jaxmet.engine.run.segments import Live, Segments, segments
@@ -103,7 +103,7 @@ def reestimate_batch_norm(
 
     >>> params = jm.reestimate_batch_norm(params, graph, jm.batched(images))
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     if store not in get_args(Store):
         raise ValueError(

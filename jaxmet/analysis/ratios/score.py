@@ -19,7 +19,7 @@ from jaxmet.analysis.scoring import (
     number_of,
     runner,
 )
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.run.lift import lift
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.checkpoint import Checkpoint, model_of
@@ -92,7 +92,7 @@ def score_ratios(
     >>> ratios = jm.select_ratios(table, 0.5)
     >>> small = jm.factorize(params, graph, ratios=ratios, batches=batches)
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     if method not in METHODS:
         raise ValueError(
             f"jaxmet.{CALLER}: method is {method!r}. It is one of "

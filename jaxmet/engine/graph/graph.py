@@ -1,7 +1,8 @@
 """What the equations say about a model, without values: nodes, edges, channel groups."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -24,18 +25,25 @@ from jaxmet.engine.pruned.expand import call_of
 from jaxmet.tree.checks import check_finite
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
+from jaxmet.tree.stored_forms import is_structure, stored_forms
 from jaxmet.tree.table import Table, noted, noted_html
+
+KEPT = 8  # graphs of other trees that one holds: a recipe compresses a few times
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """The structure of one model: made by `jm.trace`, read by every transform.
 
+    One graph serves every tree of its model: where a tree was factorized or pruned, each
+    function reads the layers and the sizes of their channels from that tree (`graph.of`).
+
     `nodes` are all nodes in the order in which they run; `groups` and `members` say which
     axes of which parameters must be rescaled together. `selected` are the names that
     transforms may touch, `named` those that `only` asked for by their full names.
     `left` lists parameters that no site, bias or norm uses, and why. `called` are the inputs
-    and keyword arguments that the model was traced with, arrays as shapes.
+    and keyword arguments that the model was traced with, arrays as shapes. `forms` are how
+    the tree stores its parameters, `others` the graphs of other trees of the model.
     """
 
     apply: Apply
@@ -47,6 +55,8 @@ class Graph:
     selected: frozenset[str]
     named: frozenset[str] = frozenset()
     called: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    forms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    others: list["Graph"] = dataclasses.field(default_factory=list)
 
     @property
     def sites(self) -> tuple[Node, ...]:
@@ -108,6 +118,82 @@ class Graph:
         names = [n.name for n in self.nodes]
         return frozenset(select(globs, names, caller=f"Graph.{caller}"))
 
+    def of(self, params: Any, caller: str = "Graph.of") -> "Graph":
+        """The graph of a tree of this model, which may be factorized or pruned.
+
+        Every function that takes a tree and a graph calls this first. A factorized layer
+        `stem` is two layers here, `stem/in` and `stem/out`, and channels that were removed
+        do not count. Both are selected where the layer was. A tree with the shapes of this
+        graph has the graph itself; for another one the model is traced once more, with the
+        inputs that `jm.trace` was given.
+
+        Args:
+            params: A tree that the model, or `jm.lift` of it, accepts.
+            caller: The function that errors name.
+
+        Returns:
+            The graph; the same one for trees of the same shapes.
+
+        Raises:
+            ValueError: The model does not run with this tree.
+
+        >>> print(graph.of(jm.factorize(params, graph, ratios=0.5)))
+        """
+        forms = stored_forms(params)
+        if self._differs(forms) is None:
+            return self
+        found = next((g for g in self.others if g._differs(forms) is None), None)
+        if found is None:
+            inputs, kwargs = self.called
+            try:
+                call = call_of(self.apply, params, inputs, kwargs)
+                analysis = analyse_structure(call)
+            except Exception as error:  # whatever a model raises of another one's tree
+                raise self._unlike(forms, error, caller) from error
+            found = _graph_of(analysis, self.apply, params, inputs, kwargs)
+            found = dataclasses.replace(found, others=self.others)
+            self.others[:] = [found, *self.others[: KEPT - 1]]
+        return self._selecting(found)
+
+    def _differs(self, forms: Mapping[str, Any]) -> str | None:
+        """A parameter that a tree stores in another form than that of this graph.
+
+        What is neither a weight nor runs along channels (a cache, a state) may have any
+        shape: it may follow the batch.
+        """
+        read = {m.parameter for m in self.members}
+        read |= {n.weight.name for n in self.nodes if n.weight is not None}
+        for name in {**self.forms, **forms}:
+            mine, form = self.forms.get(name), forms.get(name)
+            if mine == form or (name not in forms and not is_structure(mine)):
+                continue
+            if name in read or is_structure(mine) or is_structure(form):
+                return name
+        return None
+
+    def _unlike(
+        self, forms: Mapping[str, Any], error: Exception, caller: str
+    ) -> ValueError:
+        name = self._differs(forms) or ""
+        said = str(error).split("\n")[0].rstrip(".")
+        return ValueError(
+            f"jaxmet.{caller}: parameter {name!r} is stored as {forms.get(name)}, the graph "
+            f"was traced with {self.forms.get(name)}, and the model does not run with this "
+            f"tree: {said}. Pass the whole tree of the model that was traced."
+        )
+
+    def _selecting(self, other: "Graph") -> "Graph":
+        """The graph of another tree, which selects what this one does."""
+        if len(self.selected) == len(self.nodes) and not self.named:
+            return other
+        mine = {n.name for n in self.nodes}
+        same = {n.name: _same_nodes(n.name, mine) for n in other.nodes}
+        selected, named = (
+            frozenset(name for name, of in same.items() if of and of <= which)
+            for which in (self.selected, self.named)
+        )
+        return dataclasses.replace(other, selected=selected, named=named)
+
     def leaves(self, params: Any, caller: str, *, sites: bool = True) -> dict[str, Any]:
         """The leaves of `params` by name, refused unless this graph can be of them.
 
@@ -131,8 +217,9 @@ class Graph:
             if len(leaf.shape) <= member.axis or leaf.shape[member.axis] != size:
                 raise ValueError(
                     f"jaxmet.{caller}: parameter {member.parameter!r} has shape "
-                    f"{tuple(leaf.shape)}, but the graph was traced with {size} along axis "
-                    f"{member.axis}. Trace the model again with this tree."
+                    f"{tuple(leaf.shape)}, but there are {size} channels along axis "
+                    f"{member.axis} of the tree that it goes with. Pass one that was "
+                    "factorized and pruned in the same way."
                 )
         check_finite(leaves, caller)
         return leaves
@@ -211,16 +298,45 @@ def _weight(node: Node) -> str | None:
     return node.weight.name + (f" ({', '.join(notes)})" if notes else "")
 
 
-def leaves_of(
+def _same_nodes(name: str, known: Collection[str]) -> set[str]:
+    """The node of another tree that a node is part of, or those that are its parts.
+
+    They differ by the factors of layers: `stem/in` and `stem/out` of one are `stem` of the
+    other, and `stem/out/relu` is `stem/relu`.
+    """
+    within = next((n for n in _without_factors(name) if n in known), None)
+    if within is not None:
+        return {within}
+    return {n for n in known if name in _without_factors(n)}
+
+
+def _without_factors(name: str) -> Iterator[str]:
+    """A name, the same without its last `/in` or `/out`, without the one before, …"""
+    yield name
+    while (found := re.match(r"(.+)(?:/in|/out)((?:[/:].*)?)$", name)) is not None:
+        name = "".join(found.groups())
+        yield name
+
+
+def fitted(
     params: Any, graph: Graph, caller: str, *, sites: bool = True
-) -> dict[str, Any]:
-    """The named leaves of `params`, refused unless `graph` is a graph and can be theirs."""
+) -> tuple[Graph, dict[str, Any]]:
+    """The graph of `params` and their named leaves: what every function begins with.
+
+    Raises ValueError for what is no graph, and for a tree of another model.
+    """
+    graph = graph_of(params, graph, caller)
+    return graph, graph.leaves(params, caller, sites=sites)
+
+
+def graph_of(params: Any, graph: Graph, caller: str) -> Graph:
+    """The graph of `params`, refused unless a graph of the model is given."""
     if not isinstance(graph, Graph):
         raise ValueError(
             f"jaxmet.{caller}: the graph is of type {type(graph).__name__}. Pass the tree "
             "first and then what jm.trace returned."
         )
-    return graph.leaves(params, caller, sites=sites)
+    return graph.of(params, caller)
 
 
 def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -> Graph:
@@ -229,8 +345,9 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     `params` is whatever the model takes first; `inputs` may be arrays or
     `jax.ShapeDtypeStruct`s, axis 0 of each being its batch. Keyword arguments pass through;
     static ones (flags) stay with the graph. The graph holds no values and serves every batch
-    and image size: the model is traced with a batch size of the library's own where it runs
-    at one, and at the given sizes where it does not.
+    and image size, and every tree of the model, factorized and pruned ones too: the model is
+    traced with a batch size of the library's own where it runs at one, and at the given sizes
+    where it does not.
 
     Raises ValueError for a model without a product of an input and a parameter (for example
     one whose parameters are closed over instead of passed), and for an nnx or equinox module
@@ -254,14 +371,22 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
             "jnp.float32) in place of each input."
         )
         raise
-    nodes = describe(analysis)
-    if not any(node.is_site for node in nodes.values()):
+    graph = _graph_of(analysis, apply, params, inputs, kwargs)
+    if not any(node.is_site for node in graph.nodes):
         raise ValueError(
             "jaxmet.trace: the equations hold no product of an input with a parameter "
             f"({len(analysis.leaves)} parameters, {len(analysis.inputs)} inputs). Pass the "
             "parameters as the first argument of apply instead of closing over them, and the "
             "inputs after them. Complex values are not quantized."
         )
+    graph.others.append(graph)
+    return graph
+
+
+def _graph_of(
+    analysis: Analysis, apply: Apply, params: Any, inputs: tuple, kwargs: dict[str, Any]
+) -> Graph:
+    nodes = describe(analysis)
     groups, members = find_channels(analysis, nodes)
     return Graph(
         bound(apply, kwargs),
@@ -272,6 +397,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
         _left(analysis, tuple(nodes.values())),
         frozenset(n.name for n in nodes.values()),
         called=jax.tree.map(_shape, (inputs, kwargs)),
+        forms=stored_forms(params),
     )
 
 

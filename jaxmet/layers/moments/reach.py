@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.layouts import Tensor
 from jaxmet.layers.moments.network import Network
 from jaxmet.layers.once import run_once
@@ -65,7 +65,7 @@ def unreached(graph: Graph, params: Any) -> dict[str, str]:
 
 
 def _arrays(params: Any, graph: Graph) -> dict[str, Any]:
-    leaves = leaves_of(params, graph, "statistics")
+    leaves = graph.leaves(params, "statistics")
     return {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
 
 

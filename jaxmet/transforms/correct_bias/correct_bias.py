@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of, trace
+from jaxmet.engine.graph.graph import Graph, fitted, trace
 from jaxmet.layers.arguments import check_keywords
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
@@ -113,7 +113,7 @@ def correct_bias(
 
     >>> params = jm.correct_bias(params, graph, quantizers, batches)
     """
-    leaves_of(params, graph, CALLER)
+    graph, _ = fitted(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
     _check_options(batches, of, store)

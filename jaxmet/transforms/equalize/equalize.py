@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.channels import Group
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.once import run_once
@@ -141,7 +141,7 @@ def equalize(
     >>> params = jm.equalize(jm.fold_batch_norm(params, graph), graph)
     """
     check_options(clip, objective, max_scale)
-    leaves = leaves_of(params, graph, "equalize")
+    graph, leaves = fitted(params, graph, "equalize")
     plan = make_plan(graph, clip)
     check_named(graph, plan)
     check_leaves(plan, leaves)

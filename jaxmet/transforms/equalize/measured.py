@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import counted_only, evaluate
 from jaxmet.layers.collect import collect
@@ -59,7 +59,7 @@ def measured(
     Errors count as a share of the energy of the output that they disturb.
     """
     wanted = {w.node.name: w for w in weights if not w.node.loops}
-    leaves = leaves_of(params, graph, "equalize")
+    leaves = graph.leaves(params, "equalize")
     wanted = {n: w for n, w in wanted.items() if _is_float(leaves[w.parameter])}
     taps = {name: by_channel(name, w.inputs[0].size) for name, w in wanted.items()}
     parameters = {w.parameter for w in wanted.values()}

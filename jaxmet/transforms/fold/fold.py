@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Norm
 from jaxmet.layers.fold_plans import Plan, listed, plan_of, spread
 from jaxmet.layers.matching import check_quantizers
@@ -87,7 +87,7 @@ def fold_batch_norm(
     >>> params = jm.fold_batch_norm(params, graph)
     >>> params, quantizers = jm.fold_batch_norm(params, graph, quantizers=quantizers)
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER)
     plans = [plan_of(graph, node) for node in graph.nodes if node.kind == "norm"]

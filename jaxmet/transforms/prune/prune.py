@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
@@ -93,8 +93,8 @@ def prune(
     largest of their ratios counts.
 
     Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
-    run: trace the model again with the new tree. It computes what the dense model does with
-    zeros in place of all that is gone (`jm.densify`). Where an operation has no rule for
+    run; the graph serves the new tree too. It computes what the dense model does with zeros
+    in place of all that is gone (`jm.densify`). Where an operation has no rule for
     fewer channels it gets whole arrays, with a note in the report. Nothing is removed inside
     loops and branches. A site that `graph.without` leaves out makes all its channels; of
     those that it reads with others it loses what they lose.
@@ -122,9 +122,9 @@ def prune(
     Brain Compression](https://arxiv.org/abs/2208.11580), NeurIPS 2022.
 
     >>> params = jm.prune(params, graph, 0.7, batches=batches)
-    >>> graph = jm.trace(model.apply, params, images[:1])
+    >>> quantizers = jm.calibrate(params, graph, batches)
     """
-    leaves = leaves_of(params, graph, CALLER)
+    graph, leaves = fitted(params, graph, CALLER)
     selection = _selection(selection, batches)
     check_multiple(multiple, CALLER)
     check_multiple(rows, CALLER, "rows")

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint, model_of
 from jaxmet.layers.grams import unmasked
@@ -150,7 +150,7 @@ def adaround(
 
     >>> params, quantizers = jm.adaround(params, graph, quantizers, batches)
     """
-    leaves_of(params, graph, CALLER)
+    graph, _ = fitted(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
     chosen = method_of(method, CALLER)

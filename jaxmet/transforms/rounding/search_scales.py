@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
-from jaxmet.engine.graph.graph import Graph, leaves_of
+from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.matching import check_quantizers
@@ -96,7 +96,7 @@ def search_scales(
 
     >>> quantizers = jm.search_scales(params, graph, quantizers, batches)
     """
-    leaves_of(params, graph, CALLER)
+    graph, _ = fitted(params, graph, CALLER)
     check_concrete(params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
