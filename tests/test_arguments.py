@@ -120,8 +120,6 @@ def test_keys_of_both_kinds():
             np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"adaround: there is no key.*at random"):
         jm.adaround(PARAMS, graph, q, [X], key=None)
-    with pytest.raises(ValueError, match=r"ptq: there is no key.*less than 8 bits"):
-        jm.ptq(apply, PARAMS, [X], jm.QuantConfig(weight_bits=4))
 
 
 def test_a_dict_batch_lists_its_keys():
