@@ -209,6 +209,16 @@ def test_examples_come_from_all_over_the_data(source, size):
     assert len(some[0]) >= (128 if source == "batched" and size == 64 else 150)
 
 
+def test_examples_that_cannot_be_picked_are_whole_batches_or_of_one_shape():
+    x = np.arange(10, dtype=np.float32)[:, None]
+    whole = [(x, np.float32(3)), (x + 10, np.float32(3))]
+    found, scalar = some_examples(as_batches(whole, "noise"), 16)
+    assert found.shape == (1, 10, 1) and scalar.shape == (1,)
+    short = [x[:4], x[:4], x[:4].repeat(2, axis=1)]
+    (found,) = some_examples(as_batches(short, "noise"), 16)
+    assert found.shape == (8, 1, 1)
+
+
 @pytest.mark.parametrize("case", ["scanned", "derived", "shared"])
 def test_loops_and_derived_and_shared_grids(case):
     x = jax.random.normal(jax.random.key(0), (64, 6))

@@ -1,5 +1,6 @@
 """The one call, with data and with nothing but shapes."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,7 +43,9 @@ def decibels(case: Any, params: Any, quantizers: jm.Quantizers) -> float:
 def test_its_steps_and_what_they_were_worth(case: Any) -> None:
     apply, trained, batches = case
     before = jax.tree.map(np.array, trained)
-    params, quantizers, table = jm.ptq(apply, trained, batches, CONFIG, progress=False)
+    params, quantizers, table = jm.ptq(
+        apply, trained, batches, CONFIG, rounding=False, progress=False
+    )
     jax.tree.map(np.testing.assert_array_equal, before, trained)
     steps = ["as trained", "fold_batch_norm", "equalize", "correct_bias"]
     assert table["step"] == steps or list(table["step"]) == steps
@@ -97,20 +100,102 @@ def test_an_iterator_that_can_be_read_once_is_refused(case: Any) -> None:
         jm.ptq(apply, trained, iter(batches))
 
 
+# Rounding
+
+
+def dense(p: Any, x: jax.Array) -> jax.Array:
+    return jax.nn.relu(x @ p["a"] + p["bias"][None]) @ p["b"]
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, list[jax.Array]]:
+    rng = np.random.default_rng(3)
+    shapes = {"a": (6, 8), "b": (8, 5), "bias": (8,)}
+    params = {
+        n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()
+    }
+    mixed = rng.normal(size=(6, 6))  # inputs that depend on each other
+    x = (rng.normal(size=(2, 32, 6)) @ mixed).astype(np.float32)
+    return params, [jnp.asarray(one) for one in x]
+
+
+def run(small: Any, *config: Any, **options: Any) -> Any:
+    params, batches = small
+    config = config or (jm.QuantConfig(per_channel=False),)
+    return jm.ptq(dense, params, batches, *config, progress=False, **options)
+
+
+def steps_from(weight: Any, quantizer: jm.Quantizer) -> np.ndarray:
+    """A weight in steps of its quantizer, whose scale must be a number already."""
+    assert quantizer.scale is not None
+    return np.asarray(weight, np.float64) / np.asarray(quantizer.scale, np.float64)
+
+
+@pytest.fixture(scope="module")
+def rounded(small: Any) -> Any:
+    return run(small)
+
+
+def test_eight_bits_are_rounded_by_the_data(small: Any, rounded: Any) -> None:
+    params, quantizers, table = rounded
+    assert list(table["step"])[-2:] == ["equalize", "adaround"]
+    for name in "ab":
+        steps = steps_from(params[name], quantizers.weights[name])
+        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
+        assert 64 < np.abs(steps).max() < 128  # 8 bits, and not fewer
+
+
+def test_rounding_false_corrects_biases_only(small: Any, rounded: Any) -> None:
+    params, quantizers, table = run(small, rounding=False)
+    assert list(table["step"])[-2:] == ["equalize", "correct_bias"]
+    assert all(q.scale is None for q in quantizers.weights.values())
+    steps = np.asarray(params["a"]) / np.abs(params["a"]).max() * 127
+    assert np.abs(steps - np.rint(steps)).max() > 0.1  # still the float weights
+    np.testing.assert_allclose(*(t["SQNR (dB)"][:3] for t in (table, rounded[2])))
+    # Weights alone: activations are in float, so that what differs is the rounding.
+    found = []
+    x = jnp.concatenate(small[1])
+    y = np.asarray(dense(small[0], x), np.float64)
+    for new, q in ((params, quantizers), rounded[:2]):
+        q = dataclasses.replace(q, activations={}, shared=())
+        z = np.asarray(jm.simulate(dense, q)(new, x), np.float64)
+        found.append(np.sum((z - y) ** 2) / np.sum(y**2))
+    assert found[1] < 0.5 * found[0]
+
+
+def test_the_key_is_key_zero_and_reaches_the_steps(small: Any, rounded: Any) -> None:
+    same = run(small, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, rounded[:2], same[:2])
+    other, _, _ = run(small, key=jax.random.key(1))
+    assert np.any(other["a"] != rounded[0]["a"])
+
+
 @pytest.mark.slow
-def test_few_bits_are_rounded_by_the_data(case: Any) -> None:
+@pytest.mark.parametrize("bits", [16, 32])
+def test_more_than_eight_bits_are_not_rounded_by_data(small: Any, bits: int) -> None:
+    _, _, table = run(small, jm.QuantConfig(weight_bits=bits, per_channel=False))
+    assert table["step"][-1] == "correct_bias"
+    rule = jm.Rule("b", weight_bits=4)
+    some = jm.QuantConfig(weight_bits=bits, per_channel=False, rules=[rule])
+    assert "adaround" in run(small, some)[2]["step"]
+
+
+def test_rounding_is_true_or_false(small: Any) -> None:
+    said = r"jaxmet\.ptq: rounding is 'gram'.*True or False.*jm\.adaround"
+    with pytest.raises(ValueError, match=said):
+        run(small, rounding="gram")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_convolutional_network_is_rounded_by_the_data(case: Any, bits: int) -> None:
     apply, trained, batches = case
-    config = jm.QuantConfig(weight_bits=4)
-    with pytest.raises(ValueError, match="jaxmet.ptq: .*less than 8 bits.*key"):
-        jm.ptq(apply, trained, batches, config, progress=False)
-    params, quantizers, table = jm.ptq(
-        apply, trained, batches, config, key=jax.random.key(0), progress=False
-    )
+    config = jm.QuantConfig(weight_bits=bits)
+    params, quantizers, table = jm.ptq(apply, trained, batches, config, progress=False)
     assert table["step"][-1] == "adaround"
-    assert table["SQNR (dB)"][-1] > table["SQNR (dB)"][1] + 2
-    np.testing.assert_allclose(
-        table["SQNR (dB)"][-1], decibels(case, params, quantizers), atol=1e-2
-    )
+    found = decibels(case, params, quantizers)
+    np.testing.assert_allclose(table["SQNR (dB)"][-1], found, atol=1e-2)
+    assert found > table["SQNR (dB)"][1] + {4: 2, 8: 0}[bits]
     kept = [q.scale is not None for q in quantizers.weights.values()]
     assert all(kept)
     shape = jax.ShapeDtypeStruct(batches[0][0].shape, jnp.float32)

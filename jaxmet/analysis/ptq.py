@@ -1,4 +1,4 @@
-"""The one call: fold, equalize, calibrate, correct, and what each step was worth."""
+"""The one call: fold, equalize, calibrate, round, correct, and what each step was worth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from jaxmet.engine.frontends import refuse_module
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import output_masks
-from jaxmet.layers.arguments import check_key, refuse_options
+from jaxmet.layers.arguments import key_of, refuse_options
 from jaxmet.layers.collect import accepting
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
@@ -34,6 +34,7 @@ def ptq(
     config: QuantConfig | None = None,
     *,
     key: jax.Array | None = None,
+    rounding: bool = True,
     reference: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
@@ -42,23 +43,24 @@ def ptq(
 ) -> tuple[P, Quantizers, Table]:
     """Quantize a trained model: `(params, quantizers, table)`.
 
-    Folds batch norms, equalizes, calibrates on `batches` and corrects biases, or, where
-    weights have less than 8 bits, rounds them by `adaround`, which corrects biases too and
-    draws by `key`; the model is not touched. `mask`, a function of a batch, says where its
-    values count, as in `jm.calibrate`, in every step and in the ratios. Run the result with
-    `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step: the
-    signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
-    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply,
-    params)`, or another tree of the same model, is what counts as float there. Static keyword
-    arguments (`train=False`) go to the model.
+    Folds batch norms, equalizes, calibrates on `batches` and, where weights have 8 bits or
+    less, rounds them by `adaround`, which corrects biases too; the model is not touched.
+    `rounding=False`, and weights of more bits, round to nearest and correct biases only.
+    `key`, by default `jax.random.key(0)`, is split between the steps. `mask`, a function of a
+    batch, says where its values count, as in `jm.calibrate`, in every step and in the ratios.
+    Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step:
+    the signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
+    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply, params)`, or
+    another tree of the same model, is what counts as float there. Static keyword arguments
+    (`train=False`) go to the model.
 
     With `jax.ShapeDtypeStruct`s of the inputs in place of batches no data is needed: ranges,
     scales and mean errors come from the batch norms (data-free quantization), what they do not
-    tell stays in float, and the table has no ratios.
+    tell stays in float, nothing is rounded by data, and the table has no ratios.
 
     The data is read several times a step: a one-shot iterator is refused. Raises ValueError
-    where rounding needs a key and there is none, and what `trace`, `fold_batch_norm`,
-    `equalize`, `calibrate`, `correct_bias` and `adaround` raise.
+    for a key that is none, and what `trace`, `fold_batch_norm`, `equalize`, `calibrate`,
+    `correct_bias` and `adaround` raise.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019.
@@ -70,18 +72,17 @@ def ptq(
     config = config_of(config, "ptq")
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
-    of_scales = None
-    if key is not None:
-        key = check_key(key, "ptq")
+    key = key_of(key, "ptq")
+    if not isinstance(rounding, bool):
+        raise ValueError(
+            f"jaxmet.ptq: rounding is {rounding!r}. Give True or False; jm.adaround takes "
+            "other methods."
+        )
     with accepting(read.first, "ptq"):
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
-    rounds = data is not None and _is_coarse(graph, config)
-    if rounds:
-        why = "weights of less than 8 bits are rounded by jm.adaround, which draws rows"
-        key = check_key(key, "ptq", why=why)
-    if key is not None:
-        key, of_scales = jax.random.split(key)
+    rounds = rounding and data is not None and _is_coarse(graph, config)
+    of_scales, of_rounding = jax.random.split(key)
     options: dict[str, Any] = {
         "inputs": inputs,
         "mask": mask,
@@ -119,7 +120,13 @@ def ptq(
     quantizers = measure("equalize", params, _summary(report, "scale min"))
     if rounds:
         params, weights, report = adaround(
-            params, graph, quantizers, data, key=key, with_report=True, **options
+            params,
+            graph,
+            quantizers,
+            data,
+            key=of_rounding,
+            with_report=True,
+            **options,
         )
         quantizers = measure("adaround", params, _summary(report, "loss"), weights)
     else:
@@ -132,10 +139,10 @@ def ptq(
 
 
 def _is_coarse(graph: Graph, config: QuantConfig) -> bool:
-    """Whether any weight is to have less than 8 bits."""
+    """Whether any weight is to have 8 bits or less."""
     weights = ((site.weight, site.name) for site in graph.sites)
     found = (config.resolve((w.name, n), "weight") for w, n in weights if w and w.name)
-    return any(one.quantize and one.bits < 8 for one in found)
+    return any(one.quantize and one.bits <= 8 for one in found)
 
 
 def _float_model(reference: Any, apply: Apply, params: Any) -> tuple[Apply, Any]:

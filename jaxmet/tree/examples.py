@@ -9,11 +9,10 @@ import numpy as np
 from jaxmet.tree.batches import Batched, Batches
 
 
-def some_examples(batches: Batches, number: int, *, read: bool = True) -> Any:
+def some_examples(batches: Batches, number: int) -> Any:
     """At most so many, one by one on a new leading axis, all of one shape.
 
-    From the first batch alone where batches are taken whole, having no axis of examples;
-    without `read` where they cannot be picked.
+    From the first batch alone where batches are taken whole, having no axis of examples.
     """
     source, count, at = batches.source, 0, None
     alike = len({x.shape[:1] for x in jax.tree.leaves(batches.first)}) == 1
@@ -25,7 +24,7 @@ def some_examples(batches: Batches, number: int, *, read: bool = True) -> Any:
     if alike and at is not None:
         parts = min(count, number)
         some = [batches.arguments(at(i * count // parts)) for i in range(parts)]
-    elif alike and read:
+    elif alike:
         some = _thinned(batches, number)
     else:
         some = [batches.first]

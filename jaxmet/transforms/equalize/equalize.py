@@ -15,11 +15,9 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.once import run_once
 from jaxmet.layers.placement import place
-from jaxmet.numerics.chance import DRAWS, least_of_draws
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
 from jaxmet.transforms.equalize.carried import carried
-from jaxmet.transforms.equalize.chance import foreseen, grids, plain, tried
 from jaxmet.transforms.equalize.channels import (
     Channels,
     Weight,
@@ -43,17 +41,14 @@ from jaxmet.transforms.equalize.plan import (
     check_options,
     make_plan,
 )
-from jaxmet.transforms.equalize.statistics import Observed, predicted
+from jaxmet.transforms.equalize.statistics import predicted
 from jaxmet.tree.batches import as_batches, check_mask_function
 from jaxmet.tree.config import QuantConfig, config_of
-from jaxmet.tree.examples import some_examples
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 
 MAX_SCALE = 1e6
-TRIED = 16
-"""How many images rounded weights are tried on, if there are as many, from all over the data."""
 
 
 @overload
@@ -118,12 +113,11 @@ def equalize(
     one grid a tensor) adds, to first order. With `batches` (`inputs` picks from a batch what the
     model takes) that is the error of the model's outputs as a share of their energy: a pass over
     the data finds the ranges, and a backward pass for each of 64 images how much every weight
-    and every input of a product matters. The random signs of these passes, and the scales that
-    are tried near the best ones, are drawn by `key`, by default `jax.random.key(0)`; `mask`, a
-    function of a batch, says where its values count, as in `jm.calibrate`. Without, statistics
-    of batch norms are carried on as if all values were normal, and the error of each product
-    counts as a share of its own signal. Channels of which too little is known get the scale of
-    'range'.
+    and every input of a product matters. The random signs of these passes come from `key`, by
+    default `jax.random.key(0)`, and nothing else is random; `mask`, a function of a batch, says
+    where its values count, as in `jm.calibrate`. Without, statistics of batch norms are carried
+    on as if all values were normal, and the error of each product counts as a share of its own
+    signal. Channels of which too little is known get the scale of 'range'.
 
     `clip` says what becomes of ReLU6 and other clips that rescaled channels run through:
     'exact' divides their bounds too (the weight before becomes `Compressed`, to be run with
@@ -153,16 +147,14 @@ def equalize(
         return (params, report) if with_report else params
     check_mask_function(mask, "equalize")
     key = key_of(key, "equalize")
-    signs, draws = jax.random.split(key)
-    task = Task(plan, Channels(graph, plan.free), config, max_scale, params, draws)
-    seen = images = None
+    task = Task(plan, Channels(graph, plan.free), config, max_scale)
+    seen = None
     if objective == "noise" and batches is not None:
         read = as_batches(batches, "equalize", inputs=inputs, mask=mask)
-        images = some_examples(read, TRIED, read=not read.one_shot)
-        seen = measured(graph, params, task.weights, read, signs, progress)
+        seen = measured(graph, params, task.weights, read, key, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise
-    new, found = run_once(solve, arrays, seen, images)
+    new, found = run_once(solve, arrays, seen)
     result = replace_leaves(params, new, caller="equalize")
     return (result, task.report(found)) if with_report else result
 
@@ -173,7 +165,7 @@ class Outcome(NamedTuple):
     x: jax.Array
     gap: jax.Array
     sweeps: jax.Array
-    # Logs of the objective before, with 'range' and now; rounded weights at the minimum, now
+    # Logs of the objective before, with 'range' and now
     noise: tuple[jax.Array, ...] = ()
     informed: jax.Array | None = None  # which channels the objective chose
 
@@ -193,8 +185,6 @@ class Task:
     channels: Channels
     config: QuantConfig
     max_scale: float
-    params: Any
-    key: jax.Array
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -202,19 +192,19 @@ class Task:
         return find_weights(self.channels)
 
     def by_ranges(
-        self, old: Mapping[str, Any], seen: None, images: None
+        self, old: Mapping[str, Any], seen: None
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with equal ranges on both sides of every channel."""
-        del seen, images
+        del seen
         found = self.balanced(*self.layers(old))
         return self.applied(old, found.x), Outcome(*found)
 
     def by_noise(
-        self, old: Mapping[str, Any], seen: dict[str, Seen] | None, images: Any
+        self, old: Mapping[str, Any], seen: dict[str, Seen] | None
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with little rounding noise."""
         layers, bounds = self.layers(old)
-        known, observed = seen, None
+        known = seen
         if known is None:
             observed = predicted(self.channels, old, self.weights)
             known = expected(self.channels, self.weights, old, observed)
@@ -232,41 +222,9 @@ class Task:
             noisy, start, free, lowest=bounds.lowest, highest=bounds.highest
         )
         x = self.common_factors(best.x, ranges.x, free, bounds)
-        x, chances = self.luckiest(old, known, observed, images, x, free, bounds)
-        noise = (before, level, value(x), *chances)
+        noise = before, level, value(x)
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
-
-    def luckiest(
-        self,
-        old: Mapping[str, Any],
-        known: Mapping[str, Seen],
-        observed: Mapping[str, Observed] | None,
-        images: Any,
-        x: jax.Array,
-        free: jax.Array,
-        bounds: Bounds,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Log scales near the minimum with which weights happen to round well.
-
-        With the noise there at the minimum and now, where any weight counts.
-        """
-        counted = plain([w for w in self.weights if w.node.name in known], self.config)
-        if not counted:
-            return x, ()
-        if observed is None:
-            applied = functools.partial(self.applied, old)
-            quantizers = grids(counted, self.config)
-            value = tried(
-                self.channels.graph, self.params, old, applied, quantizers, images
-            )
-        else:
-            weights = tuple(counted.values())
-            value = foreseen(self.channels, weights, old, known, observed, self.config)
-        drawn = least_of_draws(
-            value, x, free, self.key, lowest=bounds.lowest, highest=bounds.highest
-        )
-        return drawn.x, (drawn.first, drawn.value)
 
     def common_factors(
         self, x: jax.Array, ranges: jax.Array, free: jax.Array, bounds: Bounds
@@ -338,18 +296,10 @@ class Task:
         """One row a group."""
         title = f"Equalized: objective='range', {int(found.sweeps)} sweeps"
         if found.noise:
-            before, ranges, now = (
-                float(np.exp(np.float64(v))) for v in found.noise[:3]
-            )
+            before, ranges, now = (float(np.exp(np.float64(v))) for v in found.noise)
             title = (
                 f"Equalized: objective='noise', {before:.4g} before, {ranges:.4g} with "
                 f"objective='range', {now:.4g} now"
-            )
-        if len(found.noise) > 3:
-            first, best = (float(v) for v in found.noise[3:])
-            title += (
-                f"; weights as they round add {best:.4g}, {first:.4g} before {DRAWS} "
-                "draws of scales nearby"
             )
         rows = {g.index: self.row(g, found) for g in self.plan.free}
         return self.plan.table(rows, title)
