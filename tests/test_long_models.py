@@ -1,8 +1,11 @@
 """Analysis is linear: a model of twice as many layers takes twice as many steps."""
 
-import cProfile
-import pstats
+import contextlib
+import inspect
+import pickle
 import random
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,14 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
+from jaxmet.engine.graph.analyse import analyse
+from jaxmet.engine.graph.describe import describe
+from jaxmet.engine.program.calls import make_call
+from jaxmet.engine.run.machine import Machine
 
 D = 4
+X = jnp.linspace(-1, 1, 2 * D).reshape(2, D)
+PACKAGE = str(Path(jm.__file__).parent)
 
 
 def spec(*shape):
@@ -51,7 +60,7 @@ def reads(p, x):
     """Values of the input's own making that read each other twice."""
     x = x @ p["w"][0]
     for _ in p["w"]:
-        x = jnp.where(x[::-1] > 0, x, x[:, ::-1])
+        x = jnp.where(x[::-1] > 0, x[::-1], x[:, ::-1])
     return x @ p["w"][1]
 
 
@@ -88,32 +97,164 @@ def branches(p, x):
     return x
 
 
+def normed(p, x):
+    for w, b in zip(p["w"], p["b"], strict=True):
+        x = x @ w
+        x = (x - b[None]) * lax.rsqrt(jnp.square(b) + 1e-3)[None]
+        x = jax.nn.relu(x)
+    return x
+
+
+def shifted(p, x):
+    x = x @ p["w"][0]
+    for b in p["b"]:
+        x = (x + b[None])[::-1]
+    return jax.nn.softmax(x) @ p["w"][1]
+
+
+def joined(p, x):
+    """A concatenation of concatenations, that no layer reads on the way."""
+    x = x @ p["w"][0]
+    for _ in p["w"]:
+        x = jnp.concatenate([x, jax.nn.relu(x[:, :1])], -1)
+    return x[:, -D:] @ p["w"][1]
+
+
+def added(p, x):
+    """Values that are put beside each other, then added in that form."""
+    x = x @ p["w"][0]
+    for b in p["b"]:
+        x = x + jnp.concatenate([jax.nn.relu(x[:, :1]), x[:, 1:]], -1) * b[None]
+    return x @ p["w"][1]
+
+
+@contextlib.contextmanager
+def recursion_limit(more):
+    """As many frames as this beyond those that are open; JAX's own go 150 deep."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + more)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 MODELS = (
     chain, residual, shared, skips, reads, pointwise, read_on_the_way, diamonds, branches
 )  # fmt: skip
 
 
-def steps(apply, count):
-    params = {"w": [spec(D, D)] * count, "b": [spec(D)] * count}
-    profile = cProfile.Profile()
-    profile.runcall(jm.trace, apply, params, spec(2, D))
-    return pstats.Stats(profile).total_calls  # pyright: ignore[reportAttributeAccessIssue]
+def of_size(count):
+    return {"w": [spec(D, D)] * count, "b": [spec(D)] * count}
+
+
+def steps(run):
+    """The lines of jaxmet that a call executes, each round of a loop counted."""
+    count = 0
+
+    def line(frame, event, arg):
+        nonlocal count
+        count += 1
+        return line
+
+    def call(frame, event, arg):
+        return line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def idle(node, run, operands):
+    return run(*operands), None
+
+
+def lowered(apply, count):
+    replay = jm.evaluate(apply, idle)
+    return lambda: jax.make_jaxpr(replay)(of_size(count), spec(2, D))
+
+
+def planned(apply, count):
+    graph = jm.trace(apply, of_size(count), spec(2, D))
+    return lambda: jm.plan(of_size(count), graph)
+
+
+def cut(apply, count):
+    """Cut after every layer; its pieces are only made, not run."""
+    graph = jm.trace(apply, of_size(count), spec(2, D))
+    names = [n.name for n in graph.sites]
+    x = spec(2, D)
+    return lambda: jm.segments(graph, of_size(count), x, cuts=names)
+
+
+def traced(apply, count):
+    return lambda: jm.trace(apply, of_size(count), spec(2, D))
 
 
 @pytest.mark.parametrize("apply", MODELS)
 def test_twice_the_layers_take_twice_the_steps(apply):
-    steps(apply, 8)  # fills JAX's own caches
-    assert steps(apply, 60) < 2.5 * steps(apply, 30)
+    assert steps(traced(apply, 24)) < 2.2 * steps(traced(apply, 12))
+
+
+@pytest.mark.parametrize("work", [lowered, planned, cut])
+@pytest.mark.parametrize("apply", [chain, residual, normed])
+def test_and_so_do_replays_plans_and_segments(apply, work):
+    assert steps(work(apply, 24)) < 2.2 * steps(work(apply, 12))
+
+
+def test_a_replay_copies_no_environment():
+    """A copy at each node is one step and takes as long as the model: no count shows it."""
+
+    class Uncopied(dict):
+        def __iter__(self):
+            raise AssertionError("all values of the model are gone through")
+
+        keys = values = items = __iter__
+
+    call = make_call(chain, {"w": [jnp.eye(D)] * 3, "b": [jnp.ones(D)] * 3}, (X,), {})
+    analysis = analyse(call)
+    environment = Uncopied()
+    for value, array in zip(
+        analysis.region.inputs, (*call.leaves, *call.inputs), strict=True
+    ):
+        environment[value] = array
+    machine = Machine(describe(analysis), idle, {})
+    machine.run(analysis.region, environment)
+    [result] = analysis.region.outputs
+    expected = chain({"w": [jnp.eye(D)] * 3, "b": [jnp.ones(D)] * 3}, X)
+    assert jnp.array_equal(environment[result], expected)
+
+
+@pytest.mark.parametrize(
+    "apply", [reads, read_on_the_way, diamonds, pointwise, shifted, joined, added]
+)
+def test_no_recursion_goes_as_deep_as_the_model(apply):
+    """Each layer is three calls deep where a function calls itself."""
+    params = of_size(90)
+    with recursion_limit(260):
+        graph = jm.trace(apply, params, spec(2, D))
+        jm.plan(params, graph)
+    assert pickle.loads(pickle.dumps((graph.nodes, graph.members, graph.groups)))
 
 
 def test_a_concatenation_of_all_before():
+    """Each layer reads all before it: its channels are as many, the steps are not."""
+
     def dense(p, x):
         for w in p:
             x = jnp.concatenate([x, jax.nn.relu(x @ w)], -1)
         return x
 
-    graph = jm.trace(dense, [spec(D + 2 * i, 2) for i in range(100)], spec(1, D))
-    assert len(graph.sites) == 100
+    def traced(count):
+        params = [spec(D + 2 * i, 2) for i in range(count)]
+        return lambda: jm.trace(dense, params, spec(1, D))
+
+    assert len(traced(100)().sites) == 100
+    assert steps(traced(40)) < 2.2 * steps(traced(20))
 
 
 def test_a_long_formula():

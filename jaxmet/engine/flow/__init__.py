@@ -1,0 +1,11 @@
+"""What is followed through a program from equation to equation.
+
+axis_joins         what may be rescaled where values meet
+axis_arithmetic    labels through arithmetic, norms, activations and products
+axis_moves         labels through slices, concatenations, pools and gathers
+axis_rules         labels through a whole program, loops and branches
+liveness           which values reach an output
+bias_targets       which products a constant reaches that an activation loses
+token_mask_rules   where values count, by what each equation does to positions
+token_masks        `mask=` followed through a program, loops and branches
+"""

@@ -44,7 +44,7 @@ def on_input(mask: jax.Array, shape: Sequence[int]) -> Mask:
     return None
 
 
-class Masks:
+class TokenMasks:
     """The masks of the values of one region, filled in as its equations run."""
 
     def __init__(self, values: Sequence[Value], masks: Sequence[Kept]) -> None:
@@ -93,7 +93,7 @@ def _of_equation(equation: Equation, masks: list[Kept], read: Any) -> list[Kept]
 
 def followed(region: Region, masks: Sequence[Kept]) -> list[Kept]:
     """The masks of a region's outputs, from those of its inputs alone."""
-    inside = Masks(region.inputs, masks)
+    inside = TokenMasks(region.inputs, masks)
     for equation in region.equations:
         inside.follow(equation, {})
     return [inside.of(v) for v in region.outputs]

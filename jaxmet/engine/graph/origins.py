@@ -63,7 +63,27 @@ class Origins:
 
     def of(self, value: Value) -> list[Origin]:
         """The nodes, each with the moves after it and what they do to a number."""
+        stack = [value]
+        while stack:  # what is chosen among comes first, so that no look-up goes deep
+            last, _ = self.chain(stack[-1])
+            equation = last.producer
+            if equation is None or self.settled(last):
+                stack.pop()
+                continue
+            ends = (self.chain(v)[0] for v in _numbers(equation, last))
+            needed = [v for v in ends if not self.settled(v)]
+            if needed:
+                stack += needed
+            else:
+                self.at(last)
         return self.look_up(value)[0]
+
+    def settled(self, value: Value) -> bool:
+        """Whether the origins of a value are known, or others than of an equation that chooses."""
+        equation = value.producer
+        if value in self.makers or value in self.found or equation is None:
+            return True
+        return bool(equation.bodies) or not _keeps(equation, value)
 
     def look_up(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
         """Origins, and the open scopes without whose carry these are.
@@ -71,6 +91,18 @@ class Origins:
         A carry that is met again on the way to its own origins adds none. What was found
         meanwhile holds until that carry is done, so it is kept for that long.
         """
+        value, chain = self.chain(value)
+        found, without = self.at(value)
+        for equation in reversed(chain):
+            if equation.name not in CASTS:
+                found = [
+                    (node, (*moves, equation.name), _after(affine, equation))
+                    for node, moves, affine in found
+                ]
+        return found, without
+
+    def chain(self, value: Value) -> tuple[Value, list[Equation]]:
+        """The value that moves of one value alone lead back to, and these moves."""
         chain: list[Equation] = []
         while value not in self.makers:
             equation = value.producer
@@ -84,14 +116,7 @@ class Origins:
                 break
             chain.append(equation)
             value = data[0]
-        found, without = self.at(value)
-        for equation in reversed(chain):
-            if equation.name not in CASTS:
-                found = [
-                    (node, (*moves, equation.name), _after(affine, equation))
-                    for node, moves, affine in found
-                ]
-        return found, without
+        return value, chain
 
     def at(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
         """The origins where more than one value may come together."""

@@ -1,0 +1,6 @@
+"""From one call of a model to a flat program.
+
+compat    what changed between JAX releases
+calls     one call of a model: its arrays, and what is static
+program   a jaxpr as a flat list of equations, calls inlined, loops as regions
+"""

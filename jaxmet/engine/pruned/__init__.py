@@ -1,0 +1,7 @@
+"""Programs on arrays of which only some channels are left.
+
+partial           an array some of whose channels are not computed
+part_moves        views, slices, concatenations and padding of parts
+part_arithmetic   pointwise equations, sums, dots and convolutions of parts
+expand            the program that a pruned or factorized tree stands for
+"""

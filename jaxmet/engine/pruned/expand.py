@@ -19,8 +19,10 @@ from jaxmet.engine.nodes.pointwise import POINTWISE
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import Apply, Call, make_call
 from jaxmet.engine.program.program import Equation, Region, Value, flatten
+from jaxmet.engine.pruned import part_arithmetic as arithmetic
+from jaxmet.engine.pruned import part_moves as moves
 from jaxmet.engine.pruned.factor_views import viewed
-from jaxmet.engine.pruned.parts import RULES, Partial, Uniform, taken, whole
+from jaxmet.engine.pruned.partial import Partial, Rule, Uniform, taken, whole
 from jaxmet.tree.leaves import Compressed, dense, is_structured
 from jaxmet.tree.leaves import flatten as flatten_tree
 from jaxmet.tree.paths import path_parts
@@ -35,6 +37,25 @@ def call_of(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> C
 
 
 ENTRYWISE = (*POINTWISE, *CASTS)
+REDUCE = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or")
+WINDOW = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys((*POINTWISE, "add_any"), arithmetic.elementwise),
+    **dict.fromkeys(REDUCE, arithmetic.reduction),
+    **dict.fromkeys(WINDOW, arithmetic.window),
+    "broadcast_in_dim": moves.broadcast,
+    "reshape": moves.reshape,
+    "transpose": moves.transpose,
+    "squeeze": moves.squeeze,
+    "rev": moves.reverse,
+    "slice": moves.slices,
+    "split": moves.split,
+    "concatenate": moves.concatenate,
+    "pad": moves.pad,
+    "dot_general": arithmetic.dot,
+    "conv_general_dilated": arithmetic.conv,
+}
+"""How each primitive runs on arrays of which only some channels are left."""
 
 Scattered = list[tuple[str, tuple[Keep, ...]]]
 

@@ -1,0 +1,9 @@
+"""A program run again with a hook at every node.
+
+compressed   what `Compressed` leaves state: bounds of a clip, values of padding
+bodies       loops and branches around an interpreted body
+machine      binds equations one by one, hands nodes to the hook
+replay       `jm.evaluate`
+segments     `jm.segments`: the program cut after named nodes
+lift         `jm.lift`: trees with `Compressed` leaves
+"""

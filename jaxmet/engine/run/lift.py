@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
-from jaxmet.engine.run.replay import Run, evaluate
+from jaxmet.engine.run.machine import Run
+from jaxmet.engine.run.replay import evaluate
 from jaxmet.tree.leaves import flatten, is_compressed
 
 

@@ -16,14 +16,8 @@ from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import make_call
 from jaxmet.engine.program.program import NOISE, Equation, Region, Value
 from jaxmet.engine.pruned.expand import call_of
-from jaxmet.engine.run.offset import offsets_of
-from jaxmet.engine.run.replay import (
-    Environment,
-    Hook,
-    Machine,
-    Statistics,
-    bounds_of,
-)
+from jaxmet.engine.run.compressed import bounds_of, offsets_of
+from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, suggestion
 
@@ -67,7 +61,9 @@ def segments(
     analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
     nodes = describe(analysis)
     _check_cuts(cuts, nodes)
-    return Segments(_Plan(analysis, nodes, set(cuts)), hook or _idle, cpu_formulations)
+    return Segments(
+        _Schedule(analysis, nodes, set(cuts)), hook or _idle, cpu_formulations
+    )
 
 
 def _idle(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, None]:
@@ -91,7 +87,7 @@ def _check_cuts(cuts: Sequence[str], nodes: Mapping[Cluster, Node]) -> None:
             )
 
 
-class _Plan:
+class _Schedule:
     """Steps in order, values by key, and what is live between the pieces."""
 
     def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node], cuts: set[str]):
@@ -206,7 +202,7 @@ class _Plan:
 class Segments(Sequence):
     """The pieces in order, with how to begin and how to read the outputs."""
 
-    def __init__(self, plan: _Plan, hook: Hook, cpu_formulations: bool):
+    def __init__(self, plan: _Schedule, hook: Hook, cpu_formulations: bool):
         self._plan = plan
         self._pieces = [
             Segment(plan, hook, cpu_formulations, name, tuple(steps), tuple(live))
@@ -246,7 +242,7 @@ class Segments(Sequence):
 class Segment:
     """One piece; `name` is the node that it ends with, None for the last piece."""
 
-    plan: _Plan = dataclasses.field(repr=False)
+    plan: _Schedule = dataclasses.field(repr=False)
     hook: Hook = dataclasses.field(repr=False)
     cpu_formulations: bool
     name: str | None
@@ -289,7 +285,7 @@ class Segment:
 class _Aliased(dict):
     """An environment that knows the two names of a value inside an inlined body."""
 
-    def __init__(self, plan: _Plan, content: Mapping | None = None):
+    def __init__(self, plan: _Schedule, content: Mapping | None = None):
         super().__init__(content or {})
         self.plan = plan
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.nodes.scalar_function import Formula, compute
-from jaxmet.engine.run.replay import bounds_of
+from jaxmet.engine.run.compressed import bounds_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.layer import WeightMatrix
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy

@@ -45,7 +45,7 @@ RULES: dict[str, Callable[..., Any]] = {
 }
 
 
-class Drawn:
+class DrawnNumbers:
     """Values computed from numbers of the leaves under them, drawn when first met.
 
     Leaves are parameters, and arrays that the model closes over. `changed` replaces the

@@ -17,7 +17,7 @@ from jaxmet.engine.nodes.cluster import (
 )
 from jaxmet.engine.nodes.norms.affine_chain import (
     DRAWS,
-    Drawn,
+    DrawnNumbers,
     Numbers,
     UnknownError,
     is_step,
@@ -203,7 +203,7 @@ class _RoleFinder:
             self.draws[value] = np.abs(self.draws[value])
 
     def leaves_of(self, value: Value) -> list[Value]:
-        drawn = Drawn(self.draws, self.fixed)
+        drawn = DrawnNumbers(self.draws, self.fixed)
         try:
             with np.errstate(all="ignore"):
                 drawn.number(value)
@@ -219,11 +219,13 @@ class _RoleFinder:
             return Roles()
 
     def identify(self, run: Sequence[Equation], start: Value) -> Roles:
-        drawn, one = Drawn(self.draws, self.fixed), np.ones(DRAWS)
+        drawn, one = DrawnNumbers(self.draws, self.fixed), np.ones(DRAWS)
         a, c = drawn.affine(run, start)
 
         def changed(leaf: Value, number: Numbers) -> tuple[Numbers, Numbers]:
-            return Drawn(self.draws, self.fixed | {leaf: number}).affine(run, start)
+            return DrawnNumbers(self.draws, self.fixed | {leaf: number}).affine(
+                run, start
+            )
 
         weight = self.fixed[self.weight] if self.weight is not None else one
         weight = 1 / weight if self.inverse else weight

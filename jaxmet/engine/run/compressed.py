@@ -1,4 +1,8 @@
-"""What padding holds instead of zero: a convolution of inputs that lost a constant."""
+"""What `Compressed` leaves state about the equations around them.
+
+Bounds of the clip after a product, channel by channel, and what the padding of a convolution
+holds instead of zero, where its inputs lost a constant.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +12,49 @@ from jax import lax
 
 from jaxmet.engine.graph.node import Node
 from jaxmet.tree.leaves import is_compressed
+
+
+def bounds_of(
+    nodes: Iterable[Node], leaves: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The bounds that compressed leaves state, by the product that carries them."""
+    stated = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if is_compressed(leaf) and not (leaf.lower is None and leaf.upper is None)
+    }
+    if not stated:
+        return {}
+    carriers, users = set(), {name: [] for name in stated}
+    for node in nodes:
+        carriers.add(node.carrier)
+        if node.weight is not None and node.weight.name in stated:
+            users[node.weight.name].append(node.name)
+    found = {}
+    for name, leaf in stated.items():
+        makers = users[name]
+        if len(makers) != 1 or makers[0] not in carriers:
+            raise ValueError(
+                f"jaxmet.lift: parameter {name!r} states bounds for the clip behind it, but "
+                "this model has none there. Run the model that the tree was made for."
+            )
+        found[makers[0]] = (leaf.lower, leaf.upper)
+    return found
+
+
+def clip(node: Node, x: Any, lower: Any, upper: Any) -> Any:
+    """A clip with a bound a channel where the leaf states one."""
+    assert node.bounds is not None
+
+    def bound(stated: Any, own: float) -> Any:
+        if stated is None:
+            return jnp.asarray(own, x.dtype)
+        shape = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
+        return jnp.reshape(stated, shape).astype(x.dtype)
+
+    return jnp.minimum(
+        jnp.maximum(x, bound(lower, node.bounds[0])), bound(upper, node.bounds[1])
+    )
 
 
 def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, Any]:
