@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,35 @@ def test_every_function_asks_for_the_graph_of_its_tree(case):
     asking = Asked(**{f.name: getattr(graph, f.name) for f in fields})
     with pytest.raises(AskedError):
         case("mlp", "pruned", asking)
+
+
+COVERED = """
+    absorb_bias adaround calibrate compare correct_bias cost equalize factorize
+    fold_batch_norm noise optimizer_labels plan prune reestimate_batch_norm report
+    score_ratios search_scales sensitivity plot.graph plot.histograms
+""".split()
+OTHERS = """
+    segments plot.weight_ranges plot.relative_weight_ranges
+""".split()  # the first cuts what runs, the others show layers by the names of the graph
+
+
+def test_no_function_that_takes_a_graph_is_forgotten():
+    modules = {"": jm, "plot.": jm.plot}
+    taking = {
+        prefix + name
+        for prefix, module in modules.items()
+        for name, function in vars(module).items()
+        if callable(function) and not inspect.ismodule(function)
+        if "graph" in parameters_of(function)
+    }
+    assert taking == {*COVERED, *OTHERS}
+
+
+def parameters_of(function: Any) -> Any:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ()
 
 
 def assert_alike(one: jm.Graph, two: jm.Graph) -> None:

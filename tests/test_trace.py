@@ -620,7 +620,9 @@ def atoms_of(value):
 
 @pytest.mark.parametrize(("name", "front"), FIRST)
 def test_a_graph_holds_no_values(name, front):
-    kinds = {type(atom) for atom in atoms_of(traced(name, front))}
+    graph = traced(name, front)
+    assert {type(other) for other in graph.others} == {Graph}  # of other trees
+    kinds = {type(a) for a in atoms_of(dataclasses.replace(graph, others=()))}
     assert kinds <= {str, int, float, bool, type(None), jax.ShapeDtypeStruct}
 
 

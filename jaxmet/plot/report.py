@@ -124,8 +124,8 @@ def _check(
         except ValueError as error:
             said = str(error).removeprefix(f"jaxmet.{CALLER}: ").split(". ")[0]
             raise ValueError(
-                f"jaxmet.{CALLER}: before is another tree than params: {said}. Give one that "
-                "was factorized and pruned in the same way, or none."
+                f"jaxmet.{CALLER}: before is no tree of this graph: {said}. Give one that "
+                "was factorized and pruned as params is, or none."
             ) from error
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER, params)
