@@ -43,9 +43,9 @@ def ptq(
 ) -> tuple[P, Quantizers, Table]:
     """Quantize a trained model: `(params, quantizers, table)`.
 
-    Folds batch norms, equalizes, calibrates on `batches` and, where weights have 8 bits or
-    less, rounds them by `adaround`, which corrects biases too; the model is not touched.
-    `rounding=False`, and weights of more bits, round to nearest and correct biases only.
+    Folds batch norms, equalizes, calibrates on `batches`, rounds by `adaround` if any weight
+    has 8 bits or less, and corrects biases; the model is not touched. `rounding=False` rounds
+    to nearest and corrects biases only.
     `key`, by default `jax.random.key(0)`, is split between the steps. `mask`, a function of a
     batch, says where its values count, as in `jm.calibrate`, in every step and in the ratios.
     Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step:
@@ -118,6 +118,7 @@ def ptq(
         **options,
     )
     quantizers = measure("equalize", params, _summary(report, "scale min"))
+    weights = None
     if rounds:
         params, weights, report = adaround(
             params,
@@ -129,11 +130,11 @@ def ptq(
             **options,
         )
         quantizers = measure("adaround", params, _summary(report, "loss"), weights)
-    else:
-        params, report = correct_bias(
-            params, graph, quantizers, data, with_report=True, **options
-        )
-        quantizers = measure("correct_bias", params, _summary(report, "into"))
+    # After rounding too: adaround shifts a layer's own bias only, not that of its norm.
+    params, report = correct_bias(
+        params, graph, quantizers, data, with_report=True, **options
+    )
+    quantizers = measure("correct_bias", params, _summary(report, "into"), weights)
     table = Table({k: [r[k] for r in rows] for k in rows[0]}, title="ptq")
     return params, quantizers, table
 
