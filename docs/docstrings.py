@@ -40,10 +40,22 @@ def prefer_functions(module: griffe.Module) -> None:
 
 
 def as_markdown(text: str) -> str:
-    """Examples, from `>>>` to an empty line, in a fence; columns as a list."""
+    """Examples, from `>>>` to an empty line, in a fence; columns and arguments as lists."""
     lines: list[str] = []
     inside = False
+    section = None
     for line in text.splitlines():
+        if opened := re.fullmatch(r"(Args|Returns|Raises):", line):
+            section = opened[1]
+            lines += ["", f"**{section}:**", ""]
+            continue
+        if section and line and not line.startswith(" "):
+            section = None
+        if section:
+            item = re.match(r" {4}(\*{0,2}\w+): (.*)", line)
+            named = item if section != "Returns" else None
+            lines.append(f"- `{named[1]}`: {named[2]}" if named else line[4:])
+            continue
         if line.startswith(">>>") and not inside:
             lines += ["", "```pycon"]
             inside = True

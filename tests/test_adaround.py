@@ -642,6 +642,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             call(params, **other)
     with pytest.raises(ValueError, match="another"):
         call([2.0 * w for w in params])
+    for other in ({"weight_bits": 4}, {"weight_range": "mse"}, {"block": 4}):
+        config = dataclasses.replace(W3, **other)
+        _, others = prepared(apply, params, x, config=config)
+        with pytest.raises(ValueError, match="another"):
+            jm.adaround(params, graph, others, [(x,)], checkpoint=tmp_path / "c")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         jm.adaround(params, graph, q, [(x,)], key=KEY, checkpoint=tmp_path / "file")

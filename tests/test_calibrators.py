@@ -1,6 +1,7 @@
 """Each calibrator against the optimum over raw samples in float64, and in `calibrate`."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import pytest
 import by_hand
 import jaxmet as jm
 from jaxmet.numerics.calibrators import (
+    CALIBRATORS,
+    RangeName,
+    Target,
     best_range,
     noise,
     percentile_range,
@@ -548,3 +552,186 @@ def test_percentiles_and_methods_are_checked():
 def test_histograms_are_trees():
     h = histogram(jnp.ones(3))
     assert isinstance(jax.tree.map(jnp.negative, h), Histogram)
+
+
+# Calibrators of the user's own
+
+
+def three_sigma(values, target):
+    """Mean ± 3 standard deviations."""
+    del target
+    middle, weight = (values.left + values.right) / 2, values.number
+    mean = jnp.sum(weight * middle) / jnp.sum(weight)
+    square = jnp.sum(weight * (middle - mean) ** 2) / jnp.sum(weight)
+    return mean - 3 * jnp.sqrt(square), mean + 3 * jnp.sqrt(square)
+
+
+def half(values, target):
+    """Half of the observed range: known exactly, from the ends alone."""
+    del target
+    return values.left[0] / 2, values.right[-1] / 2
+
+
+def fixed(values, target):
+    """The same range whatever the values are."""
+    del values
+    return -1.5 if target.symmetric else -0.5, 1.5
+
+
+def scale_between(low, high, bits, symmetric):
+    """The textbook scale of a range, which includes zero."""
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    if symmetric:
+        return np.maximum(-low, high) / (2 ** (bits - 1) - 1)
+    return (high - low) / (2**bits - 1)
+
+
+RNG = np.random.default_rng(11)
+NET = {
+    "w": jnp.asarray(RNG.standard_t(3, size=(12, 5)), jnp.float32),
+    "v": jnp.asarray(RNG.normal(size=(5, 7)), jnp.float32),
+}
+BATCH = jnp.asarray(RNG.normal(size=(200, 12)) + 0.3, jnp.float32)
+
+
+def net(params, x):
+    return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_follow_a_calibrator_of_the_users_own(symmetric, per_channel):
+    """Recomputed at each call, under jit too, from the weight as it is then."""
+    graph = jm.trace(net, NET, BATCH)
+    config = jm.QuantConfig(
+        4, 32, per_channel, symmetric_weights=symmetric, weight_range=three_sigma
+    )
+    q = jm.calibrate(NET, graph, [BATCH], config, progress=False)
+    assert all(w.follows for w in q.weights.values())
+    for name in ("w", "v"):
+        axis = 0 if per_channel else (0, 1)
+        for times in (1.0, 3.0):  # the weight changes, and its range with it
+            tree = NET | {name: NET[name] * times}
+            w = np.asarray(tree[name], np.float64)
+            mean, std = (f(w, axis=axis, keepdims=True) for f in (np.mean, np.std))
+            scale = scale_between(mean - 3 * std, mean + 3 * std, 4, symmetric)
+            found = q.pin(tree).weights[name].scale
+            np.testing.assert_allclose(found, np.broadcast_to(scale, found.shape), 1e-5)
+            rounded = jax.jit(lambda p: jm.round_weights(p, q))(tree)[name]
+            pinned = jm.round_weights(tree, q.pin(tree))[name]
+            np.testing.assert_allclose(rounded, pinned, rtol=1e-6)
+            levels = np.asarray(rounded, np.float64) / scale
+            np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
+    exact = net(jm.round_weights(NET, q.pin(NET)), BATCH)
+    device = jax.jit(jm.simulate(net, q))
+    np.testing.assert_allclose(device(NET, BATCH), exact, rtol=1e-5, atol=1e-4)
+    jax.grad(lambda p: jnp.sum(jm.simulate(net, q)(p, BATCH)))(NET)
+
+
+def test_activations_have_the_range_of_a_calibrator_of_the_users_own():
+    graph = jm.trace(net, NET, BATCH)
+    values = {
+        "input": np.asarray(BATCH, np.float64),
+        "w/relu": np.maximum(np.asarray(BATCH @ NET["w"], np.float64), 0),
+    }
+
+    def scales(calibrator, **more):
+        config = jm.QuantConfig(activation_range=calibrator, **more)
+        halves = [BATCH[:100], BATCH[100:]]
+        q = jm.calibrate(NET, graph, halves, config, samples=None, progress=False)
+        return {name: float(q.activations[name].scale) for name in values}
+
+    for name, x in values.items():
+        ends = x.min() / 2, x.max() / 2
+        np.testing.assert_allclose(
+            scales(half)[name], scale_between(*ends, 8, False), rtol=1e-5
+        )
+        ends = x.mean() - 3 * x.std(), x.mean() + 3 * x.std()
+        np.testing.assert_allclose(
+            scales(three_sigma)[name], scale_between(*ends, 8, False), rtol=5e-3
+        )
+        assert scales(fixed)[name] == pytest.approx(2 / 255)
+    signed = scales(fixed, symmetric_activations=True)["input"]
+    assert signed == pytest.approx(1.5 / 127)
+
+
+def test_a_rule_may_bring_a_calibrator_and_prints_its_name():
+    rule = jm.Rule("v", weight_range=half, weight_bits=4)
+    assert repr(rule) == "Rule('v', weight_bits=4, weight_range=half)"
+    graph = jm.trace(net, NET, BATCH)
+    q = jm.calibrate(NET, graph, [BATCH], jm.QuantConfig(rules=[rule]), progress=False)
+    w = np.abs(np.asarray(NET["w"])).max(0, keepdims=True)
+    pinned = q.pin(NET).weights
+    low, high = (f(np.asarray(NET["v"]), axis=0) / 2 for f in (np.min, np.max))
+    scale = scale_between(low, high, 4, True)[None]
+    np.testing.assert_allclose(pinned["v"].scale, scale, rtol=1e-5)
+    np.testing.assert_allclose(pinned["w"].scale, w / 127, rtol=1e-5)
+    again = q.set("w", calibrator=half).pin(NET).weights["w"].scale
+    low, high = (f(np.asarray(NET["w"]), axis=0) / 2 for f in (np.min, np.max))
+    np.testing.assert_allclose(again, scale_between(low, high, 8, True)[None], 1e-5)
+
+
+def test_the_same_function_compiles_once():
+    """It is static, hashable metadata: what was compiled for it serves a second call."""
+    graph = jm.trace(net, NET, BATCH)
+    config = jm.QuantConfig(weight_range=functools.partial(fixed))
+    one, two = (
+        jm.calibrate(NET, graph, [BATCH], config, progress=False) for _ in range(2)
+    )
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    count = 0
+
+    @jax.jit
+    def run(params, quantizers):
+        nonlocal count
+        count += 1
+        return jm.round_weights(params, quantizers)
+
+    run(NET, one), run(NET, two)
+    assert count == 1
+
+
+def test_a_file_holds_no_function(tmp_path):
+    graph = jm.trace(net, NET, BATCH)
+    config = jm.QuantConfig(activation_range=half, weight_range=half)
+    q = jm.calibrate(NET, graph, [BATCH], config, progress=False)
+    path = tmp_path / "model.npz"
+    with pytest.raises(ValueError, match=r"jaxmet\.save: .*'w'.*half.*pin\(params\)"):
+        jm.save(path, quantizers=q)
+    assert not path.exists()
+    pinned = q.pin(NET)
+    jm.save(path, quantizers=pinned)
+    found = jm.load(path).quantizers
+    one, two = (jm.simulate(net, z)(NET, BATCH) for z in (pinned, found))
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "wrong,said",
+    [
+        ("mze", "'mze'.*'minmax', 'percentile'.*or a function"),
+        (3, "is 3"),
+        (lambda values: values, "<lambda>.*takes 1 positional"),
+        (lambda values, target: values.left, "no pair"),
+        (lambda values, target: (values.left, 1.0), r"shapes \(8,\) and \(\)"),
+        (lambda values, target: (0.0, float(values.right[-1])), "does not run"),
+        (lambda values, target: (0.0, np.sort(values.right)[-1]), "does not run"),
+    ],
+)
+def test_what_is_no_calibrator_is_refused_when_it_is_named(wrong, said):
+    for field in ("weight_range", "activation_range"):
+        for make in (jm.QuantConfig, functools.partial(jm.Rule, "w")):
+            with pytest.raises(ValueError, match=rf"jaxmet\.\w+: {field}.*{said}"):
+                make(**{field: wrong})
+    q = jm.calibrate(NET, jm.trace(net, NET, BATCH), [BATCH], progress=False)
+    with pytest.raises(ValueError, match=f"Quantizers.set: calibrator.*{said}"):
+        q.set("w", calibrator=wrong)
+
+
+def test_every_named_calibrator_is_an_entry_of_one_table():
+    assert tuple(CALIBRATORS) == get_args(RangeName)
+    values = values_in(jnp.asarray(data("skewed")[:100]), "mse")
+    target = Target(*map(jnp.float32, (0, 255, 1e-3)), symmetric=False)
+    low, high = CALIBRATORS["minmax"](values, target)
+    few = data("skewed")[:100]
+    assert (float(low), float(high)) == (min(few.min(), 0), few.max())

@@ -1,6 +1,7 @@
 """What the README and the pages print runs as printed, and names every public name."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -60,6 +61,24 @@ def test_blocks_and_their_tabs_are_found():
     )
     found = [("a\n", None), ("b\n\nc\n", "linen"), ("d\n", "nnx"), ("f\n", None)]
     assert blocks_of(text) == [Block(*pair) for pair in found]
+
+
+def test_arguments_of_a_docstring_become_a_list():
+    pytest.importorskip("griffe", reason="the site needs pip install '.[docs]'")
+    spec = importlib.util.spec_from_file_location("docstrings", DOCS / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (
+        "Does it.\n\nArgs:\n    x: an array, of\n        any shape.\n    **kwargs: more.\n"
+        "\nReturns:\n    Twice: the same.\n\nRaises:\n    ValueError: never.\n\n>>> f(1)\n"
+    )
+    expected = (
+        "Does it. **Args:** - `x`: an array, of any shape. - `**kwargs`: more. "
+        "**Returns:** Twice: the same. **Raises:** - `ValueError`: never. "
+        "```pycon >>> f(1) ```"
+    )
+    assert " ".join(module.as_markdown(text).split()) == expected
 
 
 class Small(nn.Module):

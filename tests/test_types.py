@@ -95,11 +95,17 @@ def wrong(params: Params, x: jax.Array, quantizers: jm.Quantizers) -> None:
 """
 CONFIG = """
 
+def halved(values: Any, target: Any) -> tuple[Any, Any]:
+    return values.left[0] / 2, values.right[-1] / 2
+
+
 def configured() -> None:
     jm.QuantConfig(weight_range="mse", activation_range="entropy", bias="int32")
     jm.Rule("stem", weight_range="minmax")
+    jm.QuantConfig(weight_range=halved, activation_range=lambda values, target: (0, 1))
     jm.QuantConfig(weight_range="mze")  # wrong
     jm.QuantConfig(placement="product")  # wrong
+    jm.QuantConfig(weight_range=lambda values: values)  # wrong
     jm.Rule("stem", activation_range="entropie")  # wrong
 """
 QUANTIZERS = "quantizers"

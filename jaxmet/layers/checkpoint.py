@@ -1,5 +1,6 @@
 """What was found so far, a file a step, so that a run that was killed goes on."""
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -15,6 +16,8 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.program.compat import is_key
+from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.quantizers import Quantizers
 
 ABOUT = "about.json"
 
@@ -82,6 +85,20 @@ def write(path: Path, content: bytes) -> None:
 def model_of(graph: Graph) -> list[str]:
     """What a model computes, as far as its graph says it."""
     return [repr(node) for node in graph.nodes]
+
+
+def static_of(quantizers: Quantizers) -> list[Any]:
+    """What is static about quantizers: bits, axes, calibrators … Leaves do not tell it."""
+    groups = (quantizers.weights, quantizers.activations)
+    every = [(name, one) for group in groups for name, one in group.items()]
+    fields = [f.name for f in dataclasses.fields(Quantizer)]
+    found: list[Any] = []
+    for name, one in every:
+        values = {f: getattr(one, f) for f in fields}
+        values = {f: v for f, v in values.items() if not hasattr(v, "dtype")}
+        found += [name, *(v for v in values.values() if callable(v))]
+        found.append(repr({f: v for f, v in values.items() if not callable(v)}))
+    return found
 
 
 PLAIN = (str, bytes, int, float, complex, bool, type(None))

@@ -109,7 +109,8 @@ def _reaches(field: str, value: Any, tensor: Tensor, until: QuantConfig) -> bool
     if field == "percentile":
         early = until.resolve(tensor.names, tensor.kind)
         methods = early.calibrator, tensor.settings.calibrator
-        return tensor.owner is None and "percentile" in methods
+        reads = any(m == "percentile" or callable(m) for m in methods)
+        return tensor.owner is None and reads
     return tensor.owner is None or field == "quantize_activations"
 
 

@@ -1,8 +1,21 @@
-r"""The range that serves values best on a grid of few bits: percentile, MSE, SQNR, entropy.
+r"""The range of values that a quantizer covers: min-max, percentile, MSE, SQNR, entropy.
 
-A wide range makes every step coarse, a narrow one clips: each method is a price for the
-two. All take the distribution as `Values` and never give up zero, nor the side on which
-there is nothing: what is not negative keeps its end at zero.
+A wide range makes every step coarse, a narrow one clips: each calibrator is a price for the
+two. A calibrator is a function `(values, target) -> (low, high)` in `jax.numpy`: of a
+histogram, as `Values`, and of the quantizer that the range is for, as `Target`, to two
+numbers. The built-in ones are the entries of `CALIBRATORS`; any other function can be given
+to `jm.QuantConfig` in their place:
+
+    def three_sigma(values, target):
+        middle, weight = (values.left + values.right) / 2, values.number / values.number.sum()
+        mean = jnp.sum(weight * middle)
+        deviation = jnp.sqrt(jnp.sum(weight * (middle - mean) ** 2))
+        return mean - 3 * deviation, mean + 3 * deviation
+
+    jm.QuantConfig(activation_range=three_sigma)
+
+Whatever the range, the quantizer covers zero too. The built-in ones leave the end of the side
+on which there is nothing at zero.
 
 The expected squared error of values spread evenly over $a \dots b$ is exact, not that of
 the middle: with $t = x/\Delta$ and $f = t - \mathrm{round}(t)$,
@@ -10,9 +23,10 @@ $\int (x - \hat x)^2\,dx = \Delta^3\,[\mathrm{round}(t)/12 + f^3/3]$ where nothi
 clipped and $(x - h)^3/3$ beyond an end $h$ of the grid.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +45,7 @@ from jaxmet.numerics.ranges import (
     over_blocks,
 )
 
-RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse", "sqnr", "entropy"]
-CALIBRATORS = get_args(RangeMethod)
+RangeName: TypeAlias = Literal["minmax", "percentile", "mse", "sqnr", "entropy"]
 GAMMA = 3.0
 """What AIMET lets clipping cost, where rounding costs 1."""
 
@@ -48,16 +61,75 @@ Objective = Callable[[Scalar, Scalar], Scalar]  # of a scale and a zero point
 
 
 class Values(NamedTuple):
-    """A distribution in sorted pieces, each spread evenly over `left` … `right`.
+    """A histogram: sorted bins, in each of which values lie evenly from `left` to `right`.
 
-    A piece without width is one value. Of its `number` values `rounded` are not exactly
-    zero: those that are cost nothing on any grid.
+    A bin without width is one value: up to 2,048 values of a weight stand for themselves. Of
+    the `number` of values in a bin `rounded` are not exactly zero: those that are cost nothing
+    on any grid. The first left and the last right end are the smallest and largest value.
     """
 
     left: Float[Array, "*layers pieces"]
     right: Float[Array, "*layers pieces"]
     number: Float[Array, "*layers pieces"]
     rounded: Float[Array, "*layers pieces"]
+
+
+class Target(NamedTuple):
+    """What a range is for: the `lowest` and `highest` integer of the quantizer.
+
+    `tail` is the share of the values that may lie beyond either end, from
+    `QuantConfig.percentile`; `symmetric` is a plain bool.
+    """
+
+    lowest: Scalar
+    highest: Scalar
+    tail: Scalar
+    symmetric: bool
+
+    @property
+    def ends(self) -> Ends:
+        """The lowest and highest integer."""
+        return self.lowest, self.highest
+
+
+Calibrator: TypeAlias = Callable[[Values, Target], tuple[Any, Any]]
+RangeMethod: TypeAlias = RangeName | Calibrator
+C = TypeVar("C", bound=Calibrator)
+
+
+def calibrator_of(method: RangeMethod) -> Calibrator:
+    """The function of a name, or the function itself."""
+    return method if callable(method) else CALIBRATORS[method]
+
+
+def check_calibrator(method: Any, caller: str, name: str) -> None:
+    """Raise unless this is a name, or a function that runs on a histogram."""
+    if isinstance(method, str) and method in CALIBRATORS:
+        return
+    cure = (
+        f"It is one of {', '.join(map(repr, CALIBRATORS))}, or a function "
+        "(values, target) -> (low, high) in jax.numpy: see jm.numerics.calibrators."
+    )
+    if not callable(method) or not isinstance(method, Hashable):
+        raise ValueError(f"jaxmet.{caller}: {name} is {method!r}. {cure}")
+    pieces, scalar = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8,), ()))
+    for symmetric in (True, False):
+        run: Any = partial(_best_range, method=method, symmetric=symmetric)
+        try:
+            jax.eval_shape(run, *[pieces] * 4, *[scalar] * 3)
+        except Exception as error:  # whatever a function raises that cannot run
+            first = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"jaxmet.{caller}: {name}, the function {calibrator_name(method)}, does not "
+                f"run on a histogram: {type(error).__name__}: {first} {cure}"
+            ) from error
+
+
+def calibrator_name(method: Any) -> str:
+    """How a calibrator is shown."""
+    return (
+        method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    )
 
 
 def values_of(h: Histogram) -> Values:
@@ -68,9 +140,9 @@ def values_of(h: Histogram) -> Values:
     return Values(ends[..., :-1], ends[..., 1:], h.counts, jnp.maximum(rounded, 0.0))
 
 
-def values_in(x: Float[Array, "n"], method: str) -> Values:
-    """Few values stand for themselves; many, and all for entropy, by their histogram."""
-    if x.size > BINS or method == "entropy":
+def values_in(x: Float[Array, "n"], method: RangeMethod) -> Values:
+    """Few values stand for themselves; many, and all for a binned calibrator, by bins."""
+    if x.size > BINS or getattr(calibrator_of(method), "binned", False):
         return values_of(histogram(x))
     x = jnp.sort(x)
     return Values(x, x, jnp.ones_like(x), (x != 0).astype(x.dtype))
@@ -83,7 +155,7 @@ def best_range(
     high: Float[Array, "*layers"],
     tail: Float[Array, "*layers"],
     *,
-    method: str,
+    method: RangeMethod,
     symmetric: bool,
 ) -> Extremes:
     """The range for a grid with the ends low … high, for each of the leading axes.
@@ -101,7 +173,7 @@ def range_of(
     low: Numbers,
     high: Numbers,
     *,
-    method: str,
+    method: RangeMethod,
     symmetric: bool,
     percentile: float | int = 99.99,
     axis: tuple[int, ...] | None = None,
@@ -127,39 +199,65 @@ def range_of(
 
 @partial(jax.jit, static_argnames=("method", "symmetric"))
 def _range_of(
-    groups: jax.Array, *given: jax.Array, method: str, symmetric: bool
+    groups: jax.Array, *given: jax.Array, method: RangeMethod, symmetric: bool
 ) -> Extremes:
     values = jax.vmap(partial(values_in, method=method))(groups)
     given = tuple(jnp.broadcast_to(v, groups.shape[:1]) for v in given)
     return best_range(values, *given, method=method, symmetric=symmetric)
 
 
-def _best_range(*args: jax.Array, method: str, symmetric: bool) -> Extremes:
-    values, (low, high, tail) = Values(*args[:4]), args[4:]
-    # In units of a power of two: squares of extreme values would leave the floats.
-    extent = jnp.maximum(jnp.abs(values.left[0]), jnp.abs(values.right[-1]))
-    _, exponent = jnp.frexp(extent)
-    unit = jnp.ldexp(jnp.ones_like(extent), jnp.clip(exponent, -120, 120))
-    left, right = values.left / unit, values.right / unit
-    values = values._replace(left=left, right=right)
-    ends = low, high
-    whole = jnp.minimum(left[0], 0.0), jnp.maximum(right[-1], 0.0)
-    if method == "percentile":
-        least, most = percentile_range(values, tail)
-    elif method == "sqnr":
-        price = partial(_noise, values, ends, GAMMA)
-        ranges = sqnr_candidates(*whole, ends, symmetric)
-        best = _cheapest(price, ranges, ends, symmetric)
-        least, most = ranges[0][best], ranges[1][best]
-    else:
-        price = partial(_noise, values, ends, 1.0)
-        if method == "entropy":
-            price = partial(divergence, values, ends)
-        least, most = _search(price, *whole, ends, symmetric)
-    return least * unit, most * unit
+def _best_range(*args: jax.Array, method: Any, symmetric: bool) -> Extremes:
+    lowest, highest, tail = args[4:]
+    values, target = Values(*args[:4]), Target(lowest, highest, tail, symmetric)
+    found = calibrator_of(method)(values, target)
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise TypeError("it returns no pair of a low and a high end.")
+    low, high = (jnp.asarray(end, values.left.dtype) for end in found)
+    if low.shape or high.shape:
+        raise TypeError(
+            f"the ends have the shapes {low.shape} and {high.shape}, not ()."
+        )
+    return low, high
+
+
+def binned(calibrator: C) -> C:
+    """Mark a calibrator that needs bins of one width, however few the values are."""
+    setattr(calibrator, "binned", True)  # noqa: B010
+    return calibrator
+
+
+def _in_own_unit(calibrator: Calibrator) -> Calibrator:
+    """In units of a power of two: squares of extreme values would leave the floats."""
+
+    @functools.wraps(calibrator)
+    def scaled(values: Values, target: Target) -> Extremes:
+        extent = jnp.maximum(jnp.abs(values.left[0]), jnp.abs(values.right[-1]))
+        _, exponent = jnp.frexp(extent)
+        unit = jnp.ldexp(jnp.ones_like(extent), jnp.clip(exponent, -120, 120))
+        left, right = values.left / unit, values.right / unit
+        low, high = calibrator(values._replace(left=left, right=right), target)
+        return low * unit, high * unit
+
+    return scaled
+
+
+def _whole(values: Values) -> Extremes:
+    return jnp.minimum(values.left[0], 0.0), jnp.maximum(values.right[-1], 0.0)
+
+
+def smallest_to_largest(values: Values, target: Target) -> Extremes:
+    """'minmax': everything, however far out."""
+    del target
+    return _whole(values)
 
 
 # Percentile
+
+
+@_in_own_unit
+def percentile(values: Values, target: Target) -> Extremes:
+    """'percentile': what leaves a share `tail` of the values beyond either end."""
+    return percentile_range(values, target.tail)
 
 
 def percentile_range(values: Values, tail: Scalar) -> Extremes:
@@ -180,6 +278,21 @@ def _upper(
 
 
 # Squared error: MSE and SQNR
+
+
+@_in_own_unit
+def mse(values: Values, target: Target) -> Extremes:
+    """'mse': where the mean squared error is least."""
+    return _search(partial(_noise, values, target.ends, 1.0), *_whole(values), target)
+
+
+@_in_own_unit
+def sqnr(values: Values, target: Target) -> Extremes:
+    """'sqnr': the best of AIMET's candidates, with clipping weighted three times."""
+    price = partial(_noise, values, target.ends, GAMMA)
+    ranges = sqnr_candidates(*_whole(values), target.ends, target.symmetric)
+    best = _cheapest(price, ranges, target)
+    return ranges[0][best], ranges[1][best]
 
 
 def noise(
@@ -246,6 +359,14 @@ def sqnr_candidates(
 # Entropy
 
 
+@binned
+@_in_own_unit
+def entropy(values: Values, target: Target) -> Extremes:
+    """'entropy': where the histogram changes least."""
+    price = partial(divergence, values, target.ends)
+    return _search(price, *_whole(values), target)
+
+
 def divergence(values: Values, ends: Ends, scale: Scalar, zero_point: Scalar) -> Scalar:
     r"""What the grid loses of a histogram: $\sum P \log P/Q$.
 
@@ -278,24 +399,24 @@ def divergence(values: Values, ends: Ends, scale: Scalar, zero_point: Scalar) ->
 
 
 def _cheapest(
-    price: Objective, ranges: tuple[jax.Array, jax.Array], ends: Ends, symmetric: bool
+    price: Objective, ranges: tuple[jax.Array, jax.Array], target: Target
 ) -> jax.Array:
     """The first of the cheapest ranges, each priced with the grid that it would get."""
 
     def priced(candidate: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return price(*grid_between(*candidate, *ends, symmetric=symmetric))
+        grid = grid_between(*candidate, *target.ends, symmetric=target.symmetric)
+        return price(*grid)
 
     return jnp.argmin(lax.map(priced, ranges))
 
 
-def _search(
-    price: Objective, least: Scalar, most: Scalar, ends: Ends, symmetric: bool
-) -> Extremes:
+def _search(price: Objective, least: Scalar, most: Scalar, target: Target) -> Extremes:
     """The cheapest range within one that includes zero; equals leave it whole.
 
     A coarse net of shares of either end, from 1 down in equal ratios, then two finer ones
     around the best. A symmetric grid has one share for both ends.
     """
+    symmetric = target.symmetric
     coarse = np.arange(33 if symmetric else 13)
     one, two = (coarse, coarse) if symmetric else _pairs(coarse)
     one, two = (jnp.asarray(n, least.dtype) for n in (one, two))
@@ -306,7 +427,7 @@ def _search(
         down = jnp.minimum(down - step * (one - start), 0.0)
         up = jnp.minimum(up - step * (two - start), 0.0)
         ranges = jnp.exp2(down) * least, jnp.exp2(up) * most
-        best = _cheapest(price, ranges, ends, symmetric)
+        best = _cheapest(price, ranges, target)
         return (down[best], up[best], step * finer, jnp.full_like(start, middle)), None
 
     zero = jnp.zeros_like(least)  # shares are kept as logarithms
@@ -317,3 +438,13 @@ def _search(
 
 def _pairs(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(steps, steps.size), np.tile(steps, steps.size)
+
+
+CALIBRATORS: dict[RangeName, Calibrator] = {
+    "minmax": smallest_to_largest,
+    "percentile": percentile,
+    "mse": mse,
+    "sqnr": sqnr,
+    "entropy": entropy,
+}
+"""The built-in calibrators; a new one is a function, an entry here and in `RangeName`."""

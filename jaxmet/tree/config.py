@@ -5,7 +5,12 @@ import enum
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
-from jaxmet.numerics.calibrators import CALIBRATORS, RangeMethod, is_percentile
+from jaxmet.numerics.calibrators import (
+    RangeMethod,
+    calibrator_name,
+    check_calibrator,
+    is_percentile,
+)
 from jaxmet.numerics.grid import check_bits
 from jaxmet.tree.names import match
 
@@ -59,7 +64,7 @@ class Settings:
     symmetric: bool
     per_channel: bool
     block: int | None
-    calibrator: str
+    calibrator: RangeMethod
     percentile: float
 
 
@@ -131,7 +136,10 @@ class Rule:
         return fields
 
     def __repr__(self) -> str:
-        said = (f"{name}={value!r}" for name, value in self.overrides().items())
+        said = (
+            f"{name}={calibrator_name(value) if callable(value) else repr(value)}"
+            for name, value in self.overrides().items()
+        )
         return f"Rule({', '.join([repr(self.glob), *said])})"
 
 
@@ -139,15 +147,22 @@ class Rule:
 class QuantConfig:
     """How a model is quantized; the default is W8A8 with one weight scale a channel.
 
-    `weight_range` and `activation_range` say where a grid ends: 'minmax' at the smallest
-    and largest value; 'percentile' where `percentile` percent of the values lie below and
-    as many above the other end; 'mse' and 'sqnr' where the squared error is least, with
-    clipping three times as dear in 'sqnr'; 'entropy' where the histogram changes least.
+    `weight_range` and `activation_range` are the calibrators: they say which range a
+    quantizer covers. 'minmax' goes from the smallest to the largest value; 'percentile' leaves
+    out 100 − `percentile` percent of the values beyond either end; 'mse' and 'sqnr' make the
+    squared error least, with clipping weighted three times as heavily in 'sqnr'; 'entropy'
+    changes the histogram least. A function `(values, target) -> (low, high)` in `jax.numpy` is
+    a calibrator of your own: `values` is a histogram (`left`, `right` and `number` of each
+    bin), `target` what the range is for (`lowest`, `highest`, `tail`, `symmetric`); see
+    `jm.numerics.calibrators`. Give the same function again, since programs are compiled for it.
+
     `block` neighbours along the inputs of a weight share a scale, the last block of an axis
     may be shorter. With `bias='int32'` a bias is an integer at the product of the scales of
     weight and input, as in integer accumulators; so is the shift of a folded batch norm,
     with the product's own bias in it. `rules` are overrides, applied in their order: the
     later one wins.
+
+    >>> jm.QuantConfig(weight_bits=4, weight_range="mse")
     """
 
     weight_bits: int = 8
@@ -235,8 +250,6 @@ OPTIONS = frozenset(
 """The names of all fields of a configuration and of a rule."""
 
 _CHOICES = {
-    "weight_range": CALIBRATORS,
-    "activation_range": CALIBRATORS,
     "bias": get_args(BiasFormat),
     "placement": get_args(Placing),
 }
@@ -258,6 +271,8 @@ def _check(fields: dict[str, Any], caller: str) -> None:
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {value!r}. Use True or False."
             )
+        elif name in ("weight_range", "activation_range"):
+            check_calibrator(value, caller, name)
         elif name in _CHOICES and value not in _CHOICES[name]:
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {value!r}. It is one of "

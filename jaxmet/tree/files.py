@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.numerics.calibrators import calibrator_name
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import Compressed, flatten
 from jaxmet.tree.names import parameter_names
@@ -71,6 +72,7 @@ def save(
         )
     if quantizers is not None:
         check_are_quantizers(quantizers, "save")
+        quantizers = _without_functions(quantizers)
     if table is not None and not isinstance(table, Table):
         raise ValueError(
             f"jaxmet.save: table is of type {type(table).__name__}. Give one jm.Table."
@@ -89,6 +91,28 @@ def save(
     arrays["manifest"] = np.frombuffer(text, np.uint8)
     # The names of arrays are numbers and 'manifest', never 'allow_pickle'
     written(path, lambda f: np.savez(f, **arrays))  # pyright: ignore[reportArgumentType]
+
+
+def _without_functions(quantizers: Quantizers) -> Quantizers:
+    """The same with no function as a calibrator: a file holds none.
+
+    Where the scale is a number the calibrator has done its work, and is dropped.
+    """
+    groups = {}
+    for group in ("weights", "activations"):
+        groups[group] = dict(getattr(quantizers, group))
+        for name, one in groups[group].items():
+            if not callable(one.calibrator):
+                continue
+            if one.follows and one.active:
+                raise ValueError(
+                    f"jaxmet.save: the range of {name!r} comes from the function "
+                    f"{calibrator_name(one.calibrator)}, which a file cannot hold. Make its "
+                    "scale a number first, quantizers=quantizers.pin(params), or name a "
+                    f"built-in one: quantizers.set({name!r}, calibrator='mse')."
+                )
+            groups[group][name] = dataclasses.replace(one, calibrator="minmax")
+    return dataclasses.replace(quantizers, **groups)
 
 
 def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:

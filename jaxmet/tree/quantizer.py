@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmet.numerics.calibrators import CALIBRATORS, is_percentile, range_of
+from jaxmet.numerics.calibrators import (
+    RangeMethod,
+    check_calibrator,
+    is_percentile,
+    range_of,
+)
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, grid_ends
 from jaxmet.numerics.learned_ranges import (
@@ -40,8 +45,9 @@ class Quantizer:
     """One grid. What states it are leaves, everything else is static.
 
     Neither `scale` nor `maximum`: it follows the tensor, recomputed from what is quantized,
-    by `calibrator` (a search, but for 'minmax' and 'percentile': `Quantizers.pin` does it
-    once), and no gradient goes through it. Scales are scalars, or have the rank of the
+    by `calibrator`, a name or a function as in `QuantConfig.weight_range` (a search, but for
+    'minmax' and 'percentile': `Quantizers.pin` does it once), and no gradient goes through
+    it. Scales are scalars, or have the rank of the
     tensor with size 1 on the axes they do not tell apart. `axis` are the axes with
     scales of their own, and on `block_axis` each scale
     serves `block` neighbours. The integers of a symmetric grid are signed or not; an
@@ -74,7 +80,7 @@ class Quantizer:
     axis: tuple[int, ...] | None = None
     block: int | None = None
     block_axis: int | None = None
-    calibrator: str = "minmax"
+    calibrator: RangeMethod = "minmax"
     percentile: float | int = 99.99
     product: tuple[str, str] | None = None
     beside: tuple[tuple[str, float], ...] = ()
@@ -295,11 +301,8 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             f"jaxmet.Quantizers.set: learn is {fields['learn']!r}. It is one of "
             f"{', '.join(map(repr, LEARN))}: what of a grid trains."
         )
-    if fields.get("calibrator", "minmax") not in CALIBRATORS:
-        raise ValueError(
-            f"jaxmet.Quantizers.set: calibrator is {fields['calibrator']!r}. It is one of "
-            f"{', '.join(map(repr, CALIBRATORS))}."
-        )
+    if "calibrator" in fields:
+        check_calibrator(fields["calibrator"], "Quantizers.set", "calibrator")
     if not is_percentile(fields.get("percentile", 100)):
         raise ValueError(
             f"jaxmet.Quantizers.set: percentile is {fields['percentile']!r}. Give a number "

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.arguments import check_keywords, key_of
-from jaxmet.layers.checkpoint import Checkpoint, model_of
+from jaxmet.layers.checkpoint import Checkpoint, model_of, static_of
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
@@ -182,6 +182,7 @@ def adaround(
         params,
         model_of(graph),
         quantizers,
+        static_of(quantizers),
         read.first_batch,
         read.length,
         key,
