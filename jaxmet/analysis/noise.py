@@ -21,11 +21,12 @@ from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.collect import accepting
 from jaxmet.layers.fake_quantized import quantizer_at
 from jaxmet.layers.gradients import Tap, energies, projected_gradients, squared
+from jaxmet.layers.leaf_math import shifted
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.examples import some_examples
-from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers, grids
@@ -219,8 +220,7 @@ def _halfway(x: jax.Array, errors: Any) -> jax.Array:
 
 def _middle(leaf: Any, change: jax.Array) -> Any:
     """The leaf half rounded."""
-    weight = jnp.asarray(dense(leaf))
-    return with_weight(leaf, weight + (change / 2).astype(weight.dtype))
+    return shifted(leaf, change / 2)
 
 
 def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:

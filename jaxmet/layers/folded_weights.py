@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.fold_plans import plan_of, spread
+from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
 from jaxmet.numerics.norm import SMALLEST, norm_gain
 from jaxmet.tree.leaves import dense, with_weight
@@ -56,18 +57,13 @@ def folded_and_back(
     gains = gains_of(graph, leaves, caller)
     wide = dict(leaves)
     for name, gain in gains.items():
-        wide[name] = _times(leaves[name], gain)
+        wide[name] = scaled(leaves[name], gain)
     rounded = quantize(wide)
     for name, gain in gains.items():
         faint = jnp.abs(gain) < SMALLEST
-        back = _times(rounded[name], 1.0 / jnp.where(faint, 1.0, gain))
+        back = scaled(rounded[name], 1.0 / jnp.where(faint, 1.0, gain))
         rounded[name] = _where(faint, leaves[name], back)
     return rounded
-
-
-def _times(leaf: Any, factor: jax.Array) -> Any:
-    array = jnp.asarray(dense(leaf))
-    return with_weight(leaf, (array.astype(factor.dtype) * factor).astype(array.dtype))
 
 
 def _where(faint: jax.Array, leaf: Any, other: Any) -> Any:

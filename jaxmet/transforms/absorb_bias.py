@@ -20,12 +20,12 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node, Norm
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import how_often, split, spread
+from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import Network
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
-from jaxmet.numerics.precision import wide
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
+from jaxmet.tree.leaves import Compressed, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
@@ -327,7 +327,7 @@ def _absorb(
         if not row["channels"]:
             return row | {"note": "nothing to absorb"}
     assert plan.of.bias is not None
-    work[plan.of.bias] = _plus(work[plan.of.bias], -c)
+    work[plan.of.bias] = shifted(work[plan.of.bias], -c)
     if plan.bounds is not None:
         leaf = _as_compressed(work[plan.bounds])
         work[plan.bounds] = leaf.replace(upper=(upper - c).astype(_held(leaf, c)))
@@ -363,7 +363,7 @@ def _take(
     weight = by_channel(reader.product, leaf)
     lost = spread(reader.inputs, vectors).astype(weight.dtype)
     worth = shift_behind(weight, lost)
-    work[reader.place] = _plus(work[reader.place], reader.sign * worth)
+    work[reader.place] = shifted(work[reader.place], reader.sign * worth)
     if reader.pads:
         leaf = _as_compressed(leaf)
         before = leaf.input_offset
@@ -372,13 +372,6 @@ def _take(
         )
         offset = held - lost
         work[reader.parameter] = leaf.replace(input_offset=offset)
-
-
-def _plus(leaf: Any, change: jax.Array) -> Any:
-    array = jnp.asarray(dense(leaf))
-    dtype = wide(array.dtype, change.dtype)
-    new = array.astype(dtype) + change.astype(dtype).reshape(array.shape)
-    return with_weight(leaf, new.astype(array.dtype))
 
 
 def _as_compressed(leaf: Any) -> Compressed:

@@ -10,13 +10,14 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import join
+from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import Network
 from jaxmet.layers.once import run_once
 from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.transforms.correct_bias.sequential import Found
-from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -88,7 +89,7 @@ def _corrections(
             made = join(out.layout, tensor)
             variance = None if made is None else made.variance
         found[place.site.name] = Found(shift, variance)
-        new[place.into] = _minus(leaves[place.into], shift)
+        new[place.into] = shifted(leaves[place.into], -shift)
     return new, found
 
 
@@ -126,10 +127,3 @@ def _gain(node: Node, leaves: Leaves) -> jax.Array:
         return gain
     scale = jnp.asarray(dense(leaves[norm.scale])).reshape(-1)
     return scale.astype(gain.dtype) * gain
-
-
-def _minus(leaf: Any, shift: jax.Array) -> Any:
-    array = jnp.asarray(dense(leaf))
-    dtype = wide(array.dtype)
-    new = array.astype(dtype) - shift.astype(dtype).reshape(array.shape)
-    return with_weight(leaf, new.astype(array.dtype))

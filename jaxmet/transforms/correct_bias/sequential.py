@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.lockstep import Copy, Positions
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.correct_bias.places import Place, fits
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 
 
@@ -147,7 +148,6 @@ def _corrected(
     none = jnp.zeros(kept, dtype)
     if not fit:
         return leaf, none, none
-    new = bias.astype(dtype) - error.astype(dtype).reshape(bias.shape)
-    new = new.astype(bias.dtype)
-    taken = (bias.astype(dtype) - new.astype(dtype)).reshape(kept)
-    return with_weight(leaf, new), taken, none
+    new = shifted(leaf, -error)
+    taken = (bias.astype(dtype) - dense(new).astype(dtype)).reshape(kept)
+    return new, taken, none

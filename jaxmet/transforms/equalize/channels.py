@@ -20,10 +20,11 @@ from jaxmet.engine.graph.channels import (
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
+from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import Layers, log_ranges
-from jaxmet.tree.leaves import Compressed, dense, is_compressed, with_weight
+from jaxmet.tree.leaves import Compressed, is_compressed
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
 
@@ -255,7 +256,7 @@ def rescaled(
             if norm is None or norm.scale is None:
                 continue  # its gain has to stay, and is made of the variance alone
         factor = _factor(channels, member, scale, leaf)
-        leaf = _times(leaf, factor, POWERS[member.role])
+        leaf = scaled(leaf, factor, POWERS[member.role])
         if member.role == "in" and is_compressed(leaf):
             leaf = _offset_kept(leaf, scales_along(channels, member.layout, scale))
         found[member.parameter] = leaf
@@ -300,16 +301,6 @@ def _factor(
     shape[member.axis] = along.shape[1]
     along = along if member.out_axis < member.axis else along.T
     return along.reshape(shape)
-
-
-def _times(leaf: Any, factor: jax.Array, power: int) -> Any:
-    """A leaf times a power of the factor: 1, -1 or -2."""
-    array = jnp.asarray(dense(leaf))
-    dtype = wide(array.dtype, factor.dtype)
-    new, factor = array.astype(dtype), factor.astype(dtype)
-    for _ in range(abs(power)):
-        new = new * factor if power > 0 else new / factor
-    return with_weight(leaf, new.astype(array.dtype))
 
 
 def _gain_kept(

@@ -14,6 +14,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.grams import GramSums
 from jaxmet.layers.layer import WeightMatrix
+from jaxmet.layers.leaf_math import replaced, shifted
 from jaxmet.numerics.channel_selection import (
     by_block_obs,
     by_lasso,
@@ -22,7 +23,7 @@ from jaxmet.numerics.channel_selection import (
 )
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.prune.bundles import Bundle, channel_along, left_along
-from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.leaves import dense
 
 Selection = Literal["magnitude", "lasso", "obs"]
 SELECTIONS = get_args(Selection)
@@ -172,12 +173,9 @@ class Reader:
         name, bias = self.node.kernel, self.node.bias
         old = dense(leaves[name])
         flat = jnp.zeros(old.size, matrix.dtype).at[self.index].set(matrix)
-        array = flat.reshape(old.shape).astype(old.dtype)
-        found = {name: with_weight(leaves[name], array)}
+        found = {name: replaced(leaves[name], flat)}
         if bias is not None and bias in leaves and bias not in self.node.shared:
-            given = jnp.asarray(dense(leaves[bias]))
-            moved = given + shift.reshape(given.shape).astype(given.dtype)
-            found[bias] = with_weight(leaves[bias], moved)
+            found[bias] = shifted(leaves[bias], shift)
         return found
 
 

@@ -18,6 +18,7 @@ from jaxmet.engine.nodes.scalar_function import Formula, compute
 from jaxmet.engine.run.compressed import bounds_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.layer import WeightMatrix
+from jaxmet.layers.leaf_math import replaced, shifted
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
@@ -38,7 +39,7 @@ from jaxmet.transforms.rounding.solvers import (
 )
 from jaxmet.transforms.rounding.waves import Wave, find_waves
 from jaxmet.tree.batches import Batches, inputs_of
-from jaxmet.tree.leaves import dense, is_compressed, with_weight
+from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -378,16 +379,12 @@ class Run:
     def updated(self, layer: Layer, chosen: Chosen) -> dict[str, Any]:
         """The leaves of a layer that change."""
         old = self.leaves[layer.parameter]
-        weight = jnp.asarray(chosen.weight).astype(dense(old).dtype)
-        new = {layer.parameter: with_weight(old, weight)}
+        new = {layer.parameter: replaced(old, chosen.weight)}
         shape = self.matrices[layer.node.name].sizes
         if self.bias and self.bias_of(layer, shape) is not None:
             assert layer.node.bias is not None
-            leaf = self.leaves[layer.node.bias]
-            bias = jnp.asarray(dense(leaf))
-            dtype = wide(bias.dtype, chosen.shift.dtype)
-            moved = bias.astype(dtype) + chosen.shift.reshape(bias.shape).astype(dtype)
-            new[layer.node.bias] = with_weight(leaf, moved.astype(bias.dtype))
+            bias = self.leaves[layer.node.bias]
+            new[layer.node.bias] = shifted(bias, jnp.asarray(chosen.shift))
         return new
 
 

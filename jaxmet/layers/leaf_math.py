@@ -1,0 +1,34 @@
+"""Arithmetic on a leaf in wide precision: what else it states, and its dtype, stay."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmet.numerics.precision import wide
+from jaxmet.tree.leaves import dense, with_weight
+
+
+def replaced(leaf: Any, array: Any) -> Any:
+    """The leaf with another array of its shape, in its own dtype."""
+    old = dense(leaf)
+    return with_weight(leaf, jnp.asarray(array).reshape(old.shape).astype(old.dtype))
+
+
+def shifted(leaf: Any, change: jax.Array) -> Any:
+    """The leaf plus `change`, one number for each of its entries in any shape."""
+    array = jnp.asarray(dense(leaf))
+    dtype = wide(array.dtype, change.dtype)
+    return replaced(
+        leaf, array.astype(dtype) + change.astype(dtype).reshape(array.shape)
+    )
+
+
+def scaled(leaf: Any, factor: jax.Array, power: int = 1) -> Any:
+    """The leaf times a whole power of `factor`, which has the leaf's rank."""
+    array = jnp.asarray(dense(leaf))
+    dtype = wide(array.dtype, factor.dtype)
+    new, factor = array.astype(dtype), factor.astype(dtype)
+    for _ in range(abs(power)):
+        new = new * factor if power > 0 else new / factor
+    return replaced(leaf, new)
