@@ -467,6 +467,15 @@ def test_a_model_may_take_a_keyword_that_a_method_has():
         assert bool(jnp.any(new["w"] != near)) == bool(scale)
 
 
+def test_the_loss_counts_without_a_regulariser():
+    """Its unit must not become infinite where the regulariser weighs nothing."""
+    apply, params, x = product(rows=300)
+    method = jm.Gram(regularisation=0.0, iterations=200)
+    _, _, report = run(apply, params, (x,), method=method, bias=False)
+    (curve,) = report["curve"]
+    assert curve[-1] < 0.5 * curve[0]
+
+
 @pytest.mark.parametrize("wrong", ["best", jm.Gram, None, 3])
 def test_what_is_no_method_is_refused(wrong):
     apply, params, x = mlp()
