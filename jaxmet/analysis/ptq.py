@@ -12,8 +12,7 @@ from jaxmet.engine.frontends import refuse_module
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import output_masks
-from jaxmet.layers.arguments import check_key, refuse_options
-from jaxmet.layers.collect import accepting
+from jaxmet.layers.arguments import accepting, check_key, refuse_options
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
@@ -21,6 +20,7 @@ from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.batches import as_batches, inputs_of
+from jaxmet.tree.checks import check_flags
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -68,12 +68,13 @@ def ptq(
     """
     refuse_module(apply, params, "ptq")
     config = config_of(config, "ptq")
+    check_flags("ptq", progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
     of_scales = None
     if key is not None:
         key = check_key(key, "ptq")
-    with accepting(read.first, "ptq"):
+    with accepting(read.first, "ptq", apply, params, kwargs):
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
     rounds = data is not None and _is_coarse(graph, config)

@@ -11,11 +11,11 @@ from jaxmet.engine.graph.graph import Graph, leaves_of
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
-from jaxmet.layers.ratios import asked_for, check_multiple
+from jaxmet.layers.ratios import asked_for
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
 from jaxmet.transforms.factors import Shape, factors_of, made_of, shape_of, shapes_on
-from jaxmet.tree.batches import as_batches, check_mask_function
-from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.batches import as_batches, check_batch_functions
+from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.structures import LowRank
@@ -121,18 +121,15 @@ def factorize(
     >>> graph = jm.trace(model.apply, params, images[:1])
     """
     leaves = leaves_of(params, graph, CALLER)
-    if method not in METHODS:
-        raise ValueError(
-            f"jaxmet.{CALLER}: method is {method!r}. It is 'spatial' or 'weight': which "
-            "factor holds the window of a convolution."
-        )
+    check_choices(CALLER, method=(method, METHODS))
+    check_counts(CALLER, multiple=multiple, rows=rows)
+    check_flags(CALLER, progress=progress, with_report=with_report)
+    check_batch_functions(CALLER, inputs, mask)
     if (ranks is None) == (ratios is None):
         raise ValueError(
             f"jaxmet.{CALLER}: give either ranks= or ratios=: the rank of each site, or "
             "its cost afterwards over its cost before."
         )
-    check_multiple(multiple, CALLER)
-    check_multiple(rows, CALLER, "rows")
     if batches is not None:
         check_concrete(params, CALLER)
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
@@ -158,7 +155,6 @@ def factorize(
             left[name] = f"{wanted[name]} of {shapes[name].most} ranks cost no less"
             del wanted[name]
     key = key_of(key, CALLER)
-    check_mask_function(mask, CALLER)
     read = None
     if batches is not None:
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)

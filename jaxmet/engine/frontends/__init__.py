@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmet.engine.frontends import equinox, nnx
+from jaxmet.tree.checks import check_flags
 
 
 def functional(
@@ -40,6 +41,7 @@ def functional(
     >>> params = jm.fold_batch_norm(params, jm.trace(apply, params, images[:1]))
     >>> model = merge(params)
     """
+    check_flags("functional", vmap=vmap)
     if equinox.is_module(module):
         return equinox.functional(module, state, vmap=vmap)
     if isinstance(module, tuple) and any(map(equinox.is_module, module)):

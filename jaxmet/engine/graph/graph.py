@@ -20,7 +20,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.engine.program.program import CONST, DATA, PRODUCTS
 from jaxmet.engine.pruned.expand import call_of
-from jaxmet.tree.checks import check_finite
+from jaxmet.tree.checks import check_finite, check_type
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.table import Table, noted, noted_html
@@ -181,15 +181,16 @@ def _weight(node: Node) -> str | None:
     return node.weight.name + (f" ({', '.join(notes)})" if notes else "")
 
 
+def check_graph(graph: Any, caller: str, cure: str) -> None:
+    """Raise unless `graph` is one."""
+    check_type(caller, "the graph", graph, Graph, cure)
+
+
 def leaves_of(
     params: Any, graph: Graph, caller: str, *, sites: bool = True
 ) -> dict[str, Any]:
     """The named leaves of `params`, refused unless `graph` is a graph and can be theirs."""
-    if not isinstance(graph, Graph):
-        raise ValueError(
-            f"jaxmet.{caller}: the graph is of type {type(graph).__name__}. Pass the tree "
-            "first and then what jm.trace returned."
-        )
+    check_graph(graph, caller, "Pass the tree first and then what jm.trace returned.")
     return graph.leaves(params, caller, sites=sites)
 
 

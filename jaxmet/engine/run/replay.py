@@ -25,6 +25,7 @@ from jaxmet.engine.program.program import Equation, Region, Value
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.offset import offsets_of, padded
 from jaxmet.tree.batches import BatchInfo, inputs_of
+from jaxmet.tree.checks import check_callable, check_flags
 from jaxmet.tree.leaves import dense, is_compressed
 
 Statistics = dict[str, Any]
@@ -59,6 +60,12 @@ class Counted(NamedTuple):
 
     value: Any
     count: Any
+
+
+HOOK_CURE = (
+    "A hook is a function hook(node, run, operands) that returns the node's result and its "
+    "statistics, such as (run(*operands), None)."
+)
 
 
 def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Callable:
@@ -96,6 +103,11 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     ...     return y, jnp.max(jnp.abs(y))
     >>> outputs, largest = jax.jit(evaluate(model.apply, hook))(params, images)
     """
+
+    cure = "Pass apply(params, *inputs), the model as a function."
+    check_callable("evaluate", "apply", apply, cure)
+    check_callable("evaluate", "hook", hook, HOOK_CURE)
+    check_flags("evaluate", cpu_formulations=cpu_formulations)
 
     def evaluated(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Statistics]:
         inputs, info = inputs_of(inputs)

@@ -18,13 +18,17 @@ from jaxmet.transforms.rounding.options import (
     SCALES,
     Method,
     Scales,
-    check_number,
-    check_word,
 )
 from jaxmet.transforms.rounding.sequential import Chosen, Run
 from jaxmet.transforms.rounding.solvers import Options
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.checks import (
+    check_choices,
+    check_concrete,
+    check_counts,
+    check_flags,
+    check_numbers,
+)
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -179,22 +183,23 @@ def adaround(
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = check_key(key, CALLER)
-    check_word(CALLER, method=(method, METHODS), of=(of, get_args(Rounded)))
-    check_word(CALLER, store=(store, get_args(Store)))
+    check_choices(CALLER, method=(method, METHODS), of=(of, get_args(Rounded)))
+    check_choices(CALLER, store=(store, get_args(Store)))
     default = "refit" if method == "coordinate" else "given"
     scales = default if scales is None else scales
-    check_word(CALLER, scales=(scales, SCALES))
+    check_choices(CALLER, scales=(scales, SCALES))
     if method != "coordinate" and scales != "given":
         raise ValueError(
             f"jaxmet.{CALLER}: scales={scales!r} is for method='coordinate'. Search them "
             "first: quantizers = jm.search_scales(…)."
         )
     number = ITERATIONS[method] if iterations is None else iterations
-    check_number(CALLER, iterations=(number, 0), damping=(damping, 0))
+    check_numbers(CALLER, iterations=(number, 0), damping=(damping, 0))
     rows = ROWS[method] if rows is None else rows
-    check_number(CALLER, rows=(rows, 1), batch=(batch, 1))
-    check_number(CALLER, learning_rate=(learning_rate, 0), warm_start=(warm_start, 0))
-    check_number(CALLER, regularisation=(regularisation, 0))
+    check_counts(CALLER, rows=rows, batch=batch)
+    check_flags(CALLER, bias=bias, progress=progress, with_report=with_report)
+    check_numbers(CALLER, learning_rate=(learning_rate, 0), warm_start=(warm_start, 0))
+    check_numbers(CALLER, regularisation=(regularisation, 0))
     if not isinstance(beta_range, tuple | list) or len(beta_range) != 2:
         raise ValueError(
             f"jaxmet.{CALLER}: beta_range is {beta_range!r}. Give where β begins and where "

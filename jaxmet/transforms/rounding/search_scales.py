@@ -9,14 +9,10 @@ from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import ROWS, report, results
 from jaxmet.transforms.rounding.layers import find_layers
-from jaxmet.transforms.rounding.options import (
-    check_number,
-    check_word,
-)
 from jaxmet.transforms.rounding.sequential import Run
 from jaxmet.transforms.rounding.solvers import Options
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import Store
@@ -104,10 +100,11 @@ def search_scales(
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = key_of(key, CALLER)
-    check_word(CALLER, of=(of, get_args(Read)))
-    check_word(CALLER, store=(store, get_args(Store)))
-    check_number(CALLER, candidates=(candidates, 1), rows=(rows, 1))
-    options = Options("search", "search", candidates=int(candidates), damping=0.0)
+    check_choices(CALLER, of=(of, get_args(Read)))
+    check_choices(CALLER, store=(store, get_args(Store)))
+    check_counts(CALLER, candidates=candidates, rows=rows)
+    check_flags(CALLER, progress=progress, with_report=with_report)
+    options = Options("search", "search", candidates=candidates, damping=0.0)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
         CALLER,

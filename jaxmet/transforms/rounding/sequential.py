@@ -16,6 +16,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.nodes.scalar_function import Formula, compute
 from jaxmet.engine.run.replay import bounds_of
+from jaxmet.layers.arguments import accepting
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.numerics.precision import wide
@@ -80,13 +81,18 @@ class Run:
     def begin(self, batches: Batches) -> tuple[Wave, ...]:
         """Read the data and cut both copies."""
         first = batches.first
-        self.views = Views(
-            self.graph,
-            self.params,
-            [layer for layer in self.layers if layer.why is None],
+        graph, params, kwargs = self.graph, self.params, self.kwargs
+        refused = accepting(
             first,
-            **self.kwargs,
+            self.caller,
+            graph.apply,
+            params,
+            kwargs,
+            traced=graph.called[0],
         )
+        some = [layer for layer in self.layers if layer.why is None]
+        with refused:
+            self.views = Views(graph, params, some, first, **kwargs)
         self.layers = tuple(
             dataclasses.replace(layer, why="its product reads a part of it")
             if layer.why is None and not self.views.whole[layer.node.name]
