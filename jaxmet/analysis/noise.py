@@ -121,7 +121,7 @@ def noise(
             found[kind, name] = _scaled(rounded, clipped, group[name])
     if float(sums.energy) == 0:
         _refuse_zero(partial(lift(graph.apply), **kwargs), params, read.first)
-    _check(found, float(sums.energy))
+    _check(found, sums)
     return _table(grid_of, found, float(sums.whole), float(sums.energy))
 
 
@@ -375,8 +375,8 @@ def _refuse_zero(model: Callable, params: Any, batch: tuple[Any, ...]) -> None:
     )
 
 
-def _check(found: Mapping[tuple[str, str], Noise], energy: float) -> None:
-    if not math.isfinite(energy):
+def _check(found: Mapping[tuple[str, str], Noise], sums: _Sums) -> None:
+    if not math.isfinite(float(sums.energy)):
         raise ValueError(
             f"jaxmet.{CALLER}: the outputs of the float model are not finite on these "
             "examples. Check the model and the data."
@@ -388,10 +388,16 @@ def _check(found: Mapping[tuple[str, str], Noise], energy: float) -> None:
                 "NaN or infinite. Run the model in float32, or leave the node out with "
                 "graph.without and its grid off."
             )
-    weights = [noise for (kind, _), noise in found.items() if kind == "weight"]
-    if not any(sum(noise.widths) > 0 for noise in weights or found.values()):
+    # A weight whose values are grid points has a gradient, and no error at any width.
+    on_weights = [bool(np.any(gain > 0)) for gain in sums.gains.values()]
+    on_weights += [
+        sum(noise.widths) > 0
+        for (kind, name), noise in found.items()
+        if kind == "weight" and name not in sums.gains  # the model derives it
+    ]
+    if not any(on_weights or [sum(noise.widths) > 0 for noise in found.values()]):
         raise ValueError(
-            f"jaxmet.{CALLER}: no gradient reaches the {'weights' if weights else 'grids'} "
+            f"jaxmet.{CALLER}: no gradient reaches the {'weights' if on_weights else 'grids'} "
             "from the outputs (are they indices, or rounded?). Trace the model to its logits."
         )
 

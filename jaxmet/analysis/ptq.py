@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxmet.engine.frontends import refuse_module
+from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import output_masks
@@ -67,6 +67,7 @@ def ptq(
     >>> print(table)
     """
     refuse_module(apply, params, "ptq")
+    check_apply(apply, "ptq")
     config = config_of(config, "ptq")
     check_flags("ptq", progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)

@@ -214,7 +214,8 @@ def _one_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_axis(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    shape = lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+    """The shapes of two such inputs on a leading axis; one would fit reshapes that drop it."""
+    shape = lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
     return jax.tree.map(shape, batch)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
@@ -57,11 +58,10 @@ def simulate(
     >>> logits = device(params, images)
     """
     check_flags("simulate", weights=weights)
-    if not isinstance(quantizers, Quantizers | Dynamic) or not callable(apply):
-        raise ValueError(
-            f"jaxmet.simulate: got a {type(apply).__name__} and a "
-            f"{type(quantizers).__name__}. Pass apply first, then the Quantizers."
-        )
+    check_apply(apply, "simulate")
+    if not isinstance(quantizers, Dynamic):
+        cure = "Pass apply first, and then what jm.calibrate or jm.dynamic returned."
+        check_type("simulate", "quantizers", quantizers, Quantizers, cure)
     if grids is not None and isinstance(quantizers, Dynamic):
         raise ValueError(
             "jaxmet.simulate: jm.dynamic finds its grids at every call, so grids= has nothing "

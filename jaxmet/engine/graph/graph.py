@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxmet.engine.frontends import refuse_module
+from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.analyse import Analysis, analyse_structure
 from jaxmet.engine.graph.channels import (
     Group,
@@ -211,11 +211,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     >>> print(graph)
     """
     refuse_module(apply, params, "trace")
-    if hasattr(apply, "apply") or not callable(apply):
-        raise ValueError(
-            f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
-            "module, or what jm.functional(module) returns for an nnx or equinox one."
-        )
+    check_apply(apply, "trace")
     try:
         analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
     except (TypeError, KeyError, AttributeError) as error:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import Run, evaluate
-from jaxmet.tree.checks import check_callable
 from jaxmet.tree.leaves import flatten, is_compressed
 
 
@@ -22,8 +22,7 @@ def lift(apply: Apply) -> Apply:
 
     >>> logits = jax.jit(jm.lift(model.apply))(jm.equalize(params, graph), images)
     """
-    cure = "Pass apply(params, *inputs), the model as a function."
-    check_callable("lift", "apply", apply, cure)
+    check_apply(apply, "lift")
 
     def lifted(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         if not any(is_compressed(leaf) for leaf in flatten(params, whole=True)[1]):

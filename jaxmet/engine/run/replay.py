@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxmet.engine.backend.cpu import convolution
 from jaxmet.engine.flow.token_masks import Kept, Lost, Masks, ScanMasks, on_input
+from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.graph.analyse import Analysis, analyse
 from jaxmet.engine.graph.describe import describe
 from jaxmet.engine.graph.node import Node
@@ -104,8 +105,7 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     >>> outputs, largest = jax.jit(evaluate(model.apply, hook))(params, images)
     """
 
-    cure = "Pass apply(params, *inputs), the model as a function."
-    check_callable("evaluate", "apply", apply, cure)
+    check_apply(apply, "evaluate")
     check_callable("evaluate", "hook", hook, HOOK_CURE)
     check_flags("evaluate", cpu_formulations=cpu_formulations)
 
