@@ -20,7 +20,7 @@ from jaxmet.layers.once import run_once
 from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -88,6 +88,7 @@ def fold_batch_norm(
     >>> params, quantizers = jm.fold_batch_norm(params, graph, quantizers=quantizers)
     """
     graph, leaves = fitted(params, graph, CALLER)
+    check_flags(CALLER, with_report=with_report)
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER)
     plans = [plan_of(graph, node) for node in graph.nodes if node.kind == "norm"]
