@@ -492,3 +492,37 @@ def test_fields_of_quantizers_are_checked():
     for name in ("enabled", "symmetric", "signed", "narrow"):
         with pytest.raises(ValueError, match=rf"Quantizers\.set: {name} is 'no'.*True"):
             q.set("w", **{name: "no"})
+
+
+def test_names_of_another_kind_are_refused():
+    graph = jm.trace(apply, PARAMS, X)
+    q = quantizers(graph)
+    wrong: Any
+    for wrong in (3, {}, ["w", None], {"w": 1}):
+        calls: dict[str, Any] = {
+            "Graph.only": lambda w=wrong: graph.only(w),
+            "Graph.without": lambda w=wrong: graph.without("v", w),
+            "Quantizers.set": lambda w=wrong: q.set(w, bits=4),
+            "segments": lambda w=wrong: jm.segments(graph, PARAMS, X, cuts=w),
+        }
+        for caller, run in calls.items():
+            with pytest.raises(
+                ValueError, match=rf"jaxmet\.{caller}.*Give names as texts"
+            ):
+                run()
+    assert len(jm.segments(graph, PARAMS, X, cuts=())) == 1
+
+
+def test_switches_and_widths_of_grids_are_numbers():
+    q = quantizers(jm.trace(apply, PARAMS, X))
+    bad: Any
+    for bad in ("no", [1], (True,)):
+        with pytest.raises(
+            ValueError, match="grids: the switch of 'w' is.*True or False"
+        ):
+            jm.grids(q, weights=bad)
+        with pytest.raises(ValueError, match="grids: bits is"):
+            jm.grids(q, weight_bits=bad)
+    with pytest.raises(ValueError, match="grids: the switch of 'w' is"):
+        jm.grids(q, weights={"w": "no"})
+    assert not jm.grids(q, weights=np.bool_(0)).weights["w"].enabled

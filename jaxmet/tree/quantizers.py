@@ -14,7 +14,7 @@ from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.ranges import SCALE_FLOOR
-from jaxmet.tree.checks import is_concrete, kind_of
+from jaxmet.tree.checks import check_flags, is_concrete, kind_of
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.quantizer import (
@@ -307,12 +307,14 @@ def grids(
 
     def grid(name: str, q: Quantizer, on: Any, bits: Any) -> Grid:
         on, bits = of(name, on, True), of(name, bits, None)
+        if not (hasattr(on, "dtype") or isinstance(on, int | float)):
+            check_flags("grids", **{f"the switch of {name!r}": on})
         on = jnp.logical_and(q.active, jnp.asarray(on))
         if q.product is not None or bits is None:
             ends = q.ends if q.product is None else INT32_ENDS
             low, high = (jnp.asarray(end, jnp.float32) for end in ends)
             return Grid(low, high, on)
-        if isinstance(bits, int):
+        if not (hasattr(bits, "dtype") or isinstance(bits, float)):
             check_bits(bits, caller="grids")
         elif is_concrete(bits) and np.isnan(bits):
             raise ValueError(

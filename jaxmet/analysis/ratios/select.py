@@ -10,7 +10,7 @@ from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.ratios.spending import BUDGETS, Budget, Spending
 from jaxmet.layers.ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
-from jaxmet.tree.checks import check_choices, check_flags
+from jaxmet.tree.checks import check_choices, check_flags, check_type
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
 
@@ -53,6 +53,9 @@ def select_ratios(
     """
     _check(table, target, method, budget)
     check_flags(CALLER, fit=fit)
+    if manual is not None:
+        cure = "Give the ratio of each site by name: manual={'stem': 1.0}."
+        check_type(CALLER, "manual", manual, Mapping, cure)
     sites = [n for n in dict.fromkeys(table["site"]) if n != ALL]
     by_site = {name: table.where(site=name) for name in sites}
     tied = {name: _tied(by_site[name]) for name in sites}

@@ -21,7 +21,7 @@ from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
 from jaxmet.engine.run.replay import HOOK_CURE
 from jaxmet.tree.checks import check_callable, check_flags, keys_of, kind_of
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves, suggestion
+from jaxmet.tree.names import check_names, named_leaves, suggestion
 
 Live = dict[str, Any]
 INLINED = (*compat.REMAT, *compat.CUSTOM)
@@ -60,7 +60,7 @@ def segments(
     check_flags("segments", cpu_formulations=cpu_formulations)
     if hook is not None:
         check_callable("segments", "hook", hook, HOOK_CURE)
-    cuts = [cuts] if isinstance(cuts, str) else cuts
+    cuts = check_names("segments", "a cut", cuts)
     analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
     nodes = describe(analysis)
     _check_cuts(cuts, nodes)

@@ -64,13 +64,14 @@ def fold_batch_norm(
     r"""The same function with every batch norm an identity plus a shift.
 
     With $g = \gamma/\sqrt{\sigma^2+\varepsilon}$: where a norm alone reads a product,
-    the kernel becomes $W g$ along its outputs and the product's bias $b g$; the norm
-    keeps $\mu g$, $\sigma^2 g^2$, $\gamma' = \sqrt{\sigma^2 g^2+\varepsilon}$ and
-    $\beta$. Without a scale the variance becomes $1-\varepsilon$. A norm that products
-    alone read, directly, gives them its gain along their inputs and keeps $\mu$,
-    $\sigma^2$, $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and $\beta/g$: exact under zero
-    padding, since no shift moves. Folding twice changes nothing. A channel whose gain
-    cannot move without an overflow or a division by zero keeps it.
+    the kernel becomes $W g$ along its outputs and the product's bias $b g$ (where it
+    reads a concatenation of products along the channels, each product takes the gain of
+    its own channels); the norm keeps $\mu g$, $\sigma^2 g^2$, $\gamma' = \sqrt{\sigma^2
+    g^2+\varepsilon}$ and $\beta$. Without a scale the variance becomes $1-\varepsilon$.
+    A norm that products alone read, directly, gives them its gain along their inputs
+    and keeps $\mu$, $\sigma^2$, $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and $\beta/g$:
+    exact under zero padding, since no shift moves. Folding twice changes nothing. A
+    channel whose gain cannot move without an overflow or a division by zero keeps it.
 
     With `quantizers` of a model that was trained beside its norms it returns
     `(params, quantizers)`: a pinned weight scale is multiplied by $|g|$, so that the
