@@ -56,7 +56,7 @@ def test_unused_rules_are_listed():
         ({"weight_bits": 1}, "weight_bits is 1.*2 to 16, or 32"),
         ({"activation_bits": 24}, "activation_bits is 24"),
         ({"placement": "everywhere"}, "placement is 'everywhere'.*'operations'"),
-        ({"bias": "int8"}, "bias is 'int8'.*'float', 'int32'"),
+        ({"bias": "int8"}, "bias is 'int8'.*'float' or 'int32'"),
         ({"weight_range": "max"}, "weight_range is 'max'.*'percentile'"),
         ({"activation_range": ""}, "activation_range is ''"),
         ({"block": 1}, "block is 1.*at least 2"),

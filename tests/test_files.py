@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
+import jaxmet as jm
 from jaxmet.tree import files
 from jaxmet.tree.files import load, save
 from jaxmet.tree.leaves import Compressed
@@ -232,8 +234,37 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
     params["leaves"] = [{"type": "Gadget", "fields": {}}]
     with_manifest(path, {"format": "jaxmet", "version": 1, "params": params})
     refused("is damaged: KeyError 'Gadget'")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=r"jaxmet\.load: .*absent\.npz.*jm\.save"
+    ):
         load(tmp_path / "absent.npz")
+    wrong: Any
+    for wrong, message in (
+        (3, "the path is 3"),
+        (None, "the path is None"),
+        (b"model", "of type bytes"),
+        ({}, "of type dict"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"jaxmet\.load: .*{message}.*Give the name"
+        ):
+            load(wrong)
+
+
+def test_quantizers_and_tables_are_not_saved_as_parameters(tmp_path):
+    path, leaf = tmp_path / "model.npz", jnp.ones(2)
+    for wrong, cure in (
+        (
+            Quantizers({"w": Quantizer()}),
+            "params is of type Quantizers. Write quantizers=",
+        ),
+        (Table({"a": [1]}), "params is of type Table. Write table="),
+        (jm.trace(lambda p, x: x @ p, jnp.ones((2, 2)), leaf), "of type Graph"),
+    ):
+        with pytest.raises(ValueError, match=rf"jaxmet\.save: .*{cure}"):
+            save(path, params=wrong)
+    assert not path.exists()
 
 
 def test_masks_of_optax_in_a_structured_leaf_come_back_like_a_given_tree(tmp_path):

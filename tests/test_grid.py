@@ -394,3 +394,27 @@ def test_a_grid_that_does_not_fit_is_refused():
             fake_quant(x, bad, 0, -7, 7)
     with pytest.raises(ValueError, match="in blocks of 4"):
         fake_quant(x, jnp.ones((1, 3, 1)), 0, -7, 7, block=4)
+
+
+def test_values_and_ends_that_make_no_grid_are_refused():
+    x, scale, zero_point = case()
+    for low, high in (
+        (7, -7),
+        (np.ones((1, 1, 1)), 0),
+        (jnp.asarray(2), jnp.asarray(1)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"fake_quant: low is .* and high .*Give the"
+        ):
+            fake_quant(x, scale, zero_point, low, high)
+    last = jnp.zeros_like(scale).at[..., -1].set(1)
+    with pytest.raises(ValueError, match="low is 1 and high 0"):
+        fake_quant(x, scale, zero_point, last, 0)
+    for whole in (jnp.arange(3), np.arange(3, dtype=np.int8), 3):
+        with pytest.raises(ValueError, match=r"fake_quant: x is of int.*astype"):
+            fake_quant(whole, 0.5, 0, -7, 7)
+    one_point = fake_quant(x, scale, zero_point, 3, 3)  # a grid may have one point
+    expected = np.broadcast_to(scale * (3 - np.asarray(zero_point)), x.shape)
+    np.testing.assert_allclose(one_point, expected, rtol=1e-6)
+    traced = jax.jit(fake_quant)(x, scale, zero_point, 7, -7)  # as data: not known
+    assert traced.shape == x.shape

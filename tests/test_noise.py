@@ -284,3 +284,40 @@ def test_what_cannot_be_foretold_is_refused(net):
         jax.jit(lambda p: len(jm.noise(p, graph, quantizers, batches)))(params)
     with pytest.raises(ValueError, match="shapes and no numbers"):
         jm.noise(params, graph, quantizers, jax.ShapeDtypeStruct((2, 5), jnp.float32))
+
+
+def pooled(params, x):
+    return plain(params, x).sum(0)
+
+
+def centred(params, x):
+    y = plain(params, x)
+    return y - y.mean(0, keepdims=True)
+
+
+def test_a_model_of_a_whole_batch_is_measured_on_the_batch(net):
+    params, _, _, _, x = net
+    graph = jm.trace(pooled, params, x[:8])
+    q = jm.calibrate(params, graph, [x[:8]], progress=False)
+    table = jm.noise(params, graph, q, [x[:8]], examples=512, progress=False)
+    exact, noisy = pooled(params, x[:8]), jm.simulate(pooled, q)(params, x[:8])
+    # The first order, its signs drawn 512 times: 6 / sqrt(512) dB are one deviation.
+    measured = decibel(exact, noisy)
+    assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=1.5)
+
+
+def test_outputs_that_are_zero_for_single_examples_are_said_to_depend_on_others(net):
+    params, _, _, _, x = net
+    graph = jm.trace(centred, params, x[:8])
+    q = jm.calibrate(params, graph, [x], progress=False)
+    with pytest.raises(
+        ValueError, match="noise: .*zero for single examples and not for a"
+    ):
+        jm.noise(params, graph, q, [x], examples=4, progress=False)
+    with pytest.raises(ValueError, match="equalize: .*constant for a single example"):
+        jm.equalize(params, graph, batches=[x], progress=False)
+    zero = lambda p, x: plain(p, x) * 0.0
+    graph = jm.trace(zero, params, x[:8])
+    q = jm.calibrate(params, graph, [x], progress=False)
+    with pytest.raises(ValueError, match="noise: .*zero on these examples. Check the"):
+        jm.noise(params, graph, q, [x], examples=4, progress=False)

@@ -11,8 +11,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Counted, Run, counted_only, evaluate
-from jaxmet.layers.arguments import check_keywords
-from jaxmet.layers.collect import accepting
+from jaxmet.layers.arguments import accepting, check_keywords
 from jaxmet.layers.fake_quantized import (
     fake_quantize_derived,
     fake_quantize_output,
@@ -82,7 +81,8 @@ def compare(
         if n.name in graph.selected and _is_quantized(n, quantizers)
     }
     keeping = jax.jit(evaluate(apply, _keeping(wanted)))
-    with accepting(inputs, CALLER, f"{ONE}."):
+    cure, traced = f"{ONE}.", graph.called[0]
+    with accepting(inputs, CALLER, apply, tree, kwargs, traced=traced, cure=cure):
         exact, floats = keeping(tree, *inputs, **kwargs)
     if missing := sorted(wanted - set(floats)):
         raise ValueError(

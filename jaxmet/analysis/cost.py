@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.operations import works
-from jaxmet.layers.collect import accepting
+from jaxmet.layers.arguments import accepting
 from jaxmet.tree.leaves import dense, flatten, is_structured
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.structures import LowRank, Pruned
@@ -45,7 +45,10 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
             "shapes as jax.ShapeDtypeStruct: how much work a layer is depends on them."
         )
     rows = []
-    with accepting(inputs, CALLER, "Pass what one call takes, or its shapes."):
+    cure, traced = "Pass what one call takes, or its shapes.", graph.called[0]
+    with accepting(
+        inputs, CALLER, graph.apply, params, kwargs, traced=traced, cure=cure
+    ):
         products = works(graph, params, inputs, kwargs)
     for work in products:
         own = [n for n in work.node.parameters if n in leaves and n not in counted]

@@ -17,14 +17,14 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.lift import lift
 from jaxmet.engine.run.replay import Run, counted_only, evaluate
-from jaxmet.layers.arguments import check_keywords, key_of
-from jaxmet.layers.collect import accepting
+from jaxmet.layers.arguments import check_examples, check_keywords, key_of
 from jaxmet.layers.fake_quantized import quantizer_at
 from jaxmet.layers.gradients import Tap, energies, projected_gradients, squared
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights
-from jaxmet.tree.batches import as_batches, inputs_of
+from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import check_counts, check_flags
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
@@ -81,6 +81,10 @@ def noise(
     `mask`, a function of a batch, says where its values count, as in `jm.calibrate`: outputs
     at padded tokens are no part of the energy and of the error.
 
+    The model runs on one example at a time. Where it makes one result of a whole batch, whose
+    shape does not grow with the batch, or has a batch norm in training mode, the first batch
+    is the example, and `examples` counts draws of signs.
+
     Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
     `sensitivity` measure what this foretells. Two programs are compiled. Raises ValueError
     where no gradient reaches a grid from the outputs, where one is not finite, and where no
@@ -92,18 +96,16 @@ def noise(
     graph, _ = fitted(params, graph, CALLER)
     grid_of = places(params, graph, quantizers, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise ValueError(
-            f"jaxmet.{CALLER}: examples is {examples!r}. Give how many are differentiated."
-        )
+    check_counts(CALLER, examples=examples)
+    check_flags(CALLER, progress=progress)
     key = key_of(key, CALLER)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
-    some = some_examples(read, examples)
-    one, _ = inputs_of(jax.tree.map(lambda x: x[0], some))
-    with accepting(one, CALLER):
-        _check_outputs(
-            jax.eval_shape(partial(lift(graph.apply), **kwargs), params, *one)
-        )
+    of_one, of_batch = check_examples(graph, params, read.first, kwargs, CALLER)
+    _check_outputs(of_one)
+    if _is_one_example(graph, read.first, of_one, of_batch):
+        some = _repeated(read.first_batch, examples)
+    else:
+        some = some_examples(read, examples)
     sums = _sums(params, graph, quantizers, some, key, kwargs, progress)
     found = {}
     for name, widths in _weights(params, quantizers, sums.gains).items():
@@ -119,8 +121,30 @@ def noise(
         if (kind, name) not in found:
             rounded, clipped = map(float, parts)
             found[kind, name] = _scaled(rounded, clipped, group[name])
-    _check(found, float(sums.energy))
+    if float(sums.energy) == 0:
+        _refuse_zero(partial(lift(graph.apply), **kwargs), params, read.first)
+    _check(found, sums)
     return _table(grid_of, found, float(sums.whole), float(sums.energy))
+
+
+# What an example is
+
+
+def _is_one_example(
+    graph: Graph, batch: tuple[Any, ...], of_one: Any, of_batch: Any
+) -> bool:
+    """Whether the model makes one result of all the rows of a batch."""
+    several = any(x.shape[:1] != (1,) for x in jax.tree.leaves(batch))
+    shapes = [[y.shape for y in jax.tree.leaves(out)] for out in (of_one, of_batch)]
+    in_training = any(
+        n.norm is not None and n.norm.over == "batch" for n in graph.nodes
+    )
+    return several and (shapes[0] == shapes[1] or in_training)
+
+
+def _repeated(batch: tuple[Any, ...], number: int) -> Any:
+    """A batch as so many examples, which take no memory: each meets signs of its own."""
+    return jax.tree.map(lambda x: np.broadcast_to(x, (number, *x.shape)), batch)
 
 
 # What one program sums over examples
@@ -337,12 +361,26 @@ def _check_outputs(outputs: Any) -> None:
         )
 
 
-def _check(found: Mapping[tuple[str, str], Noise], energy: float) -> None:
-    if not math.isfinite(energy) or energy == 0:
+def _refuse_zero(model: Callable, params: Any, batch: tuple[Any, ...]) -> None:
+    """Raise, the outputs of single examples being zero, and say whether those of a batch are."""
+    if any(np.any(y) for y in jax.tree.leaves(jax.jit(model)(params, *batch))):
         raise ValueError(
-            f"jaxmet.{CALLER}: the outputs of the float model are "
-            f"{'zero' if energy == 0 else 'not finite'} on these examples. Check the model "
-            "and the data."
+            f"jaxmet.{CALLER}: the outputs of the float model are zero for single examples "
+            "and not for a batch: the examples of a batch depend on each other (a mean over "
+            "the batch?), and gradients are taken of one example at a time. Trace the model "
+            "in inference mode, or use jm.compare or jm.sensitivity."
+        )
+    raise ValueError(
+        f"jaxmet.{CALLER}: the outputs of the float model are zero on these examples. Check "
+        "the model and the data."
+    )
+
+
+def _check(found: Mapping[tuple[str, str], Noise], sums: _Sums) -> None:
+    if not math.isfinite(float(sums.energy)):
+        raise ValueError(
+            f"jaxmet.{CALLER}: the outputs of the float model are not finite on these "
+            "examples. Check the model and the data."
         )
     for (_, name), noise in found.items():
         if not math.isfinite(noise.rounded):
@@ -351,10 +389,16 @@ def _check(found: Mapping[tuple[str, str], Noise], energy: float) -> None:
                 "NaN or infinite. Run the model in float32, or leave the node out with "
                 "graph.without and its grid off."
             )
-    weights = [noise for (kind, _), noise in found.items() if kind == "weight"]
-    if not any(sum(noise.widths) > 0 for noise in weights or found.values()):
+    # A weight whose values are grid points has a gradient, and no error at any width.
+    on_weights = [bool(np.any(gain > 0)) for gain in sums.gains.values()]
+    on_weights += [
+        sum(noise.widths) > 0
+        for (kind, name), noise in found.items()
+        if kind == "weight" and name not in sums.gains  # the model derives it
+    ]
+    if not any(on_weights or [sum(noise.widths) > 0 for noise in found.values()]):
         raise ValueError(
-            f"jaxmet.{CALLER}: no gradient reaches the {'weights' if weights else 'grids'} "
+            f"jaxmet.{CALLER}: no gradient reaches the {'weights' if on_weights else 'grids'} "
             "from the outputs (are they indices, or rounded?). Trace the model to its logits."
         )
 

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxmet.engine.frontends import refuse_module
+from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import output_masks
-from jaxmet.layers.arguments import key_of, refuse_options
-from jaxmet.layers.collect import accepting
+from jaxmet.layers.arguments import accepting, key_of, refuse_options
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
@@ -21,6 +20,7 @@ from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.batches import as_batches, inputs_of
+from jaxmet.tree.checks import check_flags
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -69,16 +69,13 @@ def ptq(
     >>> print(table)
     """
     refuse_module(apply, params, "ptq")
+    check_apply(apply, "ptq")
     config = config_of(config, "ptq")
+    check_flags("ptq", rounding=rounding, progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
     chosen: Any = key_of(key, "ptq")
-    if not isinstance(rounding, bool):
-        raise ValueError(
-            f"jaxmet.ptq: rounding is {rounding!r}. Give True or False; jm.adaround takes "
-            "other methods."
-        )
-    with accepting(read.first, "ptq"):
+    with accepting(read.first, "ptq", apply, params, kwargs):
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
     rounds = rounding and data is not None and _is_coarse(graph, config)

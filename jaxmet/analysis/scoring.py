@@ -12,6 +12,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.program.calls import is_array
 from jaxmet.engine.program.compat import held_after, only_new_garbage
 from jaxmet.engine.run.lift import lift
+from jaxmet.tree.checks import check_callable
 
 Score = Callable[[Callable[..., Any], Any], Any]
 Setting = tuple[Any, Any]
@@ -88,13 +89,15 @@ def _is_data(value: Any) -> bool:
     return bool(leaves) and all(map(is_array, leaves))
 
 
+def check_score(caller: str, score: Any) -> None:
+    """Raise unless the score is a function."""
+    cure = "Pass a function score(apply, params) of the model and its parameters."
+    check_callable(caller, "score", score, cure)
+
+
 def is_traceable(score: Score, graph: Graph, params: Any, caller: str) -> bool:
     """Whether the score runs on traced parameters, refused where it keeps one."""
-    if not callable(score):
-        raise ValueError(
-            f"jaxmet.{caller}: score is of type {type(score).__name__}. Pass a function "
-            "score(apply, params) of the model and its parameters."
-        )
+    check_score(caller, score)
     apply, held = lift(graph.apply), list[Callable[[], bool]]()
 
     def tried(params: Any) -> Any:

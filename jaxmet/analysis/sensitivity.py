@@ -17,9 +17,9 @@ from jaxmet.analysis.scoring import (
     runner,
 )
 from jaxmet.engine.graph.graph import Graph, fitted
-from jaxmet.layers.ratios import check_multiple
 from jaxmet.numerics.grid import check_bits
 from jaxmet.transforms.simulate import simulate
+from jaxmet.tree.checks import check_counts, check_flags
 from jaxmet.tree.quantizers import Grids, Quantizers, grids
 from jaxmet.tree.table import Table
 
@@ -64,7 +64,8 @@ def sensitivity(
     graph, _ = fitted(params, graph, CALLER)
     grid_of = places(params, graph, quantizers, CALLER)
     widths = None if bits is None else _widths(bits)
-    check_multiple(together, CALLER, "together")
+    check_counts(CALLER, together=together)
+    check_flags(CALLER, progress=progress)
     traceable = is_traceable(score, graph, params, CALLER)
     every = [
         (at, width)

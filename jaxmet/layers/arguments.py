@@ -1,7 +1,8 @@
 """Arguments that are checked before any work, in one wording for every function."""
 
+import contextlib
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.engine.program.compat import is_key
 from jaxmet.engine.run.lift import lift
+from jaxmet.tree.batches import inputs_from, inputs_of
 from jaxmet.tree.config import OPTIONS, QuantConfig
 
 
@@ -38,15 +40,6 @@ def key_of(key: Any, caller: str) -> Any:
         f"jaxmet.{caller}: the key is a {type(key).__name__}{shape}{shown}, not one PRNG key. "
         "Give key=jax.random.key(0)."
     )
-
-
-def check_key(key: Any, caller: str, *, why: str = "rows are drawn") -> Any:
-    """`key_of` where a key must be given, and why."""
-    if key is None:
-        raise ValueError(
-            f"jaxmet.{caller}: there is no key, and {why}. Give key=jax.random.key(0)."
-        )
-    return key_of(key, caller)
 
 
 def check_keywords(
@@ -132,3 +125,123 @@ def _runs(apply: Apply, params: Any, inputs: Sequence[Any], kwargs: Any) -> bool
     except Exception:  # whatever a model raises of what it does not take
         return False
     return True
+
+
+# Batches that the model does not accept
+
+
+@contextlib.contextmanager
+def accepting(
+    batch: tuple[Any, ...],
+    caller: str,
+    apply: Apply,
+    params: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    traced: tuple[Any, ...] | None = None,
+    cure: str | None = None,
+) -> Iterator[None]:
+    """While the model is traced for a batch, say of its errors that it refuses the batch.
+
+    `traced` are the inputs of the graph's trace. An error of a model that runs on the batch
+    has another cause and passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_flax = type(error).__module__.startswith("flax.")
+        known = of_flax or isinstance(error, TypeError | ValueError | AttributeError)
+        if not known or str(error).startswith("jaxmet."):
+            raise
+        given = inputs_of(batch)[0]
+        if any(0 in x.shape for x in jax.tree.leaves(given)):
+            raise ValueError(
+                f"jaxmet.{caller}: a batch has no examples in it. Leave it out."
+            ) from error
+        if _runs(apply, params, given, kwargs):
+            raise
+        said = str(error).split("\n")[0].rstrip(".")
+        number = len(given)
+        inputs = "1 input" if number == 1 else f"{number} inputs"
+        shapes = _compared(given, traced)
+        if _runs(apply, params, _with_axis(given), kwargs):
+            cure = BATCH_AXIS
+        elif cure is None:
+            cure = inputs_from(given)
+        raise ValueError(
+            f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {shapes} "
+            f"{cure}"
+        ) from error
+
+
+EXAMPLES = "give batches of examples, x[None] for a single one."
+BATCH_AXIS = f"The leading batch axis is missing: {EXAMPLES}"
+AXIS_IN_TRACE = f"Trace the model with x[None], and {EXAMPLES}"
+VMAP = (
+    "Give it one: trace jax.vmap(apply, in_axes=(None, 0)) with x[None], and give batches of "
+    "examples."
+)
+
+
+def check_examples(
+    graph: Graph,
+    params: Any,
+    batch: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    caller: str,
+) -> tuple[Any, Any]:
+    """The shapes of the model's outputs for one example of a batch, and for the whole batch.
+
+    Raises ValueError unless the model runs on single examples along axis 0 of the batch.
+    Inputs without a common axis 0 are one example.
+    """
+    whole, _ = inputs_of(batch)
+    traced, _ = inputs_of(graph.called[0])
+    one = _one_of(whole)
+    shapes = [[x.shape for x in jax.tree.leaves(t)] for t in (whole, traced)]
+    alike = len(shapes[0]) == len(shapes[1])
+    if alike and any(len(a) < len(b) for a, b in zip(*shapes, strict=True)):
+        raise ValueError(
+            f"jaxmet.{caller}: single examples along axis 0 of the batch are needed here. "
+            f"{_compared(whole, traced)} {BATCH_AXIS}"
+        )
+    model = partial(lift(graph.apply), **kwargs)
+    with accepting(whole, caller, graph.apply, params, kwargs, traced=traced):
+        of_whole = jax.eval_shape(model, params, *whole)
+    try:
+        return jax.eval_shape(model, params, *one), of_whole
+    except Exception as error:  # whatever a model raises of what it does not take
+        why, cure = "the model has no batch axis", VMAP
+        if _runs(graph.apply, params, _with_axis(whole), kwargs):
+            why, cure = "axis 0 of the batch is no batch axis", AXIS_IN_TRACE
+        raise ValueError(
+            f"jaxmet.{caller}: {why}, and single examples are needed here: the model takes "
+            f"{_shapes(whole)} and not {_shapes(one)}. {cure}"
+        ) from error
+
+
+def _one_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The shapes of one example, as a batch of one."""
+    sizes = {x.shape[:1] for x in jax.tree.leaves(batch)}
+    if len(sizes) > 1 or () in sizes:
+        return batch
+    shape = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    return jax.tree.map(shape, batch)
+
+
+def _with_axis(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The shapes of two such inputs on a leading axis; one would fit reshapes that drop it."""
+    shape = lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+    return jax.tree.map(shape, batch)
+
+
+def _compared(given: Any, traced: Any) -> str:
+    """A sentence with the shapes of a batch, and those of the trace."""
+    also = "" if traced is None else f", those of the traced inputs {_shapes(traced)}"
+    return f"The shapes of the batch are {_shapes(given)}{also}."
+
+
+def _shapes(tree: Any) -> str:
+    shapes = [str(tuple(x.shape)) for x in jax.tree.leaves(tree) if is_array(x)]
+    more = ", …" if len(shapes) > 5 else ""
+    return ", ".join(shapes[:5]) + more

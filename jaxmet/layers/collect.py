@@ -1,7 +1,6 @@
 """Statistics of nodes over many batches: one compiled step, merged as it goes."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.run.replay import Hook, evaluate
-from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_from, inputs_of
+from jaxmet.layers.arguments import accepting
+from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_of
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]
@@ -70,7 +70,9 @@ def collect(
     with tqdm(total=batches.length, desc=caller, disable=not progress) as bar:
         for part, count in _chunks(batches):
             seen.clear()
-            with accepting(part, caller):
+            shapes = jax.tree.map(_without_axis, inputs_of(part)[0])
+            traced = graph.called[0]
+            with accepting(shapes, caller, graph.apply, params, kwargs, traced=traced):
                 found = step(params, part)
             if seen:  # traced for this shape
                 _check_nodes(graph, seen, caller)
@@ -121,33 +123,13 @@ def _unnumbered(batches: Batches) -> Any:
         yield jax.tree.map(lambda x: x[None], tuple(batch)), 1
 
 
+def _without_axis(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
 def _joined(*arrays: Any) -> Any:
     on_host = all(isinstance(x, np.ndarray) for x in arrays)
     return np.stack(arrays) if on_host else jnp.stack(arrays)
-
-
-@contextlib.contextmanager
-def accepting(batch: tuple, caller: str, cure: str | None = None) -> Iterator[None]:
-    """While the model is traced for a batch, say of its errors that the batch is refused."""
-    try:
-        yield
-    except Exception as error:
-        of_flax = type(error).__module__.startswith("flax.")
-        known = of_flax or isinstance(error, TypeError | ValueError | AttributeError)
-        if not known or str(error).startswith("jaxmet."):
-            raise
-        given = inputs_of(batch)[0]
-        if any(0 in x.shape for x in jax.tree.leaves(given)):
-            raise ValueError(
-                f"jaxmet.{caller}: a batch has no examples in it. Leave it out."
-            ) from error
-        said = str(error).split("\n")[0].rstrip(".")
-        cure = inputs_from(given) if cure is None else cure
-        number = len(given)
-        inputs = "1 input" if number == 1 else f"{number} inputs"
-        raise ValueError(
-            f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {cure}"
-        ) from error
 
 
 def _check_nodes(graph: Graph, seen: dict[str, None], caller: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxmet.engine.graph.channels import Layout, Member, layout_size
+from jaxmet.engine.graph.channels import Joined, Layout, Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node, Norm
 from jaxmet.layers.stored import roles_of
@@ -16,13 +16,15 @@ from jaxmet.layers.stored import roles_of
 class Place:
     """A parameter and the axes of it that a norm's channels run along.
 
-    With `groups`, the axis holds the inputs of one group; see `channels.Member`.
+    With `groups`, the axis holds the inputs of one group; see `channels.Member`. `part` are
+    the first and last of the norm's channels that run there, where others run elsewhere.
     """
 
     parameter: str
     axes: tuple[int, ...]
     groups: int = 1
     out_axis: int = -1
+    part: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,26 +109,66 @@ def _unfit(node: Node, channels: tuple[Layout, ...] | None) -> str | None:
 
 
 def _before(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
-    edge, norm = node.inputs[0], node.norm
-    product = graph[edge.node] if edge.node else None
-    if product is None or product.kind != "product" or norm is None:
-        return Plan(node, why="no product before it")
-    name = product.name
-    if edge.moves:
-        return Plan(node, why=f"{listed(edge.moves)} between {name!r} and it")
-    if product.only_readers != (node.name,):
-        return Plan(node, why=f"it is not alone in reading {name!r}")
-    if why := _stiff(product):
-        return Plan(node, why=why)
+    norm, places = node.norm, []
+    assert norm is not None
+    made = _products_before(graph, node, channels)
+    if isinstance(made, str):
+        return Plan(node, why=made)
     if norm.scale is None and norm.epsilon >= 1:
         return Plan(node, why="no scale, and an epsilon of 1 or more")
-    places = [_place(graph, product, channels, product.kernel, "out")]
-    if product.bias is not None:
-        places.append(_place(graph, product, channels, product.bias, "shift"))
-    known = tuple(p for p in places if p is not None)
-    if len(known) < len(places) or not set(node.features) <= set(product.features):
-        return Plan(node, why=f"its channels are not those that {name!r} makes")
-    return Plan(node, "before", (name,), known)
+    for product, layouts, part in made:
+        if why := _stiff(product):
+            return Plan(node, why=why)
+        found = [_place(graph, product, layouts, product.kernel, "out")]
+        if product.bias is not None:
+            found.append(_place(graph, product, layouts, product.bias, "shift"))
+        same = set(node.features) <= set(product.features)
+        if not same or any(place is None for place in found):
+            return Plan(
+                node, why=f"its channels are not those that {product.name!r} makes"
+            )
+        places += [dataclasses.replace(p, part=part) for p in found if p is not None]
+    return Plan(node, "before", tuple(p.name for p, _, _ in made), tuple(places))
+
+
+Made = tuple[Node, tuple[Layout, ...], tuple[int, int] | None]
+
+
+def _products_before(
+    graph: Graph, node: Node, channels: tuple[Layout, ...]
+) -> list[Made] | str:
+    """The products that make what a norm reads, with their part of its channels; or why not.
+
+    One product, or several that are concatenated along the channels: each takes the gain of
+    the channels that it makes.
+    """
+    edge = node.inputs[0]
+    maker = graph[edge.node] if edge.node else None
+    if maker is None or maker.kind not in ("product", "concat"):
+        return "no product before it"
+    if edge.moves:
+        return f"{listed(edge.moves)} between {maker.name!r} and it"
+    if maker.only_readers != (node.name,):
+        return f"it is not alone in reading {maker.name!r}"
+    if maker.kind == "product":
+        return [(maker, channels, None)]
+    joined = channels[0][0] if len(channels) == 1 and len(channels[0]) == 1 else None
+    if not isinstance(joined, Joined) or len(joined.parts) != len(maker.inputs):
+        return f"its channels are not those that {maker.name!r} joins"
+    made: list[Made] = []
+    start = 0
+    for edge, layout in zip(maker.inputs, joined.parts, strict=True):
+        product = graph[edge.node] if edge.node else None
+        if product is None or product.kind != "product" or edge.moves:
+            return f"{maker.name!r} before it joins more than products"
+        if product.only_readers != (maker.name,) or product.name in [
+            p.name for p, _, _ in made
+        ]:
+            return f"{maker.name!r} before it is not alone in reading {product.name!r}"
+        stop = start + layout_size(layout)
+        made.append((product, (layout,), (start, stop)))
+        start = stop
+    return made
 
 
 def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
@@ -188,6 +230,8 @@ def _place(
 def spread(factor: jax.Array, place: Place, shape: tuple[int, ...]) -> jax.Array:
     """A factor for each channel, with the rank of the parameter that it multiplies."""
     sizes = [1] * len(shape)
+    if place.part is not None:
+        factor = factor[slice(*place.part)]
     if place.groups == 1:
         for axis, n in zip(place.axes, factor.shape, strict=True):
             sizes[axis] = n

@@ -10,7 +10,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Hook, Run, evaluate
 from jaxmet.engine.run.segments import Segment, Segments, segments
-from jaxmet.layers.collect import accepting
+from jaxmet.layers.arguments import accepting
 from jaxmet.layers.fake_quantized import (
     fake_quantize_derived,
     fake_quantize_output,
@@ -60,8 +60,17 @@ class Copy:
 
     def _cut(self, batch: tuple[Any, ...]) -> Segments:
         options = {"cuts": self.cuts, "hook": self.hook, **self.kwargs}
-        with accepting(batch, self.caller):
-            return segments(self.graph, self.params, *batch, **options)
+        graph, params = self.graph, self.params
+        refused = accepting(
+            batch,
+            self.caller,
+            graph.apply,
+            params,
+            self.kwargs,
+            traced=graph.called[0],
+        )
+        with refused:
+            return segments(graph, params, *batch, **options)
 
     def _steps(self, pieces: Sequence[Segment]) -> list[Any]:
         before = [None, *(self.graph[name] for name in self.order)]

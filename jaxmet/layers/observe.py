@@ -26,6 +26,7 @@ from jaxmet.numerics.histogram import (
     tally,
 )
 from jaxmet.tree.batches import Batches
+from jaxmet.tree.checks import check_counts
 from jaxmet.tree.config import Settings
 
 Range = tuple[Any, Any]
@@ -100,13 +101,9 @@ def observed_ranges(
 
 
 def check_samples(samples: Any) -> None:
-    """Refuse a number of samples that is none."""
-    whole = isinstance(samples, int) and not isinstance(samples, bool)
-    if samples is not None and not (whole and samples > 0):
-        raise ValueError(
-            f"jaxmet.calibrate: samples is {samples!r}. Give how many values of a node and "
-            "batch a histogram counts, or None for all of them."
-        )
+    """Raise unless `samples` is an integer of 1 or more, or None."""
+    if samples is not None:
+        check_counts("calibrate", samples=samples)
 
 
 def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:

@@ -48,11 +48,3 @@ def check_ratio(what: str, ratio: Any, caller: str) -> None:
             f"jaxmet.{caller}: the {what} is {ratio!r}. It is the cost afterwards over the "
             "cost before: a plain number above 0 and up to 1."
         )
-
-
-def check_multiple(multiple: Any, caller: str, what: str = "multiple") -> None:
-    """Refuse what is no multiple to round to, or no other count."""
-    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
-        raise ValueError(
-            f"jaxmet.{caller}: {what} is {multiple!r}. Give a whole number from 1 on."
-        )

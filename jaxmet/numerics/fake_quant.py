@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Num
@@ -37,7 +38,7 @@ tangent_p = Primitive("fake_quant_tangent")
 
 
 def fake_quant(
-    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
+    x: Num[Array, "*shape"] | Num[np.ndarray, "*shape"] | float | int,
     scale: Numbers,
     zero_point: Numbers,
     low: Numbers,
@@ -53,12 +54,50 @@ def fake_quant(
     `block` neighbours, the last of which may be fewer. `axis` only names the axes that have
     scales of their own. Half
     precision is computed in float32.
+
+    Raises ValueError for values that are no floating-point numbers, for operands that do not
+    fit, and for `low` above `high`.
     """
+    _check_float(x)
     x = jnp.asarray(x)
     wide = np.dtype(np.float32) if x.dtype.itemsize < 4 else x.dtype
     grid = [_operand(a, x, wide, block) for a in (scale, zero_point, low, high)]
+    _check_ends(*grid[2:])
     axis = None if axis is None else tuple(sorted(a % max(x.ndim, 1) for a in axis))
     return fake_quant_p.bind(x, *grid, axis=axis, block=block)
+
+
+def _check_float(x: Any) -> None:
+    try:
+        found = f"of {jnp.result_type(x)}"
+        good = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    except TypeError:  # no array
+        found, good = f"of type {type(x).__name__}", False
+    if not good:
+        raise ValueError(
+            f"jaxmet.fake_quant: x is {found}, and a grid is for floating-point arrays. Give "
+            "x.astype(jnp.float32)."
+        )
+
+
+def _check_ends(low: Any, high: Any) -> None:
+    """Raise where the lowest grid point lies above the highest, if their values are known."""
+    known = (np.ndarray, jax.Array)
+    ends = [
+        a for a in (low, high) if isinstance(a, known) and not isinstance(a, Tracer)
+    ]
+    if len(ends) < 2 or not all(getattr(a, "is_fully_addressable", True) for a in ends):
+        return
+    pairs = zip(low.shape, high.shape, strict=True)
+    if not all(n == m or 1 in (n, m) for n, m in pairs):
+        return  # one of them changes along blocks only
+    low, high = np.broadcast_arrays(*ends)
+    above = low > high
+    if above.any():
+        raise ValueError(
+            f"jaxmet.fake_quant: low is {low[above][0]:g} and high {high[above][0]:g}. Give "
+            "the lowest point of the grid as low, such as low=-128, high=127."
+        )
 
 
 def _operand(a: Any, x: jax.Array, dtype: np.dtype, block: int | None) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.graph import TREE_FIRST, Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import dense, flatten, is_structured
@@ -52,11 +52,7 @@ def weights_of(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
     Of compressed leaves the dense weight; a weight that several sites read stands with the
     first. Weights that the model computes from several parameters are left out.
     """
-    if not isinstance(graph, Graph):
-        raise ValueError(
-            f"jaxmet.{caller}: the graph is of type {type(graph).__name__}. Pass the tree "
-            "first and then what jm.trace returned."
-        )
+    check_graph(graph, caller, TREE_FIRST)
     leaves = leaves_of_sites(params, graph, caller)
     found: dict[str, Any] = {}
     seen: set[str] = set()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.graph import Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.plot.channels import leaves_of_sites
@@ -37,11 +37,7 @@ def graph(
     >>> jm.plot.graph(graph, params=params, quantizers=quantizers)
     """
     alt = altair(CALLER)
-    if not isinstance(graph, Graph):
-        raise ValueError(
-            f"jaxmet.{CALLER}: the graph is of type {type(graph).__name__}. Give what "
-            "jm.trace returned."
-        )
+    check_graph(graph, CALLER, "Give what jm.trace returned.")
     if params is not None:
         graph = graph.of(params, CALLER)
         leaves_of_sites(params, graph, CALLER)

@@ -24,7 +24,7 @@ from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import Network
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import Compressed, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
@@ -80,6 +80,7 @@ def absorb_bias(
     >>> params = jm.absorb_bias(jm.equalize(params, graph), graph)
     """
     _check_n_sigma(n_sigma)
+    check_flags(CALLER, with_report=with_report)
     graph, leaves = fitted(params, graph, CALLER)
     plans = [_plan(graph, n) for n in graph.nodes if n.kind == "activation"]
     plans = [plan for plan in plans if plan is not None]

@@ -14,8 +14,8 @@ from jaxmet.layers.observe import Range, check_samples, is_signed, observed_rang
 from jaxmet.layers.placement import place
 from jaxmet.numerics.ranges import grid_between
 from jaxmet.transforms.foresee import WHY, foreseen_ranges
-from jaxmet.tree.batches import as_batches, check_mask_function
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.batches import as_batches, check_batch_functions
+from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.config import QuantConfig, Settings, config_of
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias, along_scale
@@ -91,12 +91,12 @@ def calibrate(
     for bias in placement.biases:
         grids[bias.name] = Quantizer(bits=32, product=bias.product, beside=bias.beside)
     check_samples(samples)
+    check_flags("calibrate", progress=progress)
+    check_batch_functions("calibrate", inputs, mask)
     if batches is not None:
         batches = as_batches(
             batches, "calibrate", inputs=inputs, mask=mask, abstract=True
         )
-    else:
-        check_mask_function(mask, "calibrate")
     lost: dict[str, str] = {}
     if batches is None or batches.abstract:
         absent = WHY

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.arguments import key_of
+from jaxmet.layers.arguments import accepting, key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
 from jaxmet.layers.layer import WeightMatrix, kernel_axes, why_no_matrix
-from jaxmet.layers.ratios import asked_for, check_multiple
+from jaxmet.layers.ratios import asked_for
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
 from jaxmet.transforms.factors import (
     Shape,
@@ -21,8 +21,8 @@ from jaxmet.transforms.factors import (
     shape_of,
     shapes_on,
 )
-from jaxmet.tree.batches import as_batches, check_mask_function
-from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.batches import as_batches, check_batch_functions
+from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.structures import LowRank
@@ -129,20 +129,16 @@ def factorize(
     >>> params = jm.prune(params, graph, 0.7, batches=batches)
     """
     graph, leaves = fitted(params, graph, CALLER)
-    if method not in METHODS:
-        raise ValueError(
-            f"jaxmet.{CALLER}: method is {method!r}. It is 'spatial' or 'weight': which "
-            "factor holds the window of a convolution."
-        )
+    check_choices(CALLER, method=(method, METHODS))
+    check_counts(CALLER, multiple=multiple, rows=rows)
+    check_flags(CALLER, progress=progress, with_report=with_report)
+    check_batch_functions(CALLER, inputs, mask)
     if (ranks is None) == (ratios is None):
         raise ValueError(
             f"jaxmet.{CALLER}: give either ranks= or ratios=: the rank of each site, or "
             "its cost afterwards over its cost before."
         )
-    check_multiple(multiple, CALLER)
-    check_multiple(rows, CALLER, "rows")
     key = key_of(key, CALLER)
-    check_mask_function(mask, CALLER)
     read, example = None, graph.called
     if batches is not None:
         check_concrete(params, CALLER)
@@ -151,7 +147,9 @@ def factorize(
     left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
     sites = [n for n in graph.sites if n.name not in left]
     shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
-    costs = shapes_on(params, graph, sites, leaves, method, *example)
+    sizes, given = example[0], (graph.apply, params, example[1])
+    with accepting(sizes, CALLER, *given, traced=graph.called[0]):
+        costs = shapes_on(params, graph, sites, leaves, method, *example)
     names = {n.name: left.get(n.name) for n in graph.sites}
     if ranks is not None:
         given = _given(ranks, names, shapes, graph)

@@ -23,9 +23,9 @@ from jaxmet.layers.stored import check_mode, check_stored, statistics_weight
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.tree.batches import as_batches, inputs_of
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_choices, check_flags, is_concrete
 from jaxmet.tree.names import replace_leaves
-from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P, Store
 
@@ -105,11 +105,10 @@ def reestimate_batch_norm(
     """
     graph, leaves = fitted(params, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
-    if store not in get_args(Store):
-        raise ValueError(
-            f"jaxmet.{CALLER}: store is {store!r}. It is 'host' or 'device': where the "
-            "values between two pieces of the model wait."
-        )
+    check_choices(CALLER, store=(store, get_args(Store)))
+    check_flags(CALLER, progress=progress, with_report=with_report)
+    if quantizers is not None:
+        check_are_quantizers(quantizers, CALLER)
     left = {n.name: why for n in _norms(graph) if (why := _unfit(graph, n, leaves))}
     _check_named(graph, left)
     norms = [n for n in _norms(graph) if n.name not in left]

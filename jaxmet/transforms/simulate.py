@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
@@ -14,7 +15,7 @@ from jaxmet.layers.fake_quantized import (
     fake_quantize_params,
 )
 from jaxmet.transforms.dynamic import Dynamic
-from jaxmet.tree.checks import is_concrete, tested
+from jaxmet.tree.checks import check_flags, check_type, is_concrete, tested
 from jaxmet.tree.names import named_leaves, suggestion
 from jaxmet.tree.quantizers import Grids, Quantizers, check_are_quantizers
 from jaxmet.tree.types import P
@@ -56,26 +57,17 @@ def simulate(
     >>> device = jax.jit(jm.simulate(model.apply, quantizers))
     >>> logits = device(params, images)
     """
-    if not isinstance(quantizers, Quantizers | Dynamic) or not callable(apply):
-        raise ValueError(
-            f"jaxmet.simulate: got a {type(apply).__name__} and a "
-            f"{type(quantizers).__name__}. Pass apply first, then the Quantizers."
-        )
+    check_flags("simulate", weights=weights)
+    check_apply(apply, "simulate")
+    if not isinstance(quantizers, Dynamic):
+        cure = "Pass apply first, and then what jm.calibrate or jm.dynamic returned."
+        check_type("simulate", "quantizers", quantizers, Quantizers, cure)
     if grids is not None and isinstance(quantizers, Dynamic):
         raise ValueError(
             "jaxmet.simulate: jm.dynamic finds its grids at every call, so grids= has nothing "
             "to override. Calibrate, and pass the Quantizers that grids= is of."
         )
-    if grids is not None and not isinstance(grids, Grids):
-        raise ValueError(
-            f"jaxmet.simulate: grids is of type {type(grids).__name__}. Pass what "
-            "jm.grids(quantizers) returns."
-        )
-    if fold is not None and not isinstance(fold, Graph):
-        raise ValueError(
-            f"jaxmet.simulate: fold is of type {type(fold).__name__}. Pass what jm.trace "
-            "returned for the model in inference mode."
-        )
+    _check_grids_and_fold("simulate", grids, fold)
     if isinstance(quantizers, Quantizers):
         _check_stated(quantizers)
 
@@ -105,6 +97,15 @@ def simulate(
         return outputs
 
     return simulated
+
+
+def _check_grids_and_fold(caller: str, grids: Any, fold: Any) -> None:
+    if grids is not None:
+        cure = "Pass what jm.grids(quantizers) returns."
+        check_type(caller, "grids", grids, Grids, cure)
+    if fold is not None:
+        cure = "Pass what jm.trace returned for the model in inference mode."
+        check_type(caller, "fold", fold, Graph, cure)
 
 
 def _check_stated(quantizers: Quantizers) -> None:
@@ -139,11 +140,6 @@ def round_weights(
     >>> fast = jax.jit(jm.simulate(model.apply, quantizers, weights=False))
     """
     check_are_quantizers(quantizers, "round_weights")
-    leaves = named_leaves(params)
-    for name in quantizers.weights:
-        if name not in leaves and name not in quantizers.derived:
-            raise ValueError(
-                f"jaxmet.round_weights: the tree has no parameter {name!r} to round. "
-                f"{suggestion(name, leaves)} Pass the tree that the quantizers are of."
-            )
+    _check_grids_and_fold("round_weights", grids, fold)
+    quantizers.leaves(params, "round_weights")
     return fake_quantize_params(params, quantizers, grids, fold)

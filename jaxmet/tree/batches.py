@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import (
+    check_callable,
+    check_counts,
+    is_concrete,
+    keys_of,
+    kind_of,
+)
 
 CURE = "Give jm.batched(x, batch_size=32), or a list of batches"
 
@@ -55,13 +61,12 @@ def batched(inputs: Any, batch_size: int = 32) -> Batched:
     `inputs` is an array or a tree of arrays with equally many rows; a tuple is the
     inputs of the model. Numpy arrays stay on the host.
     """
-    whole = isinstance(batch_size, int)
-    if not whole or batch_size < 1:
-        shown = batch_size if whole else _kind(batch_size)
+    if hasattr(batch_size, "shape"):
         raise ValueError(
-            f"jaxmet.batched: batch_size is {shown}, not a positive integer. "
+            f"jaxmet.batched: batch_size is {kind_of(batch_size)}, not an integer. "
             "Several inputs go into one tuple: jm.batched((x, y), batch_size=32)."
         )
+    check_counts("batched", batch_size=batch_size)
     pairs = jax.tree_util.tree_leaves_with_path(inputs)
     if not pairs:
         raise ValueError("jaxmet.batched: there is no array. Give the data itself.")
@@ -91,7 +96,7 @@ def _rows(x: Any, path: tuple[Any, ...]) -> int:
     name = f"inputs{jax.tree_util.keystr(path)}"
     if isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "shape"):
         raise ValueError(
-            f"jaxmet.batched: {name} is {_kind(x)}. Give an array with its numbers."
+            f"jaxmet.batched: {name} is {kind_of(x)}. Give an array with its numbers."
         )
     if len(x.shape) == 0:
         raise ValueError(
@@ -211,12 +216,7 @@ def as_batches(
     holds more, and `mask` says of it where values count. With `abstract`,
     `jax.ShapeDtypeStruct` may stand for an absent batch.
     """
-    check_mask_function(mask, function)
-    if inputs is not None and not callable(inputs):
-        raise ValueError(
-            f"jaxmet.{function}: inputs is {inputs!r}. Give a function of a batch that returns "
-            "what the model takes, such as inputs=lambda batch: batch['image']."
-        )
+    check_batch_functions(function, inputs, mask)
 
     def arguments(batch: Any) -> tuple[Any, ...]:
         picked = batch if inputs is None else inputs(batch)
@@ -260,17 +260,24 @@ MASK = (
 )
 
 
-def check_mask_function(mask: Any, function: str) -> None:
-    """Refuse a mask that is no function of a batch."""
-    if mask is not None and not callable(mask):
-        raise ValueError(f"jaxmet.{function}: mask is {_kind(mask)}. {MASK}")
+INPUTS = (
+    "inputs= is a function of a batch that returns what the model takes: "
+    "inputs=lambda batch: batch['image']."
+)
+
+
+def check_batch_functions(function: str, inputs: Any, mask: Any) -> None:
+    """Raise unless `inputs=` and `mask=` are functions of a batch, whether there is data or not."""
+    for name, value, cure in (("inputs", inputs, INPUTS), ("mask", mask, MASK)):
+        if value is not None:
+            check_callable(function, name, value, cure)
 
 
 def _checked_mask(mask: Any, inputs: tuple[Any, ...], function: str) -> Any:
     """A boolean array along the leading axes of some input."""
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
         raise ValueError(
-            f"jaxmet.{function}: mask= returned {_kind(mask)}, not an array. {MASK}"
+            f"jaxmet.{function}: mask= returned {kind_of(mask)}, not an array. {MASK}"
         )
     if mask.dtype != np.bool_:
         raise ValueError(
@@ -316,7 +323,7 @@ def one_batch(
     )
     if several and not isinstance(batch, tuple | Mapping):
         raise ValueError(
-            f"jaxmet.{function}: batch is {_kind(batch)}, which could be several. {ONE}."
+            f"jaxmet.{function}: batch is {kind_of(batch)}, which could be several. {ONE}."
         )
     if not jax.tree.leaves(batch):
         raise ValueError(f"jaxmet.{function}: batch is empty. {ONE}.")
@@ -327,7 +334,7 @@ def _iterable(batches: Any, function: str) -> Iterable[Any]:
     """The batches, unless they are something else that can be iterated."""
     if hasattr(batches, "shape"):
         raise ValueError(
-            f"jaxmet.{function}: batches is {_kind(batches)}, which could be one batch "
+            f"jaxmet.{function}: batches is {kind_of(batches)}, which could be one batch "
             f"or all the data. {CURE}."
         )
     if isinstance(batches, tuple):
@@ -336,7 +343,7 @@ def _iterable(batches: Any, function: str) -> Iterable[Any]:
             f"the inputs of one batch or several batches. {CURE}."
         )
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
-        raise ValueError(f"jaxmet.{function}: batches is {_kind(batches)}. {CURE}.")
+        raise ValueError(f"jaxmet.{function}: batches is {kind_of(batches)}. {CURE}.")
     return batches
 
 
@@ -393,7 +400,7 @@ def _array(x: Any, path: tuple[Any, ...], batch: tuple[Any, ...], function: str)
         return np.asarray(x)
     cure = inputs_from(batch) if isinstance(batch[0], Mapping) else f"{CURE}."
     raise ValueError(
-        f"jaxmet.{function}: a batch holds {_kind(x)} where an array belongs, in input "
+        f"jaxmet.{function}: a batch holds {kind_of(x)} where an array belongs, in input "
         f"{path[0].idx}{jax.tree_util.keystr(path[1:])}. {cure}"
     )
 
@@ -404,24 +411,10 @@ def inputs_from(batch: tuple[Any, ...]) -> str:
         keys = [*batch[0]]
         chosen = f"batch[{keys[0]!r}]" if keys else "…"
         return (
-            f"A batch is a {type(batch[0]).__name__} with {_keys(batch[0])}: choose the "
+            f"A batch is a {type(batch[0]).__name__} with {keys_of(batch[0])}: choose the "
             f"inputs among them, for example inputs=lambda batch: {chosen}."
         )
     return (
         "If the loader yields more than the inputs, choose them: "
         "inputs=lambda batch: batch[0]."
     )
-
-
-def _keys(batch: Mapping[Any, Any]) -> str:
-    keys = [repr(key) for key in batch]
-    more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
-    return f"the keys {', '.join(keys[:10])}{more}" if keys else "no keys"
-
-
-def _kind(x: Any) -> str:
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{type(x).__name__} of shape {tuple(x.shape)}"
-    if isinstance(x, Mapping):
-        return f"of type {type(x).__name__} with {_keys(x)}"
-    return f"of type {type(x).__name__}" if not isinstance(x, str) else "a text"

@@ -1,6 +1,6 @@
-"""Refusals that every transform makes before it starts."""
+"""Checks of arguments that public functions make before any work, in one wording."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,84 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxmet.tree.leaves import dense
+
+
+def check_flags(caller: str, **flags: Any) -> None:
+    """Raise unless each argument is True or False: any other text would count as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(
+                f"jaxmet.{caller}: {name} is {shown(value)}. Use True or False."
+            )
+
+
+def check_counts(caller: str, *, least: int = 1, **counts: Any) -> None:
+    """Raise unless each argument is an integer, and not below the least one."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(
+                f"jaxmet.{caller}: {name} is {shown(value)}. Give a Python integer of "
+                f"{least} or more."
+            )
+
+
+def check_numbers(caller: str, **numbers: tuple[Any, float | int]) -> None:
+    """Raise unless each argument is a number, and not below its least value."""
+    for name, (value, least) in numbers.items():
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not value >= least:
+            raise ValueError(
+                f"jaxmet.{caller}: {name} is {shown(value)}. Give a number, {least:g} or "
+                "more."
+            )
+
+
+def check_choices(caller: str, **choices: tuple[Any, Sequence[str]]) -> None:
+    """Raise unless each argument is one of its known words."""
+    for name, (value, known) in choices.items():
+        if not isinstance(value, str) or value not in known:
+            *others, last = map(repr, known)
+            listed = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(
+                f"jaxmet.{caller}: {name} is {shown(value)}. It is {listed}."
+            )
+
+
+def check_callable(caller: str, name: str, value: Any, cure: str) -> None:
+    """Raise unless the argument is a function."""
+    if not callable(value):
+        raise ValueError(f"jaxmet.{caller}: {name} is {shown(value)}. {cure}")
+
+
+def check_type(caller: str, name: str, value: Any, kind: type, cure: str) -> None:
+    """Raise unless the argument is of this type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"jaxmet.{caller}: {name} is {kind_of(value)}. {cure}")
+
+
+def shown(value: Any) -> str:
+    """A wrong argument in an error: itself where it is short, else its type."""
+    if value is None or isinstance(value, bool | int | float | complex):
+        return repr(value)
+    if isinstance(value, str) and len(value) <= 40:
+        return repr(value)
+    return kind_of(value)
+
+
+def kind_of(x: Any) -> str:
+    """The type of an argument in an error, with the shape of an array or the keys of a dict."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{type(x).__name__} of shape {tuple(x.shape)}"
+    if isinstance(x, Mapping):
+        return f"of type {type(x).__name__} with {keys_of(x)}"
+    return f"of type {type(x).__name__}" if not isinstance(x, str) else "a text"
+
+
+def keys_of(batch: Mapping[Any, Any]) -> str:
+    """The keys of a dict in an error, not more than ten of them."""
+    keys = [repr(key) for key in batch]
+    more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+    return f"the keys {', '.join(keys[:10])}{more}" if keys else "no keys"
 
 
 def is_concrete(x: Any) -> bool:

@@ -12,6 +12,7 @@ from jaxmet.numerics.calibrators import (
     is_percentile,
 )
 from jaxmet.numerics.grid import check_bits
+from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.names import match
 
 BiasFormat: TypeAlias = Literal["float", "int32"]
@@ -267,17 +268,12 @@ def _check(fields: dict[str, Any], caller: str) -> None:
     for name, value in fields.items():
         if name in ("weight_bits", "activation_bits"):
             check_bits(value, caller=caller, name=name)
-        elif name in _FLAGS and not isinstance(value, bool):
-            raise ValueError(
-                f"jaxmet.{caller}: {name} is {value!r}. Use True or False."
-            )
+        elif name in _FLAGS:
+            check_flags(caller, **{name: value})
         elif name in ("weight_range", "activation_range"):
             check_calibrator(value, caller, name)
-        elif name in _CHOICES and value not in _CHOICES[name]:
-            raise ValueError(
-                f"jaxmet.{caller}: {name} is {value!r}. It is one of "
-                f"{', '.join(map(repr, _CHOICES[name]))}."
-            )
+        elif name in _CHOICES:
+            check_choices(caller, **{name: (value, _CHOICES[name])})
         elif name == "percentile" and not is_percentile(value):
             raise ValueError(
                 f"jaxmet.{caller}: percentile is {value!r}. Give a number above 50, up to "

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.numerics.calibrators import calibrator_name
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_type, is_concrete
 from jaxmet.tree.leaves import Compressed, flatten
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
@@ -22,7 +22,7 @@ from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.structures import STRUCTURES
 from jaxmet.tree.table import Table
-from jaxmet.tree.writing import writable, written
+from jaxmet.tree.writing import readable, writable, written
 
 FORMAT = "jaxmet"
 VERSION = 1
@@ -64,19 +64,26 @@ def save(
 
     Dicts, lists and tuples are restored exactly by `load`, other containers with its
     `like`. The file appears under its name only when it is complete.
+
+    Raises ValueError where there is nothing to save, for quantizers or a table in place of
+    `params`, for what is no array, number or text, and for a path that cannot be written.
     """
     if params is None and quantizers is None and table is None:
         raise ValueError(
             "jaxmet.save: there is nothing to save. Give params=, quantizers= or "
             "table=."
         )
+    for name, kind in (("quantizers", Quantizers), ("table", Table)):
+        if isinstance(params, kind):
+            raise ValueError(
+                f"jaxmet.save: params is of type {kind.__name__}. Write {name}=…, and params= "
+                "for the tree of parameters."
+            )
     if quantizers is not None:
         check_are_quantizers(quantizers, "save")
         quantizers = _without_functions(quantizers)
-    if table is not None and not isinstance(table, Table):
-        raise ValueError(
-            f"jaxmet.save: table is of type {type(table).__name__}. Give one jm.Table."
-        )
+    if table is not None:
+        check_type("save", "table", table, Table, "Give one jm.Table.")
     path = writable(path, "save")
     arrays: dict[str, np.ndarray] = {}
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION}
@@ -121,8 +128,11 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
     Containers other than dict, list and tuple (an nnx state, an equinox module) come
     back as nested dicts, unless `like` is a tree with the same parameter names, whose
     containers are then used; its values do not matter.
+
+    Raises FileNotFoundError where there is no such file, and ValueError for a path that is
+    none, for a folder, and for a file that `save` did not write.
     """
-    path = Path(path)
+    path = readable(path, "load")
     manifest, arrays = _read(path)
     try:
         params = manifest.get("params")
@@ -298,7 +308,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     def refusal(found: str, cure: str) -> ValueError:
         return ValueError(f"jaxmet.load: {path} {found}. {cure}.")
 
-    with open(path, "rb") as file:  # a missing file is its own clear error
+    with open(path, "rb") as file:
         start = file.read(4)
         if not start:
             raise refusal("is empty", "Save it again")

@@ -3,11 +3,12 @@
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 
+from jaxmet.tree.checks import shown
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.paths import has_collections, path_name, path_parts
 
@@ -73,6 +74,19 @@ def match(glob: str, name: str) -> bool:
     return name.startswith((f"{glob}/", f"{glob}:"))
 
 
+def check_names(caller: str, what: str, names: Any) -> list[str]:
+    """One name or several as a list; raise unless they are texts."""
+    listed = [names] if isinstance(names, str) else names
+    listed = listed if isinstance(listed, Sequence | Set) else [listed]
+    for name in listed:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"jaxmet.{caller}: {what} is {shown(name)}. Give names as texts, such as "
+                "'conv1' or 'block1*'."
+            )
+    return list(listed)
+
+
 def select(
     globs: str | Sequence[str], names: Iterable[str], *, caller: str = "select"
 ) -> list[str]:
@@ -80,7 +94,7 @@ def select(
 
     A glob that means nothing raises and lists the names nearest to it.
     """
-    globs = [globs] if isinstance(globs, str) else globs
+    globs = check_names(caller, "a glob", globs)
     names = list(names)
     for glob in globs:
         if not any(match(glob, name) for name in names):

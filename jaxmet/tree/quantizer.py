@@ -25,11 +25,12 @@ from jaxmet.numerics.learned_ranges import (
     zero_point_on,
 )
 from jaxmet.numerics.ranges import grid_between, regrid
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_choices, check_flags, is_concrete
 from jaxmet.tree.names import suggestion
 
 Learn = Literal["lsq", "minmax"]
-LEARN = (*get_args(Learn), None)
+LEARN = get_args(Learn)
+FLAGS = ("symmetric", "signed", "narrow", "enabled")
 
 
 class Grid(NamedTuple):
@@ -296,11 +297,9 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             )
     if "bits" in fields:
         check_bits(fields["bits"], caller="Quantizers.set")
-    if fields.get("learn") not in LEARN:
-        raise ValueError(
-            f"jaxmet.Quantizers.set: learn is {fields['learn']!r}. It is one of "
-            f"{', '.join(map(repr, LEARN))}: what of a grid trains."
-        )
+    check_flags("Quantizers.set", **{n: fields[n] for n in FLAGS if n in fields})
+    if fields.get("learn") is not None:
+        check_choices("Quantizers.set", learn=(fields["learn"], LEARN))
     if "calibrator" in fields:
         check_calibrator(fields["calibrator"], "Quantizers.set", "calibrator")
     if not is_percentile(fields.get("percentile", 100)):

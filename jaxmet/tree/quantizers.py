@@ -14,7 +14,7 @@ from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.ranges import SCALE_FLOOR
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_flags, is_concrete, kind_of
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.quantizer import (
@@ -106,12 +106,32 @@ class Quantizers:
             )
         return f"{name!r} uses the grid of {self.owner(name)!r}. Set that one."
 
+    def leaves(self, params: Any, caller: str) -> dict[str, Any]:
+        """The leaves of `params` by name, every weight that has a quantizer among them."""
+        leaves = named_leaves(params)
+        for name in self.weights:
+            if name not in leaves and name not in self.derived:
+                raise ValueError(
+                    f"jaxmet.{caller}: the tree has no parameter {name!r}, for which there is "
+                    f"a quantizer. {suggestion(name, leaves)} Pass the parameters that the "
+                    "quantizers are of."
+                )
+            array = dense(leaves[name]) if name in leaves else np.zeros(0)
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                raise ValueError(
+                    f"jaxmet.{caller}: {name!r} is {kind_of(array)}, not an array. Pass the "
+                    "parameters that the quantizers are of."
+                )
+        return leaves
+
     def pin(self, params: Any) -> "Quantizers":
         """A copy whose weight scales are leaves, computed from `params` as it is now.
 
         Scales that are leaves already stay, and so do weights that the model derives.
+
+        Raises ValueError for a tree without a parameter that has a quantizer.
         """
-        leaves = named_leaves(params)
+        leaves = self.leaves(params, "Quantizers.pin")
 
         def pinned(name: str, q: Quantizer) -> Quantizer:
             open_ = q.follows and q.product is None and q.bits != 32
@@ -287,12 +307,14 @@ def grids(
 
     def grid(name: str, q: Quantizer, on: Any, bits: Any) -> Grid:
         on, bits = of(name, on, True), of(name, bits, None)
+        if not (hasattr(on, "dtype") or isinstance(on, int | float)):
+            check_flags("grids", **{f"the switch of {name!r}": on})
         on = jnp.logical_and(q.active, jnp.asarray(on))
         if q.product is not None or bits is None:
             ends = q.ends if q.product is None else INT32_ENDS
             low, high = (jnp.asarray(end, jnp.float32) for end in ends)
             return Grid(low, high, on)
-        if isinstance(bits, int):
+        if not (hasattr(bits, "dtype") or isinstance(bits, float)):
             check_bits(bits, caller="grids")
         elif is_concrete(bits) and np.isnan(bits):
             raise ValueError(

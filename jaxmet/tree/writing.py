@@ -1,4 +1,4 @@
-"""Files that are refused before the work, and that appear only when they are complete."""
+"""Paths that are checked before the work, and files that appear only when they are complete."""
 
 import os
 import uuid
@@ -6,21 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxmet.tree.checks import shown
+
 
 def writable(path: str | os.PathLike[str], caller: str) -> Path:
     """The path, refused where nothing can be written under it; a link is what it leads to."""
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(
-            f"jaxmet.{caller}: the path is of type {type(path).__name__}. Give the name of a "
-            "file."
-        )
-    path = Path(path)
+    path = _file(path, caller)
     path = path.resolve() if path.is_symlink() else path
     folder = path.parent
-    if path.is_dir():
-        raise ValueError(
-            f"jaxmet.{caller}: {path} is a folder. Give the name of a file."
-        )
     if path.exists() and not path.is_file():  # a pipe or a device would be replaced
         raise ValueError(
             f"jaxmet.{caller}: {path} is no ordinary file. Give the name of one."
@@ -34,6 +27,30 @@ def writable(path: str | os.PathLike[str], caller: str) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(
             f"jaxmet.{caller}: {path} is read-only. Give another name, or make it writable."
+        )
+    return path
+
+
+def readable(path: Any, caller: str) -> Path:
+    """The path, refused unless there is a file under it."""
+    path = _file(path, caller)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"jaxmet.{caller}: there is no file {path} (the working directory is "
+            f"{Path.cwd()}). Give the path that jm.save wrote."
+        )
+    return path
+
+
+def _file(path: Any, caller: str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"jaxmet.{caller}: the path is {shown(path)}. Give the name of a file."
+        )
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"jaxmet.{caller}: {path} is a folder. Give the name of a file."
         )
     return path
 

@@ -15,6 +15,7 @@ from jaxmet.analysis.scoring import (
     Runner,
     Score,
     check_finite_score,
+    check_score,
     is_traceable,
     number_of,
     runner,
@@ -24,8 +25,9 @@ from jaxmet.engine.run.lift import lift
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.checkpoint import Checkpoint, model_of
 from jaxmet.layers.grams import ROWS
-from jaxmet.layers.ratios import asked_for, check_multiple
+from jaxmet.layers.ratios import asked_for
 from jaxmet.tree.batches import as_batches
+from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.table import Table
 
 CALLER = "score_ratios"
@@ -93,14 +95,10 @@ def score_ratios(
     >>> small = jm.factorize(params, graph, ratios=ratios, batches=batches)
     """
     graph, leaves = fitted(params, graph, CALLER)
-    if method not in METHODS:
-        raise ValueError(
-            f"jaxmet.{CALLER}: method is {method!r}. It is one of "
-            f"{', '.join(map(repr, METHODS))}."
-        )
-    check_multiple(multiple, CALLER)
-    check_multiple(together, CALLER, "together")
-    check_multiple(rows, CALLER, "rows")
+    check_choices(CALLER, method=(method, METHODS))
+    check_counts(CALLER, multiple=multiple, together=together, rows=rows)
+    check_flags(CALLER, progress=progress)
+    check_score(CALLER, score)
     ratios = _checked(ratios)
     key = key_of(key, CALLER)
     read = as_batches(

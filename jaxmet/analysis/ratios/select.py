@@ -10,6 +10,7 @@ from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.ratios.spending import BUDGETS, Budget, Spending
 from jaxmet.layers.ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
+from jaxmet.tree.checks import check_choices, check_flags, check_type
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.table import Table
 
@@ -51,6 +52,10 @@ def select_ratios(
     >>> small = jm.factorize(params, graph, ratios=ratios)
     """
     _check(table, target, method, budget)
+    check_flags(CALLER, fit=fit)
+    if manual is not None:
+        cure = "Give the ratio of each site by name: manual={'stem': 1.0}."
+        check_type(CALLER, "manual", manual, Mapping, cure)
     sites = [n for n in dict.fromkeys(table["site"]) if n != ALL]
     by_site = {name: table.where(site=name) for name in sites}
     tied = {name: _tied(by_site[name]) for name in sites}
@@ -215,11 +220,7 @@ def _check(table: Any, target: Any, method: str, budget: str) -> None:
             "Pass the whole table of jm.score_ratios."
         )
     check_ratio("target", target, CALLER)
-    for said, what, of in ((method, "method", METHODS), (budget, "budget", BUDGETS)):
-        if said not in of:
-            raise ValueError(
-                f"jaxmet.{CALLER}: {what} is {said!r}. It is {of[0]!r} or {of[1]!r}."
-            )
+    check_choices(CALLER, method=(method, METHODS), budget=(budget, BUDGETS))
     if not np.all(np.isfinite(np.array(table["score"], np.float64))):
         raise ValueError(
             f"jaxmet.{CALLER}: the table holds scores that are no numbers."

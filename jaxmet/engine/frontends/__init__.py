@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmet.engine.frontends import equinox, nnx
+from jaxmet.tree.checks import check_flags, kind_of
 
 
 def functional(
@@ -40,6 +41,7 @@ def functional(
     >>> params = jm.fold_batch_norm(params, jm.trace(apply, params, images[:1]))
     >>> model = merge(params)
     """
+    check_flags("functional", vmap=vmap)
     if equinox.is_module(module):
         return equinox.functional(module, state, vmap=vmap)
     if isinstance(module, tuple) and any(map(equinox.is_module, module)):
@@ -53,6 +55,15 @@ def functional(
             "equinox module has one: jm.functional(*eqx.nn.make_with_state(Model)(key))."
         )
     return nnx.functional(module)
+
+
+def check_apply(apply: Any, caller: str) -> None:
+    """Raise unless a model is a function; a linen module is called through its `apply`."""
+    if hasattr(apply, "apply") or not callable(apply):
+        raise ValueError(
+            f"jaxmet.{caller}: apply is {kind_of(apply)}. Pass model.apply of a linen module, "
+            "or what jm.functional(module) returns for an nnx or equinox one."
+        )
 
 
 def refuse_module(apply: Any, params: Any, caller: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxmet.engine.frontends import refuse_module
+from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.analyse import Analysis, analyse_structure
 from jaxmet.engine.graph.channels import (
     Group,
@@ -22,7 +22,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.engine.program.program import CONST, DATA, PRODUCTS
 from jaxmet.engine.pruned.expand import call_of
-from jaxmet.tree.checks import check_finite
+from jaxmet.tree.checks import check_finite, check_type
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.stored_forms import is_structure, stored_forms
@@ -331,12 +331,16 @@ def fitted(
 
 def graph_of(params: Any, graph: Graph, caller: str) -> Graph:
     """The graph of `params`, refused unless a graph of the model is given."""
-    if not isinstance(graph, Graph):
-        raise ValueError(
-            f"jaxmet.{caller}: the graph is of type {type(graph).__name__}. Pass the tree "
-            "first and then what jm.trace returned."
-        )
+    check_graph(graph, caller, TREE_FIRST)
     return graph.of(params, caller)
+
+
+TREE_FIRST = "Pass the tree first and then what jm.trace returned."
+
+
+def check_graph(graph: Any, caller: str, cure: str) -> None:
+    """Raise unless `graph` is one."""
+    check_type(caller, "the graph", graph, Graph, cure)
 
 
 def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -> Graph:
@@ -357,11 +361,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     >>> print(graph)
     """
     refuse_module(apply, params, "trace")
-    if hasattr(apply, "apply") or not callable(apply):
-        raise ValueError(
-            f"jaxmet.trace: apply is a {type(apply).__name__}. Pass model.apply of a linen "
-            "module, or what jm.functional(module) returns for an nnx or equinox one."
-        )
+    check_apply(apply, "trace")
     try:
         analysis = analyse_structure(call_of(apply, params, inputs, kwargs))
     except (TypeError, KeyError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.machine import Run
@@ -22,6 +23,7 @@ def lift(apply: Apply) -> Apply:
 
     >>> logits = jax.jit(jm.lift(model.apply))(jm.equalize(params, graph), images)
     """
+    check_apply(apply, "lift")
 
     def lifted(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         if not any(is_compressed(leaf) for leaf in flatten(params, whole=True)[1]):

@@ -12,6 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 
 from jaxmet.engine.flow.token_masks import Lost, TokenMasks, on_input
+from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.graph.analyse import Analysis, analyse
 from jaxmet.engine.graph.describe import describe
 from jaxmet.engine.graph.node import Node
@@ -21,7 +22,13 @@ from jaxmet.engine.run.bodies import Counted as Counted
 from jaxmet.engine.run.compressed import bounds_of, offsets_of
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Run, Statistics
 from jaxmet.tree.batches import BatchInfo, inputs_of
+from jaxmet.tree.checks import check_callable, check_flags
 from jaxmet.tree.leaves import dense
+
+HOOK_CURE = (
+    "A hook is a function hook(node, run, operands) that returns the node's result and its "
+    "statistics, such as (run(*operands), None)."
+)
 
 
 def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Callable:
@@ -59,6 +66,10 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     ...     return y, jnp.max(jnp.abs(y))
     >>> outputs, largest = jax.jit(evaluate(model.apply, hook))(params, images)
     """
+
+    check_apply(apply, "evaluate")
+    check_callable("evaluate", "hook", hook, HOOK_CURE)
+    check_flags("evaluate", cpu_formulations=cpu_formulations)
 
     def evaluated(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Statistics]:
         inputs, info = inputs_of(inputs)

@@ -9,7 +9,7 @@ import jax
 
 from jaxmet.engine.graph.analyse import Analysis, analyse
 from jaxmet.engine.graph.describe import describe
-from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.graph import Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.program import compat
@@ -18,8 +18,10 @@ from jaxmet.engine.program.program import NOISE, Equation, Region, Value
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.compressed import bounds_of, offsets_of
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
+from jaxmet.engine.run.replay import HOOK_CURE
+from jaxmet.tree.checks import check_callable, check_flags, keys_of, kind_of
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves, suggestion
+from jaxmet.tree.names import check_names, named_leaves, suggestion
 
 Live = dict[str, Any]
 INLINED = (*compat.REMAT, *compat.CUSTOM)
@@ -52,12 +54,13 @@ def segments(
     ...     environment = jax.jit(piece)(params, environment)
     >>> logits = pieces.finish(environment)
     """
-    if not isinstance(graph, Graph):
-        raise ValueError(
-            f"jaxmet.segments: the graph is of type {type(graph).__name__}. Pass what "
-            "jm.trace returned first, then the parameters."
-        )
-    cuts = [cuts] if isinstance(cuts, str) else cuts
+    check_graph(
+        graph, "segments", "Pass what jm.trace returned first, then the parameters."
+    )
+    check_flags("segments", cpu_formulations=cpu_formulations)
+    if hook is not None:
+        check_callable("segments", "hook", hook, HOOK_CURE)
+    cuts = check_names("segments", "a cut", cuts)
     analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
     nodes = describe(analysis)
     _check_cuts(cuts, nodes)
@@ -204,10 +207,15 @@ class Segments(Sequence):
 
     def __init__(self, plan: _Schedule, hook: Hook, cpu_formulations: bool):
         self._plan = plan
-        self._pieces = [
-            Segment(plan, hook, cpu_formulations, name, tuple(steps), tuple(live))
-            for name, steps, live in plan.pieces()
-        ]
+        self._pieces: list[Segment] = []
+        reads = tuple(plan.input_keys)
+        for name, steps, live in plan.pieces():
+            self._pieces.append(
+                Segment(
+                    plan, hook, cpu_formulations, name, tuple(steps), reads, tuple(live)
+                )
+            )
+            reads = tuple(plan.keys[v] for v in live)
 
     def __getitem__(self, i):
         return self._pieces[i]
@@ -231,6 +239,9 @@ class Segments(Sequence):
     def finish(self, environment: Live) -> Any:
         """The model's outputs, from the last environment."""
         plan = self._plan
+        read = [plan.keys[v] for v in plan.outputs if v.constant is None]
+        cure = "Pass what the last piece returned."
+        _check_environment("Segments.finish", environment, read, cure)
         values = [
             v.constant if v.constant is not None else environment[plan.keys[v]]
             for v in plan.outputs
@@ -247,6 +258,7 @@ class Segment:
     cpu_formulations: bool
     name: str | None
     steps: tuple = dataclasses.field(repr=False)
+    reads: tuple[str, ...] = dataclasses.field(repr=False)
     live: tuple = dataclasses.field(repr=False)
 
     @property
@@ -263,6 +275,14 @@ class Segment:
         """The next environment, and what the hook returned besides."""
         plan = self.plan
         leaves = named_leaves(params)
+        for name in plan.analysis.leaves:
+            if name not in leaves:
+                raise ValueError(
+                    f"jaxmet.Segment: the tree has no parameter {name!r}. "
+                    f"{suggestion(name, leaves)} Pass the parameters that segments got."
+                )
+        cure = "Pass what the piece before returned, or pieces.begin(*inputs)."
+        _check_environment("Segment", environment, self.reads, cure)
         bounds = bounds_of(plan.nodes.values(), leaves)
         offsets = offsets_of(plan.nodes.values(), leaves)
         machine = Machine(
@@ -280,6 +300,21 @@ class Segment:
             else:
                 machine.step(step, values)
         return {plan.keys[v]: values[v] for v in self.live}, machine.statistics
+
+
+def _check_environment(
+    caller: str, environment: Any, read: Sequence[str], cure: str
+) -> None:
+    if not isinstance(environment, Mapping):
+        raise ValueError(
+            f"jaxmet.{caller}: the environment is {kind_of(environment)}. {cure}"
+        )
+    for key in read:
+        if key not in environment:
+            raise ValueError(
+                f"jaxmet.{caller}: the environment has no {key!r}, which is read here. It has "
+                f"{keys_of(environment)}. {cure}"
+            )
 
 
 class _Aliased(dict):

@@ -18,8 +18,8 @@ from jaxmet.layers.reference import float_model
 from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
 from jaxmet.transforms.correct_bias.places import Place, find_places
 from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
-from jaxmet.tree.batches import as_batches, check_mask_function
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.batches import as_batches, check_batch_functions
+from jaxmet.tree.checks import check_choices, check_flags, is_concrete
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P, Rounded, Store
@@ -117,7 +117,8 @@ def correct_bias(
     check_keywords(kwargs, graph, params, CALLER)
     check_quantizers(quantizers, graph, CALLER)
     _check_options(batches, of, store)
-    check_mask_function(mask, CALLER)
+    check_flags(CALLER, progress=progress, with_report=with_report)
+    check_batch_functions(CALLER, inputs, mask)
     places = find_places(graph, quantizers)
     model = float_model(reference, params, graph, quantizers, CALLER)
     free = {p.at: p for p in places if p.why is None}
@@ -150,14 +151,7 @@ def correct_bias(
 
 
 def _check_options(batches: Any, of: str, store: str) -> None:
-    for name, value, known in (
-        ("of", of, get_args(Rounded)),
-        ("store", store, get_args(Store)),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"jaxmet.{CALLER}: {name} is {value!r}. Use {known[0]!r} or {known[1]!r}."
-            )
+    check_choices(CALLER, of=(of, get_args(Rounded)), store=(store, get_args(Store)))
     if batches is None and of == "both":
         raise ValueError(
             f"jaxmet.{CALLER}: of='both' needs batches: statistics of norms say nothing "

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmet.engine.graph.channels import Group
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.arguments import key_of
+from jaxmet.layers.arguments import check_examples, key_of
 from jaxmet.layers.once import run_once
 from jaxmet.layers.placement import place
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
@@ -42,7 +42,8 @@ from jaxmet.transforms.equalize.plan import (
     make_plan,
 )
 from jaxmet.transforms.equalize.statistics import predicted
-from jaxmet.tree.batches import as_batches, check_mask_function
+from jaxmet.tree.batches import as_batches, check_batch_functions
+from jaxmet.tree.checks import check_flags
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
@@ -135,6 +136,8 @@ def equalize(
     >>> params = jm.equalize(jm.fold_batch_norm(params, graph), graph)
     """
     check_options(clip, objective, max_scale)
+    check_flags("equalize", progress=progress, with_report=with_report)
+    check_batch_functions("equalize", inputs, mask)
     graph, leaves = fitted(params, graph, "equalize")
     plan = make_plan(graph, clip)
     check_named(graph, plan)
@@ -145,12 +148,12 @@ def equalize(
     if not plan.free:
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params
-    check_mask_function(mask, "equalize")
     key = key_of(key, "equalize")
     task = Task(plan, Channels(graph, plan.free), config, max_scale)
     seen = None
     if objective == "noise" and batches is not None:
         read = as_batches(batches, "equalize", inputs=inputs, mask=mask)
+        check_examples(graph, params, read.first, {}, "equalize")
         seen = measured(graph, params, task.weights, read, key, progress)
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise

@@ -155,6 +155,6 @@ def _check(sums: _Sums) -> None:
     if not any(np.any(value > 0) for value in every.values()):
         raise ValueError(
             "jaxmet.equalize: no gradient reaches the products from the outputs (are they "
-            "indices, or rounded?), and objective='noise' needs it. Trace the model to its "
-            "logits, pass no batches=, or use objective='range'."
+            "indices, rounded, or constant for a single example?), and objective='noise' needs "
+            "it. Trace the model to its logits, pass no batches=, or use objective='range'."
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.channels import Group, indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.tree.checks import check_choices, check_numbers
 from jaxmet.tree.table import Table
 
 Clip = Literal["exact", "skip", "relu"]
@@ -108,15 +109,8 @@ def _why_alone(node: Node) -> str:
 
 def check_options(clip: str, objective: str, max_scale: float) -> None:
     """Refuse what is no option."""
-    for name, value, known in (
-        ("clip", clip, CLIPS),
-        ("objective", objective, OBJECTIVES),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"jaxmet.equalize: {name} is {value!r}. It is one of "
-                f"{', '.join(map(repr, known))}."
-            )
+    check_choices("equalize", clip=(clip, CLIPS), objective=(objective, OBJECTIVES))
+    check_numbers("equalize", max_scale=(max_scale, 1))
     if not max_scale > 1:
         raise ValueError(
             f"jaxmet.equalize: max_scale is {max_scale!r}. Give a number above 1: no "

@@ -20,7 +20,7 @@ from jaxmet.layers.once import run_once
 from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
 from jaxmet.numerics.norm import gain_before, gain_behind
 from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -64,13 +64,14 @@ def fold_batch_norm(
     r"""The same function with every batch norm an identity plus a shift.
 
     With $g = \gamma/\sqrt{\sigma^2+\varepsilon}$: where a norm alone reads a product,
-    the kernel becomes $W g$ along its outputs and the product's bias $b g$; the norm
-    keeps $\mu g$, $\sigma^2 g^2$, $\gamma' = \sqrt{\sigma^2 g^2+\varepsilon}$ and
-    $\beta$. Without a scale the variance becomes $1-\varepsilon$. A norm that products
-    alone read, directly, gives them its gain along their inputs and keeps $\mu$,
-    $\sigma^2$, $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and $\beta/g$: exact under zero
-    padding, since no shift moves. Folding twice changes nothing. A channel whose gain
-    cannot move without an overflow or a division by zero keeps it.
+    the kernel becomes $W g$ along its outputs and the product's bias $b g$ (where it
+    reads a concatenation of products along the channels, each product takes the gain of
+    its own channels); the norm keeps $\mu g$, $\sigma^2 g^2$, $\gamma' = \sqrt{\sigma^2
+    g^2+\varepsilon}$ and $\beta$. Without a scale the variance becomes $1-\varepsilon$.
+    A norm that products alone read, directly, gives them its gain along their inputs
+    and keeps $\mu$, $\sigma^2$, $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and $\beta/g$:
+    exact under zero padding, since no shift moves. Folding twice changes nothing. A
+    channel whose gain cannot move without an overflow or a division by zero keeps it.
 
     With `quantizers` of a model that was trained beside its norms it returns
     `(params, quantizers)`: a pinned weight scale is multiplied by $|g|$, so that the
@@ -88,6 +89,7 @@ def fold_batch_norm(
     >>> params, quantizers = jm.fold_batch_norm(params, graph, quantizers=quantizers)
     """
     graph, leaves = fitted(params, graph, CALLER)
+    check_flags(CALLER, with_report=with_report)
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER)
     plans = [plan_of(graph, node) for node in graph.nodes if node.kind == "norm"]

@@ -10,7 +10,7 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.grams import ROWS, grams, unmasked
-from jaxmet.layers.ratios import asked_for, check_multiple
+from jaxmet.layers.ratios import asked_for
 from jaxmet.transforms.prune.bundles import (
     Bundle,
     axes_of,
@@ -22,8 +22,8 @@ from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, remov
 from jaxmet.transforms.prune.leaves import pruned
 from jaxmet.transforms.prune.readers import SELECTIONS, Reader, Selection, read_by
 from jaxmet.transforms.prune.report import report, whole_before
-from jaxmet.tree.batches import as_batches, check_mask_function
-from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.batches import as_batches, check_batch_functions
+from jaxmet.tree.checks import check_choices, check_counts, check_flags, is_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
@@ -126,10 +126,10 @@ def prune(
     """
     graph, leaves = fitted(params, graph, CALLER)
     selection = _selection(selection, batches)
-    check_multiple(multiple, CALLER)
-    check_multiple(rows, CALLER, "rows")
+    check_counts(CALLER, multiple=multiple, rows=rows)
+    check_flags(CALLER, coupled=coupled, progress=progress, with_report=with_report)
     key = key_of(key, CALLER)
-    check_mask_function(mask, CALLER)
+    check_batch_functions(CALLER, inputs, mask)
     _check_concrete(leaves)
     bundles = bundles_of(graph)
     why = _why(graph, bundles, coupled)
@@ -214,11 +214,7 @@ def _refit(
 def _selection(selection: Selection | None, batches: Any) -> Selection:
     if selection is None:
         return "magnitude" if batches is None else "obs"
-    if selection not in SELECTIONS:
-        raise ValueError(
-            f"jaxmet.{CALLER}: selection is {selection!r}. It is one of "
-            f"{', '.join(map(repr, SELECTIONS))}: how the channels that go are chosen."
-        )
+    check_choices(CALLER, selection=(selection, SELECTIONS))
     if batches is None and selection != "magnitude":
         raise ValueError(
             f"jaxmet.{CALLER}: selection {selection!r} looks at data. Give batches=, or "

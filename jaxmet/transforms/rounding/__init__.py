@@ -6,7 +6,6 @@ inputs       what both copies of the model read there
 solvers      one layer's weights on the grid of its quantizer: what every method gets and returns
 methods      the methods, one a file
 sequential   all layers
-options      checks of options
 adaround, search_scales     the public calls
 """
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +14,16 @@ from jaxmet.layers.grams import unmasked
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.layers import Layer, find_layers
 from jaxmet.transforms.rounding.methods import MethodName, check_options, method_of
-from jaxmet.transforms.rounding.options import check_number, check_word
 from jaxmet.transforms.rounding.sequential import Chosen, Run
 from jaxmet.transforms.rounding.solvers import RoundingMethod
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.checks import (
+    check_choices,
+    check_concrete,
+    check_counts,
+    check_flags,
+    check_numbers,
+)
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -157,10 +162,11 @@ def adaround(
     check_options(kwargs, graph, params, chosen, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = key_of(key, CALLER)
-    check_word(CALLER, of=(of, Rounded), store=(store, Store))
-    check_number(CALLER, damping=(damping, 0))
+    check_choices(CALLER, of=(of, get_args(Rounded)), store=(store, get_args(Store)))
+    check_numbers(CALLER, damping=(damping, 0))
     rows = chosen.rows if rows is None else rows
-    check_number(CALLER, whole=True, rows=(rows, 1))
+    check_counts(CALLER, rows=rows)
+    check_flags(CALLER, bias=bias, progress=progress, with_report=with_report)
     layers = find_layers(graph, quantizers, CALLER)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(

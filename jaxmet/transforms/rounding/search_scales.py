@@ -1,7 +1,7 @@
 """Weight scales by the outputs that they give: sequential MSE."""
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.arguments import check_keywords, key_of
@@ -10,10 +10,9 @@ from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import report, results
 from jaxmet.transforms.rounding.layers import find_layers
 from jaxmet.transforms.rounding.methods.scale_search import CANDIDATES, Search
-from jaxmet.transforms.rounding.options import check_number, check_word
 from jaxmet.transforms.rounding.sequential import Run
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import Store
@@ -101,8 +100,9 @@ def search_scales(
     check_quantizers(quantizers, graph, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     key = key_of(key, CALLER)
-    check_word(CALLER, of=(of, Read), store=(store, Store))
-    check_number(CALLER, whole=True, candidates=(candidates, 1), rows=(rows, 1))
+    check_choices(CALLER, of=(of, get_args(Read)), store=(store, get_args(Store)))
+    check_counts(CALLER, candidates=candidates, rows=rows)
+    check_flags(CALLER, progress=progress, with_report=with_report)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = Run(
         CALLER,

@@ -121,13 +121,13 @@ class Run:
         self.positions = Positions(self.graph, self.params, names, self.kwargs)
         number = 0
         for batch in batches:
-            self.positions.read(batch)
-            batch, _ = inputs_of(batch)
+            given, _ = inputs_of(batch)
             number += max(
-                (x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), default=1
+                (x.shape[0] for x in jax.tree.leaves(given) if x.ndim), default=1
             )
-            exact.read(batch)
-            self.noisy.read(batch)
+            exact.read(given)  # first: it names a batch that the model does not accept
+            self.noisy.read(given)
+            self.positions.read(batch)
         self.noisy.order = exact.order
         self.most = max(1, self.rows // max(1, number))
         return waves

@@ -1,6 +1,6 @@
 """Norms with stored statistics: affine maps whose factor holds 1/√(variance + epsilon)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -248,15 +248,23 @@ class _RoleFinder:
                 setattr(roles, role, leaf)
         if strangers:
             return roles
-        (roles.variance,) = self.under
-        return self.prove(roles, weight, a, c, changed(roles.variance, 0 * one)[0])
+        (variance,) = self.under
+        roles.variance = variance
+        return self.prove(
+            roles, weight, a, c, lambda number: changed(variance, number)[0]
+        )
 
     def prove(
-        self, roles: Roles, weight: Numbers, a: Numbers, c: Numbers, a_zero: Numbers
+        self,
+        roles: Roles,
+        weight: Numbers,
+        a: Numbers,
+        c: Numbers,
+        a_at: Callable[[Numbers], Numbers],
     ) -> Roles:
         """Whether a = factor·scale/√(variance + epsilon) and c = bias − mean·a.
 
-        `a_zero` is the factor where the variance is zero, which tells the epsilon.
+        `a_at` is the factor at another variance: at zero it tells the epsilon.
         """
         mean, variance, scale, bias = (
             np.full(DRAWS, empty) if leaf is None else self.draws[leaf]
@@ -268,7 +276,7 @@ class _RoleFinder:
             )
         )
         # 1/a² is a line over the variance; its value at zero over its slope is epsilon.
-        at_zero = np.square(scale / a_zero)
+        at_zero = np.square(scale / a_at(0 * variance))
         slope = (np.square(scale / a) - at_zero) / (variance * weight)
         epsilons, factors = at_zero / slope, 1 / np.sqrt(slope)
         roles.epsilon = self.exact(float(np.median(epsilons)))
@@ -276,10 +284,14 @@ class _RoleFinder:
         factor = float(np.median(factors)) * (1 if a[0] * gain[0] > 0 else -1)
         roles.factor = 1.0 if _same(factor, 1.0) else factor
         leaves = (roles.mean, roles.variance, roles.scale, roles.bias)
+        # Max(√v, ε) and √v + ε differ from it only where the variance is as small as epsilon.
+        small = roles.epsilon * variance / weight
+        small_gain = scale / np.sqrt(small * weight + roles.epsilon)
         roles.plain = (
             all(leaf is None or leaf.name is not None for leaf in leaves)
             and _same(epsilons, np.full(DRAWS, roles.epsilon))
             and _same(a, roles.factor * gain)
+            and (small.max() == 0 or _same(a_at(small), roles.factor * small_gain))
             and _same(c, bias - mean * weight * a)
         )
         return roles

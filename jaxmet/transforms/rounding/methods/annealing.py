@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.numerics.rounding.adaround import Schedule, State, adaround, start_adaround
-from jaxmet.transforms.rounding.options import check_number
 from jaxmet.transforms.rounding.solvers import (
     Kind,
     Problem,
@@ -16,6 +15,7 @@ from jaxmet.transforms.rounding.solvers import (
     Tick,
     per_layer,
 )
+from jaxmet.tree.checks import check_counts, check_numbers
 
 CHUNKS = 20  # of an optimisation, between which the progress bar moves
 
@@ -32,10 +32,10 @@ class Annealing(RoundingMethod):
 
     def __post_init__(self) -> None:
         caller = type(self).__name__
-        check_number(caller, whole=True, iterations=(self.iterations, 0))
-        check_number(caller, learning_rate=(self.learning_rate, 0))
-        check_number(caller, regularisation=(self.regularisation, 0))
-        check_number(caller, warm_start=(self.warm_start, 0))
+        check_counts(caller, least=0, iterations=self.iterations)
+        check_numbers(caller, learning_rate=(self.learning_rate, 0))
+        check_numbers(caller, regularisation=(self.regularisation, 0))
+        check_numbers(caller, warm_start=(self.warm_start, 0))
         pair = self.beta_range
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(
@@ -43,7 +43,7 @@ class Annealing(RoundingMethod):
                 "it ends, such as (20.0, 2.0)."
             )
         for end in pair:
-            check_number(caller, beta_range=(end, 0))
+            check_numbers(caller, beta_range=(end, 0))
         object.__setattr__(self, "beta_range", (float(pair[0]), float(pair[1])))
 
     def unit(self, level: jax.Array, weights: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jaxmet.engine.program import compat
 from jaxmet.numerics.rounding.coordinate import coordinate_descent
 from jaxmet.numerics.rounding.quadratic import best_weight, damped
 from jaxmet.transforms.rounding.methods.scale_search import CANDIDATES, searched
-from jaxmet.transforms.rounding.options import check_number, check_word
 from jaxmet.transforms.rounding.solvers import (
     Kind,
     Problem,
@@ -22,6 +21,7 @@ from jaxmet.transforms.rounding.solvers import (
     per_layer,
     products_of,
 )
+from jaxmet.tree.checks import check_choices, check_counts
 
 Scales = Literal["refit", "search", "given"]
 Start = Literal["gptq", "nearest"]
@@ -57,10 +57,9 @@ class Coordinate(RoundingMethod):
     scales: Scales = "refit"
 
     def __post_init__(self) -> None:
-        check_number("Coordinate", whole=True, sweeps=(self.sweeps, 0))
-        check_word(
-            "Coordinate", start=(self.start, Start), scales=(self.scales, Scales)
-        )
+        check_counts("Coordinate", least=0, sweeps=self.sweeps)
+        check_choices("Coordinate", start=(self.start, get_args(Start)))
+        check_choices("Coordinate", scales=(self.scales, get_args(Scales)))
 
     def solve(
         self, problem: Problem, kind: Kind, key: jax.Array, tick: Tick

@@ -1,7 +1,7 @@
 """GPTQ: one pass over the inputs, each error made good by the weights still to come."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from jaxmet.transforms.rounding.methods.coordinate_rounding import (
     Coordinate,
     descended,
 )
-from jaxmet.transforms.rounding.options import check_word
 from jaxmet.transforms.rounding.solvers import (
     Kind,
     Problem,
@@ -18,6 +17,7 @@ from jaxmet.transforms.rounding.solvers import (
     Solution,
     Tick,
 )
+from jaxmet.tree.checks import check_choices
 
 Scales = Literal["given", "search"]
 
@@ -48,7 +48,7 @@ class Gptq(RoundingMethod):
     scales: Scales = "given"
 
     def __post_init__(self) -> None:
-        check_word("Gptq", scales=(self.scales, Scales))
+        check_choices("Gptq", scales=(self.scales, get_args(Scales)))
 
     def solve(
         self, problem: Problem, kind: Kind, key: jax.Array, tick: Tick

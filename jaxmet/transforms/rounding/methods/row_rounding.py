@@ -11,7 +11,6 @@ from jaxmet.numerics.rounding.adaround import RowData, State, hard_weight, row_e
 from jaxmet.numerics.rounding.levels import nearest
 from jaxmet.numerics.rounding.quadratic import best_weight, bias_correction
 from jaxmet.transforms.rounding.methods.annealing import Annealing, started
-from jaxmet.transforms.rounding.options import check_number
 from jaxmet.transforms.rounding.solvers import (
     Kind,
     Problem,
@@ -20,6 +19,7 @@ from jaxmet.transforms.rounding.solvers import (
     per_layer,
     products_of,
 )
+from jaxmet.tree.checks import check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Adam(Annealing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("Adam", whole=True, batch=(self.batch, 1))
+        check_counts("Adam", batch=self.batch)
 
     def solve(
         self, problem: Problem, kind: Kind, key: jax.Array, tick: Tick
