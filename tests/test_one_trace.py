@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxmet as jm
 from random_nets import IMAGES, READOUTS, Net, random_values
@@ -263,7 +264,7 @@ def assert_same(one: Any, two: Any) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.one_in(24)
+@pytest.mark.one_in(61)
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -506,6 +507,56 @@ def test_every_node_of_a_compressed_tree_is_selected_as_before():
             assert graph.of(tree).only("*").of(params).selected == graph.selected
 
 
+# Other front-ends, and keyword arguments
+
+
+class NnxMlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(7, 12, rngs=rngs)
+        self.norm = nnx.BatchNorm(12, use_running_average=True, rngs=rngs)
+        self.second = nnx.Linear(12, 10, rngs=rngs)
+        self.head = nnx.Linear(10, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x)))
+        return self.head(nnx.relu(self.second(x)))
+
+
+def test_states_of_nnx_fit():
+    apply, params, _ = jm.functional(NnxMlp(nnx.Rngs(0)))
+    x = jnp.ones((2, 7))
+    graph = jm.trace(apply, params, x)
+    tree = jm.factorize(jm.prune(params, graph, 0.6), graph, ranks={"second": 2})
+    assert_alike(graph.of(tree), jm.trace(jm.lift(apply), tree, x))
+    assert jm.cost(tree, graph, x[:1])["macs"][:4] == [7 * 7, 7 * 2, 2 * 6, 6 * 5]
+    shapes = jax.eval_shape(lambda: tree)
+    assert_same(jm.cost(shapes, graph, x[:1]), jm.cost(tree, graph, x[:1]))
+
+
+class Modes(nn.Module):
+    """A model that takes a flag, a key and another array by keyword."""
+
+    @nn.compact
+    def __call__(self, x, *, weight, train):
+        x = nn.relu(nn.Dense(12, name="a")(x))
+        x = nn.BatchNorm(use_running_average=not train, name="bn")(x)
+        x = nn.Dropout(0.3, deterministic=not train)(x)
+        return nn.Dense(3, name="b")(x) * weight.reshape(-1, 1)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_keyword_arguments_of_the_trace_hold_for_every_tree(train):
+    model, x = Modes(), jnp.ones((4, 5))
+    more: dict[str, Any] = {"weight": jnp.ones(4), "train": train}
+    if train:
+        more |= {"rngs": {"dropout": jax.random.key(0)}, "mutable": ["batch_stats"]}
+    params = model.init(jax.random.key(0), x, weight=jnp.ones(4), train=False)
+    graph = jm.trace(model.apply, params, x, **more)
+    inference = jm.trace(model.apply, params, x, weight=jnp.ones(4), train=False)
+    tree = jm.factorize(jm.prune(params, inference, 0.5), inference, ratios=0.7)
+    assert_alike(graph.of(tree), jm.trace(jm.lift(model.apply), tree, x, **more))
+
+
 # Refusals, and what is kept
 
 
@@ -516,7 +567,10 @@ def test_a_tree_of_another_model_is_refused_with_what_differs():
     with pytest.raises(ValueError, match=message):
         jm.cost(other, graph, x[:1])
     part = {"params": {"layer0": compressed("mlp", "pruned")["params"]["layer0"]}}
-    with pytest.raises(ValueError, match=r"does not run with this tree.*whole tree"):
+    message = (
+        r"'layer0/bias' is stored as Pruned, .*does not run with this tree.*whole tree"
+    )
+    with pytest.raises(ValueError, match=message):
         jm.fold_batch_norm(part, graph)
 
 

@@ -32,3 +32,8 @@ def stored_form(leaf: Any) -> Form:
 def is_structure(form: Form | None) -> bool:
     """Whether a form is that of a factorized or pruned parameter."""
     return bool(form) and isinstance(form[0], str)
+
+
+def brief(form: Form | None) -> str:
+    """A form in a message: a shape, or the kind of structure (its indices may be many)."""
+    return form[0] if form and is_structure(form) else str(form)

@@ -25,7 +25,7 @@ from jaxmet.engine.pruned.expand import call_of
 from jaxmet.tree.checks import check_finite, check_type
 from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
-from jaxmet.tree.stored_forms import is_structure, stored_forms
+from jaxmet.tree.stored_forms import brief, is_structure, stored_forms
 from jaxmet.tree.table import Table, noted, noted_html
 
 KEPT = 8  # graphs of other trees that one holds: a recipe compresses a few times
@@ -176,10 +176,11 @@ class Graph:
     ) -> ValueError:
         name = self._differs(forms) or ""
         said = str(error).split("\n")[0].rstrip(".")
+        mine, form = (brief(f.get(name)) for f in (self.forms, forms))
         return ValueError(
-            f"jaxmet.{caller}: parameter {name!r} is stored as {forms.get(name)}, the graph "
-            f"was traced with {self.forms.get(name)}, and the model does not run with this "
-            f"tree: {said}. Pass the whole tree of the model that was traced."
+            f"jaxmet.{caller}: parameter {name!r} is stored as {form}, the graph was traced "
+            f"with {mine}, and the model does not run with this tree: {said}. Pass the whole "
+            "tree of the model that was traced."
         )
 
     def _selecting(self, other: "Graph") -> "Graph":
