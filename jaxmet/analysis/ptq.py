@@ -72,7 +72,7 @@ def ptq(
     config = config_of(config, "ptq")
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
-    key = key_of(key, "ptq")
+    of_scales, of_rounding = jax.random.split(key_of(key, "ptq"))
     if not isinstance(rounding, bool):
         raise ValueError(
             f"jaxmet.ptq: rounding is {rounding!r}. Give True or False; jm.adaround takes "
@@ -82,7 +82,6 @@ def ptq(
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
     rounds = rounding and data is not None and _is_coarse(graph, config)
-    of_scales, of_rounding = jax.random.split(key)
     options: dict[str, Any] = {
         "inputs": inputs,
         "mask": mask,
