@@ -163,6 +163,7 @@ def test_rounding_false_corrects_biases_only(small: Any, rounded: Any) -> None:
     assert found[1] < 0.5 * found[0]
 
 
+@pytest.mark.slow
 def test_the_key_is_key_zero_and_reaches_the_steps(small: Any, rounded: Any) -> None:
     same = run(small, key=jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, rounded[:2], same[:2])
