@@ -400,8 +400,8 @@ def test_methods_are_values_with_options_of_their_own():
             method().rows = 3
     assert jm.Gram(beta_range=[20, 2]) == jm.Gram() != jm.Adam()
     bad = [
-        (lambda: jm.Coordinate(sweeps=-1), "Coordinate: sweeps is -1.*whole"),
-        (lambda: jm.Coordinate(sweeps=2.5), "Coordinate: sweeps is 2.5.*whole"),
+        (lambda: jm.Coordinate(sweeps=-1), "Coordinate: sweeps is -1.*integer"),
+        (lambda: jm.Coordinate(sweeps=2.5), "Coordinate: sweeps is 2.5.*integer"),
         (lambda: jm.Coordinate(start="best"), "Coordinate: start is 'best'.*'gptq'"),
         (lambda: jm.Coordinate(scales="all"), "Coordinate: scales is.*'refit'"),
         (lambda: jm.Gptq(scales="refit"), "Gptq: scales is 'refit'.*'search'"),

@@ -102,8 +102,7 @@ def observed_ranges(
 
 def check_samples(samples: Any) -> None:
     """Raise unless `samples` is an integer of 1 or more, or None."""
-    if samples is not None:
-        check_counts("calibrate", samples=samples)
+    check_counts("calibrate", optional=True, samples=samples)
 
 
 def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:

@@ -20,13 +20,18 @@ def check_flags(caller: str, **flags: Any) -> None:
             )
 
 
-def check_counts(caller: str, *, least: int = 1, **counts: Any) -> None:
-    """Raise unless each argument is an integer, and not below the least one."""
+def check_counts(
+    caller: str, *, least: int = 1, optional: bool = False, **counts: Any
+) -> None:
+    """Raise unless each argument is an integer not below the least one, or None if `optional`."""
+    none = ", or None" if optional else ""
     for name, value in counts.items():
+        if optional and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(
                 f"jaxmet.{caller}: {name} is {shown(value)}. Give a Python integer of "
-                f"{least} or more."
+                f"{least} or more{none}."
             )
 
 
