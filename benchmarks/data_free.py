@@ -38,20 +38,20 @@ from train_demo import as_input, read_idx
 import jaxmet as jm
 from jaxmet.demo import data as packaged
 from jaxmet.demo.network import Network as DemoNetwork
-from jaxmet.engine.graph.graph import leaves_of
+from jaxmet.engine.graph.graph import fitted
 from jaxmet.engine.program import compat
 from jaxmet.engine.run.replay import evaluate
-from jaxmet.layers.moments import Network, node_moments
+from jaxmet.layers.moments import MomentNetwork, node_moments
 from jaxmet.layers.once import run_once
 from jaxmet.numerics.moments import Measured, Moments, measure, merge, normal
-from jaxmet.transforms.equalize.channels import Channels
+from jaxmet.transforms.equalize.channel_scales import Channels
+from jaxmet.transforms.equalize.eligible_groups import make_plan
 from jaxmet.transforms.equalize.equalize import Task
-from jaxmet.transforms.equalize.plan import make_plan
-from jaxmet.transforms.equalize.statistics import predicted
+from jaxmet.transforms.equalize.norm_statistics import predicted
 from jaxmet.tree.names import replace_leaves
 
 MODULE = import_module("jaxmet.transforms.equalize.equalize")
-FORESEE = import_module("jaxmet.transforms.foresee")
+FORESEE = import_module("jaxmet.transforms.data_free_ranges")
 CALIBRATE = import_module("jaxmet.transforms.calibrate")
 
 CONFIG = jm.QuantConfig(per_channel=False)
@@ -131,20 +131,20 @@ def replaced(
     twins: dict[str, Moments], fields: tuple[str, ...], kinds: tuple[str, ...]
 ) -> Iterator[None]:
     """Inside, carried moments of nodes have these fields of their measured twins."""
-    carried = Network.settle
+    carried = MomentNetwork.settle
 
-    def settle(self: Network, node: Any) -> Any:
+    def settle(self: MomentNetwork, node: Any) -> Any:
         tensor, twin = carried(self, node), twins.get(node.name)
         wanted = not kinds or node.kind in kinds
         if isinstance(tensor, str) or twin is None or not wanted:
             return tensor
         return _with_twin(tensor, twin, [f in fields for f in FIELDS])
 
-    Network.settle = settle  # type: ignore[method-assign]
+    MomentNetwork.settle = settle  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Network.settle = carried  # type: ignore[method-assign]
+        MomentNetwork.settle = carried  # type: ignore[method-assign]
 
 
 def _with_twin(tensor: Any, twin: Moments | None, which: Any) -> Any:
@@ -280,7 +280,7 @@ class Bench:
 
     @cached_property
     def leaves(self) -> dict[str, Any]:
-        leaves = leaves_of(self.folded, self.graph, "data_free")
+        _, leaves = fitted(self.folded, self.graph, "data_free")
         return {n: leaf for n, leaf in leaves.items() if hasattr(leaf, "dtype")}
 
     @cached_property
@@ -308,11 +308,11 @@ class Bench:
 
         One program for all rows: which node and field is replaced is data.
         """
-        network = import_module("jaxmet.layers.moments.network")
+        network = import_module("jaxmet.layers.moments.moment_network")
 
         def look(leaves: Any, twins: Any, which: Any, width: Any) -> Any:
             pieces: dict[str, list[Pieces]] = {}
-            settle, clipped = Network.settle, network.clipped
+            settle, clipped = MomentNetwork.settle, network.clipped
             current = [""]
 
             def recorded(x: Moments, lower: Any, upper: Any) -> Moments:
@@ -321,7 +321,7 @@ class Bench:
                 )
                 return clipped(x, lower, upper)
 
-            def named(self: Network, node: Any) -> Any:
+            def named(self: MomentNetwork, node: Any) -> Any:
                 current[0] = node.name
                 tensor = settle(self, node)
                 if isinstance(tensor, str):
@@ -342,10 +342,10 @@ class Bench:
                 return tensor
 
             with (
-                mock.patch.object(Network, "settle", named),
+                mock.patch.object(MomentNetwork, "settle", named),
                 mock.patch.object(network, "clipped", recorded),
             ):
-                known = Network(self.graph, leaves, width).known
+                known = MomentNetwork(self.graph, leaves, width).known
             moments = {
                 n: Moments(*(jnp.concatenate(v) for v in zip(*t.values(), strict=True)))
                 for n, t in known.items()
@@ -361,7 +361,7 @@ class Bench:
 
     def ranges(self, key: Any, params: Any, row: Row) -> Any:
         """What `calibrate` takes for the ranges of activations."""
-        leaves = leaves_of(params, self.graph, "data_free")
+        _, leaves = fitted(params, self.graph, "data_free")
         arrays = {n: leaf for n, leaf in leaves.items() if hasattr(leaf, "dtype")}
         twins = self.measured(("equalized", key), params)
         which = {

@@ -30,7 +30,7 @@ from jaxmet.engine.run.lift import lift as lift
 from jaxmet.engine.run.replay import evaluate as evaluate
 from jaxmet.engine.run.segments import segments as segments
 from jaxmet.numerics.fake_quant import fake_quant as fake_quant
-from jaxmet.plot.report import report as report
+from jaxmet.plot.html_report import report as report
 from jaxmet.transforms.absorb_bias import absorb_bias as absorb_bias
 from jaxmet.transforms.calibrate import calibrate as calibrate
 from jaxmet.transforms.correct_bias import correct_bias as correct_bias
@@ -38,7 +38,7 @@ from jaxmet.transforms.dynamic import dynamic as dynamic
 from jaxmet.transforms.equalize import equalize as equalize
 from jaxmet.transforms.factorize import factorize as factorize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
-from jaxmet.transforms.labels import optimizer_labels as optimizer_labels
+from jaxmet.transforms.optimizer_labels import optimizer_labels as optimizer_labels
 from jaxmet.transforms.plan import plan as plan
 from jaxmet.transforms.prune import prune as prune
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm

@@ -16,9 +16,9 @@ from jax import lax
 
 import jaxmet as jm
 from jaxmet.transforms.rounding import sequential, solvers
-from jaxmet.transforms.rounding.layers import find_layers
+from jaxmet.transforms.rounding.layer_order import find_waves
 from jaxmet.transforms.rounding.methods import coordinate_rounding
-from jaxmet.transforms.rounding.waves import find_waves
+from jaxmet.transforms.rounding.rounded_layers import find_layers
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from zoo import CASES
@@ -568,7 +568,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
 import jax, numpy as np, jaxmet as jm
-import jaxmet.transforms.rounding.sequential as sequential
+import jaxmet.transforms.rounding.layerwise as sequential
 from test_adaround import W3, prepared, deep
 apply, params, x = deep()
 graph, q = prepared(apply, params, x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from jaxmet.layers.ratios import check_ratio
+from jaxmet.layers.asked_ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 
 RATIOS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
+from jaxmet.plot.html_report import reasons
 from jaxmet.plot.page import as_json
-from jaxmet.plot.report import reasons
 from test_plot import (
     noise_table,
     ratio_table,

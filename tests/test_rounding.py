@@ -10,7 +10,19 @@ import pytest
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.grid import grid_ends
 from jaxmet.numerics.ranges import grid_between
-from jaxmet.numerics.rounding.adaround import (
+from jaxmet.numerics.rounding.coordinate import BLOCK, coordinate_descent
+from jaxmet.numerics.rounding.levels import LevelGrid, nearest
+from jaxmet.numerics.rounding.quadratic import (
+    Products,
+    best_weight,
+    bias_correction,
+    centred,
+    damped,
+    output_error,
+)
+from jaxmet.numerics.rounding.scales import refit_scales
+from jaxmet.numerics.rounding.search import search_scales, search_scales_by_rows
+from jaxmet.numerics.rounding.soft_rounding import (
     GramData,
     RowData,
     Schedule,
@@ -25,18 +37,6 @@ from jaxmet.numerics.rounding.adaround import (
     soft_weight,
     start_adaround,
 )
-from jaxmet.numerics.rounding.coordinate import BLOCK, coordinate_descent
-from jaxmet.numerics.rounding.levels import Grid, nearest
-from jaxmet.numerics.rounding.quadratic import (
-    Products,
-    best_weight,
-    bias_correction,
-    centred,
-    damped,
-    output_error,
-)
-from jaxmet.numerics.rounding.scales import refit_scales
-from jaxmet.numerics.rounding.search import search_scales, search_scales_by_rows
 
 STARTS = ("nearest", "gptq")
 
@@ -76,7 +76,7 @@ def grid_for(weight, bits, symmetric=True, blocks=1, share=1.0):
     low, high = grid_ends(bits, signed=symmetric)
     ends = narrow(apart.min(2)), narrow(apart.max(2))
     scale, zero = grid_between(*ends, low, high, symmetric=symmetric)
-    return Grid(scale, zero, low, high)
+    return LevelGrid(scale, zero, low, high)
 
 
 def repeated(v, ins):
@@ -350,7 +350,7 @@ def test_descent_is_the_same_for_each_group_alone():
         together = coordinate_descent(weight, grid, gram, start=start).weight
         for g in range(3):
             one = slice(g, g + 1)
-            own = Grid(grid.scale[one], grid.zero_point[one], grid.low, grid.high)
+            own = LevelGrid(grid.scale[one], grid.zero_point[one], grid.low, grid.high)
             alone = coordinate_descent(weight[one], own, gram[one], start=start)
             assert np.allclose(alone.weight, together[one], atol=1e-6)
 
@@ -419,7 +419,7 @@ def candidates_by_hand(weight, bits, symmetric, blocks, shared, number):
             zero = np.clip(np.rint(low - a / scale), low, high)
         every = (groups, blocks, outs)
         scale, zero = np.broadcast_to(scale, every), np.broadcast_to(zero, every)
-        yield Grid(scale, zero, low, high)
+        yield LevelGrid(scale, zero, low, high)
 
 
 def errors_by_hand(weight, x, xf, loss, blocks, shared, grids):
@@ -653,7 +653,7 @@ def test_adaround_is_the_same_for_each_group_alone():
     together, _ = learnt(weight, grid, data, parts=(50,))
     for g in range(2):
         one = slice(g, g + 1)
-        own = Grid(grid.scale[one], grid.zero_point[one], grid.low, grid.high)
+        own = LevelGrid(grid.scale[one], grid.zero_point[one], grid.low, grid.high)
         alone, _ = learnt(
             weight[one], own, jax.tree.map(lambda v: v[one], data), parts=(50,)
         )

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 
 from jaxmet.engine.run.replay import evaluate
+from jaxmet.layers.inputs import rows_of
 from jaxmet.layers.layer import matrix_of, why_no_matrix
-from jaxmet.layers.rows import rows_of
 from zoo import CASES
 
 

@@ -18,7 +18,7 @@ from jaxmet.layers.fake_quantized import (
     quantizer_at,
 )
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.layers.observe import extremes
+from jaxmet.layers.observed_ranges import extremes
 from jaxmet.layers.reference import float_model
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights

@@ -12,7 +12,7 @@ from jax import lax
 from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL
-from jaxmet.analysis.grids import Place, places
+from jaxmet.analysis.scored_quantizers import ScoredQuantizer, places
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.lift import lift
@@ -404,7 +404,7 @@ def _check(found: Mapping[tuple[str, str], Noise], sums: _Sums) -> None:
 
 
 def _table(
-    grid_of: Sequence[Place],
+    grid_of: Sequence[ScoredQuantizer],
     found: Mapping[tuple[str, str], Noise],
     whole: float,
     energy: float,

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL
-from jaxmet.analysis.grids import Place, places
+from jaxmet.analysis.scored_quantizers import ScoredQuantizer, places
 from jaxmet.analysis.scoring import (
     Score,
     check_finite_score,
@@ -106,7 +106,7 @@ def _widths(bits: Any) -> list[int]:
 class _Settings:
     """Which grids are on and how wide they are, as two arrays with an entry a grid."""
 
-    def __init__(self, grid_of: Sequence[Place]) -> None:
+    def __init__(self, grid_of: Sequence[ScoredQuantizer]) -> None:
         self.kinds = np.array([place.kind for place in grid_of])
         self.bits = np.array([place.bits for place in grid_of], np.int32)
 
@@ -121,7 +121,9 @@ class _Settings:
         return np.arange(len(self.bits)) != at, self.bits
 
 
-def _grids(quantizers: Quantizers, grid_of: Sequence[Place], how: Any) -> Grids:
+def _grids(
+    quantizers: Quantizers, grid_of: Sequence[ScoredQuantizer], how: Any
+) -> Grids:
     on, bits = how
     found: dict[str, dict[str, dict[str, jax.Array]]] = {
         kind: {"on": {}, "bits": {}} for kind in KINDS
@@ -152,7 +154,9 @@ def _scores(run: Any, asked: list[Any], progress: bool) -> list[float]:
 
 
 def _table(
-    grid_of: Sequence[Place], every: list[tuple[int, int]], scores: list[float]
+    grid_of: Sequence[ScoredQuantizer],
+    every: list[tuple[int, int]],
+    scores: list[float],
 ) -> Table:
     exact, whole, *kinds = scores[:4]
     rows: list[tuple[Any, ...]] = [

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.channels import Joined, Layout, Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node, Norm
-from jaxmet.layers.stored import roles_of
+from jaxmet.layers.norm_parameters import roles_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class GainAxes:
     """A parameter and the axes of it that a norm's channels run along.
 
     With `groups`, the axis holds the inputs of one group; see `channels.Member`. `part` are
@@ -28,13 +28,13 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FoldPlan:
     """What happens to one norm: which products take its gain, or why none does."""
 
     node: Node
     side: str = ""
     products: tuple[str, ...] = ()
-    places: tuple[Place, ...] = ()
+    places: tuple[GainAxes, ...] = ()
     sizes: tuple[int, ...] = ()
     why: str | None = None
 
@@ -52,16 +52,16 @@ class Plan:
         return (*roles_of(norm).values(), *count, *places)
 
 
-def plan_of(graph: Graph, node: Node) -> Plan:
+def plan_of(graph: Graph, node: Node) -> FoldPlan:
     channels = _channels(graph, node)
     why = _unfit(node, channels)
     if why is not None or channels is None:
-        return Plan(node, why=why)
+        return FoldPlan(node, why=why)
     plan = before = _before(graph, node, channels)
     if before.why is not None:
         plan = _behind(graph, node, channels)
     if plan.why is not None:
-        return Plan(node, why=f"{before.why}; {plan.why}")
+        return FoldPlan(node, why=f"{before.why}; {plan.why}")
     outside = [n for n in (node.name, *plan.products) if n not in graph.selected]
     why = f"{listed(outside)} not selected" if outside else None
     sizes = tuple(map(layout_size, channels))
@@ -108,27 +108,27 @@ def _unfit(node: Node, channels: tuple[Layout, ...] | None) -> str | None:
     return None
 
 
-def _before(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
+def _before(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
     norm, places = node.norm, []
     assert norm is not None
     made = _products_before(graph, node, channels)
     if isinstance(made, str):
-        return Plan(node, why=made)
+        return FoldPlan(node, why=made)
     if norm.scale is None and norm.epsilon >= 1:
-        return Plan(node, why="no scale, and an epsilon of 1 or more")
+        return FoldPlan(node, why="no scale, and an epsilon of 1 or more")
     for product, layouts, part in made:
         if why := _stiff(product):
-            return Plan(node, why=why)
+            return FoldPlan(node, why=why)
         found = [_place(graph, product, layouts, product.kernel, "out")]
         if product.bias is not None:
             found.append(_place(graph, product, layouts, product.bias, "shift"))
         same = set(node.features) <= set(product.features)
         if not same or any(place is None for place in found):
-            return Plan(
+            return FoldPlan(
                 node, why=f"its channels are not those that {product.name!r} makes"
             )
         places += [dataclasses.replace(p, part=part) for p in found if p is not None]
-    return Plan(node, "before", tuple(p.name for p, _, _ in made), tuple(places))
+    return FoldPlan(node, "before", tuple(p.name for p, _, _ in made), tuple(places))
 
 
 Made = tuple[Node, tuple[Layout, ...], tuple[int, int] | None]
@@ -171,25 +171,25 @@ def _products_before(
     return made
 
 
-def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> Plan:
+def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
     norm, places = node.norm, []
     assert norm is not None
     if not node.only_readers:
-        return Plan(node, why="more than the nodes behind it reads it")
+        return FoldPlan(node, why="more than the nodes behind it reads it")
     for name in node.only_readers:
         product = graph[name]
         if product.kind != "product":
-            return Plan(node, why=f"{name!r} behind it is no product")
+            return FoldPlan(node, why=f"{name!r} behind it is no product")
         if why := _stiff(product):
-            return Plan(node, why=why)
+            return FoldPlan(node, why=why)
         place = _place(graph, product, channels, product.kernel, "in")
         if place is None or not set(node.features) <= set(product.in_features):
-            return Plan(node, why=f"its channels are not those that {name!r} reads")
+            return FoldPlan(node, why=f"its channels are not those that {name!r} reads")
         places.append(place)
     if norm.scale is None or norm.bias is None:
         missing = "scale" if norm.scale is None else "bias"
-        return Plan(node, why=f"it has no {missing} to take the gain from")
-    return Plan(node, "behind", node.only_readers, tuple(places))
+        return FoldPlan(node, why=f"it has no {missing} to take the gain from")
+    return FoldPlan(node, "behind", node.only_readers, tuple(places))
 
 
 def _stiff(product: Node) -> str | None:
@@ -214,20 +214,20 @@ def _place(
     channels: tuple[Layout, ...],
     parameter: str,
     role: str,
-) -> Place | None:
+) -> GainAxes | None:
     """Where the channels of a norm lie in a parameter, None if they do not."""
     members = _members(graph, product, parameter, role)
     if any(m.groups != 1 for m in members):
         (only,) = members
-        place = Place(parameter, (only.axis,), only.groups, only.out_axis)
+        place = GainAxes(parameter, (only.axis,), only.groups, only.out_axis)
         return place if channels == (only.layout,) else None
     hits = [[m.axis for m in members if m.layout == layout] for layout in channels]
     if any(len(axes) != 1 for axes in hits):
         return None
-    return Place(parameter, tuple(axis for (axis,) in hits))
+    return GainAxes(parameter, tuple(axis for (axis,) in hits))
 
 
-def spread(factor: jax.Array, place: Place, shape: tuple[int, ...]) -> jax.Array:
+def spread(factor: jax.Array, place: GainAxes, shape: tuple[int, ...]) -> jax.Array:
     """A factor for each channel, with the rank of the parameter that it multiplies."""
     sizes = [1] * len(shape)
     if place.part is not None:

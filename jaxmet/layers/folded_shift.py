@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.fold_plans import plan_of
-from jaxmet.layers.stored import roles_of
+from jaxmet.layers.norm_parameters import roles_of
 from jaxmet.numerics.norm import is_one, norm_gain
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.checks import is_concrete

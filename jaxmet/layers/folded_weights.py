@@ -10,7 +10,7 @@ from jax import lax
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.fold_plans import plan_of, spread
 from jaxmet.layers.leaf_math import scaled
-from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
+from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.numerics.norm import SMALLEST, norm_gain
 from jaxmet.tree.leaves import dense, with_weight
 

@@ -11,7 +11,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.collect import collect
-from jaxmet.layers.rows import counted_rows
+from jaxmet.layers.inputs import counted_rows
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
 

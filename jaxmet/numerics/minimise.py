@@ -11,7 +11,7 @@ MEMORY = 10
 ARMIJO = 1e-4
 
 
-class _State(NamedTuple):
+class _Descent(NamedTuple):
     x: jax.Array
     value: jax.Array
     gradient: jax.Array
@@ -43,7 +43,7 @@ def lbfgs(
     """
     value_and_gradient = jax.value_and_grad(function)
 
-    def body(s: _State) -> _State:
+    def body(s: _Descent) -> _Descent:
         x = jnp.clip(s.x + s.length * s.direction, lower, upper)
         value, gradient = value_and_gradient(x)
         slope = jnp.vdot(s.gradient, x - s.x, precision="highest")
@@ -55,12 +55,12 @@ def lbfgs(
             _shorter(s, value, slope, first_step),
         )
 
-    def unfinished(s: _State) -> jax.Array:
+    def unfinished(s: _Descent) -> jax.Array:
         return (s.evaluations < evaluations) & (s.idle < 8)
 
     n, dtype = start.size, start.dtype
     table = jnp.zeros((MEMORY, n), dtype)
-    state = _State(
+    state = _Descent(
         start,
         jnp.full((), jnp.inf, dtype),
         jnp.zeros_like(start),
@@ -76,14 +76,14 @@ def lbfgs(
 
 
 def _forward(
-    s: _State,
+    s: _Descent,
     x: jax.Array,
     value: jax.Array,
     gradient: jax.Array,
     lower: jax.Array,
     upper: jax.Array,
     first_step: float,
-) -> _State:
+) -> _Descent:
     """The state at a point that was taken."""
     move, change = x - s.x, gradient - s.gradient
     product = jnp.vdot(move, change, precision="highest")
@@ -101,7 +101,7 @@ def _forward(
     direction = jnp.where(held, 0.0, direction)
     downhill = jnp.vdot(direction, gradient, precision="highest") < 0
     direction = jnp.where(downhill, direction, _steepest(gradient, first_step))
-    return _State(
+    return _Descent(
         x,
         value,
         gradient,
@@ -116,8 +116,8 @@ def _forward(
 
 
 def _shorter(
-    s: _State, value: jax.Array, slope: jax.Array, first_step: float
-) -> _State:
+    s: _Descent, value: jax.Array, slope: jax.Array, first_step: float
+) -> _Descent:
     """The state after a step that was too long: a parabola says how much."""
     bend = 2 * (value - s.value - slope)
     factor = jnp.where(bend > 0, -slope / jnp.where(bend > 0, bend, 1.0), 0.5)

@@ -9,14 +9,14 @@ notebook and can be changed like any other; `save` writes it to a file.
     jm.plot.save(chart, "ranges.svg")
 """
 
-from jaxmet.plot.compare import compare as compare
-from jaxmet.plot.files import save as save
-from jaxmet.plot.graph import graph as graph
+from jaxmet.plot.compare_plot import compare as compare
+from jaxmet.plot.graph_plot import graph as graph
 from jaxmet.plot.histograms import histograms as histograms
-from jaxmet.plot.noise import noise as noise
+from jaxmet.plot.noise_plot import noise as noise
 from jaxmet.plot.pareto import pareto as pareto
+from jaxmet.plot.picture_files import save as save
 from jaxmet.plot.ratio_scores import ratio_scores as ratio_scores
 from jaxmet.plot.relative_ranges import relative_weight_ranges as relative_weight_ranges
 from jaxmet.plot.rounding_loss import rounding_loss as rounding_loss
-from jaxmet.plot.sensitivity import sensitivity as sensitivity
+from jaxmet.plot.sensitivity_plot import sensitivity as sensitivity
 from jaxmet.plot.weight_ranges import weight_ranges as weight_ranges

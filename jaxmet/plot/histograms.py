@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, graph_of
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.plot.channels import not_finite, weights_of
+from jaxmet.plot.channel_ranges import not_finite, weights_of
 from jaxmet.plot.counts import Counts, activations, countable
 from jaxmet.plot.drawing import (
     BAD,

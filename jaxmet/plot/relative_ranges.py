@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.plot.channels import (
+from jaxmet.plot.channel_ranges import (
     Relative,
     not_finite,
     ranges,

@@ -9,8 +9,8 @@ import numpy as np
 from jaxmet.engine.graph.channels import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.stored import statistics_weight
-from jaxmet.plot.channels import leaves_by_name
+from jaxmet.layers.norm_parameters import statistics_weight
+from jaxmet.plot.channel_ranges import leaves_by_name
 from jaxmet.tree.leaves import dense, flatten, is_compressed, is_structured
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.quantizers import Quantizers

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.plot.channels import (
+from jaxmet.plot.channel_ranges import (
     not_finite,
     quartiles,
     ranges,

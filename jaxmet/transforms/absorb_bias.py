@@ -21,7 +21,7 @@ from jaxmet.engine.graph.node import Node, Norm
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import how_often, split, spread
 from jaxmet.layers.leaf_math import shifted
-from jaxmet.layers.moments import Network
+from jaxmet.layers.moments import MomentNetwork
 from jaxmet.numerics.absorb import absorbed, shift_behind
 from jaxmet.numerics.moments import Moments
 from jaxmet.tree.checks import check_flags, is_concrete
@@ -87,7 +87,7 @@ def absorb_bias(
     for plan in plans:
         _check(graph, plan, leaves)
     work, rows = dict(leaves), []
-    network = Network(graph, leaves)
+    network = MomentNetwork(graph, leaves)
     for plan in plans:
         rows.append(_absorb(plan, network, work, n_sigma))
     changed = {k: v for k, v in work.items() if v is not leaves[k]}
@@ -308,7 +308,7 @@ def _check(graph: Graph, plan: _Plan, leaves: Mapping[str, Any]) -> None:
 
 
 def _absorb(
-    plan: _Plan, network: Network, work: dict[str, Any], n_sigma: float
+    plan: _Plan, network: MomentNetwork, work: dict[str, Any], n_sigma: float
 ) -> dict[str, Any]:
     """Change the leaves in `work`; what the report says of it."""
     row: dict[str, Any] = {"rectifier": plan.rectifier.name, "norm": plan.norm.name}

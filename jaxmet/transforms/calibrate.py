@@ -10,10 +10,15 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.arguments import check_keywords
 from jaxmet.layers.new_quantizers import activation_quantizer, weight_quantizer
-from jaxmet.layers.observe import Range, check_samples, is_signed, observed_ranges
+from jaxmet.layers.observed_ranges import (
+    Range,
+    check_samples,
+    is_signed,
+    observed_ranges,
+)
 from jaxmet.layers.placement import place
 from jaxmet.numerics.ranges import grid_between
-from jaxmet.transforms.foresee import WHY, foreseen_ranges
+from jaxmet.transforms.data_free_ranges import WHY, foreseen_ranges
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.config import QuantConfig, Settings, config_of

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import accepting, key_of
+from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.grams import ROWS, grams, unmasked
 from jaxmet.layers.layer import WeightMatrix, kernel_axes, why_no_matrix
-from jaxmet.layers.ratios import asked_for
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
 from jaxmet.transforms.factors import (
     Shape,

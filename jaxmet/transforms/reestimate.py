@@ -19,7 +19,7 @@ from jaxmet.layers.fake_quantized import (
 )
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.lockstep import Positions, Where
-from jaxmet.layers.stored import check_mode, check_stored, statistics_weight
+from jaxmet.layers.norm_parameters import check_mode, check_stored, statistics_weight
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.tree.batches import as_batches, inputs_of

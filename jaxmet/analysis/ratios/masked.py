@@ -27,9 +27,19 @@ from jaxmet.transforms.factors import (
     shapes_on,
     spectrum_of,
 )
-from jaxmet.transforms.prune.bundles import Bundle, bundles_of, channel_along, refused
-from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
-from jaxmet.transforms.prune.readers import Reader
+from jaxmet.transforms.prune.coupled_channels import (
+    CoupledChannels,
+    bundles_of,
+    channel_along,
+    refused,
+)
+from jaxmet.transforms.prune.refit import ConsumerMatrix
+from jaxmet.transforms.prune.select_channels import (
+    kept_at,
+    ratios_of,
+    readers_of,
+    removal,
+)
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
@@ -100,8 +110,8 @@ class Narrow:
     graph: Graph
     layouts: Mapping[tuple[str, str, int], Layout]
     tied: tuple[str, ...]
-    readers: tuple[Reader, ...]
-    bundles: tuple[Bundle, ...]
+    readers: tuple[ConsumerMatrix, ...]
+    bundles: tuple[CoupledChannels, ...]
     orders: tuple[np.ndarray, ...]
     counts: np.ndarray
 
@@ -146,7 +156,7 @@ class Narrow:
 
     def _refitted(
         self,
-        reader: Reader,
+        reader: ConsumerMatrix,
         lefts: Sequence[jax.Array],
         leaves: dict[str, Any],
         amount: jax.Array,
@@ -165,7 +175,7 @@ class Narrow:
 
 
 def _counts(
-    graph: Graph, bundles: Sequence[Bundle], ratio: float, multiple: int
+    graph: Graph, bundles: Sequence[CoupledChannels], ratio: float, multiple: int
 ) -> tuple[int, ...]:
     """How many channels of each bundle stay when all that read them have this ratio."""
     names = {name for b in bundles for name in b.readers}
@@ -289,7 +299,7 @@ def _narrow(
     return found, {n.name: why for n in graph.sites if n.name not in known}
 
 
-def _tied(graph: Graph, bundles: Sequence[Bundle]) -> list[tuple[str, ...]]:
+def _tied(graph: Graph, bundles: Sequence[CoupledChannels]) -> list[tuple[str, ...]]:
     """Sites that read some of the same channels, in the order in which they run."""
     selected = [n.name for n in graph.sites]
     found: list[set[str]] = []

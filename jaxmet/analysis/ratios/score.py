@@ -23,9 +23,9 @@ from jaxmet.analysis.scoring import (
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.run.lift import lift
 from jaxmet.layers.arguments import key_of
+from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.checkpoint import Checkpoint, model_of
 from jaxmet.layers.grams import ROWS
-from jaxmet.layers.ratios import asked_for
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.table import Table

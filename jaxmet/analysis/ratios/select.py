@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.ratios.spending import BUDGETS, Budget, Spending
-from jaxmet.layers.ratios import check_ratio
+from jaxmet.layers.asked_ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 from jaxmet.tree.checks import check_choices, check_flags, check_type
 from jaxmet.tree.names import suggestion

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import Tensor
-from jaxmet.layers.moments.network import Network, UnreachedError
+from jaxmet.layers.moments.moment_network import MomentNetwork, UnreachedError
 from jaxmet.numerics.moments import Moments, normal
 
 
-class UnitInputs(Network):
+class UnitInputs(MomentNetwork):
     """Moments of every tensor, where unknown inputs of products are taken to be normal.
 
     Their mean is zero, and their variance makes the outputs that a norm tells of; without

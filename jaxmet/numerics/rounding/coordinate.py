@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmet.numerics.rounding.levels import (
-    Grid,
+    LevelGrid,
     Steps,
     along_inputs,
     nearest_levels,
@@ -46,7 +46,7 @@ class Rounded(NamedTuple):
     """Weights on a grid, and their error for each output beside that of nearest rounding."""
 
     weight: Weight
-    grid: Grid
+    grid: LevelGrid
     loss: Float[Array, "groups outs"]
     nearest_loss: Float[Array, "groups outs"]
     sweeps: Int[Array, ""]
@@ -55,7 +55,7 @@ class Rounded(NamedTuple):
 @partial(jax.jit, static_argnames=("start", "order", "refit", "shared"))
 def coordinate_descent(
     weight: Weight,
-    grid: Grid,
+    grid: LevelGrid,
     gram: Gram,
     target: Weight | None = None,
     *,
@@ -125,7 +125,7 @@ class _Problem(NamedTuple):
         step = along_inputs(scale, levels.shape[1])
         return quadratic(self.target - step * levels, self.gram)
 
-    def swept(self, matrix: jax.Array, levels: jax.Array, grid: Grid) -> jax.Array:
+    def swept(self, matrix: jax.Array, levels: jax.Array, grid: LevelGrid) -> jax.Array:
         """The levels after a sweep with the matrix, which stands in the order."""
         ins = levels.shape[1]
         given = (self.target, levels, *steps_of(grid, ins))

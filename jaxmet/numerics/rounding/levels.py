@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Num
 Number: TypeAlias = Num[Array, ""] | float | int
 
 
-class Grid(NamedTuple):
+class LevelGrid(NamedTuple):
     """Scale and zero point for each block of inputs to an output; one block: per channel.
 
     The blocks have equal length and follow each other along the inputs.
@@ -34,7 +34,7 @@ class Steps(NamedTuple):
     upper: Float[Array, "groups ins outs"]
 
 
-def steps_of(grid: Grid, ins: int) -> Steps:
+def steps_of(grid: LevelGrid, ins: int) -> Steps:
     """The grid, repeated for each input."""
     low, high = (jnp.asarray(end, grid.scale.dtype) for end in (grid.low, grid.high))
     bounds = low - grid.zero_point, high - grid.zero_point
@@ -60,7 +60,7 @@ def nearest_levels(
 
 @jax.jit
 def nearest(
-    weight: Float[Array, "groups ins outs"], grid: Grid
+    weight: Float[Array, "groups ins outs"], grid: LevelGrid
 ) -> Float[Array, "groups ins outs"]:
     """The weight as plain rounding leaves it."""
     steps = steps_of(grid, weight.shape[1])

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmet.numerics.ranges import grid_between
-from jaxmet.numerics.rounding.levels import Grid, Number, nearest
+from jaxmet.numerics.rounding.levels import LevelGrid, Number, nearest
 
 LOSSES = ("mse", "l1", "sqnr")
 AT_ONCE = 2**22  # numbers held by the candidates that are tried together
@@ -34,7 +34,7 @@ class Searched(NamedTuple):
     Axes along which the choice is shared have size 1 in `best` and `errors`.
     """
 
-    grid: Grid
+    grid: LevelGrid
     best: Int[Array, "groups blocks outs"]
     errors: Float[Array, "candidates groups blocks outs"]
 
@@ -136,12 +136,12 @@ def _search(
     every = (weight.shape[0], blocks, weight.shape[2])
     low, high = (jnp.asarray(end, weight.dtype) for end in ends)
 
-    def grid_of(k: jax.Array) -> Grid:
+    def grid_of(k: jax.Array) -> LevelGrid:
         share = k.astype(weight.dtype) / candidates
         ranges = least * share, most * share
         found = grid_between(*ranges, low, high, symmetric=symmetric)
         scale, zero_point = (jnp.broadcast_to(v, every) for v in found)
-        return Grid(scale, zero_point, low, high)
+        return LevelGrid(scale, zero_point, low, high)
 
     def error(k: jax.Array) -> jax.Array:
         each = price(nearest(weight, grid_of(k)))

@@ -11,12 +11,12 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import join
 from jaxmet.layers.leaf_math import shifted
-from jaxmet.layers.moments import Network
+from jaxmet.layers.moments import MomentNetwork
+from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.layers.once import run_once
-from jaxmet.layers.stored import statistics_weight
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.correct_bias.places import Place, fits
-from jaxmet.transforms.correct_bias.sequential import Found
+from jaxmet.transforms.correct_bias.bias_parameters import BiasParameter, fits
+from jaxmet.transforms.correct_bias.sequential_correction import Found
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -28,7 +28,7 @@ def correct_by_statistics(
     params: Any,
     graph: Graph,
     quantizers: Quantizers,
-    places: Sequence[Place],
+    places: Sequence[BiasParameter],
     reference: Any,
 ) -> tuple[Any, dict[str, Found]]:
     """The tree with every bias corrected, and by site what was found there.
@@ -42,7 +42,7 @@ def correct_by_statistics(
     free = [p for p in places if left[p.site.name] is None]
 
     def solve(exact: Leaves, leaves: Leaves) -> tuple[Leaves, dict[str, Found]]:
-        network = Network(graph, exact)
+        network = MomentNetwork(graph, exact)
         for place in free:
             inputs = network.into(place.site)
             if isinstance(inputs, str):
@@ -58,7 +58,9 @@ def correct_by_statistics(
     return replace_leaves(params, new), {**found, **unknown}
 
 
-def _unfit(graph: Graph, place: Place, exact: Leaves, leaves: Leaves) -> str | None:
+def _unfit(
+    graph: Graph, place: BiasParameter, exact: Leaves, leaves: Leaves
+) -> str | None:
     """Why a site with a place cannot be corrected without data, as far as shapes say."""
     weight, norm = place.site.weight, graph[place.at].norm
     assert weight is not None
@@ -75,7 +77,10 @@ def _unfit(graph: Graph, place: Place, exact: Leaves, leaves: Leaves) -> str | N
 
 
 def _corrections(
-    network: Network, quantizers: Quantizers, places: Sequence[Place], leaves: Leaves
+    network: MomentNetwork,
+    quantizers: Quantizers,
+    places: Sequence[BiasParameter],
+    leaves: Leaves,
 ) -> tuple[dict[str, Any], dict[str, Found]]:
     """The new biases of sites whose mean inputs are known, and what was found."""
     found, new = {}, {}
@@ -94,7 +99,7 @@ def _corrections(
 
 
 def _mean_error(
-    network: Network, quantizers: Quantizers, site: Node, leaves: Leaves
+    network: MomentNetwork, quantizers: Quantizers, site: Node, leaves: Leaves
 ) -> jax.Array:
     r"""$\sum_i (\sum_{window} \hat W_{io} - W_{io}) E[x_i]$ for every output o.
 

@@ -16,8 +16,11 @@ from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.reference import float_model
 from jaxmet.transforms.correct_bias.analytic import correct_by_statistics
-from jaxmet.transforms.correct_bias.places import Place, find_places
-from jaxmet.transforms.correct_bias.sequential import Found, correct_in_lockstep
+from jaxmet.transforms.correct_bias.bias_parameters import BiasParameter, find_places
+from jaxmet.transforms.correct_bias.sequential_correction import (
+    Found,
+    correct_in_lockstep,
+)
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_choices, check_flags, is_concrete
 from jaxmet.tree.quantizers import Quantizers
@@ -169,7 +172,7 @@ def _check_nodes(graph: Graph, cuts: Sequence[str]) -> None:
         )
 
 
-def _check_found(free: Mapping[str, Place], found: Mapping[str, Found]) -> None:
+def _check_found(free: Mapping[str, BiasParameter], found: Mapping[str, Found]) -> None:
     """Refuse where nothing at all is known: a correction of nothing would be silent."""
     if not free or any(seen.why is None for seen in found.values()):
         return
@@ -180,7 +183,7 @@ def _check_found(free: Mapping[str, Place], found: Mapping[str, Found]) -> None:
     )
 
 
-def _report(places: Sequence[Place], found: dict[str, Found]) -> Table:
+def _report(places: Sequence[BiasParameter], found: dict[str, Found]) -> Table:
     rows, done = [], 0
     for place in places:
         seen = found.get(place.site.name, Found())

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from jaxmet.layers.moments.assumed import Constants, UnitInputs
 from jaxmet.numerics.scaling import Carried
-from jaxmet.transforms.equalize.channels import Channels, Stack, Weight
+from jaxmet.transforms.equalize.channel_scales import Channels, ScaledWeight, Stack
 
 
 def carried(
     channels: Channels,
-    weights: Sequence[Weight],
+    weights: Sequence[ScaledWeight],
     every: Sequence[Stack],
     leaves: Mapping[str, Any],
     dtype: Any,

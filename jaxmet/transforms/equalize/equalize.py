@@ -18,9 +18,9 @@ from jaxmet.layers.placement import place
 from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
 from jaxmet.transforms.equalize.carried import carried
-from jaxmet.transforms.equalize.channels import (
+from jaxmet.transforms.equalize.channel_scales import (
     Channels,
-    Weight,
+    ScaledWeight,
     find_weights,
     layers_of,
     rescaled,
@@ -28,20 +28,20 @@ from jaxmet.transforms.equalize.channels import (
     stacks,
     with_bounds,
 )
-from jaxmet.transforms.equalize.expected import expected
-from jaxmet.transforms.equalize.headroom import headroom
-from jaxmet.transforms.equalize.measured import Seen, measured
-from jaxmet.transforms.equalize.noise import noisy_layers
-from jaxmet.transforms.equalize.plan import (
+from jaxmet.transforms.equalize.eligible_groups import (
     Clip,
+    EligibleGroups,
     Objective,
-    Plan,
     check_leaves,
     check_named,
     check_options,
     make_plan,
 )
-from jaxmet.transforms.equalize.statistics import predicted
+from jaxmet.transforms.equalize.expected import expected
+from jaxmet.transforms.equalize.headroom import headroom
+from jaxmet.transforms.equalize.measured import MeasuredInputs, measured
+from jaxmet.transforms.equalize.noise_objective import noisy_layers
+from jaxmet.transforms.equalize.norm_statistics import predicted
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags
 from jaxmet.tree.config import QuantConfig, config_of
@@ -184,13 +184,13 @@ class Bounds(NamedTuple):
 class Task:
     """One call: what is rescaled, on which grids, and how far."""
 
-    plan: Plan
+    plan: EligibleGroups
     channels: Channels
     config: QuantConfig
     max_scale: float
 
     @property
-    def weights(self) -> tuple[Weight, ...]:
+    def weights(self) -> tuple[ScaledWeight, ...]:
         """The weights along which anything is rescaled."""
         return find_weights(self.channels)
 
@@ -203,7 +203,7 @@ class Task:
         return self.applied(old, found.x), Outcome(*found)
 
     def by_noise(
-        self, old: Mapping[str, Any], seen: dict[str, Seen] | None
+        self, old: Mapping[str, Any], seen: dict[str, MeasuredInputs] | None
     ) -> tuple[dict[str, Any], Outcome]:
         """The leaves that change, with little rounding noise."""
         layers, bounds = self.layers(old)
@@ -278,7 +278,7 @@ class Task:
             new |= _bounded(self.channels, node, {**old, **new}, x, self.plan.clip)
         return new
 
-    def informed(self, known: Mapping[str, Seen]) -> np.ndarray:
+    def informed(self, known: Mapping[str, MeasuredInputs]) -> np.ndarray:
         """Which channels have products of known statistics on both sides."""
         groups = [
             g for g in self.plan.free if set(g.makers) | set(g.readers) <= known.keys()

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.numerics.scaling import dealt
-from jaxmet.transforms.equalize.channels import Channels, Weight, in_a_row, stacks
-from jaxmet.transforms.equalize.measured import Seen
-from jaxmet.transforms.equalize.statistics import Observed
+from jaxmet.transforms.equalize.channel_scales import (
+    Channels,
+    ScaledWeight,
+    in_a_row,
+    stacks,
+)
+from jaxmet.transforms.equalize.measured import MeasuredInputs
+from jaxmet.transforms.equalize.norm_statistics import Observed
 
 QUIET = 1e-4
 """An output whose variance is below this part of what its channel or its inputs suggest
@@ -19,10 +24,10 @@ carries no signal of its own: what rounding adds to it is not counted."""
 
 def expected(
     channels: Channels,
-    weights: Sequence[Weight],
+    weights: Sequence[ScaledWeight],
     leaves: Mapping[str, Any],
     observed: Mapping[str, Observed],
-) -> dict[str, Seen]:
+) -> dict[str, MeasuredInputs]:
     """Errors as a share of the variance of the output of a product, averaged over its outputs.
 
     An error of a weight is worth the power of its input, one of an input the energy of the
@@ -58,13 +63,15 @@ def expected(
         gain = by_input[..., None] * by_output[:, :, None]
         for k, weight in enumerate(stack.weights):
             low, high = seen[at].inputs.low, seen[at].inputs.high
-            found[weight.node.name] = Seen(low, high, cost[k].reshape(-1), gain[k])
+            found[weight.node.name] = MeasuredInputs(
+                low, high, cost[k].reshape(-1), gain[k]
+            )
             at += 1
     return found
 
 
 def _loudness(
-    weights: Sequence[Weight],
+    weights: Sequence[ScaledWeight],
     energy: Sequence[jax.Array],
     power: jax.Array,
     variance: jax.Array,

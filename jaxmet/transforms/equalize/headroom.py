@@ -9,13 +9,13 @@ import numpy as np
 
 from jaxmet.engine.graph.channels import layout_size
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.equalize.channels import POWERS, Channels, Weight
+from jaxmet.transforms.equalize.channel_scales import POWERS, Channels, ScaledWeight
 from jaxmet.tree.leaves import dense
 
 
 def headroom(
     channels: Channels,
-    weights: Sequence[Weight],
+    weights: Sequence[ScaledWeight],
     leaves: Mapping[str, Any],
     limit: float,
     dtype: Any,
@@ -43,7 +43,7 @@ def _room(room: jax.Array, share: int, index: np.ndarray, dtype: Any) -> jax.Arr
 
 
 def _rooms(
-    channels: Channels, weights: Sequence[Weight], leaves: Mapping[str, Any]
+    channels: Channels, weights: Sequence[ScaledWeight], leaves: Mapping[str, Any]
 ) -> list[tuple[np.ndarray, int, int, jax.Array, jax.Array]]:
     """Places (factors, n), the power of their scales, and logs of the room up and down."""
     found = []

@@ -11,9 +11,9 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import counted_only, evaluate
 from jaxmet.layers.collect import collect
 from jaxmet.layers.gradients import by_channel, energies, projected_gradients, squared
-from jaxmet.layers.observe import extremes
+from jaxmet.layers.observed_ranges import extremes
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.equalize.channels import Weight
+from jaxmet.transforms.equalize.channel_scales import ScaledWeight
 from jaxmet.tree.batches import Batches, BatchInfo, inputs_of
 from jaxmet.tree.examples import chosen
 from jaxmet.tree.leaves import dense
@@ -22,7 +22,7 @@ IMAGES = 64
 """How many images are differentiated, if there are as many, spread evenly over the data."""
 
 
-class Seen(NamedTuple):
+class MeasuredInputs(NamedTuple):
     """What is known of a product.
 
     `low` and `high` are ends of the range of each input, (groups * ins,). `cost` is the squared
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
     gain: jax.Array
 
 
-class _Sums(NamedTuple):
+class _NoiseSums(NamedTuple):
     """Sums over batches."""
 
     number: jax.Array
@@ -49,11 +49,11 @@ class _Sums(NamedTuple):
 def measured(
     graph: Graph,
     params: Any,
-    weights: tuple[Weight, ...],
+    weights: tuple[ScaledWeight, ...],
     batches: Batches,
     key: jax.Array,
     progress: bool,
-) -> dict[str, Seen]:
+) -> dict[str, MeasuredInputs]:
     """What a pass over data tells of products outside of loops, and a few backward passes.
 
     Errors count as a share of the energy of the output that they disturb.
@@ -82,7 +82,7 @@ def measured(
     def observer(hook: Any) -> Any:
         run = evaluate(graph.apply, hook)
 
-        def observe(params: Any, *batch: Any) -> _Sums:
+        def observe(params: Any, *batch: Any) -> _NoiseSums:
             outputs, ranges = run(params, *batch)
             inputs, info = inputs_of(batch)
             some, share = chosen((*inputs, BatchInfo(info.mask)), each)
@@ -94,11 +94,11 @@ def measured(
             )
             cost, gain = jax.tree.map(lambda x: jnp.mean(x, axis=0), every)
             low, high = ({n: r[i] for n, r in ranges.items()} for i in (0, 1))
-            return _Sums(jnp.float32(1), cost, gain, low, high)
+            return _NoiseSums(jnp.float32(1), cost, gain, low, high)
 
         return observe
 
-    def merge(one: _Sums, two: _Sums) -> _Sums:
+    def merge(one: _NoiseSums, two: _NoiseSums) -> _NoiseSums:
         added = jax.tree.map(jnp.add, one, two)
         low = jax.tree.map(jnp.minimum, one.low, two.low)
         return added._replace(
@@ -124,7 +124,7 @@ def measured(
                 continue
             gain = jnp.sum(weight.matrix(sums.gain[weight.parameter]), axis=3)
             cost = sums.cost[name] / sums.number
-            found[name] = Seen(low, high, cost, gain / sums.number)
+            found[name] = MeasuredInputs(low, high, cost, gain / sums.number)
     return found
 
 
@@ -143,7 +143,7 @@ def _extremes(
     return found.low.reshape(-1), found.high.reshape(-1)
 
 
-def _check(sums: _Sums) -> None:
+def _check(sums: _NoiseSums) -> None:
     every = {**sums.gain, **sums.cost}
     for name, value in every.items():
         if not np.isfinite(value).all():

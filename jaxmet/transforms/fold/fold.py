@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Norm
-from jaxmet.layers.fold_plans import Plan, listed, plan_of, spread
+from jaxmet.layers.fold_plans import FoldPlan, listed, plan_of, spread
 from jaxmet.layers.matching import check_quantizers
+from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.layers.once import run_once
-from jaxmet.layers.stored import check_stored, roles_of, statistics_weight
 from jaxmet.numerics.norm import gain_before, gain_behind
-from jaxmet.transforms.fold.grids import fold_grids, pinned_weights
+from jaxmet.transforms.fold.fold_quantizers import fold_grids, pinned_weights
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
@@ -122,7 +122,7 @@ def fold_batch_norm(
 # Refusals
 
 
-def _check(graph: Graph, plan: Plan, leaves: Mapping[str, Any]) -> None:
+def _check(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -> None:
     name = plan.node.name
     if name in graph.selected:
         _check_statistics(graph, plan, leaves)
@@ -137,7 +137,7 @@ def _check(graph: Graph, plan: Plan, leaves: Mapping[str, Any]) -> None:
     )
 
 
-def _check_statistics(graph: Graph, plan: Plan, leaves: Mapping[str, Any]) -> None:
+def _check_statistics(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -> None:
     name, norm = plan.node.name, plan.norm
     check_stored(plan.node, leaves, CALLER)
     maker = plan.node.inputs[0].node
@@ -206,7 +206,7 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
-def _fold(work: _Work, plan: Plan) -> jax.Array:
+def _fold(work: _Work, plan: FoldPlan) -> jax.Array:
     """Move the gain of one norm; which channels keep it."""
     norm, roles = plan.norm, roles_of(plan.norm)
     old = {role: work.read(name).reshape(plan.sizes) for role, name in roles.items()}
@@ -240,7 +240,7 @@ def _note(norm: Norm, kept: jax.Array) -> str | None:
     return "; ".join(notes) or None
 
 
-def _table(plans: Sequence[Plan], kept: Mapping[str, jax.Array]) -> Table:
+def _table(plans: Sequence[FoldPlan], kept: Mapping[str, jax.Array]) -> Table:
     rows = [
         (p.node.name, listed(p.products), p.side, _note(p.norm, kept[p.node.name]))
         if p.why is None

@@ -9,19 +9,24 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
+from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.grams import ROWS, grams, unmasked
-from jaxmet.layers.ratios import asked_for
-from jaxmet.transforms.prune.bundles import (
-    Bundle,
+from jaxmet.transforms.prune.coupled_channels import (
+    CoupledChannels,
     axes_of,
     bundles_of,
     channel_along,
     refused,
 )
-from jaxmet.transforms.prune.choose import kept_at, ratios_of, readers_of, removal
-from jaxmet.transforms.prune.leaves import pruned
-from jaxmet.transforms.prune.readers import SELECTIONS, Reader, Selection, read_by
-from jaxmet.transforms.prune.report import report, whole_before
+from jaxmet.transforms.prune.prune_report import report, whole_before
+from jaxmet.transforms.prune.pruned_leaves import pruned
+from jaxmet.transforms.prune.refit import SELECTIONS, ConsumerMatrix, Selection, read_by
+from jaxmet.transforms.prune.select_channels import (
+    kept_at,
+    ratios_of,
+    readers_of,
+    removal,
+)
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_choices, check_counts, check_flags, is_concrete
 from jaxmet.tree.names import replace_leaves
@@ -171,7 +176,7 @@ def prune(
         return result
     before = whole_before(graph, result, masks)
 
-    def notes(b: Bundle) -> list[str]:
+    def notes(b: CoupledChannels) -> list[str]:
         why = refused(b, coupled)
         lone = [n for n in b.readers if seen and n not in errors and b in chosen]
         whole = dict.fromkeys(n for i in b.indices for n in before.get(i, ()))
@@ -198,7 +203,7 @@ def removed(
 
 
 def _refit(
-    readers: Mapping[str, Reader],
+    readers: Mapping[str, ConsumerMatrix],
     masks: Mapping[int, np.ndarray],
     leaves: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -235,7 +240,7 @@ def _check_concrete(leaves: Mapping[str, Any]) -> None:
 
 
 def _why(
-    graph: Graph, bundles: Sequence[Bundle], coupled: bool
+    graph: Graph, bundles: Sequence[CoupledChannels], coupled: bool
 ) -> dict[str, str | None]:
     """For each site why none of the channels that it reads can be removed, or None."""
     found: dict[str, str | None] = {}
@@ -245,7 +250,7 @@ def _why(
 
 
 def _why_of(
-    graph: Graph, node: Node, bundles: Sequence[Bundle], coupled: bool
+    graph: Graph, node: Node, bundles: Sequence[CoupledChannels], coupled: bool
 ) -> str | None:
     layouts = [m.layout for m in read_by(graph, node.name)]
     reads = [b for b in bundles if node.name in b.readers]

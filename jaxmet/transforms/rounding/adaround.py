@@ -12,9 +12,9 @@ from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint, model_of, static_of
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.transforms.rounding.layers import Layer, find_layers
+from jaxmet.transforms.rounding.layerwise import LayerwiseRounding, RoundedWeight
 from jaxmet.transforms.rounding.methods import MethodName, check_options, method_of
-from jaxmet.transforms.rounding.sequential import Chosen, Run
+from jaxmet.transforms.rounding.rounded_layers import Layer, find_layers
 from jaxmet.transforms.rounding.solvers import RoundingMethod
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import (
@@ -169,7 +169,7 @@ def adaround(
     check_flags(CALLER, bias=bias, progress=progress, with_report=with_report)
     layers = find_layers(graph, quantizers, CALLER)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
-    run = Run(
+    run = LayerwiseRounding(
         CALLER,
         graph,
         params,
@@ -208,7 +208,9 @@ def adaround(
     )
 
 
-def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:
+def results(
+    run: LayerwiseRounding, found: Mapping[str, RoundedWeight]
+) -> tuple[Any, Quantizers]:
     """The tree and the quantizers with what was chosen."""
     leaves: dict[str, Any] = {}
     weights = dict(run.quantizers.weights)
@@ -224,7 +226,7 @@ def results(run: Run, found: Mapping[str, Chosen]) -> tuple[Any, Quantizers]:
 
 
 def report(
-    layers: Sequence[Layer], found: Mapping[str, Chosen], lost: Mapping[str, str]
+    layers: Sequence[Layer], found: Mapping[str, RoundedWeight], lost: Mapping[str, str]
 ) -> Table:
     """One row a site."""
     rows, ratios, curves = [], [], []

@@ -8,9 +8,9 @@ from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.transforms.rounding.adaround import report, results
-from jaxmet.transforms.rounding.layers import find_layers
+from jaxmet.transforms.rounding.layerwise import LayerwiseRounding
 from jaxmet.transforms.rounding.methods.scale_search import CANDIDATES, Search
-from jaxmet.transforms.rounding.sequential import Run
+from jaxmet.transforms.rounding.rounded_layers import find_layers
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
 from jaxmet.tree.quantizers import Quantizers
@@ -104,7 +104,7 @@ def search_scales(
     check_counts(CALLER, candidates=candidates, rows=rows)
     check_flags(CALLER, progress=progress, with_report=with_report)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
-    run = Run(
+    run = LayerwiseRounding(
         CALLER,
         graph,
         params,

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmet.numerics.rounding.levels import Grid, nearest
+from jaxmet.numerics.rounding.levels import LevelGrid, nearest
 from jaxmet.numerics.rounding.quadratic import (
     Products,
     bias_correction,
     centred,
     output_error,
 )
-from jaxmet.transforms.rounding.inputs import Inputs
+from jaxmet.transforms.rounding.input_statistics import Inputs
 
 Tick = Callable[
     [float, Any], None
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     """
 
     weight: jax.Array
-    grid: Grid
+    grid: LevelGrid
     inputs: Inputs
     bias: jax.Array
     rows: tuple[jax.Array, jax.Array] | None = None
@@ -66,7 +66,7 @@ class Solution(NamedTuple):
     """
 
     weight: jax.Array
-    grid: Grid
+    grid: LevelGrid
     shift: jax.Array
     loss: jax.Array
     nearest_loss: jax.Array
@@ -134,7 +134,7 @@ def products_of(problem: Problem, kind: Kind) -> Products:
 
 
 def at_least_nearest(
-    problem: Problem, kind: Kind, best: jax.Array, rounded: jax.Array, grid: Grid
+    problem: Problem, kind: Kind, best: jax.Array, rounded: jax.Array, grid: LevelGrid
 ) -> Solution:
     """What was found, or nearest rounding where that is no worse, output by output.
 

@@ -7,7 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmet.numerics.rounding.adaround import Schedule, State, adaround, start_adaround
+from jaxmet.numerics.rounding.soft_rounding import (
+    Schedule,
+    State,
+    adaround,
+    start_adaround,
+)
 from jaxmet.transforms.rounding.solvers import (
     Kind,
     Problem,

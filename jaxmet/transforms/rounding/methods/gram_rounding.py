@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxmet.numerics.rounding.adaround import GramData, State, hard_weight
 from jaxmet.numerics.rounding.levels import nearest
 from jaxmet.numerics.rounding.quadratic import best_weight, damped
+from jaxmet.numerics.rounding.soft_rounding import GramData, State, hard_weight
 from jaxmet.transforms.rounding.methods.annealing import Annealing, started
 from jaxmet.transforms.rounding.solvers import (
     Kind,

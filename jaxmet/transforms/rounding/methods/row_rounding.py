@@ -7,9 +7,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxmet.numerics.rounding.adaround import RowData, State, hard_weight, row_error
 from jaxmet.numerics.rounding.levels import nearest
 from jaxmet.numerics.rounding.quadratic import best_weight, bias_correction
+from jaxmet.numerics.rounding.soft_rounding import (
+    RowData,
+    State,
+    hard_weight,
+    row_error,
+)
 from jaxmet.transforms.rounding.methods.annealing import Annealing, started
 from jaxmet.transforms.rounding.solvers import (
     Kind,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.program import compat
-from jaxmet.numerics.rounding.levels import Grid, nearest
+from jaxmet.numerics.rounding.levels import LevelGrid, nearest
 from jaxmet.numerics.rounding.quadratic import best_weight, damped
 from jaxmet.numerics.rounding.search import search_scales
 from jaxmet.transforms.rounding.solvers import (
@@ -59,7 +59,7 @@ def _rounded(problem: Problem, *, kind: Kind, candidates: int) -> Solution:
 
 def searched(
     problem: Problem, kind: Kind, target: jax.Array, gram: jax.Array, candidates: int
-) -> Grid:
+) -> LevelGrid:
     """The best grid of a layer whose scales are free, in the shape of the one it has."""
     assert kind.shared is not None
     grid = search_scales(

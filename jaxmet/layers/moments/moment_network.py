@@ -19,7 +19,7 @@ from jaxmet.engine.graph.node import Edge, Node
 from jaxmet.engine.nodes.scalar_function import compute
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import Tensor, join, split
-from jaxmet.layers.stored import statistics_weight
+from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics.moments import (
     N_SIGMA,
     Moments,
@@ -47,7 +47,7 @@ class UnreachedError(Exception):
     """Nothing is known of a value; the message says why."""
 
 
-class Network:
+class MomentNetwork:
     """Moments of every tensor, in the order of the run; a text where there are none.
 
     `known` has for each node its moments by channel group, or why nothing is known, found

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.lockstep import Copy, Positions
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.correct_bias.places import Place, fits
+from jaxmet.transforms.correct_bias.bias_parameters import BiasParameter, fits
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 def correct_in_lockstep(
     params: Any,
-    places: dict[str, Place],
+    places: dict[str, BiasParameter],
     reference: Copy,
     noisy: Copy,
     batches: Batches,
@@ -75,7 +75,7 @@ def correct_in_lockstep(
     return params, found
 
 
-class Seen(NamedTuple):
+class ResultMeans(NamedTuple):
     """Of a site's channels the mean error, and mean and square of the exact values."""
 
     number: jax.Array
@@ -96,10 +96,10 @@ def _seen(
     exact: jax.Array,
     noisy: jax.Array,
     where: jax.Array | None,
-    before: Seen | None,
+    before: ResultMeans | None,
     features: tuple[int, ...],
     spread: bool,
-) -> Seen:
+) -> ResultMeans:
     """What was seen of the batches before, and of this one."""
     dtype = wide(exact.dtype)
     exact, noisy = exact.astype(dtype), noisy.astype(dtype)
@@ -114,12 +114,12 @@ def _seen(
         number = jnp.sum(jnp.broadcast_to(where, sizes)).astype(dtype)
         means = [_mean_where(v, where, number, rest).reshape(-1) for v in values]
     if before is None:
-        return Seen(number, *means)
+        return ResultMeans(number, *means)
     total = before.number + number
     old = [v for v in before[1:] if v is not None]
     share = number / jnp.maximum(total, 1.0)
     pairs = zip(old, means, strict=True)
-    return Seen(total, *(one + (two - one) * share for one, two in pairs))
+    return ResultMeans(total, *(one + (two - one) * share for one, two in pairs))
 
 
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

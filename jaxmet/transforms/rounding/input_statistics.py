@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Hook, Run
+from jaxmet.layers.inputs import counted_rows
 from jaxmet.layers.lockstep import Copy, Where
-from jaxmet.layers.rows import counted_rows
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
-from jaxmet.transforms.rounding.layers import Layer
+from jaxmet.transforms.rounding.rounded_layers import Layer
 
 
 class Inputs(NamedTuple):
@@ -32,7 +32,7 @@ def merged(one: Inputs, two: Inputs) -> Inputs:
     return Inputs(total, *mean)
 
 
-class Rows(NamedTuple):
+class InputRows(NamedTuple):
     """Rows of the quantized and of the float model, and which of them count."""
 
     quantized: jax.Array
@@ -63,7 +63,7 @@ class Look:
 
     def __call__(
         self, batch: int, piece: int, key: jax.Array, where: Mapping[str, Where]
-    ) -> tuple[dict[str, Inputs], dict[str, Rows]]:
+    ) -> tuple[dict[str, Inputs], dict[str, InputRows]]:
         """Sums over the rows of one batch, and with `keep` the rows themselves."""
         shape = self.exact.lives[batch][0]
         if shape not in self.steps:
@@ -87,13 +87,15 @@ class Look:
         noisy_live: Any,
         key: jax.Array,
         where: Mapping[str, Where],
-    ) -> tuple[dict[str, Inputs], dict[str, Rows]]:
+    ) -> tuple[dict[str, Inputs], dict[str, InputRows]]:
         self.key, self.where = key, where
         exact_rows = exact(params, live, None)
         quantized_rows = noisy(rounded, noisy_live, None)
         self.key, self.where = None, {}
         rows = {
-            n: Rows(quantized_rows[n][0], exact_rows[n][0], _as_one(exact_rows[n][1]))
+            n: InputRows(
+                quantized_rows[n][0], exact_rows[n][0], _as_one(exact_rows[n][1])
+            )
             for n in self.layers
         }
         return {n: _inputs(*r) for n, r in rows.items()}, rows if self.keep else {}

@@ -8,22 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.numerics.rounding_noise import NoisyLayers, noisy
-from jaxmet.transforms.equalize.channels import (
+from jaxmet.transforms.equalize.channel_scales import (
     Channels,
+    ScaledWeight,
     Stack,
-    Weight,
     layers_of,
     stacks,
 )
-from jaxmet.transforms.equalize.measured import Seen
+from jaxmet.transforms.equalize.measured import MeasuredInputs
 from jaxmet.tree.config import QuantConfig, Settings
 
 
 def noisy_layers(
     channels: Channels,
-    weights: Sequence[Weight],
+    weights: Sequence[ScaledWeight],
     leaves: Mapping[str, Any],
-    seen: Mapping[str, Seen],
+    seen: Mapping[str, MeasuredInputs],
     config: QuantConfig,
 ) -> NoisyLayers:
     """The layers that something is known of."""
@@ -55,7 +55,7 @@ def noisy_layers(
     )
 
 
-def _gains(stack: Stack, seen: Mapping[str, Seen], dtype: Any) -> jax.Array:
+def _gains(stack: Stack, seen: Mapping[str, MeasuredInputs], dtype: Any) -> jax.Array:
     """Gains (layers, groups, ins, outs) of weights of one shape, taken together as they are."""
     gain = jnp.stack([seen[w.node.name].gain.astype(dtype) for w in stack.weights])
     return stack.ins[0].total(stack.outs[0].total(gain, 3), 2)
@@ -63,7 +63,7 @@ def _gains(stack: Stack, seen: Mapping[str, Seen], dtype: Any) -> jax.Array:
 
 def _by_input(
     stack: Stack,
-    seen: Mapping[str, Seen],
+    seen: Mapping[str, MeasuredInputs],
     settings: Mapping[str, tuple[Settings, Settings]],
     dtype: Any,
 ) -> list[jax.Array]:
@@ -82,7 +82,7 @@ def _by_input(
     return [v.reshape(-1) for v in reduced]
 
 
-def _settings(weight: Weight, config: QuantConfig) -> tuple[Settings, Settings]:
+def _settings(weight: ScaledWeight, config: QuantConfig) -> tuple[Settings, Settings]:
     """What the configuration says of a product's weight and of its input."""
     before = weight.node.inputs[0].node or weight.node.name
     names = (weight.parameter, weight.node.name)

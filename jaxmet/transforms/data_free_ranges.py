@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.moments import node_moments
-from jaxmet.layers.observe import Range
+from jaxmet.layers.observed_ranges import Range
 from jaxmet.layers.placement import Placement
 
 N_SIGMA = 6.0

@@ -14,7 +14,7 @@ from jaxmet.engine.graph.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
-class Bundle:
+class CoupledChannels:
     """Groups with one fate; `why` says what forbids to remove a channel.
 
     `through` are the depthwise convolutions between those that make and those that read.
@@ -45,7 +45,7 @@ class Bundle:
         return {g.index for g in self.groups}
 
 
-def bundles_of(graph: Graph) -> list[Bundle]:
+def bundles_of(graph: Graph) -> list[CoupledChannels]:
     """All bundles, those that a site makes first first."""
     groups = {g.index: g for g in graph.groups}
     parent = {index: index for index in groups}
@@ -97,7 +97,7 @@ def _bundle(
     groups: tuple[Group, ...],
     fixed: Mapping[int, str],
     depthwise: set[str],
-) -> Bundle:
+) -> CoupledChannels:
     def names(field: str, *, through: bool = False) -> tuple[str, ...]:
         every = (n for g in groups for n in getattr(g, field))
         return tuple(dict.fromkeys(n for n in every if (n in depthwise) == through))
@@ -111,10 +111,10 @@ def _bundle(
     why = why or ("no site reads it" if not readers else None)
     spared = [n for n in makers if n not in graph.selected]
     why = why or (f"{spared[0]!r} is not selected" if spared else None)
-    return Bundle(groups, makers, readers, through, why)
+    return CoupledChannels(groups, makers, readers, through, why)
 
 
-def refused(bundle: Bundle, coupled: bool) -> str | None:
+def refused(bundle: CoupledChannels, coupled: bool) -> str | None:
     """Why none of the channels may go, None where some may."""
     tied = len(bundle.makers) > 1 and not coupled
     return bundle.why or (f"tied: {', '.join(bundle.makers)}" if tied else None)

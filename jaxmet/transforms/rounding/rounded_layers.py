@@ -10,7 +10,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import WeightMatrix, why_no_matrix
-from jaxmet.numerics.rounding.levels import Grid
+from jaxmet.numerics.rounding.levels import LevelGrid
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 
@@ -129,18 +129,18 @@ def sharing(matrix: WeightMatrix, grid: LeafGrid) -> Sharing:
     return Sharing(length, own.shape[1], () if alone else None)
 
 
-def grid_in_blocks(matrix: WeightMatrix, grid: LeafGrid, how: Sharing) -> Grid:
+def grid_in_blocks(matrix: WeightMatrix, grid: LeafGrid, how: Sharing) -> LevelGrid:
     """The grid of a leaf as that of its matrix."""
 
     def own(v: np.ndarray) -> Any:
         wide = spread(v.astype(np.float32), matrix.shape, grid.block)
         return matrix.matrix(wide)[:, :: how.length]
 
-    return Grid(own(grid.scale), own(grid.zero_point), *grid.ends)
+    return LevelGrid(own(grid.scale), own(grid.zero_point), *grid.ends)
 
 
 def grid_of_leaf(
-    matrix: WeightMatrix, new: Grid, old: LeafGrid, how: Sharing
+    matrix: WeightMatrix, new: LevelGrid, old: LeafGrid, how: Sharing
 ) -> LeafGrid:
     """The grid of a matrix as that of its leaf."""
     ins = matrix.sizes[1]

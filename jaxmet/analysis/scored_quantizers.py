@@ -8,7 +8,7 @@ from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.quantizers import Quantizers
 
 
-class Place(NamedTuple):
+class ScoredQuantizer(NamedTuple):
     """One grid: what is put on it, the node this belongs to, and how wide it is.
 
     The width of a `fixed` one follows from others: an int32 bias.
@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 def places(
     params: Any, graph: Graph, quantizers: Quantizers, caller: str
-) -> list[Place]:
+) -> list[ScoredQuantizer]:
     """All grids that are on, weights first, in the order of the network.
 
     Raises ValueError where there is none, or none that the graph selects, and for a
@@ -40,7 +40,7 @@ def places(
         ("activation", quantizers.activations),
     ):
         of_kind = [
-            Place(
+            ScoredQuantizer(
                 name,
                 users.get(name, name),
                 kind,

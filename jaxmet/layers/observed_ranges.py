@@ -41,7 +41,7 @@ class Extremes(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class ObservedRows:
     """What was seen at nodes, a row a node and layer: few arrays for a whole model.
 
     Where a branch was not taken the ends are +∞ and −∞. `layout` says which nodes these
@@ -137,7 +137,7 @@ def _counting(graph: Graph) -> Observer:
     def observer(hook: Hook) -> Callable:
         run = statistics_of(graph)(hook)
 
-        def counted(params: Any, *batch: Any, **kwargs: Any) -> dict[str, Rows]:
+        def counted(params: Any, *batch: Any, **kwargs: Any) -> dict[str, ObservedRows]:
             seen = {
                 name: _uncounted(v) for name, v in run(params, *batch, **kwargs).items()
             }
@@ -145,7 +145,7 @@ def _counting(graph: Graph) -> Observer:
             for name, value in seen.items():
                 kinds.setdefault((type(value), value.low.dtype), {})[name] = value
             return {
-                f"{kind.__name__} {dtype}": Rows(
+                f"{kind.__name__} {dtype}": ObservedRows(
                     _in_rows(kind, [*found.values()]),
                     tuple((name, v.low.shape) for name, v in found.items()),
                 )
@@ -183,20 +183,24 @@ def _uncounted(found: Any) -> Any:
     return value._replace(low=low, high=high)
 
 
-def _merge(one: dict[str, Rows], two: dict[str, Rows]) -> dict[str, Rows]:
+def _merge(
+    one: dict[str, ObservedRows], two: dict[str, ObservedRows]
+) -> dict[str, ObservedRows]:
     def join(a: Any, b: Any) -> Any:
         if isinstance(a, Histogram):
             return merge(a, b)
         return Extremes(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
-    return {k: Rows(join(one[k].value, two[k].value), one[k].layout) for k in one}
+    return {
+        k: ObservedRows(join(one[k].value, two[k].value), one[k].layout) for k in one
+    }
 
 
 # Settling
 
 
 def _settle(
-    graph: Graph, seen: dict[str, Rows], placement: Placement
+    graph: Graph, seen: dict[str, ObservedRows], placement: Placement
 ) -> dict[str, Extremes | Histogram]:
     """Finite values for each owner of a grid, of all nodes that share it."""
     every = {n: v for rows in seen.values() for n, v in rows.by_node().items()}

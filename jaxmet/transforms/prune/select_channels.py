@@ -9,12 +9,12 @@ import numpy as np
 from jaxmet.engine.graph.channels import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.grams import GramSums
-from jaxmet.transforms.prune.bundles import Bundle
-from jaxmet.transforms.prune.readers import Reader, magnitudes, read_by
+from jaxmet.transforms.prune.coupled_channels import CoupledChannels
+from jaxmet.transforms.prune.refit import ConsumerMatrix, magnitudes, read_by
 
 
 def ratios_of(
-    graph: Graph, bundles: Sequence[Bundle], asked: Mapping[str, float]
+    graph: Graph, bundles: Sequence[CoupledChannels], asked: Mapping[str, float]
 ) -> dict[int, float]:
     r"""The ratio of each bundle, the largest that a site that reads it is asked for.
 
@@ -46,17 +46,19 @@ def readers_of(
     names: Iterable[str],
     leaves: Mapping[str, Any],
     seen: Mapping[str, GramSums],
-) -> dict[str, Reader]:
+) -> dict[str, ConsumerMatrix]:
     """What the data say to the sites with these names, as far as they have seen any."""
-    found = {n: Reader.of(graph, n, leaves, seen[n]) for n in names if n in seen}
+    found = {
+        n: ConsumerMatrix.of(graph, n, leaves, seen[n]) for n in names if n in seen
+    }
     return {n: reader for n, reader in found.items() if reader is not None}
 
 
 def removal(
     graph: Graph,
     leaves: Mapping[str, Any],
-    bundle: Bundle,
-    readers: Mapping[str, Reader],
+    bundle: CoupledChannels,
+    readers: Mapping[str, ConsumerMatrix],
     selection: str,
     keep: int,
 ) -> np.ndarray:

@@ -21,8 +21,9 @@ from jaxmet.layers.layer import WeightMatrix
 from jaxmet.layers.leaf_math import replaced, shifted
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.rounding.inputs import Inputs, Look, Rows, merged
-from jaxmet.transforms.rounding.layers import (
+from jaxmet.transforms.rounding.input_statistics import InputRows, Inputs, Look, merged
+from jaxmet.transforms.rounding.layer_order import Wave, find_waves
+from jaxmet.transforms.rounding.rounded_layers import (
     Layer,
     LeafGrid,
     Sharing,
@@ -37,14 +38,13 @@ from jaxmet.transforms.rounding.solvers import (
     Solution,
     solve,
 )
-from jaxmet.transforms.rounding.waves import Wave, find_waves
 from jaxmet.tree.batches import Batches, inputs_of
 from jaxmet.tree.leaves import dense, is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 
-class Chosen(NamedTuple):
+class RoundedWeight(NamedTuple):
     """A layer's new leaves and grid, and its losses."""
 
     weight: np.ndarray
@@ -58,7 +58,7 @@ class Chosen(NamedTuple):
 
 
 @dataclasses.dataclass
-class Run:
+class LayerwiseRounding:
     """One call: what is rounded, how, and both copies of the model."""
 
     caller: str
@@ -100,7 +100,7 @@ class Run:
             for layer in self.layers
         )
         self.last = {x.parameter: x.node.name for x in self.layers if x.why is None}
-        self.waiting: dict[str, tuple[Inputs, list[Rows]]] = {}
+        self.waiting: dict[str, tuple[Inputs, list[InputRows]]] = {}
         waves = find_waves(self.graph, self.layers)
         cuts = tuple(w.cut for w in waves if w.cut is not None)
         exact = Copy(
@@ -134,9 +134,9 @@ class Run:
 
     def go(
         self, waves: Sequence[Wave], checkpoint: Checkpoint, progress: bool
-    ) -> dict[str, Chosen]:
+    ) -> dict[str, RoundedWeight]:
         """All waves; what each of their layers came to."""
-        found: dict[str, Chosen] = {}
+        found: dict[str, RoundedWeight] = {}
         total = sum(len(w.layers) for w in waves)
         with tqdm(total=total, desc=self.caller, disable=not progress) as bar:
             for number, wave in enumerate(waves):
@@ -165,7 +165,7 @@ class Run:
 
     def look(
         self, number: int, wave: Wave
-    ) -> tuple[dict[str, Inputs], dict[str, list[Rows]]]:
+    ) -> tuple[dict[str, Inputs], dict[str, list[InputRows]]]:
         """The inputs of a wave; of a weight's last layer those of all that have it."""
         keep = self.method.keeps_rows
         offsets = {
@@ -177,7 +177,7 @@ class Run:
         self.check_memory(wave, keep)
         look = Look(self.exact, self.noisy, wave.layers, offsets, self.most, keep=keep)
         seen: dict[str, Inputs] = {}
-        rows: dict[str, list[Rows]] = {}
+        rows: dict[str, list[InputRows]] = {}
         drawing, _ = jax.random.split(jax.random.fold_in(self.key, number))
         merge = jax.jit(merged)
         for batch in range(len(self.exact.lives)):
@@ -203,9 +203,9 @@ class Run:
         number: int,
         wave: Wave,
         seen: Mapping[str, Inputs],
-        rows: Mapping[str, list[Rows]],
+        rows: Mapping[str, list[InputRows]],
         bar: Any,
-    ) -> dict[str, Chosen]:
+    ) -> dict[str, RoundedWeight]:
         """The weights of a wave, each for all that its layers read."""
         _, solving = jax.random.split(jax.random.fold_in(self.key, number))
         groups: dict[Any, list[tuple[Layer, Problem]]] = {}
@@ -216,7 +216,7 @@ class Run:
             shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(problem))
             structure = jax.tree.structure(problem)
             groups.setdefault((kind, shapes, structure), []).append((layer, problem))
-        new: dict[str, Chosen] = {}
+        new: dict[str, RoundedWeight] = {}
         for turn, ((kind, _, _), same) in enumerate(groups.items()):
             solutions = solve(
                 [problem for _, problem in same],
@@ -259,7 +259,7 @@ class Run:
         self,
         layer: Layer,
         seen: Mapping[str, Inputs],
-        rows: Mapping[str, list[Rows]],
+        rows: Mapping[str, list[InputRows]],
     ) -> tuple[Kind, Problem]:
         """A layer in terms of its matrix."""
         name = layer.node.name
@@ -336,7 +336,7 @@ class Run:
             self.formulas[formula] = partial(compute, formula)
         return self.formulas[formula], (None, None)
 
-    def read(self, layer: Layer, solution: Solution) -> Chosen:
+    def read(self, layer: Layer, solution: Solution) -> RoundedWeight:
         """A solution in terms of the leaves; weights exactly on the grid of the leaf."""
         name, quantizer = layer.node.name, self.quantizers.weights[layer.parameter]
         leaf = np.asarray(dense(self.leaves[layer.parameter]))
@@ -355,7 +355,7 @@ class Run:
         sums = solution.loss, solution.nearest_loss, solution.inherited
         loss, plain, inherited = (np.asarray(v) for v in sums)
         shift = np.asarray(solution.shift)
-        return Chosen(
+        return RoundedWeight(
             weight,
             grid.scale,
             grid.zero_point,
@@ -366,7 +366,7 @@ class Run:
             curve,
         )
 
-    def put(self, wave: Wave, new: Mapping[str, Chosen]) -> None:
+    def put(self, wave: Wave, new: Mapping[str, RoundedWeight]) -> None:
         """Give the quantized copy what was chosen."""
         if self.apart:
             return
@@ -376,7 +376,7 @@ class Run:
                 leaves |= self.updated(layer, new[layer.node.name])
         self.noisy.params = replace_leaves(self.noisy.params, leaves)
 
-    def updated(self, layer: Layer, chosen: Chosen) -> dict[str, Any]:
+    def updated(self, layer: Layer, chosen: RoundedWeight) -> dict[str, Any]:
         """The leaves of a layer that change."""
         old = self.leaves[layer.parameter]
         new = {layer.parameter: replaced(old, chosen.weight)}
@@ -408,7 +408,7 @@ def _filled(problem: Problem, more: int) -> Problem:
     )
 
 
-def _that_count(rows: Rows) -> list[jax.Array]:
+def _that_count(rows: InputRows) -> list[jax.Array]:
     """The rows that count, (groups, rows, ins), of the quantized and of the float model."""
     *both, counts = rows
     both = [v.reshape(-1, *v.shape[-2:]) for v in both]
@@ -438,7 +438,7 @@ def _tick(bar: Any, layers: int, share: float, loss: Any) -> None:
         bar.set_postfix(loss=f"{float(loss):.3g}")
 
 
-def _flat(found: Mapping[str, Chosen]) -> dict[str, np.ndarray]:
+def _flat(found: Mapping[str, RoundedWeight]) -> dict[str, np.ndarray]:
     return {
         f"{field}:{name}": value
         for name, one in found.items()
@@ -446,5 +446,7 @@ def _flat(found: Mapping[str, Chosen]) -> dict[str, np.ndarray]:
     }
 
 
-def _unflat(arrays: Mapping[str, np.ndarray], name: str) -> Chosen:
-    return Chosen(*(arrays[f"{field}:{name}"] for field in Chosen._fields))
+def _unflat(arrays: Mapping[str, np.ndarray], name: str) -> RoundedWeight:
+    return RoundedWeight(
+        *(arrays[f"{field}:{name}"] for field in RoundedWeight._fields)
+    )

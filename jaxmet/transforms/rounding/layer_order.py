@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.transforms.rounding.layers import Layer
+from jaxmet.transforms.rounding.rounded_layers import Layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.layouts import Tensor
-from jaxmet.layers.moments.network import Network
+from jaxmet.layers.moments.moment_network import MomentNetwork
 from jaxmet.layers.once import run_once
 from jaxmet.numerics.moments import N_SIGMA, Moments
 
@@ -23,7 +23,7 @@ def node_moments(
     """
 
     def solve(leaves: Mapping[str, Any]) -> dict[str, Moments]:
-        known = Network(graph, leaves, n_sigma).known
+        known = MomentNetwork(graph, leaves, n_sigma).known
         return {n: _in_a_row(t) for n, t in known.items() if not isinstance(t, str)}
 
     return run_once(solve, _arrays(params, graph))
@@ -40,7 +40,7 @@ def input_moments(
     """
 
     def solve(leaves: Mapping[str, Any]) -> dict[str, Moments]:
-        network = Network(graph, leaves, n_sigma)
+        network = MomentNetwork(graph, leaves, n_sigma)
         products = [n for n in graph.nodes if n.kind == "product"]
         found = {n.name: network.into(n) for n in products}
         for node in products if implied else ():
@@ -56,7 +56,7 @@ def unreached(graph: Graph, params: Any) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def look(leaves: Mapping[str, Any]) -> None:
-        network = Network(graph, leaves)
+        network = MomentNetwork(graph, leaves)
         every = {n.name: network.into(n) for n in graph.sites}
         found.update({name: x for name, x in every.items() if isinstance(x, str)})
 

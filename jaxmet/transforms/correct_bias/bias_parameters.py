@@ -9,7 +9,7 @@ from jaxmet.tree.quantizers import Quantizers
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class BiasParameter:
     """A site, the node at which its mean is kept and the parameter that keeps it.
 
     `why` says instead why there is none.
@@ -21,7 +21,7 @@ class Place:
     why: str | None = None
 
 
-def find_places(graph: Graph, quantizers: Quantizers) -> tuple[Place, ...]:
+def find_places(graph: Graph, quantizers: Quantizers) -> tuple[BiasParameter, ...]:
     """One place a site, in the order in which they run.
 
     Raises ValueError for a site that `graph.only` named and that has none.
@@ -37,12 +37,12 @@ def find_places(graph: Graph, quantizers: Quantizers) -> tuple[Place, ...]:
     return places
 
 
-def _place(graph: Graph, quantizers: Quantizers, site: Node) -> Place:
+def _place(graph: Graph, quantizers: Quantizers, site: Node) -> BiasParameter:
     why = _unfit(quantizers, site)
     if why is not None:
-        return Place(site, why=why)
+        return BiasParameter(site, why=why)
     if site.bias is not None and site.bias not in site.shared:
-        return Place(site, site.name, site.bias)
+        return BiasParameter(site, site.name, site.bias)
     lacking = "no bias"
     if site.bias is not None:
         lacking = f"its bias {site.bias!r} is used elsewhere too"
@@ -50,8 +50,8 @@ def _place(graph: Graph, quantizers: Quantizers, site: Node) -> Place:
         lacking = "its bias is computed from parameters"
     norm, why = _norm_behind(graph, site)
     if norm is None or norm.norm is None:
-        return Place(site, why=f"{lacking}, and {why}")
-    return Place(site, norm.name, norm.norm.bias or "")
+        return BiasParameter(site, why=f"{lacking}, and {why}")
+    return BiasParameter(site, norm.name, norm.norm.bias or "")
 
 
 def _unfit(quantizers: Quantizers, site: Node) -> str | None:

@@ -14,15 +14,15 @@ from jaxmet.analysis.compare import compare as compared
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.reference import float_model
-from jaxmet.plot.compare import compare
+from jaxmet.plot.compare_plot import compare
 from jaxmet.plot.drawing import altair, version_of_vega_lite, vl_convert
-from jaxmet.plot.graph import graph as graph_chart
-from jaxmet.plot.noise import noise
+from jaxmet.plot.graph_plot import graph as graph_chart
+from jaxmet.plot.noise_plot import noise
 from jaxmet.plot.page import Section, folded, page, picture, table_html
 from jaxmet.plot.ratio_scores import ratio_scores
 from jaxmet.plot.relative_ranges import relative_table, relative_weight_ranges
 from jaxmet.plot.rounding_loss import rounding_loss
-from jaxmet.plot.sensitivity import sensitivity
+from jaxmet.plot.sensitivity_plot import sensitivity
 from jaxmet.plot.tables import kind_of, number
 from jaxmet.plot.weight_ranges import weight_ranges
 from jaxmet.tree.batches import one_batch

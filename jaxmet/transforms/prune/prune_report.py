@@ -8,17 +8,17 @@ import numpy as np
 from jaxmet.engine.graph.channels import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.pruned.expand import scattered_before
-from jaxmet.transforms.prune.bundles import Bundle, left_along
+from jaxmet.transforms.prune.coupled_channels import CoupledChannels, left_along
 from jaxmet.tree.table import Table
 
 COLUMNS = ("channels", "kept", "of", "made by", "read by", "error", "note")
 
 
 def report(
-    bundles: Sequence[Bundle],
+    bundles: Sequence[CoupledChannels],
     keep: Mapping[int, int],
     errors: Mapping[str, float],
-    notes: Callable[[Bundle], Sequence[str]],
+    notes: Callable[[CoupledChannels], Sequence[str]],
     *,
     caller: str,
 ) -> Table:

@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EligibleGroups:
     """The groups that are rescaled, and for the others and some sites why not."""
 
     graph: Graph
@@ -64,7 +64,7 @@ def _row(group: Group) -> dict[str, Any]:
     }
 
 
-def make_plan(graph: Graph, clip: str) -> Plan:
+def make_plan(graph: Graph, clip: str) -> EligibleGroups:
     """Which groups can be rescaled, and why the others cannot."""
     free, left = [], []
     for group in graph.groups:
@@ -77,7 +77,7 @@ def make_plan(graph: Graph, clip: str) -> Plan:
         n for g in (*free, *(g for g, _ in left)) for n in (*g.makers, *g.readers)
     }
     alone = [(n, _why_alone(n)) for n in graph.sites if n.name not in inside]
-    return Plan(graph, clip, tuple(free), tuple(left), tuple(alone))
+    return EligibleGroups(graph, clip, tuple(free), tuple(left), tuple(alone))
 
 
 def _why_left(graph: Graph, group: Group, clip: str) -> str | None:
@@ -118,7 +118,7 @@ def check_options(clip: str, objective: str, max_scale: float) -> None:
         )
 
 
-def check_named(graph: Graph, plan: Plan) -> None:
+def check_named(graph: Graph, plan: EligibleGroups) -> None:
     """Refuse what `only()` spelled out and nothing can be done for."""
     done = {name for g in plan.free for name in (*g.makers, *g.readers)}
     for node in graph.sites:
@@ -133,7 +133,7 @@ def check_named(graph: Graph, plan: Plan) -> None:
         )
 
 
-def check_leaves(plan: Plan, leaves: Mapping[str, Any]) -> None:
+def check_leaves(plan: EligibleGroups, leaves: Mapping[str, Any]) -> None:
     """Refuse a tree in which something that must follow is missing or an integer."""
     free = {g.index for g in plan.free}
     for member in plan.graph.members:

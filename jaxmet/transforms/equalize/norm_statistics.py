@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.layers.layouts import join
-from jaxmet.layers.moments import Network
+from jaxmet.layers.moments import MomentNetwork
 from jaxmet.numerics.moments import Moments, normal
-from jaxmet.transforms.equalize.channels import Channels, Weight
+from jaxmet.transforms.equalize.channel_scales import Channels, ScaledWeight
 
 
 class Observed(NamedTuple):
@@ -21,14 +21,14 @@ class Observed(NamedTuple):
 
 
 def predicted(
-    channels: Channels, leaves: Mapping[str, Any], weights: tuple[Weight, ...]
+    channels: Channels, leaves: Mapping[str, Any], weights: tuple[ScaledWeight, ...]
 ) -> dict[str, Observed]:
     """What the norms' statistics say, carried on through the network as normal values.
 
     Where only the output of a product is known and nothing rescales its inputs, these are
     taken to be what would make such outputs, all of one size.
     """
-    network = Network(channels.graph, leaves)
+    network = MomentNetwork(channels.graph, leaves)
     found = {}
     for weight in weights:
         tensor, inputs = network.known[weight.node.name], network.into(weight.node)
@@ -46,7 +46,7 @@ def predicted(
     return found
 
 
-def _white(weight: Weight, leaf: Any, variance: jax.Array) -> Moments:
+def _white(weight: ScaledWeight, leaf: Any, variance: jax.Array) -> Moments:
     total = jnp.sum(jnp.square(weight.matrix(leaf)))
     power = jnp.sum(variance) / jnp.where(total > 0, total, 1.0)
     every = jnp.full(weight.inputs[0].size, power)

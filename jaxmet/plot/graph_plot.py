@@ -6,9 +6,9 @@ from typing import Any
 from jaxmet.engine.graph.graph import Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.plot.channels import leaves_of_sites
+from jaxmet.plot.channel_ranges import leaves_of_sites
 from jaxmet.plot.drawing import ROWS, altair, data, layered, shortened, titled
-from jaxmet.plot.layers import Place, lanes, places
+from jaxmet.plot.layer_weights import WeightAxes, lanes, places
 from jaxmet.plot.states import STATES, states_of
 from jaxmet.tree.quantizers import Quantizers
 
@@ -98,7 +98,7 @@ def _reads(node: Node) -> list[str]:
     return [e.node for e in node.inputs if e.node is not None]
 
 
-def _box(node: Node, place: Place, state: Mapping[str, Any]) -> dict[str, Any]:
+def _box(node: Node, place: WeightAxes, state: Mapping[str, Any]) -> dict[str, Any]:
     left, top = place.column * COLUMN, place.row * ROW
     return {
         "name": node.name,
@@ -114,7 +114,7 @@ def _box(node: Node, place: Place, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edges(
-    graph: Graph, where: Mapping[str, Place]
+    graph: Graph, where: Mapping[str, WeightAxes]
 ) -> tuple[list[dict[str, Any]], int]:
     """The corners of all edges, and how many lanes those beside the nodes take."""
     pairs = [

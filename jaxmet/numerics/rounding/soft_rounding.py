@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from jaxmet.numerics.rounding.levels import Grid, steps_of
+from jaxmet.numerics.rounding.levels import LevelGrid, steps_of
 from jaxmet.numerics.rounding.quadratic import quadratic
 
 ZETA, GAMMA = 1.1, -0.1
@@ -118,25 +118,25 @@ def regulariser(
 
 
 @jax.jit
-def initial_alpha(weight: Weight, grid: Grid) -> Weight:
+def initial_alpha(weight: Weight, grid: LevelGrid) -> Weight:
     r"""Where the soft weights are the float ones: $h = W/s - \lfloor W/s \rfloor$."""
     ratio = lax.div(weight, steps_of(grid, weight.shape[1]).step)
     return inverse_rectified_sigmoid(ratio - jnp.floor(ratio))
 
 
 @jax.jit
-def soft_weight(weight: Weight, grid: Grid, alpha: Weight) -> Weight:
+def soft_weight(weight: Weight, grid: LevelGrid, alpha: Weight) -> Weight:
     """The weight between two neighbours on the grid."""
     return _chosen(weight, grid, rectified_sigmoid(alpha))
 
 
 @jax.jit
-def hard_weight(weight: Weight, grid: Grid, alpha: Weight) -> Weight:
+def hard_weight(weight: Weight, grid: LevelGrid, alpha: Weight) -> Weight:
     r"""The weight on the grid: up where $\alpha \ge 0$, down elsewhere."""
     return _chosen(weight, grid, (alpha >= 0).astype(weight.dtype))
 
 
-def _chosen(weight: Weight, grid: Grid, up: Weight) -> Weight:
+def _chosen(weight: Weight, grid: LevelGrid, up: Weight) -> Weight:
     step, lower, upper = steps_of(grid, weight.shape[1])
     return step * jnp.clip(jnp.floor(lax.div(weight, step)) + up, lower, upper)
 
@@ -162,7 +162,7 @@ def row_error(
     return error if by_output else jnp.sum(error, axis=1)
 
 
-def start_adaround(weight: Weight, grid: Grid, key: Key[Array, ""]) -> State:
+def start_adaround(weight: Weight, grid: LevelGrid, key: Key[Array, ""]) -> State:
     """The state before the first step."""
     alpha = initial_alpha(weight, grid)
     return State(alpha, optax.scale_by_adam().init(alpha), jnp.int32(0), key)
@@ -172,7 +172,7 @@ def start_adaround(weight: Weight, grid: Grid, key: Key[Array, ""]) -> State:
 def adaround(
     state: State,
     weight: Weight,
-    grid: Grid,
+    grid: LevelGrid,
     data: GramData | RowData,
     schedule: Schedule,
     *,

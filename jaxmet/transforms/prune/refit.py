@@ -22,7 +22,11 @@ from jaxmet.numerics.channel_selection import (
     removal_order,
 )
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.prune.bundles import Bundle, channel_along, left_along
+from jaxmet.transforms.prune.coupled_channels import (
+    CoupledChannels,
+    channel_along,
+    left_along,
+)
 from jaxmet.tree.leaves import dense
 
 Selection = Literal["magnitude", "lasso", "obs"]
@@ -32,7 +36,7 @@ product = functools.partial(jnp.matmul, precision="highest")
 
 
 def magnitudes(
-    graph: Graph, name: str, leaves: Mapping[str, Any], bundle: Bundle
+    graph: Graph, name: str, leaves: Mapping[str, Any], bundle: CoupledChannels
 ) -> np.ndarray:
     """The share of a site's squared weights that reads each channel."""
     found, total = np.zeros(bundle.size), 0.0
@@ -53,7 +57,7 @@ def read_by(graph: Graph, name: str) -> tuple[Member, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class ConsumerMatrix:
     """A site as a matrix, where it stands in the parameter, and what the data say of its inputs.
 
     `index` are the places of the matrix in the flattened parameter; `along` has, by axis of
@@ -70,7 +74,7 @@ class Reader:
     @staticmethod
     def of(
         graph: Graph, name: str, leaves: Mapping[str, Any], gram: GramSums
-    ) -> "Reader | None":
+    ) -> "ConsumerMatrix | None":
         """None for a site that is not one product of a matrix that a parameter holds."""
         node, members = graph[name], read_by(graph, name)
         kernel = jnp.asarray(dense(leaves[node.kernel]))
@@ -85,11 +89,11 @@ class Reader:
         if any((e != e[:, :1]).any() for e in along.values()):
             return None
         rows = {axis: e[:, 0] for axis, e in along.items()}
-        return Reader(
+        return ConsumerMatrix(
             node, members, weight.reshape(-1)[groups[0]], groups[0], rows, gram
         )
 
-    def channels_of(self, bundle: Bundle) -> np.ndarray:
+    def channels_of(self, bundle: CoupledChannels) -> np.ndarray:
         """For each row of the matrix the channel of a bundle that it reads, −1 for none."""
         each = self._rows(lambda layout: channel_along(layout, bundle.indices))
         return functools.reduce(np.maximum, each)
@@ -102,7 +106,7 @@ class Reader:
     def _rows(self, of: Callable[[Layout], np.ndarray]) -> list[np.ndarray]:
         return [of(m.layout)[self.along[m.axis]] for m in self.members]
 
-    def scores(self, bundle: Bundle, selection: str, keep: int) -> np.ndarray:
+    def scores(self, bundle: CoupledChannels, selection: str, keep: int) -> np.ndarray:
         """How much each channel of a bundle is worth to this site, as a share."""
         rows, channels, of = self.by_channel(bundle)
         weight, gram = self.weight[rows], self.centered[rows][:, rows]
@@ -117,7 +121,7 @@ class Reader:
             )
         return _gathered(np.asarray(found), of, bundle.size)
 
-    def order(self, bundle: Bundle) -> np.ndarray | None:
+    def order(self, bundle: CoupledChannels) -> np.ndarray | None:
         """Its channels as they go one after the other, None if others are among them."""
         rows, channels, of = self.by_channel(bundle)
         if channels != bundle.size or not np.array_equal(of, np.arange(channels)):
@@ -126,7 +130,7 @@ class Reader:
         cross = product(gram, self.weight[rows])
         return np.asarray(removal_order(gram, cross, channels))
 
-    def by_channel(self, bundle: Bundle) -> tuple[np.ndarray, int, np.ndarray]:
+    def by_channel(self, bundle: CoupledChannels) -> tuple[np.ndarray, int, np.ndarray]:
         """The rows tap by tap of as many channels, and which channel of the bundle each is.
 
         Where not all are of the bundle, or not as many of each, they are those of entries of

@@ -21,7 +21,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.leaf_math import scaled
-from jaxmet.layers.stored import statistics_weight
+from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import Layers, log_ranges
 from jaxmet.tree.leaves import Compressed, is_compressed
@@ -82,7 +82,7 @@ def _item(item: Span | Joined, starts: Mapping[int, int], fixed: int) -> np.ndar
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class ScaledWeight:
     """How a product's weight follows the channels: where its inputs and outputs stand."""
 
     node: Node
@@ -92,14 +92,14 @@ class Weight:
     outputs: np.ndarray  # (factors, groups, outs)
 
     @staticmethod
-    def of(node: Node, members: Sequence[Member], channels: Channels) -> "Weight":
+    def of(node: Node, members: Sequence[Member], channels: Channels) -> "ScaledWeight":
         """The weight of a product, from the members of its node."""
         ins = tuple(m for m in members if m.role == "in")
         outs = tuple(m for m in members if m.role == "out")
         groups = ins[0].groups if ins else 1
         inputs = _outer([channels.index(m.layout) for m in ins], channels.size)
         outputs = _outer([channels.index(m.layout) for m in outs], channels.size)
-        return Weight(
+        return ScaledWeight(
             node,
             ins,
             outs,
@@ -117,13 +117,13 @@ class Weight:
         return by_channel(self.node, leaf)
 
 
-def find_weights(channels: Channels) -> tuple[Weight, ...]:
+def find_weights(channels: Channels) -> tuple[ScaledWeight, ...]:
     """The weights along which any channel is rescaled, in the order of the run."""
     mine: dict[str, list[Member]] = {}
     for member in channels.graph.members:
         mine.setdefault(member.node, []).append(member)
     every = [
-        Weight.of(node, mine[node.name], channels)
+        ScaledWeight.of(node, mine[node.name], channels)
         for node in channels.graph.nodes
         if node.kind == "product" and node.name in mine
     ]
@@ -149,7 +149,7 @@ def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
 class Stack:
     """Weights of one shape, whose axes can be reduced in the same way."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[ScaledWeight, ...]
     ins: tuple["Same", ...]
     outs: tuple["Same", ...]
 
@@ -162,10 +162,12 @@ class Stack:
 
 
 def stacks(
-    weights: Sequence[Weight], leaves: Mapping[str, Any], whole: Sequence[str] = ()
+    weights: Sequence[ScaledWeight],
+    leaves: Mapping[str, Any],
+    whole: Sequence[str] = (),
 ) -> list[Stack]:
     """Weights by shape, which is quicker to compile; `whole` keep all their outputs."""
-    found: dict[Any, list[tuple[Weight, Same, Same]]] = {}
+    found: dict[Any, list[tuple[ScaledWeight, Same, Same]]] = {}
     for weight in weights:
         ins, outs = same_scale(weight.inputs), same_scale(weight.outputs)
         if weight.node.name in whole:
