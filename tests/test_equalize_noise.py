@@ -124,7 +124,7 @@ def look(params: Any, batches: list[tuple[jax.Array, ...]]) -> dict[str, Site]:
     names = [f"{name}/w" for name in taps]
     sums = jax.jit(squares_of(taps, names))
     every = []
-    signs, _ = jax.random.split(jax.random.key(0))
+    signs = jax.random.key(0)  # the documented default of `key`
     for number, (x,) in enumerate(batches):
         keys = jax.random.split(jax.random.fold_in(signs, number), len(x))
         unit = jnp.mean(jnp.sum(jnp.square(mobile(params, x)), axis=(1, 2, 3)))
