@@ -286,15 +286,13 @@ class Bench:
     @cached_property
     def task(self) -> Task:
         plan = make_plan(self.graph, "exact")
-        key = jax.random.split(jax.random.key(0))[1]
-        free = Channels(self.graph, plan.free)
-        return Task(plan, free, CONFIG, 1e6, self.folded, key)
+        return Task(plan, Channels(self.graph, plan.free), CONFIG, 1e6)
 
     @cached_property
     def program(self) -> Any:
         def solve(old: Any, observed: Any) -> Any:
             with mock.patch.object(MODULE, "predicted", lambda *_: observed):
-                return self.task.by_noise(old, None, None)[0]
+                return self.task.by_noise(old, None)[0]
 
         return jax.jit(solve, compiler_options=compat.QUICK)
 
