@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
-from jaxmet.transforms.rounding import sequential, solvers
+from jaxmet.transforms.rounding import layerwise, solvers
 from jaxmet.transforms.rounding.layer_order import find_waves
 from jaxmet.transforms.rounding.methods import coordinate_rounding
 from jaxmet.transforms.rounding.rounded_layers import find_layers
@@ -307,9 +307,9 @@ def test_one_program_for_layers_of_one_shape(monkeypatch):
     def heads(p, x):
         return [x @ w for w in p]
 
-    sizes, plain = [], sequential.solve
+    sizes, plain = [], layerwise.solve
     counted = lambda problems, *a: sizes.append(len(problems)) or plain(problems, *a)
-    monkeypatch.setattr(sequential, "solve", counted)
+    monkeypatch.setattr(layerwise, "solve", counted)
     graph, q = prepared(heads, params, x)
     apart = [
         jm.adaround(params, graph.only(s.name), q, [(x,)], key=KEY, progress=False)[0]
@@ -324,7 +324,7 @@ def test_one_program_for_layers_of_one_shape(monkeypatch):
 def test_too_little_memory_is_said_before_any_look(monkeypatch):
     apply, params, x = mlp()
     graph, q = prepared(apply, params, x)
-    monkeypatch.setattr(sequential, "free_memory", lambda: 1000)
+    monkeypatch.setattr(layerwise, "free_memory", lambda: 1000)
     with pytest.raises(ValueError, match="'l0' takes .* GiB.*rows="):
         jm.adaround(params, graph, q, [(x,)], key=KEY, method="adam", progress=False)
 
@@ -568,15 +568,15 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
 import jax, numpy as np, jaxmet as jm
-import jaxmet.transforms.rounding.layerwise as sequential
+import jaxmet.transforms.rounding.layerwise as layerwise
 from test_adaround import W3, prepared, deep
 apply, params, x = deep()
 graph, q = prepared(apply, params, x)
-solve = sequential.solve
+solve = layerwise.solve
 def counted(problems, *a, **k):
     for _ in problems: print("solved", flush=True)
     return solve(problems, *a, **k)
-sequential.solve = counted
+layerwise.solve = counted
 print("begin", flush=True)
 new, q = jm.adaround(params, graph, q, [(x,)], key=jax.random.key(5), checkpoint={path!r},
                      method=jm.Adam(iterations=40, batch=32), progress=False)

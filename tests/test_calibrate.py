@@ -310,7 +310,7 @@ def test_bad_batches_are_refused(batches, options, message):
         (("stem/kernel", np.nan), {}, "parameter 'stem/kernel' holds NaN.*from before"),
         (("head/bias", np.inf), {}, "parameter 'head/bias' holds NaN or inf"),
         ("concatenation", {}, "shape|no parameter"),
-        ("tied", {}, "no parameter 'stem/kernel'.*trace again"),
+        ("tied", {}, "the model does not run with this tree"),
         (None, {"placement": "everywhere"}, "placement is 'everywhere'.*'operations'"),
         (None, {"weight_bits": 1}, "weight_bits is 1.*2 to 16, or 32"),
     ],
