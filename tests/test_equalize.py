@@ -78,7 +78,7 @@ LEFT: dict[str, str] = {
     "embedding": "embed",
     "tied_embedding": "middle embed:0 embed:1",
     "gelu_mlp": "first second",
-    "tied": "shared:0 shared:1",
+    "tied": "shared:0",
     "outputs_in_a_tree": "size logits",
     "cond": "low",
     "scan": "stack/dense",

@@ -392,7 +392,9 @@ def test_prediction_is_near_what_rounding_does() -> None:
             y = mobile(params, x)
             noise += float(jnp.sum(jnp.square(run(tree, x) - y)))
             energy += float(jnp.sum(jnp.square(y)))
-        assert -3 < 10 * np.log10(noise / energy / foreseen[number]) < 3
+        # One way to round: a draw worth 1 to 2 dB, and at a minimum a little worse than
+        # predicted, since it is the prediction that was minimised.
+        assert -3 < 10 * np.log10(noise / energy / foreseen[number]) < 4
 
 
 def test_outputs_without_gradient_are_refused() -> None:
