@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -566,7 +567,7 @@ def test_a_site_asked_for_by_name_and_not_roundable_is_refused():
 
 PROGRAM = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 import jax, numpy as np, jaxmet as jm
 import jaxmet.transforms.rounding.layerwise as layerwise
 from test_adaround import W3, prepared, deep
@@ -598,8 +599,9 @@ def deep():
 
 
 def start(tmp_path, out):
-    path, tests = str(tmp_path / "run"), os.path.dirname(__file__)
-    text = PROGRAM.format(tests=tests, path=path, out=str(tmp_path / out))
+    path, here = str(tmp_path / "run"), Path(__file__).parent
+    folders = [str(here), str(here.parent)]
+    text = PROGRAM.format(folders=folders, path=path, out=str(tmp_path / out))
     environment = {**os.environ, "JAXMET_TYPECHECK": "0", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, env=environment

@@ -18,6 +18,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu, relu6
+from test_equalize import difference, model, scrambled
 
 from jaxmet.engine.graph.graph import trace
 from jaxmet.engine.run.lift import lift
@@ -36,7 +37,6 @@ from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.batches import batched
 from jaxmet.tree.config import QuantConfig, Rule
-from test_equalize import difference, model, scrambled
 
 NOISE: dict[str, Any] = {"objective": "noise", "progress": False}
 TENSOR = QuantConfig(per_channel=False)

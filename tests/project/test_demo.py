@@ -15,7 +15,7 @@ import jaxmet as jm
 from jaxmet.demo import run as demo
 
 slow = pytest.mark.slow  # two minutes, most of it compilation
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DRAWN = all(map(importlib.util.find_spec, ("altair", "vl_convert")))
 
 

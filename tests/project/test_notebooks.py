@@ -18,7 +18,7 @@ from PIL import Image
 
 import jaxmet as jm
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = (
     "01_quick_tour",
     "02_data_free_quantization",

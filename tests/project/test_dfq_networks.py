@@ -15,7 +15,7 @@ import pytest
 
 import jaxmet as jm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from dfq import boxes, networks, scenes
 from dfq.stress import rescaled
 

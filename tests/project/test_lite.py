@@ -16,7 +16,7 @@ from PIL import Image
 
 import jaxmet as jm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from lite import network, torch_file, weights
 from lite.figures import Resampled, interval, outcome
 from lite.pictures import read_folder, read_labelled, read_picture

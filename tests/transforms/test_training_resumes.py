@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from test_training import COARSE, images, start
 
 import jaxmet as jm
-from test_training import COARSE, images, start
 
 SCRIPT = r"""
 import os, sys, pathlib

@@ -16,10 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import jaxmet as jm
-from jaxmet.plot.html_report import reasons
-from jaxmet.plot.page import as_json
 from test_plot import (
     noise_table,
     ratio_table,
@@ -27,6 +23,10 @@ from test_plot import (
     sensitivity_table,
     table_of,
 )
+
+import jaxmet as jm
+from jaxmet.plot.html_report import reasons
+from jaxmet.plot.page import as_json
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

@@ -14,7 +14,7 @@ import pytest
 import jaxmet as jm
 from jaxmet.tree.version import stated_version
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 URLS = PROJECT["urls"]
 INSTALLED = r"(?:pip3?|pipx|uvx?|conda|mamba|poetry|pdm|pixi|hatch|rye)\b"

@@ -14,7 +14,7 @@ import pytest
 
 import jaxmet as jm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 USER = """\
 from functools import partial

@@ -11,7 +11,7 @@ import pytest
 import jaxmet as jm
 from jaxmet.demo import data
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import residual
 
 IMAGES = 300
