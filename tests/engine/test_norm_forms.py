@@ -39,6 +39,12 @@ INVERSES = {
     "halved logarithm": lambda v: jnp.exp(-(jnp.log(v) / 2)),
     "over an exponential": lambda v: 1.0 / jnp.exp(jnp.log(v) * 0.5),
 }
+STORED_EPSILONS = EPSILONS | {
+    "relu": lambda v: jax.nn.relu(v) + EPSILON,
+    "clip": lambda v: jnp.clip(v, 0.0, 1e6) + EPSILON,
+    "where": lambda v: jnp.where(v > 0, v, jnp.zeros_like(v)) + EPSILON,
+    "where not": lambda v: jnp.where(v <= 0, 0.0, v) + EPSILON,
+}
 # x, mean, inverse root, root, scale, bias -> the norm
 ORDERS = {
     "centre, gain": lambda x, m, i, r, g, b: (x - m) * i * g + b,
@@ -92,7 +98,7 @@ def choose(table):
 @st.composite
 def stored_forms(draw):
     return {
-        "epsilon": draw(choose(EPSILONS)),
+        "epsilon": draw(choose(STORED_EPSILONS)),
         "inverse": draw(choose(INVERSES)),
         "order": draw(choose(ORDERS)),
         "lay": draw(choose(LAYS)),
@@ -124,7 +130,7 @@ def stored_model(form):
     def norm(p, y, shape):
         lay = lambda v: LAYS[form["lay"]](v, shape)
         first, then = (lay, lambda v: v) if form["early"] else (lambda v: v, lay)
-        v = EPSILONS[form["epsilon"]](first(p["var"]))
+        v = STORED_EPSILONS[form["epsilon"]](first(p["var"]))
         inverse, root = INVERSES[form["inverse"]](v), jnp.sqrt(v)
         one, zero = jnp.float32(1.0), jnp.float32(0.0)
         m = first(p["mean"])

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxmet.engine.nodes.cluster import VIEWS
 from jaxmet.engine.program import compat
-from jaxmet.engine.program.program import NOISE, Equation, Value
+from jaxmet.engine.program.program import NOISE, Equation, Value, flatten
 
 DRAWS = 6
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -42,6 +42,11 @@ RULES: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "real": np.real,
     "conj": np.conj,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "select_n": lambda which, *cases: np.choose(which.astype(np.int64), cases),
 }
 
 
@@ -82,9 +87,11 @@ class DrawnNumbers:
         if value.source is not None:
             return self.number(value.source)
         equation = value.producer
-        if equation is None or not value.inexact:
+        if equation is None or not (value.inexact or value.aval.dtype == bool):
             raise UnknownError
         name = equation.name
+        if name in compat.CUSTOM and len(equation.results) == 1:  # jax.nn.relu
+            return self._call(equation)
         if name in VIEWS:
             return self.number(equation.operands[0])
         if name == "integer_pow":
@@ -92,6 +99,12 @@ class DrawnNumbers:
         if name not in RULES:
             raise UnknownError
         return RULES[name](*map(self.number, equation.operands))
+
+    def _call(self, equation: Equation) -> Numbers:
+        body = flatten(compat.call_body(equation.params))
+        for inside, outside in zip(body.inputs, equation.operands, strict=True):
+            self.known[inside] = self.number(outside)
+        return self.number(body.outputs[0])
 
     def affine(self, run: Sequence[Equation], start: Value) -> tuple[Numbers, Numbers]:
         """The a and c of a run of equations that begins with `start`."""
