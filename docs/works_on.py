@@ -37,7 +37,9 @@ OUTSIDE = """
 
 What `python benchmarks/outside.py --together --cells layers,norms,fold,W8A8,trace` printed of
 public models, at small widths, with random weights and batch norm statistics of data (jax 0.10.2,
-CPU, 16 examples that nothing was fitted to). *layers*: found, of those in an independent count of
+CPU, 16 examples that nothing was fitted to). The Keras networks that rescale images of 0 to 255
+themselves are trained for some steps on an easy task first: with random weights they amplify any
+rounding. *layers*: found, of those in an independent count of
 the jaxpr. *norms*: batch norms folded, of those in the model. *fold*: how far folding keeps the
 function (dB). *W8A8*: SQNR of the simulated outputs (dB), at the defaults, folded, without any
 correction. *trace*: seconds.
