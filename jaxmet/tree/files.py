@@ -18,7 +18,7 @@ from jaxmet.tree.checks import check_type, is_concrete
 from jaxmet.tree.leaves import Compressed, flatten
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
-from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.quantizer import QUANTIZER_LEAVES, Quantizer
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.structures import STRUCTURES
 from jaxmet.tree.table import Table
@@ -62,8 +62,8 @@ def save(
 ) -> None:
     """Write parameters, quantizers and a table, or some of them, to one npz file.
 
-    Dicts, lists and tuples are restored exactly by `load`, other containers with its
-    `like`. The file appears under its name only when it is complete.
+    Dicts, lists and tuples, and quantizers in them, are restored exactly by `load`, other
+    containers with its `like`. The file appears under its name only when it is complete.
 
     Raises ValueError where there is nothing to save, for quantizers or a table in place of
     `params`, for what is no array, number or text, and for a path that cannot be written.
@@ -212,6 +212,8 @@ def _encode_containers(tree: Any, *, in_dict: bool) -> Any:
         return {type(tree).__name__: values}
     if isinstance(tree, int):
         return {"ref": tree}
+    if isinstance(tree, Quantizers | Quantizer):
+        return _encode_quantizers(tree)
     # Another container: nested dicts by path, with the names that its leaves have.
     nested: dict[str, Any] = {}
     before = (jax.tree_util.DictKey(""),) if in_dict else ()
@@ -224,6 +226,24 @@ def _encode_containers(tree: Any, *, in_dict: bool) -> Any:
             inner = inner.setdefault(part, {})
         inner[parts[-1]] = number
     return _encode_containers(nested, in_dict=False)
+
+
+def _encode_quantizers(tree: Quantizers | Quantizer) -> Any:
+    """Quantizers inside a tree of dicts, lists and tuples: static fields too.
+
+    Their paths hold only arrays, so names alone would lose bits, axes and what follows.
+    """
+    if isinstance(tree, Quantizers):
+        tree = _without_functions(tree)
+    data = {"weights", "activations", *QUANTIZER_LEAVES}
+    fields = {}
+    for f in dataclasses.fields(tree):
+        value = getattr(tree, f.name)
+        inner = f.name in data
+        fields[f.name] = (
+            _encode_containers(value, in_dict=True) if inner else _encode(value, {})
+        )
+    return {"type": type(tree).__name__, "fields": fields}
 
 
 def _key(key: Any) -> str | int:

@@ -245,9 +245,11 @@ class Quantizer:
 
 
 _STATED = ["scale", "zero_point", "minimum", "maximum"]
-_LEAVES = [*_STATED, "least"]
-_META = [f.name for f in dataclasses.fields(Quantizer) if f.name not in _LEAVES]
-jax.tree_util.register_dataclass(Quantizer, _LEAVES, _META)
+QUANTIZER_LEAVES = [*_STATED, "least"]
+_META = [
+    f.name for f in dataclasses.fields(Quantizer) if f.name not in QUANTIZER_LEAVES
+]
+jax.tree_util.register_dataclass(Quantizer, QUANTIZER_LEAVES, _META)
 
 
 def _holding(old: Quantizer, new: Quantizer, given: Mapping[str, Any]) -> Quantizer:

@@ -267,6 +267,28 @@ def test_quantizers_and_tables_are_not_saved_as_parameters(tmp_path):
     assert not path.exists()
 
 
+def test_quantizers_inside_a_tree_come_back_with_their_static_fields(tmp_path):
+    path = tmp_path / "state.npz"
+    numbers = dict(
+        zip(("scale", "zero_point", "minimum", "maximum", "least"), range(5))
+    )
+    numbers = {name: jnp.float32(value + 2) for name, value in numbers.items()}
+    one = Quantizer(bits=4, axis=(1,), **numbers)
+    free = Quantizer(bits=5)  # no array at all: it follows the weight
+    whole = Quantizers({"a/w": free}, {"in": one}, left=(("b", "not selected"),))
+    state = optax.adam(1e-3).init((jnp.ones(2), whole))
+    for tree in ({"p": jnp.ones(2), "q": whole}, {"q": {"w": free}}, [one], (whole,)):
+        save(path, params=tree)
+        found = load(path).params
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert found[0].weights["a/w"].bits == 5 and found[0].left == whole.left
+    save(path, params={"state": state})
+    again = load(path, like={"state": state}).params["state"]
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
 def test_masks_of_optax_in_a_structured_leaf_come_back_like_a_given_tree(tmp_path):
     def leaf(value):
         return Compressed(Pruned(value, (Keep(0, 4, (0, 2)),)))
