@@ -14,7 +14,7 @@ import jaxmet as jm
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-HEAD = """# What works on what
+HEAD = """# Supported models
 
 Written by `python docs/works_on.py` from the models that the tests run (`tests/zoo.py`). For
 every model and front-end below the replay runs the model's own equations, and its outputs are
