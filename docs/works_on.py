@@ -21,10 +21,11 @@ every model and front-end below the replay runs the model's own equations, and i
 bit-identical to the model's under `jax.jit` ([how equal](model.md#run-the-equations-with-a-hook)),
 and the nodes found equal a list written by hand.
 
-*sites*: layers, that is products and lookups with a parameter. *norms*: those with stored statistics,
-which can be folded, and others. *channel groups*: those that `equalize` may rescale, of all; a group is
-skipped if an operation between its layers is not homogeneous, or if it holds an input or output of the
-model. *grids*: activations that `calibrate` quantizes by default, and values that stay in float.
+*sites*: layers, that is products and lookups with a parameter. *norms*: those with stored
+statistics, which can be folded, and others. *channel groups*: those that `equalize` may rescale,
+of all; a group is skipped if an operation between its layers is not homogeneous, or if it holds an
+input or output of the model. *grids*: activations that `calibrate` quantizes by default, and
+values that stay in float.
 
 | model | front-ends | sites | norms | channel groups | grids |
 |---|---|---|---|---|---|
