@@ -14,17 +14,17 @@ import jaxmet as jm
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-HEAD = """# What works on what
+HEAD = """# Supported models
 
 Written by `python docs/works_on.py` from the models that the tests run (`tests/zoo.py`). For
 every model and front-end below the replay runs the model's own equations, and its outputs are
 bit-identical to the model's under `jax.jit` ([how equal](model.md#run-the-equations-with-a-hook)),
 and the nodes found equal a list written by hand.
 
-*sites*: products and lookups with a parameter. *norms*: those whose statistics are stored, so
-that they can be folded, and others. *channel groups*: those that `equalize` may rescale, of
-all; a group stays alone where something on its way is not homogeneous, or is an input or
-output of the model. *grids*: activations that `calibrate` puts on a grid by default, and
+*sites*: layers, that is products and lookups with a parameter. *norms*: those with stored
+statistics, which can be folded, and others. *channel groups*: those that `equalize` may rescale,
+of all; a group is skipped if an operation between its layers is not homogeneous, or if it holds an
+input or output of the model. *grids*: activations that `calibrate` quantizes by default, and
 values that stay in float.
 
 | model | front-ends | sites | norms | channel groups | grids |

@@ -276,7 +276,8 @@ def test_training_runs_as_printed(folder):
 def test_readme_runs_as_printed(folder):
     scope = scope_of("linen") | {"nnx_model": SmallTwin(nnx.Rngs(0))}
     scope["params"] = scope["variables"]
-    for block in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in blocks_of(readme):
         if "nnx_model" in block.code:
             nested = dict(scope)
             exec(block.code, nested)
@@ -284,6 +285,12 @@ def test_readme_runs_as_printed(folder):
         else:
             exec(block.code, scope)
     assert LEAST < relative_error(scope) < MOST
+    [printed] = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    rows = re.findall(r"^(\w+(?: \w+)*) +(\d+\.\d+)  ", printed, re.MULTILINE)
+    steps = {row["step"]: row["SQNR (dB)"] for row in scope["table"]}
+    assert [name for name, _ in rows] == list(steps)
+    # Up to what another processor may round otherwise.
+    assert all(abs(steps[name] - float(ratio)) < 1.5 for name, ratio in rows)
 
 
 def public_names() -> set[str]:
