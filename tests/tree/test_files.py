@@ -72,13 +72,13 @@ def quantizers():
         },
         {"input": Quantizer(jnp.float32(0.1), jnp.float32(8), symmetric=False)},
         shared=(("a", "input"),),
-        left=(("b", "why"),),
+        skipped=(("b", "why"),),
     )
 
 
 def test_everything_comes_back(tmp_path):
     path = tmp_path / "model.any"
-    table = Table({"site": ["a", "b"], "sqnr": [1.5, None], "n": [1, 2]}, "title")
+    table = Table({"layer": ["a", "b"], "sqnr": [1.5, None], "n": [1, 2]}, "title")
     save(path, params=params(), quantizers=quantizers(), table=table)
     saved = load(path)
     assert_same(saved.params, params())
@@ -275,7 +275,7 @@ def test_quantizers_inside_a_tree_come_back_with_their_static_fields(tmp_path):
     numbers = {name: jnp.float32(value + 2) for name, value in numbers.items()}
     one = Quantizer(bits=4, axis=(1,), **numbers)
     free = Quantizer(bits=5)  # no array at all: it follows the weight
-    whole = Quantizers({"a/w": free}, {"in": one}, left=(("b", "not selected"),))
+    whole = Quantizers({"a/w": free}, {"in": one}, skipped=(("b", "not selected"),))
     state = optax.adam(1e-3).init((jnp.ones(2), whole))
     for tree in ({"p": jnp.ones(2), "q": whole}, {"q": {"w": free}}, [one], (whole,)):
         save(path, params=tree)
