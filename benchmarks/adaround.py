@@ -35,12 +35,12 @@ from jaxmet.demo import data
 from jaxmet.demo.network import Network
 
 ENDS = (jm.Rule("stem", weight_bits=8), jm.Rule("classifier", weight_bits=8))
-# The layers that `--sites` names on calibration pictures: 0.1 % of the weights.
+# The layers that `--layers` names on calibration pictures: 0.1 % of the weights.
 NARROW = (jm.Rule("block0/*", weight_bits=8), jm.Rule("block1/*", weight_bits=8))
 
 
 class Row(NamedTuple):
-    """A way to round: `None` is to nearest, 'correct' with the bias corrected behind it."""
+    """A way to round: `None` is to nearest, 'correct' with the bias corrected after it."""
 
     name: str
     config: jm.QuantConfig
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, help="to calibrate on; default all")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--iterations", type=int, help="of 'adam' and 'gram'")
-    parser.add_argument("--sites", action="store_true", help="each layer alone")
+    parser.add_argument("--layers", action="store_true", help="each layer alone")
     parser.add_argument("--curves", type=Path, help="a picture of loss against time")
     options = parser.parse_args(arguments)
     names = ("jax", "jaxlib", "flax", "numpy")
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if options.pictures:
         bench.calibration = bench.calibration[: options.pictures]
-    table(bench, chosen, options.iterations, options.sites)
+    table(bench, chosen, options.iterations, options.layers)
 
 
 class Demo:
@@ -161,8 +161,10 @@ class Demo:
             print("|", " | ".join(line), "|", flush=True)
 
 
-def table(bench: Bench, chosen: list[Row], iterations: int | None, sites: bool) -> None:
-    """One line a row; with `sites`, behind it what each layer's rounding does alone."""
+def table(
+    bench: Bench, chosen: list[Row], iterations: int | None, layers: bool
+) -> None:
+    """One line a row; with `layers`, after it what each layer's rounding does alone."""
     resampled = Resampled(len(bench.evaluation))
     print("| row | agreement (%) | SQNR (dB) | loss / nearest | seconds |")
     print("|---|---|---|---|---|")
@@ -177,7 +179,7 @@ def table(bench: Bench, chosen: list[Row], iterations: int | None, sites: bool) 
             f"{seconds:.0f}",
         ]
         print("|", " | ".join(line), "|", flush=True)
-        if sites:
+        if layers:
             alone(bench, params)
 
 

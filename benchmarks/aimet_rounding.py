@@ -9,7 +9,7 @@ It runs aimet-torch 2.42 with nothing of jaxmet or jax, in an environment of its
     aimet/bin/python benchmarks/aimet_rounding.py --images pictures
 
 Weights, pictures and figures are those of `efficientnet_lite.py`: norms folded, all 50 layers
-at 4 bits, one symmetric grid an output channel, activations in float. AdaRound has AIMET's
+at 4 bits, one symmetric quantizer an output channel, activations in float. AdaRound has AIMET's
 defaults but for its scales, which are of minimum and maximum, and `--iterations` (15,000 if
 left out: four hours on two cores here). An iteration reads 32 pictures.
 
@@ -216,7 +216,7 @@ def flipped(pictures: np.ndarray, form: Any) -> torch.Tensor:
 class Record:
     """What AdaRound does to each layer: milliseconds an iteration, and squared error.
 
-    Errors are of the rounded layer on the first batch, behind its activation, as AIMET
+    Errors are of the rounded layer on the first batch, after its activation, as AIMET
     itself computes them: before the first iteration, which is nearest rounding, and at last.
     """
 

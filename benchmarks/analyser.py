@@ -4,10 +4,10 @@
     python benchmarks/natural_images.py pictures
     python benchmarks/analyser.py --images pictures
 
-*noise*: the signal-to-noise ratio of the outputs that `jm.noise` foretells from the inputs that
-the grids were calibrated on (128 of them), beside the one measured on all of them, for every
+*noise*: the signal-to-noise ratio of the outputs that `jm.noise` predicts from the inputs that
+the quantizers were calibrated on (128 of them), beside the one measured on all of them, for every
 network of these benchmarks.
-*sensitivity*: EfficientNet-Lite0, every grid alone and left out, the ratio of the logits of 32
+*sensitivity*: EfficientNet-Lite0, every quantizer alone and left out, the ratio of the logits of 32
 pictures as score: one program for all rows, compilation included, beside a loop that builds and
 compiles the simulator again for every row; of that loop `--rebuilt` rows are run, evenly spread,
 half of each kind, and the rest is an extrapolation. `jm.noise` of the same 32 pictures beside it:
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", end=", ")
     print(f"jaxlib {version('jaxlib')}, flax {version('flax')}")
     if "noise" in options.parts:
-        foretold(options.images)
+        predicted(options.images)
     if options.images is not None and {"sensitivity", "report"} & set(options.parts):
         tables = sensitivity(options.images, options.rebuilt)
         if "report" in options.parts:
@@ -104,9 +104,9 @@ def prepared(case: Case) -> tuple[Any, jm.Graph, Any]:
     return jm.equalize(folded, graph, progress=False), graph, batches
 
 
-def foretold(images: Path | None) -> None:
+def predicted(images: Path | None) -> None:
     """One row a network and configuration."""
-    print("\n| network | grids | foretold (dB) | measured (dB) | clipped (%) |")
+    print("\n| network | quantizers | predicted (dB) | measured (dB) | clipped (%) |")
     print("|---|---|---|---|---|")
     for name, case in cases(images):
         params, graph, batches = prepared(case)
@@ -114,7 +114,7 @@ def foretold(images: Path | None) -> None:
             quantizers = jm.calibrate(params, graph, batches, config, progress=False)
             (all_,) = jm.noise(
                 params, graph, quantizers, batches, progress=False
-            ).where(what="(all)")
+            ).where(tensor="(all)")
             found = measured(case, params, quantizers)
             print(
                 f"| {name} | {title} | {all_['SQNR (dB)']:.1f} | {found:.1f} "
@@ -157,12 +157,12 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
     with Clock() as whole:
         table = jm.sensitivity(params, graph, quantizers, score, progress=False)
     rows = 2 * (len(table) - 3) + 4
-    names = [row["what"] for row in table][:-3]
+    names = [row["tensor"] for row in table][:-3]
     chosen = names[:: max(1, 2 * len(names) // rebuilt)]
     with Clock() as loop:
         for name in chosen:
-            (row,) = table.where(what=name)
-            for key in ("only", "but"):
+            (row,) = table.where(tensor=name)
+            for key in ("only this", "all but this"):
                 q = switched(quantizers, name, key == "only")
                 program = jax.jit(lambda p, q=q: score(jm.simulate(apply, q), p))
                 found = float(program(params))
@@ -177,18 +177,18 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
             examples=len(inputs),
             progress=False,
         )
-    print(f"\n{len(graph.sites)} sites, {len(names)} grids, {rows} scores")
+    print(f"\n{len(graph.layers)} layers, {len(names)} quantizers, {rows} scores")
     print(f"one program: {whole}, {whole.seconds / rows:.2f} s a score")
     print(f"rebuilt for each: {each:.1f} s a score, {each * rows:.0f} s extrapolated")
     print(f"ratio {each * rows / whole.seconds:.1f}, compilation included")
     warm = whole.running / once.running
     print(f"noise: {once}; {whole.seconds / once.seconds:.1f} times less than")
     print(f"sensitivity, {warm:.1f} times less with compilation apart;")
-    rank = spearmanr(table["only"][:-3], noise["SQNR (dB)"][:-1]).statistic
+    rank = spearmanr(table["only this"][:-3], noise["SQNR (dB)"][:-1]).statistic
     print(f"rank correlation of its ratios with the scores {rank:.3f}")
     for kind in ("weight", "activation"):
         pair = [
-            [r[key] for r in t if r["kind"] == kind and r["what"] != "(all)"]
+            [r[key] for r in t if r["kind"] == kind and r["tensor"] != "(all)"]
             for t, key in ((table, "only"), (noise, "SQNR (dB)"))
         ]
         print(f"  of {kind}s alone {spearmanr(*pair).statistic:.3f}")
@@ -221,7 +221,7 @@ class Clock:
 
 
 def switched(quantizers: jm.Quantizers, name: str, alone: bool) -> jm.Quantizers:
-    """The grids with one alone on, or with all but this one."""
+    """The quantizers with one alone on, or with all but this one."""
     groups = {
         kind: {
             n: dataclasses.replace(q, enabled=(n == name) == alone)

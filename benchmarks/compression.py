@@ -4,7 +4,7 @@
     pip install '.[benchmarks]'
     python benchmarks/compression.py resnet18 resnet50
     python benchmarks/compression.py resnet18 --methods spatial prune --targets 0.5
-    python benchmarks/compression.py --table            # scores of 20 sites at 9 ratios
+    python benchmarks/compression.py --table            # scores of 20 layers at 9 ratios
 
 `benchmarks/lite_compression.py` has EfficientNet-Lite0.
 
@@ -148,14 +148,14 @@ class Bench:
         start, worst = time.perf_counter(), 0.0
         for row in rows:
             small = jm.factorize(
-                self.params, self.graph, ratios={row["site"]: row["ratio"]}
+                self.params, self.graph, ratios={row["layer"]: row["ratio"]}
             )
             run = jax.jit(lambda p: score(jm.lift(self.model.apply), p))
             worst = max(worst, abs(float(run(small)) - row["score"]))
         theirs = time.perf_counter() - start
-        sites = len(dict.fromkeys(row["site"] for row in rows))
+        layers = len(dict.fromkeys(row["layer"] for row in rows))
         print(
-            f"{self.name}: {sites} sites, {len(rows)} rows, {count} images: {ours:.1f} s, "
+            f"{self.name}: {layers} layers, {len(rows)} rows, {count} images: {ours:.1f} s, "
             f"compilation included; rebuilt {theirs:.1f} s, {theirs / ours:.1f} times as "
             f"long; largest difference of a score {worst:.1e}",
             flush=True,
@@ -281,7 +281,7 @@ class Bench:
 
     def macs(self, params: Tree) -> int:
         graph = jm.trace(self.model.apply, params, self.one)
-        return jm.cost(params, graph, self.one).where(site="(all)")["macs"][0]
+        return jm.cost(params, graph, self.one).where(layer="(all)")["macs"][0]
 
     def time(self, params: Tree) -> float:
         """Forward time over that of the float network, both as the replay runs them."""

@@ -166,7 +166,7 @@ def _with_twin(tensor: Any, twin: Moments | None, which: Any) -> Any:
 
 
 def least_error(pieces: list[Pieces], bits: int) -> tuple[np.float32, np.float32]:
-    r"""The range, zero in it, that costs normal values behind clips least.
+    r"""The range, zero in it, that costs normal values after clips least.
 
     Over all channels, $\Delta^2/12$ for each value that is not a zero that a clip made, and
     the squared distance of what lies outside, $E[(\min(x,u)-h)_+^2]$ at the upper end $h$.
@@ -378,7 +378,7 @@ class Bench:
         if not row.least:
             return mock.patch.object(FORESEE, "node_moments", lambda *_, **__: moments)
 
-        def foreseen(graph: Any, params: Any, placement: Any) -> Any:
+        def predicted(graph: Any, params: Any, placement: Any) -> Any:
             owners = {n: n for n in placement.activations} | placement.shared
             mine: dict[str, list[Pieces]] = {}
             for name, owner in owners.items():
@@ -389,7 +389,7 @@ class Bench:
                 for owner, some in mine.items()
             }
 
-        return mock.patch.object(CALIBRATE, "foreseen_ranges", foreseen)
+        return mock.patch.object(CALIBRATE, "data_free_ranges", predicted)
 
     def tree(self, row: Row) -> tuple[Any, Any]:
         """The equalized tree of a row, and the key of all that is like it."""
@@ -436,12 +436,12 @@ class Bench:
         last = [n.name for n in self.graph.nodes if n.kind == "product"][-1]
         if name in (last, "output"):
             return "classifier"
-        maker = node
-        while maker.kind in ("activation", "norm") and maker.inputs[0].node:
-            maker = self.graph[maker.inputs[0].node]
-        if maker.convolution is not None and maker.convolution.groups > 1:
+        producer = node
+        while producer.kind in ("activation", "norm") and producer.inputs[0].node:
+            producer = self.graph[producer.inputs[0].node]
+        if producer.convolution is not None and producer.convolution.groups > 1:
             return "depthwise"
-        return "addition" if maker.kind == "add" else node.kind
+        return "addition" if producer.kind == "add" else node.kind
 
     def layers(self) -> jm.Table:
         """How far carried moments are from measured ones, a row for each node."""

@@ -39,11 +39,11 @@ PER_CHANNEL = jm.QuantConfig()
 METRICS = {"deeplab": "mIoU (%)", "ssd": "mAP50 (%)"}
 COPIES = ("trained", "stress")
 
-Variant = tuple[Any, jm.Quantizers]  # a tree, and the grids that it runs on
+Variant = tuple[Any, jm.Quantizers]  # a tree, and the quantizers that it runs on
 
 
 class Recipe:
-    """The steps from a trained network to its grids, each done when first asked for.
+    """The steps from a trained network to its quantizers, each done when first asked for.
 
     With `batches`, objectives, ranges and corrections come from calibration scenes;
     with None, all of them come from the statistics of the norms.
@@ -100,7 +100,7 @@ class Judge:
         self.network, self.scenes = network, scenes
         apply = NETWORKS[network]().apply
 
-        # Grids are data: one compilation serves every row of the same tree.
+        # Quantizers are data: one compilation serves every row of the same tree.
         @jax.jit
         def forward(params: Any, quantizers: jm.Quantizers, images: jax.Array) -> Any:
             device = jm.simulate(apply, quantizers, weights=False)

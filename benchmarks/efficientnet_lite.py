@@ -35,7 +35,7 @@ W4 = jm.QuantConfig(weight_bits=4, activation_bits=32)
 
 
 class Row(NamedTuple):
-    """A recipe: what is done behind folding, in this order, with or without pictures."""
+    """A recipe: what is done after folding, in this order, with or without pictures."""
 
     name: str
     config: jm.QuantConfig
@@ -155,7 +155,7 @@ class Bench:
 
 
 def table(bench: Bench, chosen: list[Row]) -> None:
-    """One line a row, with its difference to the first row of its grids."""
+    """One line a row, with its difference to the first row of its quantizers."""
     resampled = Resampled(len(bench.evaluation))
     print("| row | float: agreement, SQNR | agreement (%) | SQNR (dB) | difference |")
     print("|---|---|---|---|---|")
@@ -182,7 +182,7 @@ def table(bench: Bench, chosen: list[Row]) -> None:
         print(f"  {row.name}: {seconds:.0f} s", file=sys.stderr)
 
 
-def sites(bench: Bench, row: Row, most: int = 8) -> None:
+def layers(bench: Bench, row: Row, most: int = 8) -> None:
     """Where the error of a row is: weights or activations, and which nodes."""
     params, quantizers = bench.quantized(row)
     steps = tuple(step for step in row.steps if step != "correct")
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--front-end", choices=["linen", "nnx"], default="linen")
     parser.add_argument("--rows", nargs="+", default=["*"], help="globs")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--sites", action="store_true", help="where the error enters")
+    parser.add_argument("--layers", action="store_true", help="where the error enters")
     args = parser.parse_args(arguments)
     every = list(rows())
     chosen = [r for r in every if any(fnmatch.fnmatch(r.name, g) for g in args.rows)]
@@ -252,10 +252,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"measure on; {jax.devices()[0].device_kind}, {versions}, "
         f"Python {platform.python_version()}\n"
     )
-    if not args.sites:
+    if not args.layers:
         return table(bench, chosen)
     for row in chosen:
-        sites(bench, row)
+        layers(bench, row)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def compressed(
 
 def macs(apply: Any, params: Any, one: Any) -> int:
     graph = jm.trace(apply, params, one)
-    return jm.cost(params, graph, one).where(site="(all)")["macs"][0]
+    return jm.cost(params, graph, one).where(layer="(all)")["macs"][0]
 
 
 def size(params: Any) -> int:

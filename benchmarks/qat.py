@@ -1,4 +1,4 @@
-"""What training behind quantization wins back, and what a step of it costs.
+"""What training after quantization wins back, and what a step of it costs.
 
     apt-get install dataset-fashion-mnist
     pip install '.[benchmarks]'
@@ -18,8 +18,8 @@ batches. Rates were chosen with `--validate`, on 5,000 training images held out 
 none on test images. `--ends 8` gives the first and the last layer, the picture and the logits 8
 bits, as most published figures of few bits do.
 
-*qwix* trains the same folded linen model, bits, batches and steps by `QtProvider`: weights a
-scale a channel, activations a scale an example, found at each step (its defaults), and is
+*qwix* trains the same folded linen model, bits, batches and steps by `QtProvider`: weights one
+scale per channel, activations one scale per example, found at each step (its defaults), and is
 evaluated by the same provider. It wants an environment of its own with `pip install qwix`.
 
 A step's time is that of gradients with respect to weights and ranges, against the same of the

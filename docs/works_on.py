@@ -21,13 +21,13 @@ every model and front-end below the replay runs the model's own equations, and i
 bit-identical to the model's under `jax.jit` ([how equal](model.md#run-the-equations-with-a-hook)),
 and the nodes found equal a list written by hand.
 
-*sites*: products and lookups with a parameter. *norms*: those whose statistics are stored, so
+*layers*: products and lookups with a parameter. *norms*: those whose statistics are stored, so
 that they can be folded, and others. *channel groups*: those that `equalize` may rescale, of
 all; a group stays alone where something on its way is not homogeneous, or is an input or
-output of the model. *grids*: activations that `calibrate` puts on a grid by default, and
+output of the model. *quantizers*: activations that `calibrate` puts on a grid by default, and
 values that stay in float.
 
-| model | front-ends | sites | norms | channel groups | grids |
+| model | front-ends | layers | norms | channel groups | quantizers |
 |---|---|---|---|---|---|
 """
 
@@ -54,7 +54,7 @@ def page() -> str:
         apply, params, inputs = next(iter(case.make.values()))(jax.random.key(0))
         graph = jm.trace(apply, params, *inputs)
         plan = jm.plan(params, graph)
-        kinds = Counter(plan["what"])
+        kinds = Counter(plan["kind"])
         over = Counter(n.norm.over for n in graph.nodes if n.norm is not None)
         norms = ", ".join(f"{n} {what}" for what, n in sorted(over.items())) or "–"
         free = [g for g in graph.groups if g.free]
@@ -63,7 +63,7 @@ def page() -> str:
         cells = (
             case.name.replace("_", " "),
             ", ".join(case.frontends),
-            str(len(graph.sites)),
+            str(len(graph.layers)),
             norms,
             f"{len(free)} of {len(graph.groups)}",
             grids,

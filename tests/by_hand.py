@@ -4,7 +4,7 @@
 
 `get(name)` gives a parameter and `tap(node, value)` sees, and may change, every value that
 has a name. Derived weights go through `tap` too. What a tap does makes the oracle: record
-ranges, round to grids computed in numpy, round with a straight-through gradient.
+ranges, round to quantizers computed in numpy, round with a straight-through gradient.
 """
 
 from collections import defaultdict
@@ -230,7 +230,7 @@ def numbers(params: Any) -> dict[str, np.ndarray]:
 
 
 def ranges(name: str, params: Any, batches: list[tuple]) -> dict[str, tuple]:
-    """The smallest and largest value of every node over all batches, a pair a layer."""
+    """The smallest and largest value of every node over all batches, one pair per layer."""
     leaves = numbers(params)
 
     @jax.jit
@@ -259,7 +259,7 @@ def ranges(name: str, params: Any, batches: list[tuple]) -> dict[str, tuple]:
 
 
 def grid(low: Any, high: Any, bits: int, symmetric: bool = False) -> tuple:
-    """Scale, zero point, and ends of the activation grid of a range, in float64."""
+    """Scale, zero point, and ends of the activation quantizer of a range, in float64."""
     low = np.minimum(np.asarray(low, np.float64), 0)
     high = np.maximum(np.asarray(high, np.float64), 0)
     if symmetric and np.min(low) < 0:

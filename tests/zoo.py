@@ -17,9 +17,9 @@ from jax.nn import gelu, relu
 
 import zoo_models as z
 from zoo_nets import (
+    Factory,
     Inputs,
     Layer,
-    Maker,
     attention,
     batch_norm,
     conv,
@@ -30,7 +30,7 @@ from zoo_nets import (
     group_norm,
     image,
     layer_norm,
-    linen_maker,
+    linen_factory,
     lstm,
     net,
     normal,
@@ -49,9 +49,9 @@ class Case:
     """One model: how each front-end makes it, and what a trace of it has to find."""
 
     name: str
-    make: Mapping[str, Maker]  # front-end -> key -> (apply, params, inputs)
+    make: Mapping[str, Factory]  # front-end -> key -> (apply, params, inputs)
     nodes: tuple[str, ...]
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     ordered: bool = True  # whether `nodes` is in the order of the run, or just a set
     train: tuple[str, ...] = ()  # what training needs: 'batch_stats', 'dropout'
     has_norm: bool = False  # a batch norm that can be folded into the product before it
@@ -90,9 +90,9 @@ NORMED: dict[str, Any] = {"train": ("batch_stats",), "has_norm": True}
 
 
 def add_other(
-    name: str, make: Mapping[str, Maker], *, nodes: str, sites: str, **kw: Any
+    name: str, make: Mapping[str, Factory], *, nodes: str, layers: str, **kw: Any
 ) -> None:
-    CASES[name] = Case(name, make, tuple(nodes.split()), tuple(sites.split()), **kw)
+    CASES[name] = Case(name, make, tuple(nodes.split()), tuple(layers.split()), **kw)
 
 
 def add(name: str, layer: Layer, inputs: Inputs, **kw: Any) -> None:
@@ -106,7 +106,7 @@ add(
     net(z.conv_bn_relu, stem=conv(3, 8, 3), stem_bn=batch_norm(8), head=conv(8, 6, 3)),
     image(),
     nodes="input stem stem_bn stem/relu head output",
-    sites="stem head",
+    layers="stem head",
     **NORMED,
 )
 add(
@@ -115,7 +115,7 @@ add(
     image(channels=4),
     nodes="""input expand expand_bn expand/clip depthwise depthwise_bn depthwise/clip
         project project_bn project/add output""",
-    sites="expand depthwise project",
+    layers="expand depthwise project",
     has_relu6=True,
     **NORMED,
 )
@@ -140,7 +140,7 @@ add(
         block2/depthwise block2/depthwise_bn block2/depthwise/clip
         block2/project block2/project_bn block2/project/add
         last last_bn last/clip last/pool head output""",
-    sites="""stem block1/expand block1/depthwise block1/project
+    layers="""stem block1/expand block1/depthwise block1/project
         block2/expand block2/depthwise block2/project last head""",
     has_relu6=True,
     **NORMED,
@@ -156,7 +156,7 @@ add(
     ),
     image(channels=6),
     nodes="input conv1 bn1 conv1/relu conv2 bn2 conv2/add conv2/relu output",
-    sites="conv1 conv2",
+    layers="conv1 conv2",
     **NORMED,
 )
 add(
@@ -189,7 +189,7 @@ add(
         block2/conv1 block2/bn1 block2/conv1/relu block2/conv2 block2/bn2
         block2/proj block2/proj_bn block2/proj/add block2/proj/relu block2/proj/pool
         head output""",
-    sites="""stem block1/conv1 block1/conv2 block2/conv1 block2/conv2 block2/proj
+    layers="""stem block1/conv1 block1/conv2 block2/conv1 block2/conv2 block2/proj
         head""",
     **NORMED,
 )
@@ -198,7 +198,7 @@ add(
     net(z.clip_after_add, stem=conv(3, 6, 3), branch=conv(6, 6, 3), head=conv(6, 4, 1)),
     image(),
     nodes="input stem stem/relu branch branch/add branch/clip head output",
-    sites="stem branch head",
+    layers="stem branch head",
     has_relu6=True,
 )
 add(
@@ -213,7 +213,7 @@ add(
     image(),
     nodes="""input stem stem/relu grouped grouped/relu depthwise depthwise/relu point
         output""",
-    sites="stem grouped depthwise point",
+    layers="stem grouped depthwise point",
 )
 add(
     "dilated",
@@ -224,7 +224,7 @@ add(
     ),
     image(),
     nodes="input first first/relu second output",
-    sites="first second",
+    layers="first second",
 )
 add(
     "strided",
@@ -235,7 +235,7 @@ add(
     ),
     image(),
     nodes="input first first/relu second output",
-    sites="first second",
+    layers="first second",
 )
 add(
     "transposed",
@@ -247,7 +247,7 @@ add(
     ),
     image(),
     nodes="input down down/relu up up/relu head output",
-    sites="down up head",
+    layers="down up head",
 )
 add(
     "concatenation",
@@ -261,21 +261,21 @@ add(
     image(),
     nodes="""input stem stem/relu left left/relu right right/relu right/concat merge
         output""",
-    sites="stem left right merge",
+    layers="stem left right merge",
 )
 add(
     "flatten",
     net(z.flatten, stem=conv(3, 4, 3, strides=(2, 2)), head=dense(64, 5)),
     image(),
     nodes="input stem stem/relu head output",
-    sites="stem head",
+    layers="stem head",
 )
 add(
     "global_pool",
     net(z.global_pool, stem=conv(3, 8, 3), head=dense(8, 5)),
     image(),
     nodes="input stem stem/relu stem/pool head output",
-    sites="stem head",
+    layers="stem head",
 )
 add(
     "pooling",
@@ -283,14 +283,14 @@ add(
     image(),
     nodes="""input first first/relu first/pool second second/relu second/pool third
         output""",
-    sites="first second third",
+    layers="first second third",
 )
 add(
     "resize",
     net(z.resized, stem=conv(3, 6, 3), head=conv(6, 4, 3)),
     image(),
     nodes="input stem stem/relu stem/resize head output",
-    sites="stem head",
+    layers="stem head",
 )
 add(
     "pre_activation",
@@ -303,7 +303,7 @@ add(
     ),
     image(channels=4),
     nodes="input bn1 input/relu conv1 bn2 conv1/relu conv2 output",
-    sites="conv1 conv2",
+    layers="conv1 conv2",
     **NORMED,
 )
 add(
@@ -311,7 +311,7 @@ add(
     net(z.group_normed, stem=conv(3, 8, 3), gn=group_norm(8, 4), head=conv(8, 4, 3)),
     image(),
     nodes="input stem gn stem/relu head output",
-    sites="stem head",
+    layers="stem head",
 )
 add(
     "slopes",
@@ -324,7 +324,7 @@ add(
     ),
     image(),
     nodes="input first first/leaky_relu second act third output",
-    sites="first second third",
+    layers="first second third",
 )
 add(
     "squeeze_excite",
@@ -338,7 +338,7 @@ add(
     image(),
     nodes="""input stem stem/relu stem/pool reduce reduce/relu grow grow/sigmoid
         grow/multiply head output""",
-    sites="stem reduce grow head",
+    layers="stem reduce grow head",
 )
 
 # Dense.
@@ -355,7 +355,7 @@ add(
     ),
     normal(4, 6),
     nodes="input first ln1 first/relu second ln2 second/relu third output",
-    sites="first second third",
+    layers="first second third",
 )
 add(
     "transformer",
@@ -370,7 +370,7 @@ add(
     normal(2, 5, 8),
     nodes="""input ln1 attn/query attn/key attn/value attn/key/matmul attn/key/softmax
         attn/value/matmul attn/out attn/out/add ln2 up up/gelu down down/add output""",
-    sites="attn/query attn/key attn/value attn/out up down",
+    layers="attn/query attn/key attn/value attn/out up down",
     ordered=False,
 )
 add(
@@ -378,14 +378,14 @@ add(
     net(z.embedding, embed=embed(11, 8), first=dense(8, 8), second=dense(8, 4)),
     tokens(3, 5, vocabulary=11),
     nodes="input embed first first/relu second output",
-    sites="embed first second",
+    layers="embed first second",
 )
 add(
     "tied_embedding",
     net(z.tied_embedding, embed=embed(11, 8), middle=dense(8, 8)),
     tokens(3, 5, vocabulary=11),
     nodes="input embed:0 middle middle/gelu embed:1 output",
-    sites="embed:0 middle embed:1",
+    layers="embed:0 middle embed:1",
     tied=True,
 )
 add(
@@ -398,14 +398,14 @@ add(
     ),
     normal(4, 6),
     nodes="input first first/gelu second second/gelu third output",
-    sites="first second third",
+    layers="first second third",
 )
 add(
     "tied",
     net(z.tied, shared=dense(6, 6), head=dense(6, 4)),
     normal(4, 6),
     nodes="input shared:0 shared:0/relu shared:1 shared:1/relu head output",
-    sites="shared:0 shared:1 head",
+    layers="shared:0 shared:1 head",
     tied=True,
 )
 add(
@@ -413,7 +413,7 @@ add(
     net(z.dropped, first=dense(6, 16), drop=dropout(0.5), second=dense(16, 4)),
     normal(4, 6),
     nodes="input first first/relu second output",
-    sites="first second",
+    layers="first second",
     train=("dropout",),
 )
 add(
@@ -428,7 +428,7 @@ add(
     normal(4, 6),
     nodes="""input stem stem/relu centre size size/sigmoid logits output:0 output:1
         output:2""",
-    sites="stem centre size logits",
+    layers="stem centre size logits",
 )
 
 # Regions.
@@ -445,14 +445,14 @@ for name, forward in {"remat": z.rematerialised, "jit": z.jitted}.items():
         normal(4, 6),
         nodes="""input stem stem/relu block/first block/first/relu block/second head
             output""",
-        sites="stem block/first block/second head",
+        layers="stem block/first block/second head",
     )
 add(
     "cond",
     net(z.conditional, low=dense(6, 8), high=dense(6, 8), head=dense(8, 4)),
     normal(4, 6),
     nodes="input low low/relu high high/relu head output",
-    sites="low high head",
+    layers="low high head",
     ordered=False,
     branches=True,
 )
@@ -465,7 +465,7 @@ add(
     ),
     normal(4, 6),
     nodes="input stack/dense stack/dense/relu head output",
-    sites="stack/dense head",
+    layers="stack/dense head",
     stacked=True,
 )
 add(
@@ -473,14 +473,14 @@ add(
     net(z.recurrent, rnn=simple_rnn(4, 6), head=dense(6, 3)),
     normal(2, 5, 4),
     nodes="input rnn/cell/i rnn/cell/h rnn/cell/h/add rnn/cell/h/tanh head output",
-    sites="rnn/cell/i rnn/cell/h head",
+    layers="rnn/cell/i rnn/cell/h head",
     recurrent=True,
 )
 # The kernels of the hidden state are applied before those of the input.
 add_other(
     "lstm",
     {
-        "linen": linen_maker(
+        "linen": linen_factory(
             net(z.recurrent, rnn=lstm(6), head=dense(6, 3)), normal(2, 5, 4)
         )
     },
@@ -489,7 +489,7 @@ add_other(
         rnn/cell:1/add:2 rnn/cell:1/tanh rnn/cell:1/add:3 rnn/cell:1/sigmoid:2
         rnn/cell:1/multiply rnn/cell:1/multiply:1 rnn/cell:1/add:4 rnn/cell:1/tanh:1
         rnn/cell:1/multiply:2 head output""",
-    sites="rnn/cell rnn/cell:1 head",
+    layers="rnn/cell rnn/cell:1 head",
     derived=True,
     recurrent=True,
 )
@@ -500,7 +500,7 @@ add_other(
     "matmul_mlp",
     z.plain(z.matmul_mlp, {"w": [(6, 8), (8, 4)], "b": [(8,), (4,)]}, normal(4, 6)),
     nodes="input w/0 w/0/tanh w/1 output",
-    sites="w/0 w/1",
+    layers="w/0 w/1",
 )
 add_other(
     "einsum_heads",
@@ -508,13 +508,13 @@ add_other(
         z.einsum_heads, {"project": (6, 2, 4), "merge": (2, 4, 5)}, normal(3, 4, 6)
     ),
     nodes="input project project/tanh merge output",
-    sites="project merge",
+    layers="project merge",
 )
 add_other(
     "gated",
     z.plain(z.gated, {"gate": (6, 8), "up": (6, 8), "down": (8, 4)}, normal(4, 6)),
     nodes="input gate gate/silu up up/multiply down output",
-    sites="gate up down",
+    layers="gate up down",
 )
 add_other(
     "two_inputs",
@@ -528,7 +528,7 @@ add_other(
         lambda key: (*normal(4, 6)(key), *normal(4, 5)(key)),
     ),
     nodes="input:0 input:1 left left/relu right right/add head output",
-    sites="left right head",
+    layers="left right head",
 )
 add_other(
     "plain_cond",
@@ -542,7 +542,7 @@ add_other(
         normal(4, 6),
     ),
     nodes="input low low/relu high high/relu head output",
-    sites="low high head",
+    layers="low high head",
     ordered=False,
     branches=True,
 )
@@ -554,7 +554,7 @@ add_other(
         image(),
     ),
     nodes="input conv conv/relu conv/pool head output",
-    sites="conv head",
+    layers="conv head",
     derived=True,
 )
 add_other(
@@ -562,12 +562,12 @@ add_other(
     {"equinox": z.equinox_conv},
     nodes="""input layers/0 layers/0/relu layers/2 layers/2/relu layers/2/pool layers/5
         output""",
-    sites="layers/0 layers/2 layers/5",
+    layers="layers/0 layers/2 layers/5",
 )
 add_other(
     "haiku_conv",
     {"haiku": z.haiku_conv},
     nodes="input net/~/stem net/~/stem_bn net/~/stem/relu net/~/head output",
-    sites="net/~/stem net/~/head",
+    layers="net/~/stem net/~/head",
     has_norm=True,
 )

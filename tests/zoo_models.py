@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.nn import gelu, leaky_relu, relu, relu6, sigmoid, silu
 
-from zoo_nets import Inputs, Layer, Maker, Model, batch_norm, conv, fill, image, net
+from zoo_nets import Factory, Inputs, Layer, Model, batch_norm, conv, fill, image, net
 
 Forward = Callable[..., jax.Array]
 
@@ -74,7 +74,7 @@ def resnet(m: Any, x: jax.Array, train: bool = False) -> jax.Array:
 
 
 def chain(*names: str, act: Callable[[jax.Array], jax.Array] = relu) -> Forward:
-    """Layers one behind the other with an activation between them."""
+    """Layers one after the other with an activation between them."""
 
     def forward(m: Any, x: jax.Array) -> jax.Array:
         for name in names[:-1]:
@@ -214,7 +214,7 @@ def recurrent(m: Any, x: jax.Array) -> jax.Array:
 # Plain functions: (numbers of the parameters, apply).
 
 
-def plain(apply: Callable[..., Any], shapes: Any, inputs: Inputs) -> dict[str, Maker]:
+def plain(apply: Callable[..., Any], shapes: Any, inputs: Inputs) -> dict[str, Factory]:
     """A model of `apply` and of parameters given by their shapes."""
 
     def make(key: jax.Array) -> Model:

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import nnx
 
 Model = tuple[Callable[..., Any], Any, tuple[Any, ...]]  # apply, params, inputs
-Maker = Callable[[jax.Array], Model]
+Factory = Callable[[jax.Array], Model]
 Inputs = Callable[[jax.Array], tuple[jax.Array, ...]]
 
 
@@ -136,7 +136,7 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any]:
     return apply, state
 
 
-def linen_maker(layer: Layer, inputs: Inputs) -> Maker:
+def linen_factory(layer: Layer, inputs: Inputs) -> Factory:
     def make(key: jax.Array) -> Model:
         module, arrays = layer.linen(), inputs(key)
         shapes = jax.eval_shape(module.init, jax.random.key(0), *arrays)
@@ -145,7 +145,7 @@ def linen_maker(layer: Layer, inputs: Inputs) -> Maker:
     return make
 
 
-def nnx_maker(layer: Layer, inputs: Inputs) -> Maker:
+def nnx_factory(layer: Layer, inputs: Inputs) -> Factory:
     def make(key: jax.Array) -> Model:
         module = nnx.eval_shape(lambda: layer.nnx(nnx.Rngs(0)))
         apply, shapes = functional(module)
@@ -154,8 +154,8 @@ def nnx_maker(layer: Layer, inputs: Inputs) -> Maker:
     return make
 
 
-def twins(layer: Layer, inputs: Inputs) -> dict[str, Maker]:
-    return {"linen": linen_maker(layer, inputs), "nnx": nnx_maker(layer, inputs)}
+def twins(layer: Layer, inputs: Inputs) -> dict[str, Factory]:
+    return {"linen": linen_factory(layer, inputs), "nnx": nnx_factory(layer, inputs)}
 
 
 # Layers.

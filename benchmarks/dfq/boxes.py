@@ -18,7 +18,7 @@ MAPS = ((12, (16, 22)), (6, (28, 36)), (3, (40, 50)))  # cells a side, sizes in 
 RATIOS = (0.5, 1.0, 2.0)  # width over height
 SPREADS = (0.1, 0.2)  # of centres and of log sizes: codes then are of order one
 POSITIVE = 0.5  # overlap from which an anchor answers for a box
-BEST, KEPT = 24, 10  # a class: candidates before suppression, detections behind it
+BEST, KEPT = 24, 10  # a class: candidates before suppression, detections after it
 OVERLAP = 0.45  # a candidate that overlaps a better one by more is suppressed
 
 

@@ -4,7 +4,7 @@ Both stand on a MobileNetV2: Sandler et al., [MobileNetV2: Inverted Residuals an
 Bottlenecks](https://arxiv.org/abs/1801.04381), CVPR 2018, which also describes SSD-Lite.
 The decoder is that of Chen et al., [Encoder-Decoder with Atrous Separable Convolution
 for Semantic Image Segmentation](https://arxiv.org/abs/1802.02611), ECCV 2018. Norms are
-named after the convolution before them, `X_bn` behind `X`.
+named after the convolution before them, `X_bn` after `X`.
 """
 
 from pathlib import Path

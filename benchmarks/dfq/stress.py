@@ -1,9 +1,9 @@
 """A copy of a network whose channels were rescaled by random factors: same function.
 
-What a convolution makes may be multiplied by any factor a channel if the norm behind it
+What a convolution makes may be multiplied by any factor a channel if the norm after it
 expects that: its mean grows with the factor, the root of its variance plus epsilon too.
 What a linear bottleneck makes may be multiplied by any factor a channel if all that
-reads it, over residual additions too, divides by it. A ReLU6 stands behind every other
+reads it, over residual additions too, divides by it. A ReLU6 stands after every other
 norm, and of its inputs no factor is free.
 """
 
@@ -28,8 +28,8 @@ def rescaled(
         return np.exp(rng.uniform(0, np.log(most), size))
 
     norms = {n.inputs[0].node: n.norm for n in graph.nodes if n.norm is not None}
-    for site, norm in norms.items():
-        kernel = graph[site].weight.name
+    for layer, norm in norms.items():
+        kernel = graph[layer].weight.name
         factor = factors(stress[kernel].shape[-1])
         stress[kernel] *= factor
         stress[norm.mean] *= factor
@@ -39,12 +39,12 @@ def rescaled(
         if not group.free or group.clips:
             continue
         factor = factors(group.size)
-        for site in group.makers:
-            stress[norms[site].scale] *= factor
-            stress[norms[site].bias] *= factor
-        for site in group.readers:
-            kernel = graph[site].weight.name
-            depthwise = graph[site].convolution.groups > 1
+        for layer in group.producers:
+            stress[norms[layer].scale] *= factor
+            stress[norms[layer].bias] *= factor
+        for layer in group.consumers:
+            kernel = graph[layer].weight.name
+            depthwise = graph[layer].convolution.groups > 1
             stress[kernel] /= factor if depthwise else factor[:, None]
     return stress.tree()
 

@@ -76,7 +76,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
         raise ValueError("its list of storages does not match its tensors")
     storages = {key: _storage(file, dtypes[key]) for key in keys}
     if file.read(1):
-        raise ValueError("there is more behind its end")
+        raise ValueError("there is more after its end")
     return {name: _tensor(view, storages[view.key]) for name, view in views.items()}
 
 

@@ -163,7 +163,7 @@ class Subject:
 
 def layers(s: Subject) -> Cell:
     wanted = counted(s.apply, s.params, *s.few).layers
-    found = s.graph.sites
+    found = s.graph.layers
     missing = f"{len(found)} of {len(wanted)}: {', '.join(wanted)}; found: "
     note = missing + ", ".join(n.name for n in found)
     return right(len(found) == len(wanted), f"{len(found)}/{len(wanted)}", note)
@@ -207,8 +207,8 @@ def replay(s: Subject) -> Cell:
 
 
 def single(s: Subject) -> Cell:
-    names = [n.name for n in jm.trace(s.apply, s.params, *s.one).sites]
-    more = [n.name for n in s.graph.sites]
+    names = [n.name for n in jm.trace(s.apply, s.params, *s.one).layers]
+    more = [n.name for n in s.graph.layers]
     lost = sorted({*more} ^ {*names})
     return right(not lost, f"{len(names)}/{len(more)}", f"other layers: {lost}")
 
@@ -254,7 +254,7 @@ def full_rank(s: Subject) -> Cell:
     _, table = jm.factorize(
         s.params, s.graph, ratios=0.5, with_report=True, progress=False
     )
-    ranks = {r["site"]: r["of"] for r in table if r["of"] is not None}
+    ranks = {r["layer"]: r["of"] for r in table if r["of"] is not None}
     if not ranks:
         raise Absent("no layer can be factorized")
     params = jm.factorize(s.params, s.graph, ranks=ranks, progress=False)
@@ -265,11 +265,11 @@ def rank(s: Subject) -> Cell:
     params, table = jm.factorize(
         s.params, s.graph, ratios=0.5, batches=s.data, with_report=True, progress=False
     )
-    cut = {r["site"] for r in table if r["rank"] is not None}
+    cut = {r["layer"] for r in table if r["rank"] is not None}
     if not cut:
         raise Absent("no layer can be factorized")
     cost = jm.cost(s.params, s.graph, *s.one)
-    before = sum(r["macs"] for r in cost if r["site"] in cut)
+    before = sum(r["macs"] for r in cost if r["layer"] in cut)
     share = (before + s.macs(params) - s.macs(s.params)) / before
     outputs = jax.jit(jm.lift(s.apply))(params, *s.other)
     note = f"{len(cut)} layers cost {share:.3f} of what they did"
@@ -301,7 +301,7 @@ def noise(s: Subject) -> Cell:
         s.folded[0], s.graph, s.quantizers, s.data, examples=16, progress=False
     )
     # Where a gate is closed, what it closes makes no noise: ∞ dB.
-    bad = [r["what"] for r in table if not r["SQNR (dB)"] > -np.inf]
+    bad = [r["tensor"] for r in table if not r["SQNR (dB)"] > -np.inf]
     total = table["SQNR (dB)"][-1]
     return right(not bad, f"{total:.1f}", f"not finite: {bad[:3]}")
 

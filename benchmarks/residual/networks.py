@@ -4,7 +4,7 @@ He et al., [Deep Residual Learning for Image Recognition](https://arxiv.org/abs/
 CVPR 2016: the blocks and their numbers are those of the paper. Images are small, so the
 stem is one 3x3 convolution and the stages halve three times in all. Bottlenecks stride
 in their 3x3 convolution. Norms are named after the convolution before them, `X_bn`
-behind `X`.
+after `X`.
 """
 
 import flax.linen as nn

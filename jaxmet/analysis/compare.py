@@ -1,4 +1,4 @@
-"""Float against simulated, node by node: where the error enters, and which grid is to blame."""
+"""Float against simulated, node by node: where the error enters, and by which quantizer."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 CALLER = "compare"
-FEW = 0.25  # a grid of which less is used wastes two bits
+FEW = 0.25  # a quantizer of which less is used wastes two bits
 MUCH = 0.01  # of the values clipped
 
 
@@ -47,7 +47,7 @@ def compare(
 ) -> Table:
     """How far every quantized node is from float, and how much of that it adds itself.
 
-    One row a node that the graph selects and that is on a grid or whose weight is:
+    One row per node that the graph selects and that is quantized or whose weight is:
 
     - `SQNR (dB)`: 10·log10(Σ y² / Σ (y − ŷ)²) of the simulated result ŷ against the float
       one y, with all error that comes from the nodes before.
@@ -55,13 +55,13 @@ def compare(
       ŷ against what its float weights would make of the same simulated operands, and that
       error's power in the node's whole error. Errors that cancel make a share above 1.
     - `weight SQNR (dB)`: of the rounded weight.
-    - `levels used`: the part of the grid between the lowest and the highest integer that
+    - `levels used`: the part of the quantizer between the lowest and the highest integer that
       occurs. `clipped`: the share of values beyond its ends.
-    - `note`: the grids that are badly used, of activations or of weights: too wide (less
+    - `note`: the quantizers that are badly used, of activations or of weights: too wide (less
       than a quarter of the levels used) or too narrow (more than 1 % clipped).
 
     The title names the nodes where most noise enters, relative to their signal. `batch` is
-    one batch, a tuple being the inputs of the model. Float is `params` without grids, or
+    one batch, a tuple being the inputs of the model. Float is `params` without quantizers, or
     `reference`: a tree of the same model, or `(apply, params)`. A tree whose weights are
     rounded already needs the tree from before as reference, or its weights show no error.
     `mask`, a function of the batch, says where its values count, as in `jm.calibrate`.
@@ -115,7 +115,7 @@ def _is_quantized(node: Node, quantizers: Quantizers) -> bool:
 
 
 class Sums(NamedTuple):
-    """Powers of signal, error and own error of a node, and of its weight; its grid's use."""
+    """Powers of signal, error and own error of a node, and of its weight; its quantizer's use."""
 
     signal: Any
     noise: Any
@@ -126,7 +126,7 @@ class Sums(NamedTuple):
 
 
 class Use(NamedTuple):
-    """The lowest and highest part of a grid that is used, and the share of clipped values."""
+    """The lowest and highest part of a quantizer that is used, and the share of clipped values."""
 
     levels: Any
     clipped: Any
@@ -198,7 +198,7 @@ def _real(x: jax.Array) -> jax.Array:
 
 
 def _use(x: jax.Array, quantizer: Quantizer, where: Any = None) -> Use:
-    """How much of its grid a tensor uses: the mean over the grids it is divided into."""
+    """How much of its quantizer a tensor uses: the mean over the quantizers it is divided into."""
     low, high = quantizer.ends
     x = _real(x)
     scale, zero_point = (a.astype(x.dtype) for a in quantizer.grid(x))
@@ -219,7 +219,7 @@ def _use(x: jax.Array, quantizer: Quantizer, where: Any = None) -> Use:
 
 
 def _weight_use(params: Any, quantizers: Quantizers) -> dict[str, Use]:
-    """How the grids of weights are used; blocks follow the weight, as do scales of None."""
+    """How the quantizers of weights are used; blocks follow the weight, as do scales of None."""
     found = {}
     leaves = named_leaves(params)
     for name, quantizer in quantizers.weights.items():
@@ -303,5 +303,5 @@ def _title(rows: list[dict[str, Any]], outputs: float | None) -> str:
     worst = [f"{r['node']} ({r['own SQNR (dB)']:.1f} dB)" for r in noisy[:3]]
     parts += [f"most noise enters at {', '.join(worst)}"] if worst else []
     flagged = [r["node"] for r in rows if r["note"]]
-    parts += [f"badly used grids: {', '.join(flagged)}"] if flagged else []
+    parts += [f"badly used quantizers: {', '.join(flagged)}"] if flagged else []
     return f"compare: {'; '.join(parts)}"

@@ -1,4 +1,4 @@
-"""What a model costs: multiplications, parameters and bytes of every site."""
+"""What a model costs: multiplications, parameters and bytes of every layer."""
 
 import math
 from typing import Any
@@ -19,23 +19,23 @@ REST, ALL = "(other parameters)", "(all)"
 
 
 def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
-    """Multiplications, parameters and bytes of every site, and of the model in all.
+    """Multiplications, parameters and bytes of every layer, and of the model in all.
 
     `inputs` are arrays or `jax.ShapeDtypeStruct`s; counts are for one call with them, so
     pass one example for the cost of an example. `params` may be factorized or pruned,
-    with the graph of the model as it was: what is counted is what `jm.lift` runs, two sites
+    with the graph of the model as it was: what is counted is what `jm.lift` runs, two layers
     for two factors.
 
-    Columns: `site`, products of activations with each other (attention) among them; `macs`,
+    Columns: `layer`, products of activations with each other (attention) among them; `macs`,
     the multiplications of its product, those with padding included, as papers count them,
     once a step of a `jax.lax.scan`, of both branches of a `cond`, of a `while_loop` once;
     `flops`, additions and multiplications where a window meets values, as XLA counts them;
     `parameters` of weight and bias, and their `bytes` as they are stored. A weight that
-    several sites read counts with the first. The last two rows are the parameters of no
-    site, and the whole.
+    several layers read counts with the first. The last two rows are the parameters of no
+    layer, and the whole.
 
     >>> table = jm.cost(params, graph, images[:1])
-    >>> table.where(site="(all)")["macs"]
+    >>> table.where(layer="(all)")["macs"]
     """
     graph, leaves = fitted(params, graph, CALLER)
     counted = set[str]()
@@ -58,7 +58,7 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     rest = _stored([leaf for name, leaf in leaves.items() if name not in counted])
     rows.append((REST, 0, 0, *rest))
     rows.append((ALL, *(sum(row[i] for row in rows) for i in range(1, 5))))
-    names = ("site", "macs", "flops", "parameters", "bytes")
+    names = ("layer", "macs", "flops", "parameters", "bytes")
     return Table(
         dict(zip(names, zip(*rows, strict=True), strict=True)), "cost of a call"
     )
@@ -72,9 +72,9 @@ def _stored(leaves: list[Any]) -> tuple[int, int]:
 
 
 def widths(params: Any) -> Table:
-    """What is left of every parameter: for who rebuilds the model with smaller layers.
+    """What is left of every parameter: if you rebuild the model with smaller layers.
 
-    One row a leaf that was factorized or pruned: its name, its `shape` before, the shapes
+    One row per leaf that was factorized or pruned: its name, its `shape` before, the shapes
     that are `stored` now, and the `rank` between two factors. A flax model with these
     features and ranks takes the stored arrays as they are.
 

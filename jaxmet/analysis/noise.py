@@ -1,4 +1,4 @@
-"""What every grid adds to the error of the outputs, at every width, from one backward pass."""
+"""What every quantizer adds to the error of the outputs, at every width, from one backward pass."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ EXAMPLES = 128
 
 
 class Noise(NamedTuple):
-    """Energy that a grid adds to the outputs: by rounding and by clipping, and at WIDTHS."""
+    """Energy that a quantizer adds to the outputs: by rounding and by clipping, and at WIDTHS."""
 
     rounded: float
     clipped: float | None
@@ -58,24 +58,24 @@ def noise(
     progress: bool = True,
     **kwargs: Any,
 ) -> Table:
-    r"""What every grid adds to the error of the outputs, foretold from gradients.
+    r"""What every quantizer adds to the error of the outputs, predicted from gradients.
 
-    A grid moves the values $v$ of a weight or an activation by $e = \hat v - v$, which moves
+    A quantizer moves the values $v$ of a weight or an activation by $e = \hat v - v$, which moves
     the outputs by $\sum_v g_v e_v$, where $g$ is their gradient halfway, every value moved by
     $e / 2$ (the midpoint rule: what is left out is of third order in $e$). With outputs
     projected on random signs, the square of that sum has the squared error of the outputs as
-    its expectation: one backward pass an example serves all grids. The signs are drawn by
+    its expectation: one backward pass an example serves all quantizers. The signs are drawn by
     `key`, by default `jax.random.key(0)`, others for each example. So many `examples` are
     taken, evenly from `batches`; by chance the ratio in dB is uncertain by about
     $6/\sqrt{examples}$ (one standard deviation, were all examples alike).
 
-    One row a grid of the nodes that `graph` selects: `what` is put on it, the `site` (node)
+    One row per quantizer of the nodes that `graph` selects: `tensor`, the `layer` (node)
     and `kind` ('weight', 'activation') of that, its `bits`; `SQNR (dB)`, the energy of the
-    outputs over what this grid adds, $10 \log_{10}(\sum y^2 / N)$; its `share` of all that
+    outputs over what this quantizer adds, $10 \log_{10}(\sum y^2 / N)$; its `share` of all that
     is added; `clipped`, the part of its own noise that is clipping, not rounding; and
     '2 bits' to '16 bits', its SQNR in dB at that width over the same range: what to expect
     of weights rounded to it, $\sum g_v^2 e_v^2$, and of activations by the square of the
-    step. The last row, '(all)', is of all grids at once, also those that the graph does not
+    step. The last row, '(all)', is of all quantizers at once, also those that the graph does not
     select; at other widths their sum.
 
     `mask`, a function of a batch, says where its values count, as in `jm.calibrate`: outputs
@@ -86,15 +86,15 @@ def noise(
     is the example, and `examples` counts draws of signs.
 
     Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
-    `sensitivity` measure what this foretells. Two programs are compiled. Raises ValueError
-    where no gradient reaches a grid from the outputs, where one is not finite, and where no
-    grid is on.
+    `sensitivity` measure what this predicts. Two programs are compiled. Raises ValueError
+    where no gradient reaches a quantizer from the outputs, where one is not finite, and where no
+    quantizer is on.
 
     >>> table = jm.noise(params, graph, quantizers, batches)
     >>> jm.plot.noise(table)
     """
     graph, _ = fitted(params, graph, CALLER)
-    grid_of = places(params, graph, quantizers, CALLER)
+    quantizer_of = places(params, graph, quantizers, CALLER)
     check_keywords(kwargs, graph, params, CALLER)
     check_counts(CALLER, examples=examples)
     check_flags(CALLER, progress=progress)
@@ -124,7 +124,7 @@ def noise(
     if float(sums.energy) == 0:
         _refuse_zero(partial(lift(graph.apply), **kwargs), params, read.first)
     _check(found, sums)
-    return _table(grid_of, found, float(sums.whole), float(sums.energy))
+    return _table(quantizer_of, found, float(sums.whole), float(sums.energy))
 
 
 # What an example is
@@ -151,7 +151,7 @@ def _repeated(batch: tuple[Any, ...], number: int) -> Any:
 
 
 class _Sums(NamedTuple):
-    """Over examples: what each grid adds by rounding and by clipping, what all of them add.
+    """Over examples: what each quantizer adds by rounding and by clipping, what all of them add.
 
     `gains` are squared gradients of weights, and `energy` is that of the outputs.
     """
@@ -248,7 +248,7 @@ def _middle(leaf: Any, change: jax.Array) -> Any:
 
 
 def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:
-    """Where grids lie at a node: on its result, and on a weight that the model derives."""
+    """Where quantizers lie at a node: on its result, and on a weight that the model derives."""
     found: list[tuple[str, int | None]] = []
     quantizer, owner = quantizers.activation(node.name), quantizers.owner(node.name)
     before = [quantizers.owner(edge.node or "") for edge in node.inputs]
@@ -266,13 +266,13 @@ def _key(node: Node, kind: str) -> str:
 
 
 def _owner(key: str, quantizers: Quantizers) -> str:
-    """The grid that lies there, its own or one that it shares."""
+    """The quantizer that lies there, its own or one that it shares."""
     kind, name = key.split(" ", 1)
     return f"{kind} {quantizers.owner(name) if kind == 'activation' else name}"
 
 
 def _error(quantizers: Quantizers, kind: str) -> Callable:
-    """The errors that a grid makes by rounding, and by clipping."""
+    """The errors that a quantizer makes by rounding, and by clipping."""
 
     def error(node: Node, run: Run, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         at = quantizer_at(node, run, quantizers)
@@ -336,7 +336,7 @@ def _changes(params: Any, rounded: Any, names: Sequence[str]) -> dict[str, jax.A
 
 
 def _scaled(rounded: float, clipped: float, quantizer: Quantizer) -> Noise:
-    """Rounding noise grows with the square of the step, clipping stays as it is."""
+    """Rounding noise grows with the square of the step, clipping stays unchanged."""
 
     def step(q: Quantizer) -> float:
         low, high = q.ends
@@ -387,7 +387,7 @@ def _check(found: Mapping[tuple[str, str], Noise], sums: _Sums) -> None:
             raise ValueError(
                 f"jaxmet.{CALLER}: the gradient of the outputs with respect to {name!r} is "
                 "NaN or infinite. Run the model in float32, or leave the node out with "
-                "graph.without and its grid off."
+                "graph.without and its quantizer off."
             )
     # A weight whose values are grid points has a gradient, and no error at any width.
     on_weights = [bool(np.any(gain > 0)) for gain in sums.gains.values()]
@@ -398,21 +398,25 @@ def _check(found: Mapping[tuple[str, str], Noise], sums: _Sums) -> None:
     ]
     if not any(on_weights or [sum(noise.widths) > 0 for noise in found.values()]):
         raise ValueError(
-            f"jaxmet.{CALLER}: no gradient reaches the {'weights' if on_weights else 'grids'} "
+            f"jaxmet.{CALLER}: no gradient reaches the {'weights' if on_weights else 'quantizers'} "
             "from the outputs (are they indices, or rounded?). Trace the model to its logits."
         )
 
 
 def _table(
-    grid_of: Sequence[ScoredQuantizer],
+    quantizer_of: Sequence[ScoredQuantizer],
     found: Mapping[tuple[str, str], Noise],
     whole: float,
     energy: float,
 ) -> Table:
-    known = [(p, found[p.kind, p.what]) for p in grid_of if (p.kind, p.what) in found]
+    known = [
+        (p, found[p.kind, p.tensor])
+        for p in quantizer_of
+        if (p.kind, p.tensor) in found
+    ]
     total = sum((_power(noise) for _, noise in known), 0.0)
     rows: list[tuple[Any, ...]] = [
-        (p.what, p.site, p.kind, p.bits, *_numbers(noise, total, energy))
+        (p.tensor, p.layer, p.kind, p.bits, *_numbers(noise, total, energy))
         for p, noise in known
         if p.selected
     ]
@@ -420,14 +424,14 @@ def _table(
     sums = [sum(noise.widths[i] for _, noise in known) for i in range(len(WIDTHS))]
     ratios = [_decibel(energy, power) for power in (whole, *sums)]
     rows.append((ALL, None, None, None, ratios[0], 1.0, clipped, *ratios[1:]))
-    names = ("what", "site", "kind", "bits", "SQNR (dB)", "share", "clipped")
+    names = ("tensor", "layer", "kind", "bits", "SQNR (dB)", "share", "clipped")
     names += tuple(f"{bits} bits" for bits in WIDTHS)
     worst = sorted(rows[:-1], key=lambda row: -row[5])[:3]
     told = ", ".join(f"{row[2]} {row[0]} ({100 * row[5]:.0f} %)" for row in worst)
-    which = "" if len(rows) > len(known) else " of the selected grids"
+    which = "" if len(rows) > len(known) else " of the selected quantizers"
     return Table(
         dict(zip(names, zip(*rows, strict=True), strict=True)),
-        title=f"{CALLER}: outputs {ratios[0]:.1f} dB foretold; most{which} comes from {told}",
+        title=f"{CALLER}: outputs {ratios[0]:.1f} dB predicted; most{which} comes from {told}",
     )
 
 

@@ -48,7 +48,7 @@ def ptq(
     to nearest and corrects biases only.
     `key`, by default `jax.random.key(0)`, is split between the steps. `mask`, a function of a
     batch, says where its values count, as in `jm.calibrate`, in every step and in the ratios.
-    Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has a row a step:
+    Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has one row per step:
     the signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
     10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply, params)`, or
     another tree of the same model, is what counts as float there. Static keyword arguments
@@ -58,7 +58,7 @@ def ptq(
     scales and mean errors come from the batch norms (data-free quantization), what they do not
     tell stays in float, nothing is rounded by data, and the table has no ratios.
 
-    The data is read several times a step: a one-shot iterator is refused. Raises ValueError
+    The data is read several times per step: a one-shot iterator is refused. Raises ValueError
     for a key that is none, and what `trace`, `fold_batch_norm`, `equalize`, `calibrate`,
     `correct_bias` and `adaround` raise.
 
@@ -98,10 +98,10 @@ def ptq(
             bar = tqdm(again, total=again.length, desc=title, disable=not progress)
             noisy = simulate(graph.apply, found), params
             ratio = sqnr(exact, noisy, bar, output_masks(graph.apply))
-        rows.append({"step": step, "SQNR (dB)": ratio, "what": what})
+        rows.append({"step": step, "SQNR (dB)": ratio, "note": what})
         return found
 
-    measure("as trained", params, f"{len(graph.sites)} sites quantized as they are")
+    measure("as trained", params, f"{len(graph.layers)} layers quantized as they are")
     params, report = fold_batch_norm(params, graph, with_report=True)
     measure("fold_batch_norm", params, _summary(report, "into"))
     params, report = equalize(
@@ -137,7 +137,7 @@ def ptq(
 
 def _is_coarse(graph: Graph, config: QuantConfig) -> bool:
     """Whether any weight is to have 8 bits or less."""
-    weights = ((site.weight, site.name) for site in graph.sites)
+    weights = ((layer.weight, layer.name) for layer in graph.layers)
     found = (config.resolve((w.name, n), "weight") for w, n in weights if w and w.name)
     return any(one.quantize and one.bits <= 8 for one in found)
 
@@ -188,4 +188,4 @@ def _summary(report: Table, outcome: str) -> str:
     """How many rows of a report say that something was done."""
     done = sum(value is not None for value in report[outcome])
     rest = len(report) - done
-    return f"{done} done" + (f", {rest} left alone" if rest else "")
+    return f"{done} done" + (f", {rest} skipped" if rest else "")

@@ -1,4 +1,4 @@
-"""The grids of a network, with the site that each belongs to."""
+"""The quantizers of a network, with the layer that each belongs to."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ class ScoredQuantizer(NamedTuple):
     The width of a `fixed` one follows from others: an int32 bias.
     """
 
-    what: str
-    site: str
+    tensor: str
+    layer: str
     kind: str
     bits: int
     fixed: bool
@@ -25,7 +25,7 @@ class ScoredQuantizer(NamedTuple):
 def places(
     params: Any, graph: Graph, quantizers: Quantizers, caller: str
 ) -> list[ScoredQuantizer]:
-    """All grids that are on, weights first, in the order of the network.
+    """All quantizers that are on, weights first, in the order of the network.
 
     Raises ValueError where there is none, or none that the graph selects, and for a
     graph of the tree and quantizers that do not belong together.
@@ -51,10 +51,10 @@ def places(
             for name, q in group.items()
             if q.active
         ]
-        found += sorted(of_kind, key=lambda p: order.get(p.site, len(order)))
+        found += sorted(of_kind, key=lambda p: order.get(p.layer, len(order)))
     if not any(place.selected for place in found):
         raise ValueError(
-            f"jaxmet.{caller}: no grid of the selected nodes is on. Calibrate with fewer "
+            f"jaxmet.{caller}: no quantizer of the selected nodes is on. Calibrate with fewer "
             "than 32 bits, or select other nodes."
         )
     return found

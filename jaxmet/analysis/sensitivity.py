@@ -1,4 +1,4 @@
-"""What the score loses to each grid: alone, and when all the others are on as well."""
+"""What the score loses to each quantizer: alone, and when all the others are on as well."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -37,43 +37,43 @@ def sensitivity(
     together: int = 1,
     progress: bool = True,
 ) -> Table:
-    """The score with one grid alone on, and with all but this one, for every grid.
+    """The score with one quantizer alone on, and with all but this one, for every quantizer.
 
     `score(apply, params)` is a number, higher is better; `apply(params, *inputs)` is the
-    model with some of its grids on. Which ones, and how wide they are, is data: if the score
+    model with some of its quantizers on. Which ones, and how wide they are, is data: if the score
     can be traced one compiled program runs every row, if not (it loops over files) it is
     called for every row on the host with an `apply` that is compiled once. So many rows as
     `together` says are computed at once (`jax.vmap`) where the score can be traced.
 
-    One row a grid of the nodes that `graph` selects: `what` is put on it (a parameter, or the
-    result of a node), the `site` (the node whose weight or result that is), the `kind`
-    ('weight' or 'activation'), its `bits`, the score with this grid `only`, and with all
-    `but` this one. With `bits=(4, 8)` there is a row for each width, the other grids as they
-    are. The last rows, named '(all)', are all weights, all activations, and all of both, also
-    of nodes that the graph does not select: of the last one `only` is the score of the
-    quantized network and `but` that of float.
+    One row per quantizer of the nodes that `graph` selects: `tensor` (a parameter, or the
+    result of a node), the `layer` (the node whose weight or result that is), the `kind`
+    ('weight' or 'activation'), its `bits`, the score with `only this` quantizer on, and with
+    `all but this` one. With `bits=(4, 8)` there is a row for each width, the other quantizers as
+    they are. The last rows, named '(all)', are all weights, all activations, and all of both, also
+    of nodes that the graph does not select: of the last one `only this` is the score of the
+    quantized network and `all but this` that of float.
 
     A score that is not finite stays in the table, unless float has it. Raises ValueError for
     that, for a score that is no scalar or keeps a traced array, for impossible widths, and
-    where no grid is on.
+    where no quantizer is on.
 
     >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
     >>> table = jm.sensitivity(params, graph, quantizers, score)
     >>> jm.plot.sensitivity(table)
     """
     graph, _ = fitted(params, graph, CALLER)
-    grid_of = places(params, graph, quantizers, CALLER)
+    quantizer_of = places(params, graph, quantizers, CALLER)
     widths = None if bits is None else _widths(bits)
     check_counts(CALLER, together=together)
     check_flags(CALLER, progress=progress)
     traceable = is_traceable(score, graph, params, CALLER)
     every = [
         (at, width)
-        for at, place in enumerate(grid_of)
+        for at, place in enumerate(quantizer_of)
         if place.selected
         for width in ((place.bits,) if widths is None or place.fixed else widths)
     ]
-    settings = _Settings(grid_of)
+    settings = _Settings(quantizer_of)
     asked = [settings.kind(*kinds) for kinds in ((), KINDS, KINDS[:1], KINDS[1:])]
     for at, width in every:
         asked += [settings.only(at, width), settings.but(at)]
@@ -81,14 +81,14 @@ def sensitivity(
         score,
         params,
         apply_of=lambda how: simulate(
-            graph.apply, quantizers, grids=_grids(quantizers, grid_of, how)
+            graph.apply, quantizers, grids=_grids(quantizers, quantizer_of, how)
         ),
         params_of=lambda params, _: params,
         traceable=traceable,
         together=together,
     )
     scores = _scores(run, asked, progress)
-    return _table(grid_of, every, scores)
+    return _table(quantizer_of, every, scores)
 
 
 def _widths(bits: Any) -> list[int]:
@@ -104,11 +104,11 @@ def _widths(bits: Any) -> list[int]:
 
 
 class _Settings:
-    """Which grids are on and how wide they are, as two arrays with an entry a grid."""
+    """Which quantizers are on and how wide they are, as two arrays with one entry per quantizer."""
 
-    def __init__(self, grid_of: Sequence[ScoredQuantizer]) -> None:
-        self.kinds = np.array([place.kind for place in grid_of])
-        self.bits = np.array([place.bits for place in grid_of], np.int32)
+    def __init__(self, quantizer_of: Sequence[ScoredQuantizer]) -> None:
+        self.kinds = np.array([place.kind for place in quantizer_of])
+        self.bits = np.array([place.bits for place in quantizer_of], np.int32)
 
     def kind(self, *kinds: str) -> tuple[np.ndarray, np.ndarray]:
         return np.isin(self.kinds, kinds), self.bits
@@ -122,15 +122,15 @@ class _Settings:
 
 
 def _grids(
-    quantizers: Quantizers, grid_of: Sequence[ScoredQuantizer], how: Any
+    quantizers: Quantizers, quantizer_of: Sequence[ScoredQuantizer], how: Any
 ) -> Grids:
     on, bits = how
     found: dict[str, dict[str, dict[str, jax.Array]]] = {
         kind: {"on": {}, "bits": {}} for kind in KINDS
     }
-    for i, place in enumerate(grid_of):
-        found[place.kind]["on"][place.what] = on[i]
-        found[place.kind]["bits"][place.what] = bits[i]
+    for i, place in enumerate(quantizer_of):
+        found[place.kind]["on"][place.tensor] = on[i]
+        found[place.kind]["bits"][place.tensor] = bits[i]
     weight, activation = (found[kind] for kind in KINDS)
     return grids(
         quantizers,
@@ -154,13 +154,20 @@ def _scores(run: Any, asked: list[Any], progress: bool) -> list[float]:
 
 
 def _table(
-    grid_of: Sequence[ScoredQuantizer],
+    quantizer_of: Sequence[ScoredQuantizer],
     every: list[tuple[int, int]],
     scores: list[float],
 ) -> Table:
     exact, whole, *kinds = scores[:4]
     rows: list[tuple[Any, ...]] = [
-        (grid_of[at].what, grid_of[at].site, grid_of[at].kind, width, only, but)
+        (
+            quantizer_of[at].tensor,
+            quantizer_of[at].layer,
+            quantizer_of[at].kind,
+            width,
+            only,
+            but,
+        )
         for (at, width), only, but in zip(
             every, scores[4::2], scores[5::2], strict=True
         )
@@ -170,7 +177,7 @@ def _table(
         for kind, only, but in zip(KINDS, kinds, reversed(kinds), strict=True)
     ]
     rows.append((ALL, None, None, None, whole, exact))
-    names = ("what", "site", "kind", "bits", "only", "but")
+    names = ("tensor", "layer", "kind", "bits", "only this", "all but this")
     worst = sorted(
         (r for r in rows[:-3] if not r[4] >= exact),
         key=lambda r: r[4] if np.isfinite(r[4]) else -np.inf,

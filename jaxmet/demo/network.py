@@ -1,7 +1,7 @@
 """A small MobileNetV2 for 28x28 grey images: what the demo quantizes.
 
 Every block widens its input six times, filters each channel by itself and narrows
-again, without an activation behind the narrow layer (Sandler et al., [MobileNetV2:
+again, without an activation after the narrow layer (Sandler et al., [MobileNetV2:
 Inverted Residuals and Linear Bottlenecks](https://arxiv.org/abs/1801.04381), CVPR
 2018). Depthwise kernels see one channel each, so their ranges drift far apart in
 training: one scale for the whole tensor serves most of them badly.
@@ -29,7 +29,7 @@ BLOCKS = (
 def _conv(
     features: int, window: int, stride: int, name: str, groups: int = 1
 ) -> nn.Conv:
-    """A convolution without a bias: the norm behind it has one."""
+    """A convolution without a bias: the norm after it has one."""
     return nn.Conv(
         features,
         (window, window),

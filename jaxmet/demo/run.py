@@ -21,7 +21,7 @@ REPORTED = "W8A8 per tensor, fold + equalize + correct"
 
 
 class Variant(NamedTuple):
-    """A tree, and how it is calibrated: `weights` keep the grids that were found for it."""
+    """A tree, and how it is calibrated: `weights` keep the quantizers that were found for it."""
 
     name: str
     params: Any

@@ -1,4 +1,4 @@
-"""What a user asks of each site: one ratio for all, or one by name."""
+"""What a user asks of each layer: one ratio for all, or one by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,29 +12,29 @@ from jaxmet.tree.names import suggestion
 
 
 def asked_for(
-    ratios: Any, sites: Mapping[str, str | None], graph: Graph, caller: str
+    ratios: Any, layers: Mapping[str, str | None], graph: Graph, caller: str
 ) -> dict[str, float]:
-    """The ratio of every site that can have one and is asked for.
+    """The ratio of every layer that can have one and is asked for.
 
-    `sites` says of each why it cannot, or None. Refused are ratios outside (0, 1], unknown
-    names, and names, here or in `graph.only`, of sites that cannot.
+    `layers` says of each why it cannot, or None. Refused are ratios outside (0, 1], unknown
+    names, and names, here or in `graph.only`, of layers that cannot.
     """
     by_name = isinstance(ratios, Mapping)
     asked = (
-        dict(ratios) if by_name else {n: ratios for n, why in sites.items() if not why}
+        dict(ratios) if by_name else {n: ratios for n, why in layers.items() if not why}
     )
     for name, ratio in asked.items() if by_name else [("", ratios)]:
         check_ratio(f"ratio of {name!r}" if name else "ratio", ratio, caller)
     named = set(asked) if by_name else set()
-    for name in [*asked, *(graph.named & set(sites))]:
-        if name not in sites:
+    for name in [*asked, *(graph.named & set(layers))]:
+        if name not in layers:
             raise ValueError(
-                f"jaxmet.{caller}: there is no selected site {name!r}. "
-                f"{suggestion(name, list(sites))}"
+                f"jaxmet.{caller}: there is no selected layer {name!r}. "
+                f"{suggestion(name, list(layers))}"
             )
-        if sites[name] and (name in named or name in graph.named):
+        if layers[name] and (name in named or name in graph.named):
             raise ValueError(
-                f"jaxmet.{caller}: {name!r} cannot be compressed: {sites[name]}. Leave it out."
+                f"jaxmet.{caller}: {name!r} cannot be compressed: {layers[name]}. Leave it out."
             )
     return {name: float(ratio) for name, ratio in asked.items()}
 

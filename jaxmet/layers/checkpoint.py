@@ -1,4 +1,4 @@
-"""What was found so far, a file a step, so that a run that was killed goes on."""
+"""What was found so far, one file per step, so that a run that was killed goes on."""
 
 import dataclasses
 import functools

@@ -59,7 +59,7 @@ def plan_of(graph: Graph, node: Node) -> FoldPlan:
         return FoldPlan(node, why=why)
     plan = before = _before(graph, node, channels)
     if before.why is not None:
-        plan = _behind(graph, node, channels)
+        plan = _after(graph, node, channels)
     if plan.why is not None:
         return FoldPlan(node, why=f"{before.why}; {plan.why}")
     outside = [n for n in (node.name, *plan.products) if n not in graph.selected]
@@ -143,43 +143,45 @@ def _products_before(
     the channels that it makes.
     """
     edge = node.inputs[0]
-    maker = graph[edge.node] if edge.node else None
-    if maker is None or maker.kind not in ("product", "concat"):
+    producer = graph[edge.node] if edge.node else None
+    if producer is None or producer.kind not in ("product", "concat"):
         return "no product before it"
     if edge.moves:
-        return f"{listed(edge.moves)} between {maker.name!r} and it"
-    if maker.only_readers != (node.name,):
-        return f"it is not alone in reading {maker.name!r}"
-    if maker.kind == "product":
-        return [(maker, channels, None)]
+        return f"{listed(edge.moves)} between {producer.name!r} and it"
+    if producer.only_consumers != (node.name,):
+        return f"it is not alone in reading {producer.name!r}"
+    if producer.kind == "product":
+        return [(producer, channels, None)]
     joined = channels[0][0] if len(channels) == 1 and len(channels[0]) == 1 else None
-    if not isinstance(joined, Joined) or len(joined.parts) != len(maker.inputs):
-        return f"its channels are not those that {maker.name!r} joins"
+    if not isinstance(joined, Joined) or len(joined.parts) != len(producer.inputs):
+        return f"its channels are not those that {producer.name!r} joins"
     made: list[Made] = []
     start = 0
-    for edge, layout in zip(maker.inputs, joined.parts, strict=True):
+    for edge, layout in zip(producer.inputs, joined.parts, strict=True):
         product = graph[edge.node] if edge.node else None
         if product is None or product.kind != "product" or edge.moves:
-            return f"{maker.name!r} before it joins more than products"
-        if product.only_readers != (maker.name,) or product.name in [
+            return f"{producer.name!r} before it joins more than products"
+        if product.only_consumers != (producer.name,) or product.name in [
             p.name for p, _, _ in made
         ]:
-            return f"{maker.name!r} before it is not alone in reading {product.name!r}"
+            return (
+                f"{producer.name!r} before it is not alone in reading {product.name!r}"
+            )
         stop = start + layout_size(layout)
         made.append((product, (layout,), (start, stop)))
         start = stop
     return made
 
 
-def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
+def _after(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
     norm, places = node.norm, []
     assert norm is not None
-    if not node.only_readers:
-        return FoldPlan(node, why="more than the nodes behind it reads it")
-    for name in node.only_readers:
+    if not node.only_consumers:
+        return FoldPlan(node, why="more than the nodes after it reads it")
+    for name in node.only_consumers:
         product = graph[name]
         if product.kind != "product":
-            return FoldPlan(node, why=f"{name!r} behind it is no product")
+            return FoldPlan(node, why=f"{name!r} after it is no product")
         if why := _stiff(product):
             return FoldPlan(node, why=why)
         place = _place(graph, product, channels, product.kernel, "in")
@@ -189,7 +191,7 @@ def _behind(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
     if norm.scale is None or norm.bias is None:
         missing = "scale" if norm.scale is None else "bias"
         return FoldPlan(node, why=f"it has no {missing} to take the gain from")
-    return FoldPlan(node, "behind", node.only_readers, tuple(places))
+    return FoldPlan(node, "after", node.only_consumers, tuple(places))
 
 
 def _stiff(product: Node) -> str | None:

@@ -17,8 +17,8 @@ from jaxmet.tree.leaves import dense
 
 def norm_to_fold(graph: Graph, product: Node) -> Node | None:
     """The norm whose gain `fold_batch_norm` moves into this product, None if there is none."""
-    readers = product.only_readers or ()
-    node = graph[readers[0]] if len(readers) == 1 else None
+    consumers = product.only_consumers or ()
+    node = graph[consumers[0]] if len(consumers) == 1 else None
     if product.kind != "product" or node is None or node.norm is None:
         return None
     plan = plan_of(graph, node)

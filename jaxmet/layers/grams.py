@@ -1,4 +1,4 @@
-"""Products of what sites read, over all data, in one pass."""
+"""Products of what layers read, over all data, in one pass."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
 
 ROWS = 65_536
-"""How many rows of a site's inputs are looked at in a batch, by default."""
+"""How many rows of a layer's inputs are looked at in a batch, by default."""
 
 
 class GramSums(NamedTuple):
-    """Sums over rows x of a site's inputs: how many, of them and of their products xᵀx."""
+    """Sums over rows x of a layer's inputs: how many, of them and of their products xᵀx."""
 
     number: jax.Array
     sums: jax.Array  # (groups, ins)
@@ -41,7 +41,7 @@ def grams(
     graph: Graph,
     params: Any,
     batches: Batches,
-    sites: Collection[str],
+    layers: Collection[str],
     *,
     caller: str,
     key: jax.Array,
@@ -49,15 +49,15 @@ def grams(
     progress: bool = True,
     lost: dict[str, str] | None = None,
 ) -> dict[str, GramSums]:
-    """The Gram matrix of the inputs of each of these sites, (groups, ins, ins).
+    """The Gram matrix of the inputs of each of these layers, (groups, ins, ins).
 
     Layers with one weight have one, over the inputs of all of them.
 
     `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
     from all positions of each example that count: by a key of its own for each batch, node
-    and round of a loop. `lost` is told of sites of which it is not known which rows count.
+    and round of a loop. `lost` is told of layers of which it is not known which rows count.
     """
-    wanted = set(sites)
+    wanted = set(layers)
     numbers = {name: i for i, name in enumerate(n.name for n in graph.nodes)}
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -108,5 +108,5 @@ def grams(
 
 
 def unmasked(why: str | None) -> str | None:
-    """What a report says of a site of which it is not known which rows count."""
+    """What a report says of a layer of which it is not known which rows count."""
     return None if why is None else f"all rows count, padded ones too: {why} moves them"

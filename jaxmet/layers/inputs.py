@@ -23,7 +23,7 @@ def rows_of(
 ) -> jax.Array:
     """What a product reads, (groups, rows, ins).
 
-    With `most`, at most so many rows an example, which is an entry along axis 0 of x, are
+    With `most`, at most so many rows per example, which is an entry along axis 0 of x, are
     drawn by `key`, of a convolution the same of all; `offset` is what its padding holds
     instead of zero. The columns have the order of `matrix_of`.
     """

@@ -29,7 +29,7 @@ class Copy:
     """One copy of a model, cut at the same nodes as the other, and where it stands.
 
     `lives` are the live values of each batch, `shift` is what is still to be taken from the
-    result of the last cut node, `finish` what is done to it behind that.
+    result of the last cut node, `finish` what is done to it after that.
     """
 
     caller: str
@@ -118,7 +118,7 @@ def quantized_copy(
     *,
     both: bool,
 ) -> Copy:
-    """The copy with rounded weights, and with `both` with activations on their grids.
+    """The copy with rounded weights, and with `both` with activations quantized.
 
     Where only parameters are rounded it runs the compiled pieces of the reference.
     """
@@ -128,7 +128,7 @@ def quantized_copy(
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
         result = run(*fake_quantize_derived(node, operands, rounded))
-        # What ends a piece is corrected before it is put on its grid.
+        # What ends a piece is corrected before it is quantized.
         keep = not both or node.name in cuts
         return (
             result if keep else fake_quantize_output(node, run, result, rounded)

@@ -1,4 +1,4 @@
-"""Ranges of activations over data: observed batch by batch, then chosen for each grid."""
+"""Ranges of activations over data: observed batch by batch, then chosen for each quantizer."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ class Extremes(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ObservedRows:
-    """What was seen at nodes, a row a node and layer: few arrays for a whole model.
+    """What was seen at nodes, one row per node and layer: few arrays for a whole model.
 
     Where a branch was not taken the ends are +∞ and −∞. `layout` says which nodes these
     are, and the leading axes that loops gave to each.
@@ -77,7 +77,7 @@ def observed_ranges(
     lost: dict[str, str],
     **kwargs: Any,
 ) -> dict[str, Range]:
-    """A finite range for each node that owns a grid: a pair a layer in a loop over layers.
+    """A finite range for each node that owns a quantizer: one pair per layer in a loop over layers.
 
     A node whose branch was never taken, or none of whose values counts, has none. `lost` is
     told of nodes of which it is not known which values count.
@@ -202,7 +202,7 @@ def _merge(
 def _settle(
     graph: Graph, seen: dict[str, ObservedRows], placement: Placement
 ) -> dict[str, Extremes | Histogram]:
-    """Finite values for each owner of a grid, of all nodes that share it."""
+    """Finite values for each owner of a quantizer, of all nodes that share it."""
     every = {n: v for rows in seen.values() for n, v in rows.by_node().items()}
     found: dict[str, Any] = {}
     for node in graph.nodes:
@@ -259,7 +259,7 @@ def _chosen(
         elif value is not None:
             ranges[name] = value.low, value.high
     for (method, symmetric, _), names in searched.items():
-        # All grids of a kind side by side, layers too: one program.
+        # All quantizers of a kind side by side, layers too: one program.
         layers = [np.size(found[n].low) for n in names]
         flat = [_flat(found[n]) for n in names]
         values = values_of(jax.tree.map(lambda *v: jnp.concatenate(v), *flat))
@@ -277,12 +277,12 @@ def _chosen(
 
 
 def _given(settings: Settings, value: Any) -> tuple[float, float, float]:
-    """The ends of the grid that a range is for, and the share that may lie outside."""
+    """The ends of the quantizer that a range is for, and the share that may lie outside."""
     signed = is_signed(settings, value.low)
     low, high = grid_ends(settings.bits, signed=settings.symmetric and signed)
     return float(low), float(high), 1 - settings.percentile / 100
 
 
 def is_signed(settings: Settings, low: Any) -> bool:
-    """Whether the grid of an activation has negative integers or a zero point."""
+    """Whether the quantizer of an activation has negative integers or a zero point."""
     return not settings.symmetric or bool(np.min(low) < 0)

@@ -1,4 +1,4 @@
-"""What gets a grid: every weight, and the values that an integer device would store."""
+"""What gets a quantizer: every weight, and the values that an integer device would store."""
 
 import dataclasses
 from collections import Counter
@@ -70,7 +70,7 @@ class Placement:
     biases: tuple[BiasPlace, ...]
     activations: dict[str, Settings]
     shared: dict[str, str]
-    left: dict[str, str]
+    skipped: dict[str, str]
 
 
 def place(
@@ -158,12 +158,12 @@ def _tensors(
 
 def _weights(graph: Graph, config: QuantConfig, caller: str) -> Iterator[WeightPlace]:
     """Every weight, with what the rules say of it."""
-    readers: dict[str, list[Node]] = {}
+    consumers: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.is_site and node.weight is not None:
+        if node.is_layer and node.weight is not None:
             name = node.weight.name or node.name
-            readers.setdefault(name, []).append(node)
-    for name, nodes in readers.items():
+            consumers.setdefault(name, []).append(node)
+    for name, nodes in consumers.items():
         calls = [(name, node.name) for node in nodes]
         yield _weight(name, tuple(nodes), agreed(config, calls, "weight", caller))
 
@@ -220,20 +220,20 @@ def _stored(graph: Graph) -> set[str]:
         if node.kind != "output"
         and node.function not in KEEPS_GRID
         and node.function not in NO_NUMBERS
-        and not (counts[node.name] == 1 and _fuses(node, graph.readers(node.name)[0]))
+        and not (counts[node.name] == 1 and _fuses(node, graph.consumers(node.name)[0]))
     }
 
 
-def _fuses(node: Node, reader: Node) -> bool:
+def _fuses(node: Node, consumer: Node) -> bool:
     """Whether a device computes both in one operation."""
-    edges = [e for e in reader.inputs if e.node == node.name]
-    if all(e.moves for e in edges) or node.region != reader.region:
+    edges = [e for e in consumer.inputs if e.node == node.name]
+    if all(e.moves for e in edges) or node.region != consumer.region:
         return False
-    if reader.kind == "norm":
+    if consumer.kind == "norm":
         # a batch norm in training is traced for the device that runs the trained one
-        over = reader.norm.over if reader.norm is not None else None
+        over = consumer.norm.over if consumer.norm is not None else None
         return over in ("stored", "constant", "batch") and node.kind == "product"
-    if reader.kind == "activation" and reader.function in FUSED:
+    if consumer.kind == "activation" and consumer.function in FUSED:
         return node.kind in ("product", "ragged", "norm", "add")
     return False
 
@@ -254,7 +254,7 @@ def _keeps(edge: Edge) -> bool:
 
 
 def grid_source(graph: Graph, name: str) -> str:
-    """The node whose grid a node's result is on: pools that choose keep their input's."""
+    """The node whose quantizer a node's result is on: pools that choose keep their input's."""
     node = graph[name]
     while node.function in KEEPS_GRID and node.inputs and node.inputs[0].node:
         if not _keeps(node.inputs[0]):
@@ -264,7 +264,7 @@ def grid_source(graph: Graph, name: str) -> str:
 
 
 def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
-    """What a concatenation reads uses the concatenation's grid."""
+    """What a concatenation reads uses the concatenation's quantizer."""
     owner: dict[str, str] = {}
 
     def last(name: str) -> str:
@@ -286,7 +286,7 @@ def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
 
 
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
-    """Say which products compute on a value that is on no grid."""
+    """Say which products compute on a value that has no quantizer."""
     for node in graph.nodes:
         if node.kind not in MULTIPLIES or node.name not in graph.selected:
             continue
@@ -300,7 +300,7 @@ def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
             elif edge.node is None:
                 why = f"it comes through {', '.join(edge.moves) or 'no named node'}"
             else:
-                why = f"{edge.node!r} has no grid"
+                why = f"{edge.node!r} has no quantizer"
             left.setdefault(f"input of {node.name}", f"stays in float: {why}")
 
 
@@ -355,7 +355,7 @@ def _biases(
         elif quantized[weight.name].settings.block is not None:
             why = "the weight of its product has several scales an output: blocks"
         elif source not in on_grid or not exact or source is None:
-            why = "the input of its product is on no grid of known scale"
+            why = "the input of its product has no quantizer of known scale"
         elif graph[source].layers or node.layers:
             why = "the grid of its product's input changes from layer to layer"
         else:
@@ -384,13 +384,13 @@ def _beside(node: Node, norm: Node | None) -> tuple[tuple[str, float], ...]:
 def _agreed(
     biases: tuple[BiasPlace, ...], left: dict[str, str]
 ) -> tuple[BiasPlace, ...]:
-    """The biases that have one grid, whichever of their products reads them."""
+    """The biases that have one quantizer, whichever of their products reads them."""
     products: dict[str, set[Any]] = {}
     for bias in biases:
         products.setdefault(bias.name, set()).add((bias.product, bias.beside))
     for name, several in products.items():
         if len(several) > 1:
-            left[name] = "the inputs of its products are on different grids"
+            left[name] = "the inputs of its products are on different quantizers"
     return tuple({b.name: b for b in biases if b.name not in left}.values())
 
 
@@ -416,5 +416,5 @@ def _parameters(
         elif rest:
             left.update(dict.fromkeys(rest, f"used by {node.name} ({node.kind})"))
         said |= set(rest)
-    for name, why in graph.left:
+    for name, why in graph.unread:
         left.setdefault(name, why)

@@ -35,8 +35,8 @@ def float_model(
     else:
         graph.leaves(tree, f"{caller}, reference")
     ours, theirs = named_leaves(params), named_leaves(tree)
-    for site in graph.sites:
-        weight = site.weight
+    for layer in graph.layers:
+        weight = layer.weight
         if weight is None or weight.name not in quantizers.weights:
             continue
         if weight.name in ours and weight.name in theirs:
@@ -101,7 +101,7 @@ def _is_rescaled(
 
 
 def _step(new: np.ndarray, quantizer: Quantizer) -> np.ndarray:
-    """The step of a weight's grid, or the largest that it can be."""
+    """The step of a weight's quantizer, or the largest that it can be."""
     if not quantizer.follows:
         scale = np.asarray(quantizer.grid(None)[0])
         return np.max(scale) if quantizer.block is not None else scale

@@ -214,7 +214,7 @@ def _described(
         owner = next((n for n in graph.nodes if name in n.parameters), None)
         if name is None or owner is None:
             reasons = [
-                f"{n!r} is {why}" for n, why in graph.left if match(rule.glob, n)
+                f"{n!r} is {why}" for n, why in graph.unread if match(rule.glob, n)
             ]
             return (reasons or [f"{rule.glob!r} is a parameter that no layer reads"])[
                 0
@@ -230,7 +230,7 @@ def _described(
 
 
 def _kind(node: Node) -> str:
-    kind = "layer" if node.is_site else node.kind
+    kind = "layer" if node.is_layer else node.kind
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
@@ -243,7 +243,7 @@ def _around(
         row = [node]
         while row:
             if step == "after":
-                names = [r.name for n in row for r in graph.readers(n.name)]
+                names = [r.name for n in row for r in graph.consumers(n.name)]
             else:
                 names = [e.node for n in row for e in n.inputs if e.node is not None]
             names = [n for n in dict.fromkeys(names) if n not in seen]

@@ -8,11 +8,11 @@ calibrators        the range that serves values best: percentile, MSE, SQNR, ent
 norm               the gain of a norm with stored statistics, and how it moves
 scaling            scales that move range from one layer to the next
 moments            mean, variance and range: measured, merged, and through activations
-absorb             what a rectifier never takes away, moved behind it
+absorb             what a rectifier never takes away, moved after it
 low_rank           a matrix as a product of two thin ones, best for given inputs
 channel_selection  which input channels a layer can best do without
 lasso              few coefficients that do the work of many
 least_squares      weights from products of inputs, which may say little or nothing
-ratios             which ratio each site is compressed to, from a table of scores
-knapsack           one option for each site, the best within a budget
+ratios             which ratio each layer is compressed to, from a table of scores
+knapsack           one option for each layer, the best within a budget
 """

@@ -1,4 +1,4 @@
-r"""What a rectifier never takes away, moved behind it.
+r"""What a rectifier never takes away, moved after it.
 
 Where $z \ge c$, relu(z) = relu(z − c) + c: a channel whose values lie far above zero may
 give a constant to the next layer, and then has a smaller range.
@@ -25,7 +25,7 @@ def absorbed(
     return jnp.minimum(jnp.maximum(low, 0.0), upper)
 
 
-def shift_behind(
+def shift_after(
     weight: Float[Array, "groups ins outs window"], c: Float[Array, " inputs"]
 ) -> Float[Array, " outputs"]:
     r"""$\sum W c$ over inputs and window: what outputs lose when inputs lose $c$."""

@@ -70,7 +70,7 @@ def _power_of_two(x: Float[Array, "*layers"]) -> Float[Array, "*layers"]:
 class Tally(NamedTuple):
     """Counts of some values of which each stands for `each`, and the ends of all.
 
-    What is exactly zero is in a bin of its own, behind the others.
+    What is exactly zero is in a bin of its own, after the others.
     """
 
     counts: Int[Array, "*layers bins1"]

@@ -1,6 +1,6 @@
-r"""One option for each site so that the sum of scores is largest within a budget of cost.
+r"""One option for each layer so that the sum of scores is largest within a budget of cost.
 
-Partial choices are extended site by site, and one goes if another costs no more and scores
+Partial choices are extended layer by layer, and one goes if another costs no more and scores
 as much, or if the most that it may become is less than a choice already known. With any
 price $\lambda \ge 0$ of cost, a choice within the budget b scores at most
 
@@ -17,12 +17,12 @@ from jaxtyping import Bool, Float, Int
 LIMIT = 20_000
 DUST = 1e-9  # of the scores: what rounding may make of a sum
 
-Table = Float[np.ndarray, "sites options"]
-Options = Int[np.ndarray, " sites"]
+Table = Float[np.ndarray, "layers options"]
+Options = Int[np.ndarray, " layers"]
 
 
 class Chosen(NamedTuple):
-    """The option of each site, their scores and costs summed, and what may be missing.
+    """The option of each layer, their scores and costs summed, and what may be missing.
 
     No choice within the budget scores more than `score` and `gap` together.
     """
@@ -36,7 +36,7 @@ class Chosen(NamedTuple):
 class _Frontier(NamedTuple):
     """Partial choices by rising cost, each of a higher score than all before it.
 
-    `parent` is the choice of the sites before the last, `option` that of the last.
+    `parent` is the choice of the layers before the last, `option` that of the last.
     """
 
     cost: Float[np.ndarray, " n"]
@@ -53,7 +53,7 @@ def optimal(
 ) -> Chosen:
     """The best choice, or with more than `limit` partial choices one with a known gap.
 
-    To leave a site as it is must be an option, with its own score and cost. An infinite
+    To leave a layer as it is must be an option, with its own score and cost. An infinite
     cost marks an option that is not there. Of two equal scores it is the lower cost.
     """
     there = np.isfinite(costs) & np.isfinite(scores)
@@ -67,10 +67,10 @@ def optimal(
     floor = _sum(scores, known) - DUST * np.abs(scores[there]).max() * len(scores)
     most_after, least_after = _after(most), _after(least)
     layers, exact = [_Frontier(*np.zeros((2, 1)), *np.zeros((2, 1), int))], True
-    for site in range(len(scores)):
-        new = _extended(layers[-1], scores[site], costs[site])
-        fits = new.cost + least_after[site] <= budget
-        hope = new.score + price * (budget - new.cost) + most_after[site]
+    for layer in range(len(scores)):
+        new = _extended(layers[-1], scores[layer], costs[layer])
+        fits = new.cost + least_after[layer] <= budget
+        hope = new.score + price * (budget - new.cost) + most_after[layer]
         new = _undominated(new.at(fits & (hope >= floor)))
         exact = exact and new.cost.size <= limit
         layers.append(_thinned(new, limit))
@@ -115,7 +115,7 @@ def _extended(
     scores: Float[np.ndarray, " options"],
     costs: Float[np.ndarray, " options"],
 ) -> _Frontier:
-    """Every partial choice with every option of one more site that is there."""
+    """Every partial choice with every option of one more layer that is there."""
     options = np.flatnonzero(np.isfinite(scores))
     parent, option = np.divmod(np.arange(old.cost.size * options.size), options.size)
     option = options[option]
@@ -145,7 +145,7 @@ def _thinned(choices: _Frontier, limit: int) -> _Frontier:
 
 
 def _traced(layers: list[_Frontier]) -> Options:
-    """The options of the best choice of all sites."""
+    """The options of the best choice of all layers."""
     place, options = layers[-1].cost.size - 1, []
     for layer in layers[:0:-1]:
         options.append(layer.option[place])
@@ -153,8 +153,8 @@ def _traced(layers: list[_Frontier]) -> Options:
     return np.array(options[::-1])
 
 
-def _after(v: Float[np.ndarray, " sites"]) -> Float[np.ndarray, " sites"]:
-    """For each site the sum over all behind it."""
+def _after(v: Float[np.ndarray, " layers"]) -> Float[np.ndarray, " layers"]:
+    """For each layer the sum over all after it."""
     return np.append(np.cumsum(v[:0:-1])[::-1], 0.0)
 
 

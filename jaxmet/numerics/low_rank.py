@@ -48,7 +48,7 @@ def spectrum(
 
     In the place of the Gram matrix stands $G + \delta I$, with $\delta$ so much of the mean
     of the diagonal as `damping` says: what the inputs never ask for costs next to nothing,
-    yet comes in its own order behind all the rest.
+    yet comes in its own order after all the rest.
     """
     with jax.default_matmul_precision("highest"):
         core, across = matrix, None
@@ -131,7 +131,7 @@ def largest_rank(
 
     It is rounded up to a multiple where the factors then still cost less than the whole and
     the rank is one that there is; else down to a multiple; below the first multiple it
-    stays as it is. AIMET rounds up always.
+    stays unchanged. AIMET rounds up always.
     """
     exact = ratio * cost / cost_of_rank_one
     rank = min(max(math.floor(exact * (1 + 1e-12)), 1), most)  # 0.29 * 100 is not 29

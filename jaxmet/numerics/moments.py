@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Moments of `number` values a channel; `spread` sums the squared distances to the mean."""
+    """Moments of `number` values per channel; `spread` sums the squared distances to the mean."""
 
     number: Channels
     mean: Channels

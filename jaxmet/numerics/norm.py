@@ -1,6 +1,6 @@
 r"""A batch norm as the affine map that it is: $y = (x-\mu)\,g + \beta$.
 
-Its gain can move into the layer before it or behind it. What is left is the identity
+Its gain can move into the layer before it or after it. What is left is the identity
 and a shift, with statistics that still are those of what it now reads.
 
 Ioffe and Szegedy, [Batch Normalization](https://arxiv.org/abs/1502.03167), ICML 2015,
@@ -97,7 +97,7 @@ def gain_before(
     )
 
 
-def gain_behind(
+def gain_after(
     mean: Channels,
     variance: Channels,
     scale: Channels,

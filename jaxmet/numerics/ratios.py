@@ -1,7 +1,7 @@
-"""Which ratio each site is compressed to, from a table of scores; on the host, in float64.
+"""Which ratio each layer is compressed to, from a table of scores; on the host, in float64.
 
-A row of the table is a site, a column a ratio of cost after to cost before; an entry is the
-score of the network with this site alone compressed to this ratio.
+A row of the table is a layer, a column a ratio of cost after to cost before; an entry is the
+score of the network with this layer alone compressed to this ratio.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxmet.numerics.knapsack import Chosen as Chosen
 from jaxmet.numerics.knapsack import optimal as optimal
 from jaxmet.numerics.knapsack import too_tight
 
-Table = Float[np.ndarray, "sites ratios"]
+Table = Float[np.ndarray, "layers ratios"]
 
 
 def monotone(scores: Table, weights: Table | None = None) -> Table:
@@ -42,14 +42,14 @@ def greedy(
     ratios: Float[np.ndarray, " ratios"],
     scores: Table,
     costs: Table,
-    full: Float[np.ndarray, " sites"],
+    full: Float[np.ndarray, " layers"],
     target: float | int,
     *,
     other: float | int = 0.0,
-) -> Int[np.ndarray, " sites"]:
-    """The ratio of each site under one threshold for all scores; -1 leaves a site as it is.
+) -> Int[np.ndarray, " layers"]:
+    """The ratio of each layer under one threshold for all scores; -1 leaves a layer as it is.
 
-    From mild to strong a site goes on as far as its scores stay at the threshold or above,
+    From mild to strong a layer goes on as far as its scores stay at the threshold or above,
     and to the end if the last does. Of the thresholds that make a difference it is the
     highest with a cost of at most `target` of the whole, which is `full` and the `other`
     cost of the network.
@@ -69,8 +69,8 @@ def greedy(
     raise ValueError(too_tight(least, budget))
 
 
-def _as_far_as(good: Bool[np.ndarray, "sites ratios"]) -> Int[np.ndarray, " sites"]:
+def _as_far_as(good: Bool[np.ndarray, "layers ratios"]) -> Int[np.ndarray, " layers"]:
     """The strongest place before which nothing fails, or the very strongest if it is good."""
-    sites, ratios = good.shape
+    layers, ratios = good.shape
     run = np.logical_and.accumulate(good[:, ::-1], axis=1).sum(axis=1)
     return np.where(good[:, 0], 0, ratios - run)

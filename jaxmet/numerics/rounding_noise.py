@@ -40,7 +40,7 @@ class NoisyLayers(NamedTuple):
     `gains[k][l, g, i, o]` is $G_{io}$ of the layers of one shape, `high` and `low` how far
     $x_i$ reaches above and below zero, `cost` is $C_i$. `weight_step` is
     $-\log 12(2^{b-1}-1)^2$ of the weight and `input_step` $-\log 12(2^b-1)^2$ of the input,
-    -inf for what is not quantized. `per_channel` says which weights have one grid an output.
+    -inf for what is not quantized. `per_channel` says which weights have one grid per output.
     """
 
     layers: Layers
@@ -304,7 +304,7 @@ def _total(
     """The log of the sum over layers of the noise of weights and of inputs.
 
     `makes` is what multiplies the error of a weight on its way out: the scale of the output,
-    or, with one grid an output, the largest weight.
+    or, with one grid per output, the largest weight.
     """
     read = noisy.layers.by_input(jnp.exp(2 * (near.ins - ins)))
     made = jnp.exp(2 * (makes - near.makes)) * _over_inputs(near.gains, read)

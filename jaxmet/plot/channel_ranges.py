@@ -47,16 +47,16 @@ class Relative(NamedTuple):
 
 
 def weights_of(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
-    """The weight of every selected site as `(channels, values)`, by the site's name.
+    """The weight of every selected layer as `(channels, values)`, by the layer's name.
 
-    Of compressed leaves the dense weight; a weight that several sites read stands with the
+    Of compressed leaves the dense weight; a weight that several layers read stands with the
     first. Weights that the model computes from several parameters are left out.
     """
     check_graph(graph, caller, TREE_FIRST)
-    leaves = leaves_of_sites(params, graph, caller)
+    leaves = leaves_of_layers(params, graph, caller)
     found: dict[str, Any] = {}
     seen: set[str] = set()
-    for node in graph.sites:
+    for node in graph.layers:
         name = node.weight.name if node.weight is not None else None
         if name is None or name in seen:
             continue
@@ -64,20 +64,20 @@ def weights_of(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
         found[node.name] = by_channel(array_of(leaves[name]), node)
     if not found:
         raise ValueError(
-            f"jaxmet.{caller}: no selected site has a weight of its own. Pass the whole "
-            "graph, or select sites with graph.only."
+            f"jaxmet.{caller}: no selected layer has a weight of its own. Pass the whole "
+            "graph, or select layers with graph.only."
         )
     return found
 
 
-def leaves_of_sites(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
-    """The leaves by name, refused where a selected site's weight is not there, or traced.
+def leaves_of_layers(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
+    """The leaves by name, refused where a selected layer's weight is not there, or traced.
 
     A tree that was pruned or factorized has those of the graph from before, too.
     """
     check_concrete(params, caller)
     leaves = leaves_by_name(params)
-    names = {site.weight.name for site in graph.sites if site.weight is not None}
+    names = {layer.weight.name for layer in graph.layers if layer.weight is not None}
     if names - {None, *leaves}:
         graph.leaves(params, caller)  # says which one is missing
     return leaves
@@ -115,7 +115,7 @@ def by_channel(weight: np.ndarray, node: Node) -> np.ndarray:
 def ranges(weight: np.ndarray) -> Ranges:
     """The smallest and the largest value of every channel of `(channels, values)`.
 
-    A single value is a range with zero, as every grid has it; a channel that holds NaN or
+    A single value is a range with zero, as every quantizer has it; a channel that holds NaN or
     infinity has none, which is NaN.
     """
     if weight.shape[1] == 1:

@@ -27,7 +27,7 @@ def compare(table: Any, *, title: str | None = None) -> Any:
 
     To the left, by node, the signal-to-noise ratio with everything before it (a line, one
     point a row) and that of what the node adds itself; to the right how much of its error it
-    adds itself. Nodes with a badly used grid have a red bar, and the note in the tooltip. Rows
+    adds itself. Nodes with a badly used quantizer have a red bar, and the note in the tooltip. Rows
     without noise or without a number leave gaps and are named.
 
     Raises ValueError for a table that is empty or another's.
@@ -83,7 +83,7 @@ def compare(table: Any, *, title: str | None = None) -> Any:
         [r["name"] for r in rows if r["all"] is None], "no noise or no number"
     )
     flagged = [r["name"] for r in rows if r["note"]]
-    said = f"red: badly used grids ({len(flagged)})" if flagged else None
+    said = f"red: badly used quantizers ({len(flagged)})" if flagged else None
     chart = alt.hconcat(left, right, spacing=12)
     return titled(alt, chart, title or "Where the error enters", said, gone)
 

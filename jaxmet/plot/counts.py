@@ -73,7 +73,7 @@ def _tallied(names: Collection[str]) -> Callable:
 
 
 def _side_by_side(graph: Graph, layout: list[tuple[str, int]]) -> Observer:
-    """One histogram with a row a node and layer: few arrays for a whole model."""
+    """One histogram with one row per node and layer: few arrays for a whole model."""
 
     def observer(hook: Hook) -> Callable:
         run = statistics_of(graph)(hook)

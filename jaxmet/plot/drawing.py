@@ -11,7 +11,7 @@ from typing import Any
 from jaxmet.plot.tables import number
 
 ROWS = "rows"
-"""Views of this name, or with a number behind it, draw one mark for each of their records."""
+"""Views of this name, or with a number after it, draw one mark for each of their records."""
 
 KINDS = {"weight": "#2f6f9f", "activation": "#d9822b"}
 BEFORE, AFTER = "#b4bac4", "#2f6f9f"
@@ -76,13 +76,13 @@ def shown(most: int) -> str:
 
 
 def told_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of grids, with their kind where a weight and an activation share one."""
+    """The names of quantizers, with their kind where a weight and an activation share one."""
     kinds: dict[str, set[Any]] = {}
     for row in rows:
-        kinds.setdefault(str(row["what"]), set()).add(row["kind"])
+        kinds.setdefault(str(row["tensor"]), set()).add(row["kind"])
     return [
-        f"{row['what']} ({row['kind']})" if len(kinds[str(row["what"])]) > 1
-        else str(row["what"])
+        f"{row['tensor']} ({row['kind']})" if len(kinds[str(row["tensor"])]) > 1
+        else str(row["tensor"])
         for row in rows
     ]  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 from jaxmet.engine.graph.graph import Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.plot.channel_ranges import leaves_of_sites
+from jaxmet.plot.channel_ranges import leaves_of_layers
 from jaxmet.plot.drawing import ROWS, altair, data, layered, shortened, titled
 from jaxmet.plot.layer_weights import WeightAxes, lanes, places
 from jaxmet.plot.states import STATES, states_of
@@ -40,7 +40,7 @@ def graph(
     check_graph(graph, CALLER, "Give what jm.trace returned.")
     if params is not None:
         graph = graph.of(params, CALLER)
-        leaves_of_sites(params, graph, CALLER)
+        leaves_of_layers(params, graph, CALLER)
     if quantizers is not None:
         check_quantizers(quantizers, graph, CALLER, params)
     states = states_of(graph, params, quantizers)
@@ -86,7 +86,7 @@ def graph(
     chart = layered(alt, [lines, rects, upper, lower]).properties(
         width=width, height=rows * ROW, view=alt.ViewBackground(stroke=None)
     )
-    said = f"{len(graph.nodes)} nodes, {len(graph.sites)} selected sites"
+    said = f"{len(graph.nodes)} nodes, {len(graph.layers)} selected layers"
     return titled(alt, chart, title or "The model", said)
 
 

@@ -1,4 +1,4 @@
-"""Histograms of weights and activations, with the grids that they are put on."""
+"""Histograms of weights and activations, with the quantizers that they are put on."""
 
 from typing import Any
 
@@ -40,15 +40,15 @@ def histograms(
     names: Any = "*",
     title: str | None = None,
 ) -> Any:
-    """Histograms of the weights, with `batches` of activations too, and their grids.
+    """Histograms of the weights, with `batches` of activations too, and their quantizers.
 
     A panel a weight (by the name of its parameter) or activation (by its node's): the share
     of values in each of 60 bins, on a scale of square roots and never less than a few pixels,
-    so that tails are seen. With `quantizers` the grid is drawn in: below the bars a tick for
+    so that tails are seen. With `quantizers` the quantizer is drawn in: below the bars a tick for
     each level where there are 32 or fewer, otherwise its ends; what lies beyond them is red,
-    and the heading has the step and the share that is clipped. Where channels have grids of
+    and the heading has the step and the share that is clipped. Where channels have quantizers of
     their own the ends are those of the widest. With quantizers only activations that have a
-    grid are drawn. `names` is a glob, or several, over parameters and nodes.
+    quantizer are drawn. `names` is a glob, or several, over parameters and nodes.
 
     One pass over the batches counts up to 65,536 values of each node and batch. Nodes in
     branches and `while_loop`s are left out. Raises ValueError for names that mean nothing.
@@ -84,7 +84,7 @@ def histograms(
     charts = [_panel(alt, i, *panel) for i, panel in enumerate(panels)]
     chart = alt.concat(*charts, columns=COLUMNS, spacing=18)
     gone = not_finite({n: w for n, w in weights.items() if n in chosen})
-    return titled(alt, chart, title or "Values and grids", gone)
+    return titled(alt, chart, title or "Values and quantizers", gone)
 
 
 def _weights(params: Any, graph: Graph) -> dict[str, np.ndarray]:
@@ -119,7 +119,7 @@ def _coarse(counts: np.ndarray, edges: np.ndarray) -> Counts:
 
 
 def _grid(q: Quantizer | None, weight: Any) -> dict[str, Any] | None:
-    """Ends, levels and step of a grid; of several the widest ends, and the smallest step."""
+    """Ends, levels and step of a quantizer; of several the widest ends, and the smallest step."""
     if q is None or not q.active or q.product is not None:
         return None
     if q.follows and weight is None:
@@ -212,6 +212,6 @@ def _panel(
 
 def _said(grid: dict[str, Any] | None, clipped: float) -> str:
     if grid is None:
-        return "no grid"
+        return "no quantizer"
     lost = f", {100 * clipped:.2g} % clipped" if clipped else ""
     return f"{grid['bits']} bits, {grid['step']}{lost}"

@@ -43,7 +43,7 @@ PICTURES: dict[str, Callable[..., Any]] = {
 }
 HEADINGS = {
     "sensitivity": "Sensitivity",
-    "noise": "Noise of every grid",
+    "noise": "Noise of every quantizer",
     "compare": "Where the error enters",
     "ratio_scores": "Compression: score by ratio",
     "rounding_loss": "Rounding",
@@ -71,7 +71,7 @@ def report(
     what of it is quantized, what not and why; `scores` by name, such as float and quantized;
     ranges of weights, and those of `before`, a tree of the same model from before; with
     quantizers and one `batch` of inputs `jm.compare`, where the error enters (against
-    `before` if its channels are scaled as these are, else against `params` without grids, and
+    `before` if its channels are scaled as these are, else against `params` without quantizers, and
     it says which); every one of `tables`, as a picture
     too where it is one of `jm.sensitivity`, `jm.noise`, `jm.compare`, `jm.score_ratios` or
     a report of `jm.adaround`; `settings` by name, and versions. Beside every picture its
@@ -108,8 +108,8 @@ def report(
         book.add("Settings", table_html(_pairs(settings, "setting")))
     book.add("Versions", table_html(_pairs(_versions(), "package")))
     script = _vega(vl) if book.specs else ""
-    sites = f"{len(graph.nodes)} nodes, {len(graph.sites)} sites"
-    content = page(title, sites, book.sections, book.specs, script)
+    layers = f"{len(graph.nodes)} nodes, {len(graph.layers)} layers"
+    content = page(title, layers, book.sections, book.specs, script)
     written(path, lambda file: file.write(content.encode()))
 
 
@@ -207,7 +207,7 @@ def _figures(scores: Mapping[str, Any]) -> str:
 
 
 def _plan(book: Book, params: Any, graph: Graph, quantizers: Quantizers | None) -> None:
-    """The model as a drawing, and the grids with the reasons of those that are absent."""
+    """The model as a drawing, and the quantizers with the reasons of those that are absent."""
     tall = len(graph.nodes) > TALL
     chart = graph_chart(graph, params=params, quantizers=quantizers)
     body = [book.chart(chart, tall=tall)]
@@ -215,10 +215,10 @@ def _plan(book: Book, params: Any, graph: Graph, quantizers: Quantizers | None) 
     book.add("The model", *body)
     if quantizers is None:
         return
-    grids, left = grid_tables(quantizers)
+    grids, left = quantizer_tables(quantizers)
     counts = f"{len(quantizers.weights)} weights and biases, "
     counts += f"{len(quantizers.activations)} activations are quantized."
-    parts = [f"<p>{counts}</p>", folded(f"{len(grids)} grids", table_html(grids))]
+    parts = [f"<p>{counts}</p>", folded(f"{len(grids)} quantizers", table_html(grids))]
     if len(left):
         parts.append(f"<p>{len(left)} things stay in float:</p>")
         parts.append(table_html(reasons(left)))
@@ -226,13 +226,13 @@ def _plan(book: Book, params: Any, graph: Graph, quantizers: Quantizers | None) 
     book.add("What is quantized, and what is not", *parts)
 
 
-def grid_tables(quantizers: Quantizers) -> tuple[Table, Table]:
-    """The grids, one a row, and what has none with the reason."""
+def quantizer_tables(quantizers: Quantizers) -> tuple[Table, Table]:
+    """The quantizers, one per row, and what has none with the reason."""
     rows = [(n, "weight", q) for n, q in quantizers.weights.items()]
     rows += [(n, "activation", q) for n, q in quantizers.activations.items()]
     grids = Table(
         {
-            "what": [n for n, _, _ in rows],
+            "tensor": [n for n, _, _ in rows],
             "kind": [k for _, k, _ in rows],
             "bits": [q.bits if q.enabled else None for _, _, q in rows],
             "symmetric": ["yes" if q.symmetric else "no" for _, _, q in rows],
@@ -242,8 +242,8 @@ def grid_tables(quantizers: Quantizers) -> tuple[Table, Table]:
     )
     left = Table(
         {
-            "what": [n for n, _ in quantizers.left],
-            "why": [why for _, why in quantizers.left],
+            "tensor": [n for n, _ in quantizers.skipped],
+            "why": [why for _, why in quantizers.skipped],
         }
     )
     return grids, left
@@ -253,15 +253,15 @@ def reasons(left: Table) -> Table:
     """Why things stay in float: how many for each reason, and the first few."""
     found: dict[str, list[str]] = {}
     for row in left:
-        found.setdefault(row["why"], []).append(row["what"])
+        found.setdefault(row["why"], []).append(row["tensor"])
     some = [", ".join(n[:3]) + (", …" if len(n) > 3 else "") for n in found.values()]
     counts = [len(names) for names in found.values()]
-    return Table({"why": list(found), "how many": counts, "what": some})
+    return Table({"why": list(found), "how many": counts, "tensor": some})
 
 
 def _ranges(book: Book, params: Any, graph: Graph, before: Any) -> None:
     trees = (params, None) if before is None else (before, params)
-    if not any(site.weight and site.weight.name for site in graph.sites):
+    if not any(layer.weight and layer.weight.name for layer in graph.layers):
         said = "All weights are computed from several parameters."
         book.add("Ranges of weights", f'<p class="quiet">{said}</p>')
         return
@@ -284,14 +284,14 @@ def _error(
     before: Any,
 ) -> None:
     """Where the error enters: against `before`, unless its channels are scaled otherwise."""
-    said = "Float is the same tree without grids."
+    said = "Float is the same tree without quantizers."
     if before is not None:
         said = "Float is the tree from before."
         try:
             float_model(before, params, graph, quantizers, CALLER)
         except ValueError:  # cannot be compared node by node: only one is equalized
             said = (
-                "Float is the same tree without grids: the channels of the tree from "
+                "Float is the same tree without quantizers: the channels of the tree from "
                 "before are scaled in another way."
             )
             before = None

@@ -1,4 +1,4 @@
-"""The noise of every grid at the outputs."""
+"""The noise of every quantizer at the outputs."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ from jaxmet.plot.tables import ALL, checked, number, rows_of
 
 
 def noise(table: Any, *, title: str | None = None) -> Any:
-    """The table of `jm.noise` as a chart: a bar a grid, weights first.
+    """The table of `jm.noise` as a chart: one bar per quantizer, weights first.
 
-    The bar is the grid's share of the whole noise at the outputs; the point beside it the
+    The bar is the quantizer's share of the whole noise at the outputs; the point beside it the
     signal-to-noise ratio in dB that it alone would leave, further left being worse. The colour
     says weight or activation. Rows without a number are left out and named.
 
@@ -36,7 +36,7 @@ def noise(table: Any, *, title: str | None = None) -> Any:
     drawn = [b for b in bars if b["share"] is not None]
     tip = [
         alt.Tooltip("name:N"),
-        alt.Tooltip("site:N"),
+        alt.Tooltip("layer:N"),
         alt.Tooltip("bits:Q"),
         alt.Tooltip("share:Q", format=".2%"),
         alt.Tooltip("decibel:Q", title="SQNR (dB)", format=".1f"),
@@ -75,13 +75,13 @@ def noise(table: Any, *, title: str | None = None) -> Any:
     gone = left_out([b["name"] for b in bars if b["share"] is None])
     chart = alt.hconcat(left, right, spacing=12)
     return titled(
-        alt, chart, title or "Noise at the outputs, by grid", _total(table), gone
+        alt, chart, title or "Noise at the outputs, by quantizer", _total(table), gone
     )
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "site": row["site"],
+        "layer": row["layer"],
         "kind": row["kind"],
         "bits": number(row["bits"]),
         "share": number(row["share"]),
@@ -91,7 +91,7 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _total(table: Any) -> str | None:
-    found = [number(r["SQNR (dB)"]) for r in table.where(what=ALL)]
+    found = [number(r["SQNR (dB)"]) for r in table.where(tensor=ALL)]
     return (
         f"all together: {found[0]:.1f} dB" if found and found[0] is not None else None
     )

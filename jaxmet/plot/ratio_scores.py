@@ -1,4 +1,4 @@
-"""The score of the network with one site compressed, for every ratio."""
+"""The score of the network with one layer compressed, for every ratio."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from jaxmet.plot.drawing import (
 from jaxmet.plot.tables import ALL, checked, number, rows_of
 from jaxmet.tree.names import suggestion
 
-LINES = 12  # of more sites one cannot tell the colours apart
+LINES = 12  # of more layers one cannot tell the colours apart
 
 
 def ratio_scores(
@@ -26,11 +26,11 @@ def ratio_scores(
 ) -> Any:
     """The table of `jm.score_ratios` as a chart, with the ratios that were chosen.
 
-    Up to twelve sites are lines of score against ratio; more are a map with a row a site,
+    Up to twelve layers are lines of score against ratio; more are a map with one row per layer,
     coloured by score. `chosen`, what `jm.select_ratios` returned, is drawn in: a ring at the
-    ratio that each site got. A score that is NaN leaves a gap and is named.
+    ratio that each layer got. A score that is NaN leaves a gap and is named.
 
-    Raises ValueError for a table that is empty or another's, and for a chosen site that it
+    Raises ValueError for a table that is empty or another's, and for a chosen layer that it
     does not have.
 
     >>> jm.plot.ratio_scores(table, jm.select_ratios(table, 0.5))
@@ -38,7 +38,7 @@ def ratio_scores(
     alt, table = altair("plot.ratio_scores"), checked(table, "ratio_scores")
     every = [
         {
-            "name": str(row["site"]),
+            "name": str(row["layer"]),
             "ratio": number(row["ratio"]),
             "score": number(row["score"]),
         }
@@ -48,11 +48,11 @@ def ratio_scores(
     names = list(dict.fromkeys(r["name"] for r in every)) or [ALL]
     rings = _chosen({} if chosen is None else chosen, rows, names, table)
     draw = _lines if len(names) <= LINES else _map
-    whole = [number(r["score"]) for r in table.where(site=ALL)]
+    whole = [number(r["score"]) for r in table.where(layer=ALL)]
     chart = draw(alt, rows, names, rings, [w for w in whole if w is not None])
     gone = left_out([r["name"] for r in every if None in r.values()])
     said = "rings: the chosen ratios" if rings else None
-    heading = title or "Score with one site compressed"
+    heading = title or "Score with one layer compressed"
     return titled(alt, chart, heading, said, gone)
 
 
@@ -72,7 +72,7 @@ def _chosen(
             continue
         if name not in names:
             raise ValueError(
-                f"jaxmet.plot.ratio_scores: the table has no site {name!r}, for which a "
+                f"jaxmet.plot.ratio_scores: the table has no layer {name!r}, for which a "
                 f"ratio was chosen. {suggestion(name, names)}"
             )
         mine = [r for r in rows if r["name"] == name]
@@ -85,7 +85,7 @@ TIP = ("name:N", "ratio:Q", "score:Q")
 
 
 def _lines(alt: Any, rows: Any, names: Any, rings: Any, whole: Any) -> Any:
-    x = alt.X("ratio:Q", title="cost of the site: after / before")
+    x = alt.X("ratio:Q", title="cost of the layer: after / before")
     y = alt.Y("score:Q", scale=alt.Scale(zero=False))
     color = alt.Color(
         "name:N",
@@ -114,7 +114,7 @@ def _map(alt: Any, rows: Any, names: Any, rings: Any, whole: Any) -> Any:
     x = alt.X(
         "ratio:O",
         scale=alt.Scale(domain=ratios),
-        axis=alt.Axis(title="cost of the site: after / before", labelAngle=0),
+        axis=alt.Axis(title="cost of the layer: after / before", labelAngle=0),
     )
     base = {"x": x, "y": names_axis(alt, names), "tooltip": list(TIP)}
     cells = (

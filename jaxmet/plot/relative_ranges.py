@@ -29,8 +29,8 @@ from jaxmet.plot.drawing import (
 from jaxmet.tree.table import Table
 
 CALLER = "plot.relative_weight_ranges"
-UNEVEN = 4  # the median channel then has two bits less than the grid
-SHOWN = 24  # outliers a site
+UNEVEN = 4  # the median channel then has two bits less than the quantizer
+SHOWN = 24  # outliers a layer
 PROBLEM, FINE, OLD = "problem layer", "no problem", "before"
 
 
@@ -39,7 +39,7 @@ def relative_weight_ranges(
 ) -> Any:
     """Each output channel's range over the smallest one of its layer; worst layer first.
 
-    A line a site on a logarithmic scale: from 1 to the largest ratio, the box is the middle
+    A line a layer on a logarithmic scale: from 1 to the largest ratio, the box is the middle
     half of the channels, the white tick the median, points are the outliers beyond
     Q3 + 1.5 (Q3 − Q1), AIMET's rule (the largest 24). A problem layer is red: it has
     outliers, and its largest range is four times that of its median channel or more, so that
@@ -79,13 +79,13 @@ def relative_weight_ranges(
 
 
 def relative_table(params: Any, graph: Graph, *, after: Any = None) -> Table:
-    """The numbers behind `relative_weight_ranges`: a row a site and tree, worst first."""
+    """The numbers behind `relative_weight_ranges`: one row per layer and tree, worst first."""
     trees = {"before": _relative(params, graph)[1]}
     if after is not None:
         trees["after"] = _relative(after, graph)[1]
     rows = [
         {
-            "site": name,
+            "layer": name,
             "tree": tree,
             "channels": len(each[name].values) + each[name].dead,
             "median": float(each[name].quartiles[2]),
@@ -123,7 +123,7 @@ def _relative(params: Any, graph: Graph) -> tuple[dict[str, Any], dict[str, Rela
 
 
 def is_problem(found: Relative) -> bool:
-    """Whether few channels take so much of a common grid that the others lose bits."""
+    """Whether few channels take so much of a common quantizer that the others lose bits."""
     return bool(found.outliers.size) and found.uneven >= UNEVEN
 
 
@@ -161,7 +161,7 @@ def _chart(alt: Any, records: Any, points: Any, order: list[str], trees: int) ->
         legend=alt.Legend(title=None, orient="top"),
     )
     top = max([r["largest"] for r in records], default=1.0)
-    end = max(top * 3, 2)  # room for what is written behind the largest
+    end = max(top * 3, 2)  # room for what is written after the largest
     scale = alt.Scale(type="log", domain=[1, end], nice=False)
     heading = "range / smallest range of the layer"
     every = data(alt, records)

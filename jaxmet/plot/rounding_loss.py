@@ -1,4 +1,4 @@
-"""What choosing the rounding won, site by site."""
+"""What choosing the rounding won, layer by layer."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ COLUMNS = {"to nearest": "nearest loss", "chosen": "loss", "inherited": "inherit
 def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     """The report of `jm.adaround` as a chart: losses along the network, and their ratio.
 
-    To the left, by site and on a logarithmic scale, the loss of rounding to nearest, that of
+    To the left, by layer and on a logarithmic scale, the loss of rounding to nearest, that of
     the chosen rounding, and what earlier layers left (no rounding of this layer takes it
     away). To the right what is left of the loss of nearest rounding, the inherited part taken
     from both. Under both, where the table has a `curve` (methods 'adam' and 'gram'), the loss
     of the soft rounding while it was optimised, over that of rounding to nearest: it rises
-    towards the end, as the weights are drawn to the grid. Sites that were not rounded have no
+    towards the end, as the weights are drawn to the quantizer. Layers that were not rounded have no
     numbers: they are left out and named.
 
     Raises ValueError for a table that is empty or another's.
@@ -41,16 +41,16 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     """
     alt, table = altair("plot.rounding_loss"), checked(table, "rounding_loss")
     rows = list(table)
-    names = [str(row["site"]) for row in rows]
+    names = [str(row["layer"]) for row in rows]
     points = [
-        {"place": i, "name": str(row["site"]), "series": s, "loss": number(row[c])}
+        {"place": i, "name": str(row["layer"]), "series": s, "loss": number(row[c])}
         for i, row in enumerate(rows)
         for s, c in COLUMNS.items()
     ]
     points = [p for p in points if p["loss"] is not None and p["loss"] > 0]
     bars = [
         {
-            "name": str(row["site"]),
+            "name": str(row["layer"]),
             "ratio": number(row["ratio"]),
             "note": row.get("note"),
         }
@@ -87,18 +87,18 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     chart = alt.hconcat(left, right, spacing=12)
     if any(row.get("curve") for row in rows):
         chart = alt.vconcat(chart, _curves(alt, rows), spacing=24)
-    return titled(alt, chart, title or "Loss of rounding, by site", gone)
+    return titled(alt, chart, title or "Loss of rounding, by layer", gone)
 
 
 def _curves(alt: Any, rows: list[dict[str, Any]]) -> Any:
-    """A line a site: the loss it minimises over that of rounding to nearest, by time."""
+    """A line a layer: the loss it minimises over that of rounding to nearest, by time."""
     points = []
     for row in rows:
         curve, nearest = row.get("curve") or [], number(row["nearest loss"])
         for i, loss in enumerate(curve if nearest else []):
             done = (i + 1) / len(curve)
             part = loss / nearest
-            points.append({"name": str(row["site"]), "done": done, "part": part})
+            points.append({"name": str(row["layer"]), "done": done, "part": part})
     percent = alt.Axis(format="%")
     return (
         alt.Chart(data(alt, points), name="curve")

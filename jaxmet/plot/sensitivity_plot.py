@@ -1,4 +1,4 @@
-"""The score with one grid alone, and with all but one."""
+"""The score with one quantizer alone, and with all but one."""
 
 from typing import Any
 
@@ -19,17 +19,17 @@ from jaxmet.plot.drawing import (
 )
 from jaxmet.plot.tables import ALL, checked, number, rows_of
 
-KEY = "full circle: only this grid is on; empty diamond: all but this one"
+KEY = "full circle: only this quantizer is on; empty diamond: all but this one"
 SHAPES = {"only this one is quantized": "circle", "all but this one are": "diamond"}
-COLUMNS: dict[str, str] = dict(zip(("only", "but"), SHAPES, strict=True))
+COLUMNS: dict[str, str] = dict(zip(("only this", "all but this"), SHAPES, strict=True))
 
 
 def sensitivity(table: Any, *, title: str | None = None) -> Any:
-    """The table of `jm.sensitivity` as a chart: two points a grid, weights first.
+    """The table of `jm.sensitivity` as a chart: two points per quantizer, weights first.
 
-    The full circle is the score with this grid alone on: left of the others, it harms by
-    itself. The empty diamond is the score with all grids but this one: right of the others, the
-    network would win by it. Dashed lines are the float and the quantized score. Several
+    The full circle is the score with this quantizer alone on: left of the others, it harms by
+    itself. The empty diamond is the score with all quantizers but this one: right of the others,
+    the network would win by it. Dashed lines are the float and the quantized score. Several
     widths stand side by side. A score that is NaN leaves a gap, and the subtitle names it.
 
     Raises ValueError for a table that is empty or another's.
@@ -56,18 +56,18 @@ def sensitivity(table: Any, *, title: str | None = None) -> Any:
             for c, b in zip(charts, widths, strict=True)
         ]
         chart = alt.hconcat(*charts).resolve_scale(x="shared")
-    heading = title or "Score with one grid alone, and with all but one"
+    heading = title or "Score with one quantizer alone, and with all but one"
     said = left_out(gone)
     return titled(alt, chart, heading, KEY, _legend(table), said)
 
 
 def _point(row: dict[str, Any], column: str) -> dict[str, Any]:
-    fill = KINDS.get(str(row["kind"]), QUIET) if column == "only" else "white"
+    fill = KINDS.get(str(row["kind"]), QUIET) if column == "only this" else "white"
     return {
-        "site": row["site"],
+        "layer": row["layer"],
         "kind": row["kind"],
         "bits": number(row["bits"]),
-        "what": COLUMNS[column],
+        "shown": COLUMNS[column],
         "fill": fill,
         "score": number(row[column]),
     }
@@ -78,7 +78,7 @@ def _chart(
 ) -> Any:
     """The points of one width, and the lines of the whole network at it."""
     shape = alt.Shape(
-        "what:N",
+        "shown:N",
         scale=alt.Scale(domain=list(SHAPES), range=list(SHAPES.values())),
         legend=None,
     )
@@ -96,7 +96,7 @@ def _chart(
             color=colours(alt, KINDS, symbolType="square", symbolFillColor="white"),
             fill=alt.Fill("fill:N", scale=None),
             shape=shape,
-            tooltip=["name:N", "site:N", "kind:N", "bits:Q", "what:N", "score:Q"],
+            tooltip=["name:N", "layer:N", "kind:N", "bits:Q", "shown:N", "score:Q"],
         )
     )
     lines = _lines(table, bits)
@@ -113,12 +113,15 @@ def _chart(
 
 def _lines(table: Any, bits: Any) -> list[dict[str, Any]]:
     """The scores of the float and of the quantized network, where the table has them."""
-    whole = [r for r in table.where(what=ALL) if r["kind"] is None]
+    whole = [r for r in table.where(tensor=ALL) if r["kind"] is None]
     mine = [r for r in whole if r["bits"] == bits] or whole
     if not mine:
         return []
     row = mine[-1]
-    found = [("float", row["but"], GOOD), ("quantized", row["only"], "#333333")]
+    found = [
+        ("float", row["all but this"], GOOD),
+        ("quantized", row["only this"], "#333333"),
+    ]
     return [
         {"line": line, "score": number(score), "colour": colour}
         for line, score, colour in found

@@ -70,14 +70,14 @@ def _state(
         return WEIGHT
     if result:
         return RESULT
-    reason = dict(quantizers.left).get(node.name) if quantizers is not None else None
+    reason = dict(quantizers.skipped).get(node.name) if quantizers is not None else None
     inner = node.kind in ("norm", "activation", "add") and quantizers is not None
     told = reason is None or node.kind == "norm"
     return FUSED if folded or (inner and told) else FLOAT
 
 
 def _channels(graph: Graph) -> dict[str, str]:
-    """The group of the channels that a site makes, where they may be rescaled together."""
+    """The group of the channels that a layer makes, where they may be rescaled together."""
     free = {g.index: g.name for g in graph.groups if g.free}
     return {
         m.node: free[g]

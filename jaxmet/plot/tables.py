@@ -10,15 +10,15 @@ from jaxmet.tree.table import Table
 
 ALL = "(all)"
 REPORTS = {
-    "sensitivity": ("what", "site", "kind", "bits", "only", "but"),
-    "noise": ("what", "site", "kind", "bits", "SQNR (dB)", "share"),
+    "sensitivity": ("tensor", "layer", "kind", "bits", "only this", "all but this"),
+    "noise": ("tensor", "layer", "kind", "bits", "SQNR (dB)", "share"),
     "compare": ("node", "SQNR (dB)", "own SQNR (dB)", "own share"),
-    "ratio_scores": ("site", "ratio", "score"),
-    "rounding_loss": ("site", "loss", "nearest loss", "inherited", "ratio"),
+    "ratio_scores": ("layer", "ratio", "score"),
+    "rounding_loss": ("layer", "loss", "nearest loss", "inherited", "ratio"),
 }
 """The columns by which a picture knows its table, and what makes such tables."""
 
-MAKERS = {
+SOURCES = {
     "ratio_scores": "jm.score_ratios",
     "rounding_loss": "jm.adaround(…, with_report=True)",
 }
@@ -32,27 +32,27 @@ def kind_of(table: Table) -> str | None:
 
 def checked(table: Any, kind: str) -> Table:
     """The table, refused where it is another or has no rows."""
-    maker = MAKERS.get(kind, f"jm.{kind}")
-    return with_columns(table, REPORTS[kind], f"plot.{kind}", maker)
+    source = SOURCES.get(kind, f"jm.{kind}")
+    return with_columns(table, REPORTS[kind], f"plot.{kind}", source)
 
 
-def with_columns(table: Any, names: Sequence[str], caller: str, maker: str) -> Table:
+def with_columns(table: Any, names: Sequence[str], caller: str, source: str) -> Table:
     """The table, refused unless it has these columns and any row."""
     if not isinstance(table, Table):
         raise ValueError(
             f"jaxmet.{caller}: the table is of type {type(table).__name__}. Give the "
-            f"jm.Table of {maker}."
+            f"jm.Table of {source}."
         )
     if missing := [name for name in names if name not in table.columns]:
         there = ", ".join(map(repr, table.columns)) or "none"
         raise ValueError(
             f"jaxmet.{caller}: the table has no column "
             f"{' and no column '.join(map(repr, missing))}. Its columns are {there}. Give "
-            f"the table of {maker}."
+            f"the table of {source}."
         )
     if not len(table):
         raise ValueError(
-            f"jaxmet.{caller}: the table has no rows. Give the table of {maker} for a "
+            f"jaxmet.{caller}: the table has no rows. Give the table of {source} for a "
             "network that has something to show."
         )
     return table
@@ -83,6 +83,6 @@ def split_rows(
 
 
 def rows_of(table: Table) -> Iterator[dict[str, Any]]:
-    """The rows of single grids or sites, without those of the whole network."""
-    name = next((n for n in ("what", "site") if n in table.columns), None)
+    """The rows of single quantizers or layers, without those of the whole network."""
+    name = next((n for n in ("tensor", "layer") if n in table.columns), None)
     return (row for row in table if name is None or row[name] != ALL)

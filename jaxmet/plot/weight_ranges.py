@@ -27,7 +27,7 @@ from jaxmet.plot.drawing import (
 )
 
 CALLER = "plot.weight_ranges"
-PANELS = 24  # more sites are a line each
+PANELS = 24  # more layers are a line each
 BARS = 72  # more channels are drawn together with their neighbours
 COLUMNS = 3
 
@@ -35,11 +35,11 @@ COLUMNS = 3
 def weight_ranges(
     params: Any, graph: Graph, *, after: Any = None, title: str | None = None
 ) -> Any:
-    """The range of every output channel of every site, from `params` and `after` it.
+    """The range of every output channel of every layer, from `params` and `after` it.
 
-    Up to 24 sites are panels: a bar a channel from its smallest to its largest weight, the
+    Up to 24 layers are panels: one bar per channel from its smallest to its largest weight, the
     middle half of its weights darker; of many channels neighbours are drawn as one bar. More
-    sites are a line each: from the smallest weight of all to the largest, and as boxes where
+    layers are a line each: from the smallest weight of all to the largest, and as boxes where
     the middle half of the channels have their smallest and their largest weight. A short box
     far inside of the line's end: few channels have a range that all others pay for. `after`,
     another tree of the same model, stands beside in a second colour.
@@ -52,14 +52,14 @@ def weight_ranges(
     alt = altair(CALLER)
     trees = {"before": params} if after is None else {"before": params, "after": after}
     found = {k: weights_of(tree, graph, CALLER) for k, tree in trees.items()}
-    sites = list(found["before"])
+    layers = list(found["before"])
     if after is not None:
         same_model(found["before"], found["after"], CALLER)
-    draw = _panels if len(sites) <= PANELS else _lines
-    chart = draw(alt, found, sites)
+    draw = _panels if len(layers) <= PANELS else _lines
+    chart = draw(alt, found, layers)
     heading = title or "Ranges of the output channels of weights"
     return titled(
-        alt, chart, heading, f"{len(sites)} sites", not_finite(*found.values())
+        alt, chart, heading, f"{len(layers)} layers", not_finite(*found.values())
     )
 
 
@@ -69,11 +69,11 @@ def _colour(alt: Any, found: Any) -> Any:
     return colours(alt, {"before": BEFORE, "after": AFTER}, "tree")
 
 
-def _panels(alt: Any, found: Any, sites: list[str]) -> Any:
+def _panels(alt: Any, found: Any, layers: list[str]) -> Any:
     records = []
     for number, (tree, weights) in enumerate(found.items()):
         share = 0.9 / len(found)
-        for name in sites:
+        for name in layers:
             for bar in bars_of(weights[name]):
                 left = bar["first"] + number * share
                 right = left + share * bar["width"]
@@ -81,9 +81,9 @@ def _panels(alt: Any, found: Any, sites: list[str]) -> Any:
                     left = bar["first"] + number * share * bar["width"]
                     right = left + share * bar["width"]
                 records.append(
-                    bar | {"site": name, "tree": tree, "left": left, "right": right}
+                    bar | {"layer": name, "tree": tree, "left": left, "right": right}
                 )
-    tip = ["site:N", "tree:N", "channels:N", *("low:Q", "high:Q")]
+    tip = ["layer:N", "tree:N", "channels:N", *("low:Q", "high:Q")]
     x = alt.X(
         "left:Q",
         axis=alt.Axis(title=None, tickCount=4, grid=False),
@@ -93,7 +93,7 @@ def _panels(alt: Any, found: Any, sites: list[str]) -> Any:
     y = alt.Y(
         "low:Q", title=None, axis=alt.Axis(tickCount=4, minExtent=30, maxExtent=30)
     )
-    layers = [
+    drawn = [
         alt.Chart(name=ROWS).mark_rect(opacity=0.55).encode(**base, y=y, y2="high:Q"),
         alt.Chart()
         .mark_rect()
@@ -103,9 +103,9 @@ def _panels(alt: Any, found: Any, sites: list[str]) -> Any:
     header = alt.Header(
         title=None, labelAnchor="start", labelFontWeight="bold", labelExpr=shown(34)
     )
-    facet = alt.Facet("site:N", sort=sites, header=header)
+    facet = alt.Facet("layer:N", sort=layers, header=header)
     return (
-        alt.layer(*layers, data=data(alt, records))
+        alt.layer(*drawn, data=data(alt, records))
         .properties(width=width, height=90)
         .facet(facet, columns=COLUMNS, spacing=14)
         .resolve_scale(x="independent", y="independent")
@@ -144,14 +144,14 @@ def _short(value: Any) -> float:
     return float(f"{float(value):.4g}")
 
 
-def _lines(alt: Any, found: Any, sites: list[str]) -> Any:
+def _lines(alt: Any, found: Any, layers: list[str]) -> Any:
     records = [
         {"name": name, "tree": tree, **_line(weights[name])}
         for tree, weights in found.items()
-        for name in sites
+        for name in layers
     ]
     tip = [*("name:N", "tree:N", "channels:Q"), *("low:Q", "high:Q")]
-    y = names_axis(alt, sites)
+    y = names_axis(alt, layers)
     base: dict[str, Any] = {"y": y, "color": _colour(alt, found), "tooltip": tip}
     if len(found) > 1:
         base["yOffset"] = alt.YOffset(
@@ -159,12 +159,12 @@ def _lines(alt: Any, found: Any, sites: list[str]) -> Any:
         )
     every = data(alt, records)
     x = alt.X("low:Q", title="weight")
-    layers = [alt.Chart(every, name=ROWS).mark_rule().encode(**base, x=x, x2="high:Q")]
+    drawn = [alt.Chart(every, name=ROWS).mark_rule().encode(**base, x=x, x2="high:Q")]
     for one, two in (("low25:Q", "low75:Q"), ("high25:Q", "high75:Q")):
         box = alt.Chart(every).mark_bar(height={"band": 0.75})
-        layers.append(box.encode(**base, x=alt.X(one), x2=two))
-    return alt.layer(*layers).properties(
-        width=WIDTH, height=height(sites, 15 if len(found) == 1 else 22)
+        drawn.append(box.encode(**base, x=alt.X(one), x2=two))
+    return alt.layer(*drawn).properties(
+        width=WIDTH, height=height(layers, 15 if len(found) == 1 else 22)
     )
 
 

@@ -1,4 +1,4 @@
-r"""High biases absorbed: what a rectifier never cuts off, moved into the layer behind it.
+r"""High biases absorbed: what a rectifier never cuts off, moved into the layer after it.
 
 The norm before a rectifier knows mean and spread of each channel. A channel that lies far
 above zero loses a constant there, and every product that reads it gets back what the
@@ -22,7 +22,7 @@ from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import how_often, split, spread
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import MomentNetwork
-from jaxmet.numerics.absorb import absorbed, shift_behind
+from jaxmet.numerics.absorb import absorbed, shift_after
 from jaxmet.numerics.moments import Moments
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import Compressed, is_compressed
@@ -53,22 +53,22 @@ def absorb_bias(
     r"""Move constants out of high channels into the layers that read them.
 
     With mean $\mu$ and standard deviation $\sigma$ of what a norm with stored statistics
-    makes, folded or not, $c = \max(0, \mu - n\sigma)$ a channel. Behind it stands a
+    makes, folded or not, $c = \max(0, \mu - n\sigma)$ per channel. After it stands a
     rectifier: ReLU, leaky ReLU, or a clip at zero, whose upper bound then is less by c too
     (the leaf that carries it becomes `Compressed`). The norm's bias loses c, so its
     statistics stay true, and each product that reads the channel gets $\sum W c$ into its
-    bias, or taken off the mean of the norm behind it. A convolution that pads has lost c
+    bias, or taken off the mean of the norm after it. A convolution that pads has lost c
     where its inputs are but not where its padding is: its kernel becomes `Compressed` and
     says that padding holds −c, which is exact at every border.
 
     The function stays wherever a value before the rectifier is at least c, which a normal
     one is in 99.865 % of cases at `n_sigma=3`. Activation ranges become smaller: calibrate
-    afterwards. A channel with nothing to absorb stays as it is; where no channel of a
+    afterwards. A channel with nothing to absorb stays unchanged; where no channel of a
     rectifier has anything, so do all leaves (under `jax.jit`, where that cannot be seen,
     leaves become `Compressed` all the same).
 
     With `with_report` also a Table: each rectifier, the norm and the products on both sides
-    of it, how many channels gave something and how much, or why it was left alone.
+    of it, how many channels gave something and how much, or why it was skipped.
 
     Norm and products must be selected in `graph`. Raises ValueError for an `n_sigma` that
     is no number from zero on, and where `graph.only` named a norm or rectifier whose
@@ -109,13 +109,13 @@ def _check_n_sigma(n_sigma: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A product behind a rectifier, and the parameter that gets the constant's worth."""
+class _Consumer:
+    """A product after a rectifier, and the parameter that gets the constant's worth."""
 
     product: Node
     members: tuple[Member, ...]
     place: str
-    sign: int  # +1: a bias; -1: the mean of the norm behind it
+    sign: int  # +1: a bias; -1: the mean of the norm after it
 
     @property
     def parameter(self) -> str:
@@ -132,11 +132,11 @@ class _Reader:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One rectifier: the norm before it and the products behind, or why nothing moves."""
+    """One rectifier: the norm before it and the products after, or why nothing moves."""
 
     rectifier: Node
     norm: Node
-    readers: tuple[_Reader, ...] = ()
+    consumers: tuple[_Consumer, ...] = ()
     bounds: str | None = None  # the parameter whose leaf states the upper bound
     why: str | None = None
 
@@ -160,18 +160,18 @@ def _plan(graph: Graph, node: Node) -> _Plan | None:
         return _Plan(node, norm, why=why)
     targets = _targets(node)
     assert targets is not None
-    readers = []
+    consumers = []
     for name in targets.products:
-        reader = _reader(graph, norm, graph[name])
-        if isinstance(reader, str):
-            return _Plan(node, norm, why=reader)
-        readers.append(reader)
+        consumer = _consumer(graph, norm, graph[name])
+        if isinstance(consumer, str):
+            return _Plan(node, norm, why=consumer)
+        consumers.append(consumer)
     bounds = None
     if clip:
         assert node.carrier is not None
         weight = graph[node.carrier].weight
         bounds = weight.name if weight is not None else None
-    return _Plan(node, norm, tuple(readers), bounds)
+    return _Plan(node, norm, tuple(consumers), bounds)
 
 
 def _targets(rectifier: Node) -> BiasTargets | None:
@@ -196,7 +196,7 @@ def _unfit(graph: Graph, node: Node, rectifier: Node) -> str | None:
         return f"{node.shared[0]!r} is used elsewhere too"
     if rectifier.inputs[0].moves:
         return f"{rectifier.inputs[0].moves[-1]} between it and its norm"
-    if node.only_readers != (rectifier.name,):
+    if node.only_consumers != (rectifier.name,):
         return f"it is not alone in reading {node.name!r}"
     if node.name not in graph.selected:
         return f"{node.name} is not selected"
@@ -219,7 +219,7 @@ def _unbounded(graph: Graph, clip: Node, norm: Node) -> str | None:
     return None
 
 
-def _reader(graph: Graph, norm: Node, product: Node) -> _Reader | str:
+def _consumer(graph: Graph, norm: Node, product: Node) -> _Consumer | str:
     """How a product takes the constant, or why it does not."""
     name, weight = product.name, product.weight
     if name not in graph.selected:
@@ -242,22 +242,26 @@ def _reader(graph: Graph, norm: Node, product: Node) -> _Reader | str:
         return f"{name} does not read each of the channels once"
     members = tuple(m for m in graph.members if m.node == name)
     if product.bias is not None:
-        return _Reader(product, members, product.bias, 1)
-    behind = product.only_readers
-    after = graph[behind[0]] if behind is not None and len(behind) == 1 else None
+        return _Consumer(product, members, product.bias, 1)
+    downstream = product.only_consumers
+    after = (
+        graph[downstream[0]]
+        if downstream is not None and len(downstream) == 1
+        else None
+    )
     told = after.norm if after is not None else None
     if after is None or told is None or told.over != "stored" or not told.plain:
-        return f"{name} has no bias and no norm behind it"
+        return f"{name} has no bias and no norm after it"
     direct = after.inputs[0].moves == () and not after.shared
     out, at = _only(graph, product, "out"), _only(graph, after, "shift", told.mean)
     if not direct or out is None or at is None or out.layout != at.layout:
-        return f"{name} has no bias, and the norm behind it is of other channels"
+        return f"{name} has no bias, and the norm after it is of other channels"
     if after.name not in graph.selected:
         return f"{after.name} is not selected"
     if told.debias is not None:
         return f"{name} has no bias, and the norm after it divides its mean by a count"
     assert told.mean is not None
-    return _Reader(product, members, told.mean, -1)
+    return _Consumer(product, members, told.mean, -1)
 
 
 def _only(
@@ -287,7 +291,7 @@ def _check(graph: Graph, plan: _Plan, leaves: Mapping[str, Any]) -> None:
         return
     norm = plan.of
     parameters = [norm.mean, norm.variance, norm.scale, norm.bias, plan.bounds]
-    parameters += [p for r in plan.readers for p in (r.parameter, r.place)]
+    parameters += [p for r in plan.consumers for p in (r.parameter, r.place)]
     for parameter in parameters:
         if parameter is None:
             continue
@@ -313,10 +317,10 @@ def _absorb(
     """Change the leaves in `work`; what the report says of it."""
     row: dict[str, Any] = {"rectifier": plan.rectifier.name, "norm": plan.norm.name}
     if plan.why is not None:
-        return row | {"note": f"left alone: {plan.why}"}
+        return row | {"note": f"skipped: {plan.why}"}
     tensor = network.made_by(plan.norm)
     if isinstance(tensor, str):
-        return row | {"note": f"left alone: {tensor}"}
+        return row | {"note": f"skipped: {tensor}"}
     member = _only(network.graph, plan.norm, "variance")
     assert member is not None
     made = [Moments(*(v for v in tensor[g])) for g in _groups(member.layout)]
@@ -334,10 +338,10 @@ def _absorb(
         work[plan.bounds] = leaf.replace(upper=(upper - c).astype(_held(leaf, c)))
     by_group = split(member.layout, Moments(c, c, c, c)) or {}
     vectors = {g: x.mean for g, x in by_group.items()}
-    for reader in plan.readers:
-        _take(reader, vectors, work)
-    row["into"] = ", ".join(r.product.name for r in plan.readers)
-    row["padded"] = ", ".join(r.product.name for r in plan.readers if r.pads) or None
+    for consumer in plan.consumers:
+        _take(consumer, vectors, work)
+    row["into"] = ", ".join(r.product.name for r in plan.consumers)
+    row["padded"] = ", ".join(r.product.name for r in plan.consumers if r.pads) or None
     return row
 
 
@@ -357,22 +361,22 @@ def _upper(plan: _Plan, work: Mapping[str, Any], like: jax.Array) -> jax.Array:
 
 
 def _take(
-    reader: _Reader, vectors: Mapping[int, jax.Array], work: dict[str, Any]
+    consumer: _Consumer, vectors: Mapping[int, jax.Array], work: dict[str, Any]
 ) -> None:
     """Give one product what its inputs lost."""
-    leaf = work[reader.parameter]
-    weight = by_channel(reader.product, leaf)
-    lost = spread(reader.inputs, vectors).astype(weight.dtype)
-    worth = shift_behind(weight, lost)
-    work[reader.place] = shifted(work[reader.place], reader.sign * worth)
-    if reader.pads:
+    leaf = work[consumer.parameter]
+    weight = by_channel(consumer.product, leaf)
+    lost = spread(consumer.inputs, vectors).astype(weight.dtype)
+    worth = shift_after(weight, lost)
+    work[consumer.place] = shifted(work[consumer.place], consumer.sign * worth)
+    if consumer.pads:
         leaf = _as_compressed(leaf)
         before = leaf.input_offset
         held = (
             jnp.zeros_like(lost) if before is None else jnp.asarray(before, lost.dtype)
         )
         offset = held - lost
-        work[reader.parameter] = leaf.replace(input_offset=offset)
+        work[consumer.parameter] = leaf.replace(input_offset=offset)
 
 
 def _as_compressed(leaf: Any) -> Compressed:
@@ -387,5 +391,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     done = sum(row.get("into") is not None for row in rows)
     return Table(
         {c: [row.get(c) for row in rows] for c in COLUMNS},
-        title=f"{done} of {len(rows)} rectifiers behind a norm gave something",
+        title=f"{done} of {len(rows)} rectifiers after a norm gave something",
     )

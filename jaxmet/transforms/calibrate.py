@@ -18,7 +18,7 @@ from jaxmet.layers.observed_ranges import (
 )
 from jaxmet.layers.placement import place
 from jaxmet.numerics.ranges import grid_between
-from jaxmet.transforms.data_free_ranges import WHY, foreseen_ranges
+from jaxmet.transforms.data_free_ranges import WHY, data_free_ranges
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.config import QuantConfig, Settings, config_of
@@ -50,14 +50,14 @@ def calibrate(
 
     `batches` is `jm.batched(images, batch_size=32)` or any iterable of batches; a tuple is
     splatted into the model's inputs and `inputs=` chooses them from a batch that holds
-    more. The default configuration is W8A8: symmetric weights with one scale an output
-    channel that follow the weight, asymmetric activations with one scale a tensor, from
+    more. The default configuration is W8A8: symmetric weights with one scale per output
+    channel that follow the weight, asymmetric activations with one scale per tensor, from
     the smallest and largest value seen in float; with 16 bits, twice that range. Keyword
     arguments go to the model.
 
     The other choices of `QuantConfig.activation_range` look at histograms. Of a node's
     values in a batch these count about `samples` at most, evenly strided over all axes, and
-    the smallest and largest: what one value in n exceeds is known from samples / n values a
+    the smallest and largest: what one value in n exceeds is known from samples / n values per
     batch, in other positions of each batch. `samples=None` counts all of them.
 
     `mask` is a function of a batch (of what the loader yields, as `inputs` is) that says where
@@ -65,17 +65,17 @@ def calibrate(
     as (batch, tokens). Padded tokens then count in no range: what is made of tokens one by
     one counts where they do, scores of attention where both of their tokens do, what is summed
     over tokens where any of them does. Where an operation moves tokens in a way that cannot be
-    followed, all values count, and `quantizers.left` says so.
+    followed, all values count, and `quantizers.skipped` says so.
 
     Without `batches` (None, or `jax.ShapeDtypeStruct`s in their place) activation ranges come
-    from batch norms: mean ± 6 standard deviations behind each, carried on through the layers.
+    from batch norms: mean ± 6 standard deviations after each, carried on through the layers.
     What no norm tells, as the model's input, stays in float and is listed in
-    `quantizers.left`. Weights need no data.
+    `quantizers.skipped`. Weights need no data.
 
-    `weights`, quantizers of the same model, keeps the grids of its weights: activations of a
+    `weights`, quantizers of the same model, keeps the quantizers of its weights: activations of a
     tree that `jm.adaround` made are calibrated with what it returned.
 
-    Raises ValueError, before any pass over the data, for a rule that means nothing, a tree
+    Raises ValueError, before any pass over the data, for a rule that matches nothing, a tree
     that is not the graph's, NaN or infinity in parameters or in the first batch, empty
     batches, a bare array, and no batches where no norm tells any range; after the first
     batch for one that runs other nodes than the traced ones; at the end for a node whose
@@ -105,7 +105,7 @@ def calibrate(
     lost: dict[str, str] = {}
     if batches is None or batches.abstract:
         absent = WHY
-        ranges = foreseen_ranges(graph, params, placement)
+        ranges = data_free_ranges(graph, params, placement)
     else:
         absent = "its branch was never taken"
         if batches.masked:
@@ -130,7 +130,7 @@ def calibrate(
     shared = tuple((n, o) for n, o in placement.shared.items() if n not in never)
     quantizers = Quantizers(grids, activations, shared)
     never |= {
-        name: f"{q.product[1]!r} has no grid: {absent}"
+        name: f"{q.product[1]!r} has no quantizer: {absent}"
         for name, q in grids.items()
         if q.product is not None and q.product[1] in never
     }
@@ -143,9 +143,11 @@ def calibrate(
         if name in lost and owner in ranges
     }
     more = _raised(quantizers, raised, leaves) | unmasked
-    left = tuple((placement.left | never | more).items())
+    skipped = tuple((placement.skipped | never | more).items())
     derived = tuple(w.name for w in placement.weights if w.name not in leaves)
-    return dataclasses.replace(quantizers, weights=grids, left=left, derived=derived)
+    return dataclasses.replace(
+        quantizers, weights=grids, skipped=skipped, derived=derived
+    )
 
 
 def _with_room_for_biases(
@@ -196,19 +198,19 @@ def _raised(old: Quantizers, new: Quantizers, leaves: dict[str, Any]) -> dict[st
 
 
 def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, Any]:
-    """The grids of weights that are taken over."""
+    """The quantizers of weights that are taken over."""
     if weights is None:
         return {}
     if not isinstance(weights, Quantizers):
         raise ValueError(
             f"jaxmet.calibrate: weights is of type {type(weights).__name__}. Pass the "
-            "Quantizers whose weight grids are to be kept."
+            "Quantizers whose weight quantizers are to be kept."
         )
     kept = {n: q for n, q in weights.weights.items() if q.product is None}
     strange = [name for name in kept if name not in grids]
     if strange:
         raise ValueError(
-            f"jaxmet.calibrate: weights= has a grid for {strange[0]!r}, which this "
+            f"jaxmet.calibrate: weights= has a quantizer for {strange[0]!r}, which this "
             "configuration does not quantize. Pass quantizers of this model."
         )
     return kept

@@ -1,4 +1,4 @@
-"""Ranges of activations without data: what norms say of the values behind them."""
+"""Ranges of activations without data: what norms say of the values after them."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ N_SIGMA = 6.0
 WHY = "no norm tells its range: give batches, or leave it in float"
 
 
-def foreseen_ranges(
+def data_free_ranges(
     graph: Graph, params: Any, placement: Placement
 ) -> dict[str, Range]:
-    """A range for each node that owns a grid and whose values follow from norms.
+    """A range for each node that owns a quantizer and whose values follow from norms.
 
-    The widest of its channels, each mean ± 6 standard deviations behind a norm and what the
-    layers between make of that; nodes that share a grid get one range.
+    The widest of its channels, each mean ± 6 standard deviations after a norm and what the
+    layers between make of that; nodes that share a quantizer get one range.
     """
     known = node_moments(graph, params, n_sigma=N_SIGMA)
     owners = {n: n for n in placement.activations} | placement.shared

@@ -24,7 +24,7 @@ class Dynamic:
             {w.name: weight_quantizer(w) for w in placement.weights},
             {n: activation_quantizer(s) for n, s in placement.activations.items()},
             tuple(placement.shared.items()),
-            tuple(placement.left.items()),
+            tuple(placement.skipped.items()),
             tuple(w.name for w in placement.weights if w.name not in leaves),
         )
 

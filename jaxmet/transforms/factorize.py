@@ -32,7 +32,7 @@ from jaxmet.tree.types import P
 CALLER = "factorize"
 Method = Literal["spatial", "weight"]
 METHODS = get_args(Method)
-COLUMNS = ("site", "rank", "of", "ratio", "error", "note")
+COLUMNS = ("layer", "rank", "of", "ratio", "error", "note")
 
 
 @overload
@@ -92,32 +92,32 @@ def factorize(
     (h, w, rank, out). Strides, padding and dilation of each window axis go with the factor
     that holds it; the groups of a grouped convolution are factorized each for itself. Dense
     layers and windows of one are the same for both methods. The leaf becomes `Compressed`
-    with `LowRank` factors, which `jm.lift` and `jm.simulate` run as two sites, 'site/in' and
-    'site/out'. The graph serves the new tree too: every function finds both sites in it, and
+    with `LowRank` factors, which `jm.lift` and `jm.simulate` run as two layers, 'layer/in' and
+    'layer/out'. The graph serves the new tree too: every function finds both layers in it, and
     `graph.of(params)` shows them. Biases, bounds and what padding holds stay with the factor
     that they belong to.
 
-    `ratios` is the cost of a site afterwards over its cost before, in multiplications: one
-    number for all sites or one a site; `ranks` gives ranks themselves. Costs are those of
+    `ratios` is the cost of a layer afterwards over its cost before, in multiplications: one
+    number for all layers or one per layer; `ranks` gives ranks themselves. Costs are those of
     padding that keeps sizes but for strides: where little is padded ('VALID') the first
     factor runs on more positions than the weight did, and the report has what it comes to
     for inputs like those of `batches`, or of `jm.trace`. Ranks are rounded up to a `multiple`
-    where that still saves something. A site whose factors would cost as much as its weight
-    is left alone.
+    where that still saves something. A layer whose factors would cost as much as its weight
+    is skipped.
 
     Without data the product of the factors is the nearest to the weight, by its singular
-    values. With `batches` it is the one that changes the site's output least on them:
+    values. With `batches` it is the one that changes the layer's output least on them:
     $E\,|x (W - AB)|^2$ is minimised through the Gram matrix of the inputs x, from at most
-    `rows` rows a batch, drawn by `key` (by default `jax.random.key(0)`), in other positions
+    `rows` rows per batch, drawn by `key` (by default `jax.random.key(0)`), in other positions
     of each batch; then B is refitted to A over the whole window. `mask`, a function of a
     batch, says where its values count, as in `jm.calibrate`: padded tokens are no rows.
 
-    With `with_report` also a Table: rank and full rank of each site, the ratio that was
+    With `with_report` also a Table: rank and full rank of each layer, the ratio that was
     reached, the relative error of the output (of the weight, without data), or why the
-    site was left alone.
+    layer was skipped.
 
     Raises ValueError for ratios outside (0, 1], ranks that a weight does not have, names of
-    sites that are not there or cannot be factorized, and both or neither of `ranks` and
+    layers that are not there or cannot be factorized, and both or neither of `ranks` and
     `ratios`.
 
     Jaderberg et al., [Speeding up Convolutional Neural Networks with Low Rank
@@ -135,7 +135,7 @@ def factorize(
     check_batch_functions(CALLER, inputs, mask)
     if (ranks is None) == (ratios is None):
         raise ValueError(
-            f"jaxmet.{CALLER}: give either ranks= or ratios=: the rank of each site, or "
+            f"jaxmet.{CALLER}: give either ranks= or ratios=: the rank of each layer, or "
             "its cost afterwards over its cost before."
         )
     key = key_of(key, CALLER)
@@ -144,13 +144,13 @@ def factorize(
         check_concrete(params, CALLER)
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
         example = read.first, {}
-    left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
-    sites = [n for n in graph.sites if n.name not in left]
-    shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in sites}
+    left = {n.name: why for n in graph.layers if (why := unfit(n, leaves))}
+    layers = [n for n in graph.layers if n.name not in left]
+    shapes = {n.name: shape_of(n, leaves[n.kernel], method) for n in layers}
     sizes, given = example[0], (graph.apply, params, example[1])
     with accepting(sizes, CALLER, *given, traced=graph.called[0]):
-        costs = shapes_on(params, graph, sites, leaves, method, *example)
-    names = {n.name: left.get(n.name) for n in graph.sites}
+        costs = shapes_on(params, graph, layers, leaves, method, *example)
+    names = {n.name: left.get(n.name) for n in graph.layers}
     if ranks is not None:
         given = _given(ranks, names, shapes, graph)
         wanted = {
@@ -184,9 +184,9 @@ def factorize(
             lost=lost,
         )
     found, table = {}, []
-    for node in graph.sites:
+    for node in graph.layers:
         if node.name not in wanted:
-            table.append({"site": node.name, "note": _note(left.get(node.name))})
+            table.append({"layer": node.name, "note": _note(left.get(node.name))})
             continue
         name, shape, rank = node.kernel, shapes[node.name], wanted[node.name]
         gram = seen[node.name].mean if node.name in seen else None
@@ -198,7 +198,7 @@ def factorize(
         found[name] = _leaf(leaves[name], first, second, shape)
         table.append(
             {
-                "site": node.name,
+                "layer": node.name,
                 "rank": rank,
                 "of": shape.most,
                 "ratio": costs[node.name].cost_of(rank) / shape.cost,
@@ -211,7 +211,7 @@ def factorize(
 
 
 def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
-    """Why a site's weight has no factors, None where it has."""
+    """Why a layer's weight has no factors, None where it has."""
     weight = node.weight
     if (why := node.why_kept()) is not None:
         return why
@@ -235,7 +235,7 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
 def _for_all_uses(
     graph: Graph, wanted: Mapping[str, int], left: dict[str, str]
 ) -> dict[str, int]:
-    """One rank a weight, the largest that was asked for; `left` is told of the others."""
+    """One rank per weight, the largest that was asked for; `left` is told of the others."""
     found: dict[str, int] = {}
     for name, rank in wanted.items():
         kernel = graph[name].kernel
@@ -262,7 +262,7 @@ def _given(
     """The ranks that were asked for by name, each of them one that its weight has."""
     if not isinstance(ranks, Mapping):
         raise ValueError(
-            f"jaxmet.{CALLER}: ranks is {ranks!r}. Give the rank of each site by name: "
+            f"jaxmet.{CALLER}: ranks is {ranks!r}. Give the rank of each layer by name: "
             "ranks={'stem': 12}."
         )
     asked_for(dict.fromkeys(ranks, 1.0), names, graph, CALLER)
@@ -316,10 +316,10 @@ def _leaf(leaf: Any, first: Any, second: Any, shape: Shape) -> Compressed:
 
 
 def _note(why: str | None) -> str | None:
-    return f"left alone: {why}" if why else None
+    return f"skipped: {why}" if why else None
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = {name: [row.get(name) for row in rows] for name in COLUMNS}
     count = sum(row.get("rank") is not None for row in rows)
-    return Table(columns, title=f"{CALLER}: {count} of {len(rows)} sites")
+    return Table(columns, title=f"{CALLER}: {count} of {len(rows)} layers")

@@ -83,7 +83,7 @@ def shape_of(
     method: str,
     extents: Mapping[int, tuple[int, int]] | None = None,
 ) -> Shape:
-    """How a site's weight would be factorized.
+    """How a layer's weight would be factorized.
 
     `extents` are the sizes of input and output along each window axis. Where they are not
     known, outputs count as if padding kept the size of what is not strided or spread.
@@ -110,14 +110,14 @@ def shape_of(
 def shapes_on(
     params: Any,
     graph: Graph,
-    sites: Sequence[Node],
+    layers: Sequence[Node],
     leaves: Mapping[str, Any],
     method: str,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Shape]:
-    """The shapes of sites with what inputs of these sizes cost, where sizes are numbers."""
-    spread = any(n.convolution is not None for n in sites)
+    """The shapes of layers with what inputs of these sizes cost, where sizes are numbers."""
+    spread = any(n.convolution is not None for n in layers)
     found = works(graph, params, inputs, kwargs) if spread else []
     extents = {
         w.node.name: _of_parameter(w)
@@ -126,7 +126,7 @@ def shapes_on(
     }
     return {
         n.name: shape_of(n, leaves[n.kernel], method, extents.get(n.name))
-        for n in sites
+        for n in layers
     }
 
 

@@ -39,7 +39,7 @@ def optimizer_labels(
     >>> optimizer = optax.multi_transform(each, jm.optimizer_labels(params, graph, quantizers))
     >>> state = optimizer.init((params, quantizers))
     """
-    graph, _ = fitted(params, graph, CALLER, sites=False)
+    graph, _ = fitted(params, graph, CALLER, layers=False)
     if quantizers is not None:
         check_are_quantizers(quantizers, CALLER)
     kept = {n for node in graph.nodes if node.norm for n in _statistics(node)}

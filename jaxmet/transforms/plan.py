@@ -12,7 +12,7 @@ from jaxmet.tree.table import Table
 def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
     """What `calibrate` with this configuration would quantize.
 
-    One row per weight, bias, activation, and thing that stays in float: `name`, `what`,
+    One row per weight, bias, activation, and thing that stays in float: `name`, `kind`,
     `bits`, `symmetric`, `one scale per`, `shape` of a parameter, and `note`, which says
     with whom a quantizer is shared or why there is none. With rules, `rules` lists the
     globs of those that say something about the tensor: a name without a wildcard, as
@@ -42,7 +42,7 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
         rows.append(
             {
                 "name": name,
-                "what": what,
+                "kind": what,
                 "bits": settings.bits if settings else None,
                 "symmetric": None
                 if not settings
@@ -82,7 +82,7 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
             "tensor",
             f"as {owner}",
         )
-    for name, why in placement.left.items():
+    for name, why in placement.skipped.items():
         row(name, "float", note=why)
     columns = {k: [r[k] for r in rows] for k in rows[0]} if rows else {}
     counts = (

@@ -77,7 +77,7 @@ def reestimate_batch_norm(
 
     Mean and variance are those of all values of a channel over all batches: within them
     and between them, whatever their sizes, divided by the number of values. Norms are
-    measured one after the other, each behind those already measured, so that afterwards
+    measured one after the other, each after those already measured, so that afterwards
     each stores the moments of what it really reads on this data in inference.
 
     One float pass over the data: the model runs in pieces, each over all batches before the
@@ -90,12 +90,12 @@ def reestimate_batch_norm(
     says so, and `fold_batch_norm` moves it once more.
 
     With `quantizers` each norm is measured in the quantized model, weights and activations
-    on their grids: what training beside the norms, unfolded, wants before it folds them.
+    quantized: what training beside the norms, unfolded, wants before it folds them.
 
     `inputs` picks from a batch what the model takes, `mask` says of it where its values count,
     as in `jm.calibrate`: padding enters no mean and no variance; keyword arguments go to the
     model. With `with_report` also a Table: how far each norm's statistics moved, or why it was
-    left alone. Norms must be selected in `graph`.
+    skipped. Norms must be selected in `graph`.
 
     Raises ValueError for norms that compute their statistics from the batch or whose
     statistics are not in the tree, where `graph.only` named a norm that cannot be measured,
@@ -113,7 +113,7 @@ def reestimate_batch_norm(
     _check_named(graph, left)
     norms = [n for n in _norms(graph) if n.name not in left]
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
-    rows = [{"norm": n, "note": f"left alone: {why}"} for n, why in left.items()]
+    rows = [{"norm": n, "note": f"skipped: {why}"} for n, why in left.items()]
     if norms:
         quantizers = quantizers or Quantizers()
         # Weights do not change while norms are measured, so they are rounded once.
@@ -141,7 +141,7 @@ def _norms(graph: Graph) -> list[Node]:
 
 
 def _unfit(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
-    """Why a norm is left alone; refused where its statistics are not those of the tree."""
+    """Why a norm is skipped; refused where its statistics are not those of the tree."""
     norm = node.norm
     assert norm is not None
     if node.name not in graph.selected:
@@ -264,7 +264,7 @@ class _Waiting:
 
 
 def _before(graph: Graph, norm: str) -> str:
-    """The last node before a norm behind which the program can be cut."""
+    """The last node before a norm after which the program can be cut."""
     before: Iterator[str] = (n.name for n in graph.nodes if not n.loops)
     found = ""
     for name in before:

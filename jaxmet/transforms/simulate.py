@@ -1,4 +1,4 @@
-"""The model as an integer device would compute it: every grid in its place."""
+"""The model as an integer device would compute it: every quantizer in its place."""
 
 from typing import Any
 
@@ -29,11 +29,11 @@ def simulate(
     weights: bool = True,
     fold: Graph | None = None,
 ) -> Apply:
-    r"""The same model with weights and activations on the grids of `quantizers`.
+    r"""The same model with weights and activations quantized by `quantizers`.
 
     The result is called like `apply`, gives what `apply` gives (any pytree), and trains:
     rounding passes gradients straight through to `params` where nothing is clipped, and the
-    grids get theirs as `Quantizer.learn` says. It runs trees with `Compressed` leaves.
+    quantizers get theirs as `Quantizer.learn` says. It runs trees with `Compressed` leaves.
     `grids` (from
     `jm.grids`) overrides grid ends and switches as data, so that a sweep over bit-widths
     compiles once. `weights=False` expects a tree of `jm.round_weights` and rounds
@@ -47,7 +47,7 @@ def simulate(
     `jm.dynamic(bits=8)` in place of quantizers finds every range on the fly.
 
     Raises ValueError where `quantizers` names a node that the model does not run, where a
-    grid holds NaN, and, with `fold`, where statistics are missing in `params`.
+    quantizer holds NaN, and, with `fold`, where statistics are missing in `params`.
 
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018;
@@ -64,7 +64,7 @@ def simulate(
         check_type("simulate", "quantizers", quantizers, Quantizers, cure)
     if grids is not None and isinstance(quantizers, Dynamic):
         raise ValueError(
-            "jaxmet.simulate: jm.dynamic finds its grids at every call, so grids= has nothing "
+            "jaxmet.simulate: jm.dynamic finds its quantizers at every call, so grids= has nothing "
             "to override. Calibrate, and pass the Quantizers that grids= is of."
         )
     _check_grids_and_fold("simulate", grids, fold)
@@ -109,13 +109,13 @@ def _check_grids_and_fold(caller: str, grids: Any, fold: Any) -> None:
 
 
 def _check_stated(quantizers: Quantizers) -> None:
-    """Refuse grids that training has lost, where their numbers are known."""
+    """Refuse quantizers that training has lost, where their numbers are known."""
     for group in (quantizers.weights, quantizers.activations):
         for name, q in group.items():
             leaves = [a for a in jax.tree.leaves(q) if is_concrete(a)]
             if any(tested("isnan", a).any() for a in leaves):
                 raise ValueError(
-                    f"jaxmet.simulate: the grid of {name!r} is NaN, as a step with NaN "
+                    f"jaxmet.simulate: the quantizer of {name!r} is NaN, as a step with NaN "
                     "gradients leaves it. Go back to a checkpoint, and wrap the optimizer "
                     "in optax.apply_if_finite."
                 )

@@ -146,7 +146,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How a model is quantized; the default is W8A8 with one weight scale a channel.
+    """How a model is quantized; the default is W8A8 with one weight scale per channel.
 
     `weight_range` and `activation_range` are the calibrators: they say which range a
     quantizer covers. 'minmax' goes from the smallest to the largest value; 'percentile' leaves

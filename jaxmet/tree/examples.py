@@ -37,7 +37,7 @@ def some_examples(batches: Batches, number: int) -> Any:
 
 
 def _thinned(batches: Batches, number: int) -> list[tuple[Any, ...]]:
-    """Every so manieth example as a batch of one; never more than twice the number are held."""
+    """Every k-th example as a batch of one; never more than twice the number are held."""
     kept: list[tuple[Any, ...]] = []
     stride, before = 1, 0
     for batch in batches:

@@ -47,7 +47,7 @@ class Compressed:
 
     `weight` is the array itself, or a structure that stands for one: `LowRank` factors, or
     what `Pruned` left. `lower` and `upper`
-    bound, channel by channel, the activation that follows the site; `input_offset` is
+    bound, channel by channel, the activation that follows the layer; `input_offset` is
     what the padding before a convolution holds instead of zero, a number an input channel.
     Beside a structure nothing else is stated: its parts are leaves and state their own.
     Nothing is checked on construction, since tree functions put arbitrary objects into

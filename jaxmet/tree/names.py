@@ -92,7 +92,7 @@ def select(
 ) -> list[str]:
     """The names that any of the globs means, in their own order.
 
-    A glob that means nothing raises and lists the names nearest to it.
+    A glob that matches nothing raises and lists the names nearest to it.
     """
     globs = check_names(caller, "a glob", globs)
     names = list(names)

@@ -11,7 +11,7 @@ from jaxmet.tree.structures import PARTS
 def path_parts(path: tuple[Any, ...]) -> list[str]:
     """One text a key, without the `value` that an nnx variable adds to its path.
 
-    That key is told by its type (an attribute behind a dictionary key), so a parameter
+    That key is told by its type (an attribute after a dictionary key), so a parameter
     that is itself called 'value' keeps its name. The factors of a leaf 'stem/kernel' are
     'stem/in/kernel' and 'stem/out/kernel'.
     """

@@ -1,4 +1,4 @@
-"""Quantizers: the tree beside `params` that says which tensor is put on which grid."""
+"""Quantizers: the tree beside `params` that says which tensor is quantized."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ INT32_ENDS = (-(2.0**31), 2.0**31 - 128)  # the float32 numbers nearest inside i
 
 
 class Grids(NamedTuple):
-    """One `Grid` a quantizer, under the names of `Quantizers`."""
+    """One `Grid` per quantizer, under the names of `Quantizers`."""
 
     weights: dict[str, Grid]
     activations: dict[str, Grid]
@@ -42,14 +42,14 @@ class Quantizers:
 
     `weights` are keyed by parameter (weights that the model derives from parameters by
     node), `activations` by the node whose output they quantize. `shared` pairs a node
-    with the one whose quantizer it uses; `left` pairs what is not quantized with why;
+    with the one whose quantizer it uses; `skipped` pairs what is not quantized with why;
     `derived` names the nodes whose weight the model computes from several parameters.
     """
 
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
     activations: dict[str, Any] = dataclasses.field(default_factory=dict)
     shared: tuple[tuple[str, str], ...] = ()
-    left: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
     derived: tuple[str, ...] = ()
 
     def owner(self, name: str) -> str | None:
@@ -69,8 +69,8 @@ class Quantizers:
         """A copy in which the quantizers that the glob means have other fields.
 
         `set('stem', bits=16)`, `set('*/kernel', axis=None)`, `set('head*',
-        enabled=False)`. Changing the bits of a calibrated grid keeps the real range
-        that it covers. An int32 bias takes its grid from its product: it can only be
+        enabled=False)`. Changing the bits of a calibrated quantizer keeps the real range
+        that it covers. An int32 bias takes its quantizer from its product: it can only be
         switched with `enabled`.
         """
         check_fields(fields)
@@ -101,10 +101,10 @@ class Quantizers:
         if name in self.weights:
             weight, activation = self.weights[name].product
             return (
-                f"the grid of {name!r} is the product of those of {weight!r} and "
+                f"the quantizer of {name!r} is the product of those of {weight!r} and "
                 f"{activation!r}. Set one of these, or enabled=False."
             )
-        return f"{name!r} uses the grid of {self.owner(name)!r}. Set that one."
+        return f"{name!r} uses the quantizer of {self.owner(name)!r}. Set that one."
 
     def leaves(self, params: Any, caller: str) -> dict[str, Any]:
         """The leaves of `params` by name, every weight that has a quantizer among them."""
@@ -145,7 +145,7 @@ class Quantizers:
     def quantize_weights(
         self, params: Mapping[str, Any], grids: Grids | None = None
     ) -> dict[str, Any]:
-        """The named leaves with every one that has a quantizer put on its grid."""
+        """The named leaves with every one that has a quantizer quantized."""
         out = dict(params)
         for name, q in self.weights.items():
             if name not in params:
@@ -228,7 +228,7 @@ class Quantizers:
         rows += [(n, "activation", q) for n, q in self.activations.items()]
         return Table(
             {
-                "what": [name for name, _, _ in rows],
+                "tensor": [name for name, _, _ in rows],
                 "kind": [kind for _, kind, _ in rows],
                 "bits": [q.bits if q.enabled else None for _, _, q in rows],
                 "symmetric": ["yes" if q.symmetric else "no" for _, _, q in rows],
@@ -241,8 +241,8 @@ class Quantizers:
 
     def _notes(self) -> dict[str, list[str]]:
         return {
-            "sharing a grid": [f"{n} as {self.owner(n)}" for n, _ in self.shared],
-            "not quantized": [f"{name}: {why}" for name, why in self.left],
+            "sharing a quantizer": [f"{n} as {self.owner(n)}" for n, _ in self.shared],
+            "not quantized": [f"{name}: {why}" for name, why in self.skipped],
         }
 
     def __repr__(self) -> str:
@@ -253,7 +253,7 @@ class Quantizers:
 
 
 jax.tree_util.register_dataclass(
-    Quantizers, ["weights", "activations"], ["shared", "left", "derived"]
+    Quantizers, ["weights", "activations"], ["shared", "skipped", "derived"]
 )
 
 
@@ -276,11 +276,11 @@ def grids(
 ) -> Grids:
     r"""Grid ends and switches as a tree of data, to change without recompiling.
 
-    `simulate(…, grids=…)` takes it. With other ends a grid covers the same real range
+    `simulate(…, grids=…)` takes it. With other ends a quantizer covers the same real range
     in coarser or finer steps.
 
     `weights` and `activations` switch a kind on or off, `weight_bits` and `activation_bits`
-    give all grids of a kind this width: 2 to 16, or 32 for no rounding, fractions rounded
+    give all quantizers of a kind this width: 2 to 16, or 32 for no rounding, fractions rounded
     up. All of them may be traced numbers, so that any function of the training step (an
     optax schedule) drives them, or mappings that give some quantizers a number each, by name.
     An int32 bias keeps its width.

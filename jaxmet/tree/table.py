@@ -12,7 +12,7 @@ import numpy as np
 class Table:
     """Named columns of equal length.
 
-    Iterating gives the rows as dicts, `table['site']` a column (a list of its own), `len` the
+    Iterating gives the rows as dicts, `table['layer']` a column (a list of its own), `len` the
     number of rows; it prints as aligned text, the columns that do not fit the terminal by name.
     """
 
@@ -20,7 +20,7 @@ class Table:
         if not isinstance(columns, Mapping) or not all(map(_is_list, columns.values())):
             raise ValueError(
                 "jaxmet.Table: the columns are no mapping of names to lists. Give "
-                "Table({'site': names, 'score': numbers})."
+                "Table({'layer': names, 'score': numbers})."
             )
         self.columns = {name: list(column) for name, column in columns.items()}
         self.title = title
@@ -28,7 +28,7 @@ class Table:
         if len(set(lengths.values())) > 1:
             raise ValueError(
                 f"jaxmet.Table: the columns have different lengths, {lengths}. Give "
-                "every column one entry a row, None where there is none."
+                "every column one entry per row, None where there is none."
             )
 
     @classmethod

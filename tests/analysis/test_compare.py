@@ -58,7 +58,7 @@ def clean(value):
 
 
 def test_noise_shows_where_it_enters_and_not_before():
-    """One coarse grid in the middle, all others too fine to see."""
+    """One low bit-widths in the middle, all others too fine to see."""
     apply, params, graph, x = plain()
     config = jm.QuantConfig(weight_bits=16, activation_bits=16)
     quantizers = jm.calibrate(params, graph, [x], config, progress=False)
@@ -86,7 +86,7 @@ def test_noise_shows_where_it_enters_and_not_before():
 
 
 def test_numbers_are_those_of_a_calculation_by_hand():
-    """A weight and the result behind it on grids, in float64."""
+    """A weight and the result after it on quantizers, in float64."""
     _, params, graph, x = plain(2)
     quantizers = jm.Quantizers(
         {"0/w": jm.Quantizer(scale=jnp.float32(0.25), bits=8)},
@@ -131,7 +131,7 @@ def test_badly_used_grids_are_flagged():
     assert rows["0/tanh"]["levels used"] == pytest.approx(0.1, abs=0.02)
     assert rows["1/tanh"]["clipped"] > 0.01
     title = jm.compare(params, graph, bad.set("2/w", scale=20 * weight), x).title
-    assert "badly used grids: 0/tanh, 1/tanh, 2" in title
+    assert "badly used quantizers: 0/tanh, 1/tanh, 2" in title
 
 
 def test_a_stale_weight_grid_is_flagged():
@@ -173,11 +173,11 @@ def test_every_node_on_a_grid_has_a_row(name):
     quantizers = jm.calibrate(params, graph, [inputs], progress=False)
     table = jm.compare(params, graph, quantizers, inputs)
     grids = {n.name for n in graph.nodes if quantizers.activation(n.name)}
-    sites = {
-        s.name for s in graph.sites if (s.weight.name or s.name) in quantizers.weights
+    layers = {
+        s.name for s in graph.layers if (s.weight.name or s.name) in quantizers.weights
     }
     rows = rows_of(table)
-    assert set(rows) == grids | sites
+    assert set(rows) == grids | layers
     for row in rows.values():
         ran = row["SQNR (dB)"] is not None
         assert not ran or row["SQNR (dB)"] > 15

@@ -34,8 +34,8 @@ def test_multiplications_of_a_published_network():
         a + b for a, b in zip(weights, biases, strict=True)
     ]
     everything = sum(a.size for a in jax.tree.leaves(params))
-    assert table.where(site="(all)")["parameters"] == [everything]
-    assert table.where(site="(all)")["bytes"] == [4 * everything]
+    assert table.where(layer="(all)")["parameters"] == [everything]
+    assert table.where(layer="(all)")["bytes"] == [4 * everything]
     twice = jm.cost(params, jm.trace(model.apply, params, x), jnp.zeros((2, 28, 28, 1)))
     assert twice["macs"] == [2 * n for n in table["macs"]]
 
@@ -69,7 +69,7 @@ def test_operations_are_those_that_xla_counts(kind):
     assert 2 * table["macs"][0] >= counted
 
 
-def test_shapes_are_enough_and_factors_count_as_two_sites():
+def test_shapes_are_enough_and_factors_count_as_two_layers():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(20, 30)), jnp.float32)
     params = {"a": {"kernel": kernel}}
 
@@ -81,7 +81,7 @@ def test_shapes_are_enough_and_factors_count_as_two_sites():
     assert jm.cost(params, graph, x)["macs"] == [600, 0, 600]
     small = jm.factorize(params, graph, ranks={"a": 5})
     table = jm.cost(small, jm.trace(apply, small, x), x)
-    assert table["site"][:2] == ["a/in", "a/out"]
+    assert table["layer"][:2] == ["a/in", "a/out"]
     assert table["macs"] == [100, 150, 0, 250]
     assert table["parameters"] == [100, 150, 0, 250]
     sizes = jm.widths(small)
@@ -113,7 +113,7 @@ def test_products_without_weights_and_steps_of_loops_count():
     params = {n: jnp.ones(s) for n, s in shapes.items()}
     x = jnp.ones((2, 5, 6))
     table = jm.cost(params, jm.trace(apply, params, x), x)
-    rows = {r["site"]: r for r in table}
+    rows = {r["layer"]: r for r in table}
     assert rows["h"]["macs"] == 5 * 2 * 8 * 8 and rows["i"]["macs"] == 5 * 2 * 6 * 8
     assert rows["o"]["macs"] == 10 * 8 * 3
     free = [r for r in table if r["parameters"] == 0 and r["macs"]]

@@ -1,4 +1,4 @@
-"""The noise that is foretold, against Jacobians written out and errors really measured."""
+"""The noise that is predicted, against Jacobians written out and errors really measured."""
 
 import dataclasses
 
@@ -54,15 +54,15 @@ def test_it_is_the_jacobian_times_the_error(net):
         error = quantizers.weights[f"{name}/kernel"](kernels[name]) - kernels[name]
         expected = jnp.sum(jnp.sum(slopes[name] * error[None, None], axis=(2, 3)) ** 2)
         ratio = 10 * np.log10(energy / float(expected))
-        (row,) = table.where(what=f"{name}/kernel")
+        (row,) = table.where(tensor=f"{name}/kernel")
         assert row["SQNR (dB)"] == pytest.approx(ratio, abs=0.8)  # four sigma
-        assert row["site"] == name and row["kind"] == "weight" and row["bits"] == 6
+        assert row["layer"] == name and row["kind"] == "weight" and row["bits"] == 6
 
     hidden = jax.nn.relu(x @ kernels["a"] + params["a"]["bias"][None])
-    (name,) = [n for n in table["what"] if n.startswith("a/") and "kernel" not in n]
+    (name,) = [n for n in table["tensor"] if n.startswith("a/") and "kernel" not in n]
     error = quantizers.activations[name](hidden) - hidden
     expected = jnp.sum((error @ kernels["b"]) ** 2)
-    (row,) = table.where(what=name)
+    (row,) = table.where(tensor=name)
     ratio = 10 * np.log10(energy / float(expected))
     assert row["SQNR (dB)"] == pytest.approx(ratio, abs=0.8) and row["clipped"] == 0
     powers = 10 ** (-np.array(table["SQNR (dB)"]) / 10)
@@ -90,13 +90,13 @@ def test_what_is_clipped_stands_beside_it(net):
     params, graph, quantizers, batches, _ = net
     (name,) = [n for n in quantizers.activations if n.startswith("a/")]
     assert jm.noise(params, graph, quantizers, batches, progress=False).where(
-        what=name
+        tensor=name
     )["clipped"] == [0.0]
     q = quantizers.activations[name]
     narrow = quantizers.set(name, scale=q.scale / 2)
-    (row,) = jm.noise(params, graph, narrow, batches, progress=False).where(what=name)
+    (row,) = jm.noise(params, graph, narrow, batches, progress=False).where(tensor=name)
     assert 0.9 < row["clipped"] < 1
-    # Clipping stays however fine the grid is, and so does what it costs.
+    # Clipping stays however fine the quantizer is, and so does what it costs.
     assert row["16 bits"] - row["SQNR (dB)"] < 0.5
 
 
@@ -130,23 +130,23 @@ def test_the_total_is_what_is_measured_and_the_order_that_of_sensitivity(convolu
     exact = apply(params, x)
     measured = decibel(exact, jax.jit(jm.simulate(apply, quantizers))(params, x))
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=1.5)
-    assert f"{table['SQNR (dB)'][-1]:.1f} dB foretold" in table.title
+    assert f"{table['SQNR (dB)'][-1]:.1f} dB predicted" in table.title
 
     def score(apply, params):
         noise = jnp.sum((apply(params, x) - exact) ** 2)
         return 10 * jnp.log10(jnp.sum(exact**2) / jnp.maximum(noise, 1e-9))
 
     truth = jm.sensitivity(params, graph, quantizers, score, progress=False)
-    assert truth["what"][:-3] == table["what"][:-1]
-    ranks = spearmanr(truth["only"][:-3], table["SQNR (dB)"][:-1])
+    assert truth["tensor"][:-3] == table["tensor"][:-1]
+    ranks = spearmanr(truth["only this"][:-3], table["SQNR (dB)"][:-1])
     assert ranks.statistic > 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", (0, 3, 5, 6))
-def test_a_damaged_site_comes_first(convolutions, seed):
-    """What its weights show is as before: the damage is in the grid, over the same range."""
-    site, kind = "abcd"[seed % 4], ("weights", "activations")[seed // 4]
+def test_a_damaged_layer_comes_first(convolutions, seed):
+    """What its weights show is as before: the damage is in the quantizer, over the same range."""
+    layer, kind = "abcd"[seed % 4], ("weights", "activations")[seed // 4]
     apply, params, graph, batches, x = convolutions
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -154,26 +154,26 @@ def test_a_damaged_site_comes_first(convolutions, seed):
         tree, [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys)]
     )
     quantizers = jm.calibrate(params, graph, batches, progress=False)
-    what = f"{site}/kernel" if kind == "weights" else result_of(quantizers, site)
+    what = f"{layer}/kernel" if kind == "weights" else result_of(quantizers, layer)
     group = dict(getattr(quantizers, kind))
     group[what] = group[what].set(bits=3)
     damaged = dataclasses.replace(quantizers, **{kind: group})
     table = jm.noise(params, graph, damaged, batches, examples=16, progress=False)
-    assert max(zip(table["share"][:-1], table["what"]))[1] == what
+    assert max(zip(table["share"][:-1], table["tensor"]))[1] == what
     exact = apply(params, x[:32])
     score = lambda apply, p: -jnp.mean((apply(p, x[:32]) - exact) ** 2)
     scores = jm.sensitivity(params, graph, damaged, score, progress=False)
     rows = list(scores)[:-3]
-    assert min(rows, key=lambda row: row["only"])["what"] == what
-    assert max(rows, key=lambda row: row["but"])["what"] == what
+    assert min(rows, key=lambda row: row["only this"])["tensor"] == what
+    assert max(rows, key=lambda row: row["all but this"])["tensor"] == what
 
 
-def result_of(quantizers, site):
-    """The grid that holds a site's own result, behind its activation where it has one."""
+def result_of(quantizers, layer):
+    """The quantizer that holds a layer's own result, after its activation where it has one."""
     (name,) = [
         n
         for n in quantizers.activations
-        if n == site or (n.startswith(f"{site}/") and "relu" in n)
+        if n == layer or (n.startswith(f"{layer}/") and "relu" in n)
     ]
     return name
 
@@ -246,7 +246,7 @@ def test_loops_and_derived_and_shared_grids(case):
     measured = decibel(apply(params, x), jm.simulate(apply, quantizers)(params, x))
     # Few weights, whose errors are not many draws.
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=3)
-    assert set(table["what"]) >= {*quantizers.activations, *quantizers.weights}
+    assert set(table["tensor"]) >= {*quantizers.activations, *quantizers.weights}
     assert all(np.isfinite(table["SQNR (dB)"]))
 
 
@@ -254,16 +254,16 @@ def test_a_smaller_graph_has_fewer_rows_of_the_same_whole(net):
     params, graph, quantizers, batches, _ = net
     whole = jm.noise(params, graph, quantizers, batches, progress=False)
     part = jm.noise(params, graph.only("b"), quantizers, batches, progress=False)
-    assert "a/kernel" not in part["what"] and "b/kernel" in part["what"]
-    share = [t.where(what="b/kernel")["share"] for t in (whole, part)]
+    assert "a/kernel" not in part["tensor"] and "b/kernel" in part["tensor"]
+    share = [t.where(tensor="b/kernel")["share"] for t in (whole, part)]
     assert share[0] == pytest.approx(share[1])
 
 
-def test_what_cannot_be_foretold_is_refused(net):
+def test_what_cannot_be_predicted_is_refused(net):
     params, graph, quantizers, batches, x = net
     with pytest.raises(ValueError, match="examples is 0"):
         jm.noise(params, graph, quantizers, batches, examples=0, progress=False)
-    with pytest.raises(ValueError, match="no grid of the selected nodes"):
+    with pytest.raises(ValueError, match="no quantizer of the selected nodes"):
         jm.noise(params, graph, quantizers.set("*", bits=32), batches, progress=False)
     rounded = lambda p, x: jnp.round(plain(p, x))
     other = jm.trace(rounded, params, x[:2])

@@ -1,4 +1,4 @@
-"""The score of every grid alone, and without it, against networks set by hand."""
+"""The score of every quantizer alone, and without it, against networks set by hand."""
 
 import dataclasses
 
@@ -55,13 +55,16 @@ def only(quantizers, *names):
 def test_each_row_is_the_score_of_that_network(net, table):
     apply, params, _, quantizers, score = net
     every = [*quantizers.weights, *quantizers.activations]
-    rows = [row for row in table if row["what"] != "(all)"]
-    assert {row["what"] for row in rows} == set(every) and len(rows) == len(every)
+    rows = [row for row in table if row["tensor"] != "(all)"]
+    assert {row["tensor"] for row in rows} == set(every) and len(rows) == len(every)
     for row in rows:
-        if quantizers.weights.get(row["what"], jm.Quantizer()).product:
-            continue  # a bias has no grid where its product has none
-        rest = [n for n in every if n != row["what"]]
-        for names, found in (([row["what"]], row["only"]), (rest, row["but"])):
+        if quantizers.weights.get(row["tensor"], jm.Quantizer()).product:
+            continue  # a bias has no quantizer where its product has none
+        rest = [n for n in every if n != row["tensor"]]
+        for names, found in (
+            ([row["tensor"]], row["only this"]),
+            (rest, row["all but this"]),
+        ):
             one = jm.simulate(apply, only(quantizers, *names))
             assert found == pytest.approx(float(score(one, params)), rel=1e-4, abs=1e-9)
 
@@ -71,16 +74,16 @@ def test_the_last_rows_are_weights_activations_and_both(net, table):
     groups = [list(quantizers.weights), list(quantizers.activations)]
     for row, names in zip(list(table)[-3:-1], groups):
         one = jm.simulate(apply, only(quantizers, *names))
-        assert row["only"] == pytest.approx(float(score(one, params)), rel=1e-4)
+        assert row["only this"] == pytest.approx(float(score(one, params)), rel=1e-4)
     last = list(table)[-1]
-    assert last["kind"] is None and last["but"] == pytest.approx(0, abs=1e-9)
+    assert last["kind"] is None and last["all but this"] == pytest.approx(0, abs=1e-9)
     whole = float(score(jm.simulate(apply, quantizers), params))
-    assert last["only"] == pytest.approx(whole, rel=1e-4)
+    assert last["only this"] == pytest.approx(whole, rel=1e-4)
     assert f"quantized {whole:.4g}" in table.title
 
 
-def test_sites_and_kinds(net, table):
-    rows = {row["what"]: (row["site"], row["kind"], row["bits"]) for row in table}
+def test_layers_and_kinds(net, table):
+    rows = {row["tensor"]: (row["layer"], row["kind"], row["bits"]) for row in table}
     assert rows["a/kernel"] == ("a", "weight", 4)
     assert rows["c/bias"] == ("c", "weight", 32)
     assert rows["c"] == ("c", "activation", 8)
@@ -91,13 +94,14 @@ def test_widths_are_data_too(net):
     found = jm.sensitivity(
         params, graph.only("a"), quantizers, score, bits=(3, 8), progress=False
     )
-    rows = [row for row in found if row["what"] == "a/kernel"]
+    rows = [row for row in found if row["tensor"] == "a/kernel"]
     assert [row["bits"] for row in rows] == [3, 8]
     for row in rows:
         other = only(quantizers.set("a/kernel", bits=row["bits"]), "a/kernel")
         expected = float(score(jm.simulate(apply, other), params))
-        assert row["only"] == pytest.approx(expected, rel=1e-4)
-    assert rows[0]["only"] < rows[1]["only"] and rows[0]["but"] == rows[1]["but"]
+        assert row["only this"] == pytest.approx(expected, rel=1e-4)
+    assert rows[0]["only this"] < rows[1]["only this"]
+    assert rows[0]["all but this"] == rows[1]["all but this"]
 
 
 @pytest.mark.one_in(2)
@@ -119,9 +123,11 @@ def test_however_it_runs_it_is_the_same_table(net, table, how):
     )
     assert 0 < len(found) < len(table)
     for row in found:
-        (same,) = table.where(what=row["what"], kind=row["kind"])
-        assert row["only"] == pytest.approx(same["only"], rel=1e-4, abs=1e-9)
-        assert row["but"] == pytest.approx(same["but"], rel=1e-4, abs=1e-9)
+        (same,) = table.where(tensor=row["tensor"], kind=row["kind"])
+        assert row["only this"] == pytest.approx(same["only this"], rel=1e-4, abs=1e-9)
+        assert row["all but this"] == pytest.approx(
+            same["all but this"], rel=1e-4, abs=1e-9
+        )
 
 
 def test_one_program_runs_every_row(net):
@@ -183,8 +189,10 @@ def test_an_nnx_model_scores_the_same(net):
         quantizers = jm.calibrate(p, graph, [x], progress=False)
         score = lambda apply, p: -jnp.sum((apply(p, x) - wanted) ** 2)
         tables.append(jm.sensitivity(p, graph, quantizers, score, progress=False))
-    assert tables[0]["what"] == tables[1]["what"]
-    assert tables[0]["only"] == pytest.approx(tables[1]["only"], rel=1e-4, abs=1e-7)
+    assert tables[0]["tensor"] == tables[1]["tensor"]
+    assert tables[0]["only this"] == pytest.approx(
+        tables[1]["only this"], rel=1e-4, abs=1e-7
+    )
 
 
 @pytest.mark.slow
@@ -198,7 +206,7 @@ def test_a_score_without_number_stays_unless_float_has_it(net):
     table = jm.sensitivity(
         params, graph.only("a"), quantizers, picky, bits=[2], progress=False
     )
-    assert np.isnan(table.where(what="a/kernel")["only"][0])
+    assert np.isnan(table.where(tensor="a/kernel")["only this"][0])
     assert "a/kernel" in table.title
     with pytest.raises(ValueError, match="score of the float model is nan"):
         nothing = lambda apply, params: score(apply, params) * jnp.nan
@@ -217,7 +225,7 @@ def test_a_score_without_number_stays_unless_float_has_it(net):
             "is a complex number",
         ),
         ({"quantizers": jm.Quantizers({"z": jm.Quantizer()})}, "sensitivity: .*'z'"),
-        ({"quantizers": jm.Quantizers()}, "no grid of the selected nodes is on"),
+        ({"quantizers": jm.Quantizers()}, "no quantizer of the selected nodes is on"),
         ({"score": lambda apply, params: jnp.ones(3)}, r"array of shape \(3,\)"),
     ],
 )

@@ -48,7 +48,9 @@ def nodes_of_a_call(apply, params, *inputs):
 def check_all_sizes(net):
     graph = jm.trace(net, net.params, net.inputs(1))
     want = structure(graph.nodes)
-    assert len(graph.sites) == products_with_a_parameter(net, net.params, net.inputs(5))
+    assert len(graph.layers) == products_with_a_parameter(
+        net, net.params, net.inputs(5)
+    )
     for size in SIZES:
         x = net.inputs(size)
         assert structure(jm.trace(net, net.params, x).nodes) == want
@@ -150,7 +152,7 @@ def test_pairs_of_examples():
     )
 
 
-def test_a_batch_behind_another_axis():
+def test_a_batch_after_another_axis():
     def apply(p, x):
         start = jnp.zeros((x.shape[1], 4))
         step = lambda c, x: (jnp.tanh(x @ p["w"] + c @ p["u"]), None)
@@ -170,7 +172,7 @@ def test_only_one_of_the_inputs_has_a_batch():
 
     params = {"w": W, "u": spec(5, 4), "v": spec(5, 3)}
     graph = jm.trace(apply, params, spec(1, 2, 6), spec(7, 5))
-    assert len(graph.sites) == 3
+    assert len(graph.layers) == 3
     for size in SIZES:
         again = nodes_of_a_call(apply, params, spec(size, 2, 6), spec(7, 5))
         assert structure(again) == structure(graph.nodes)

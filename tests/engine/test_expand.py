@@ -132,8 +132,8 @@ def test_two_convolutions_are_the_one_they_stand_for(kind, method):
     wanted = apply(dense, x)
     np.testing.assert_allclose(jm.lift(apply)(tree, x), wanted, rtol=1e-4, atol=1e-3)
     graph = jm.trace(apply, tree, x)
-    assert [n.name for n in graph.sites] == ["conv/in", "conv/out"]
-    kernels = [n.weight.name for n in graph.sites if n.weight is not None]
+    assert [n.name for n in graph.layers] == ["conv/in", "conv/out"]
+    kernels = [n.weight.name for n in graph.layers if n.weight is not None]
     assert kernels == ["conv/in/kernel", "conv/out/kernel"]
 
 
@@ -211,7 +211,7 @@ def test_nothing_that_was_pruned_is_computed():
     graph = jm.trace(apply, tree, x)
     shapes = {n: v.shape for n, v in named_leaves(tree).items()}
     assert shapes["a/kernel"] == (3, 3, 8, 4) and shapes["b/kernel"] == (3, 3, 4, 8)
-    assert [n.name for n in graph.sites] == ["a", "b"]
+    assert [n.name for n in graph.layers] == ["a", "b"]
     dense = {
         k: {n: jnp.array(a) for n, a in v.items()} for k, v in densify(tree).items()
     }

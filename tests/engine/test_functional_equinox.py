@@ -183,7 +183,7 @@ def test_a_module_without_state():
     x = jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
     apply, params, merge = jm.functional(model)
     np.testing.assert_allclose(apply(params, x), jax.vmap(model)(x), rtol=1e-6)
-    assert len(jm.trace(apply, params, x).sites) == 3
+    assert len(jm.trace(apply, params, x).layers) == 3
     np.testing.assert_array_equal(jax.vmap(merge(params))(x), jax.vmap(model)(x))
     batched, params, _ = jm.functional(model, vmap=False)
     np.testing.assert_allclose(batched(params, x[0]), model(x[0]), rtol=1e-6)
@@ -226,7 +226,7 @@ def test_an_nnx_module_as_parameters_is_refused():
 def test_equinox_wrappers_and_trees_are_fine():
     module = eqx_module()
     apply = eqx.filter_jit(lambda m, x: jax.vmap(m)(x))
-    assert len(jm.trace(apply, module, jnp.ones((2, 4))).sites) == 1
+    assert len(jm.trace(apply, module, jnp.ones((2, 4))).layers) == 1
 
 
 @pytest.mark.parametrize("form", ["first", "other name", "by name", "more inputs"])
@@ -247,7 +247,7 @@ def test_a_state_is_passed_where_the_module_takes_it(form):
         apply(params, *inputs), jax.vmap(plain, axis_name="batch")(X), rtol=1e-5
     )
     graph = jm.trace(apply, params, *(x[:1] for x in inputs))
-    assert sum(node.is_site for node in graph.nodes) == 2
+    assert sum(node.is_layer for node in graph.nodes) == 2
 
 
 def test_a_forgotten_state_is_named():

@@ -211,7 +211,7 @@ def test_slices_of_a_concatenation_are_its_parts_again():
     assert lb.cut(joined, 2, 5) is None
 
 
-# Groups by hand: (makers) -> (readers), of those that may be rescaled.
+# Groups by hand: (producers) -> (consumers), of those that may be rescaled.
 
 FREE = {
     "conv_bn_relu": "stem -> head",
@@ -264,7 +264,9 @@ FREE = {
 
 
 def free_groups(graph):
-    return {(frozenset(g.makers), frozenset(g.readers)) for g in graph.groups if g.free}
+    return {
+        (frozenset(g.producers), frozenset(g.consumers)) for g in graph.groups if g.free
+    }
 
 
 @pytest.mark.parametrize(("name", "front"), RUNS)
@@ -284,8 +286,8 @@ def test_twins_have_equal_groups(name):
         names = {
             g.index: (
                 g.size,
-                frozenset(g.makers),
-                frozenset(g.readers),
+                frozenset(g.producers),
+                frozenset(g.consumers),
                 g.clips,
                 g.free,
             )
@@ -429,7 +431,7 @@ def test_layouts_by_hand():
     assert layout("grouped", "grouped/bias", "shift")[1] == [("grouped", 8)]
 
 
-FROZEN = [  # (case, a site that makes the group, a word of the reason)
+FROZEN = [  # (case, a layer that makes the group, a word of the reason)
     ("conv_bn_relu", "head", "output of the model"),
     ("residual", "conv2", "input of the model"),
     ("group_norm", "stem", "a norm over the data"),
@@ -441,16 +443,16 @@ FROZEN = [  # (case, a site that makes the group, a word of the reason)
 ]
 
 
-@pytest.mark.parametrize(("name", "maker", "why"), FROZEN)
-def test_a_frozen_group_says_why(name, maker, why):
+@pytest.mark.parametrize(("name", "producer", "why"), FROZEN)
+def test_a_frozen_group_says_why(name, producer, why):
     graph = graph_of(name, "linen")
-    reasons = [g.frozen for g in graph.groups if maker in g.makers]
+    reasons = [g.frozen for g in graph.groups if producer in g.producers]
     assert reasons and all(reasons)
     assert any(why in reason for reason in reasons), reasons
 
 
 @pytest.mark.parametrize(
-    ("name", "sites"),
+    ("name", "layers"),
     [
         ("tied", "shared:0 shared:1"),
         ("tied_embedding", "embed:0 embed:1 middle"),
@@ -460,11 +462,11 @@ def test_a_frozen_group_says_why(name, maker, why):
         ("lstm", "rnn/cell rnn/cell:1"),
     ],
 )
-def test_shared_stacked_and_derived_weights_join_no_free_group(name, sites):
+def test_shared_stacked_and_derived_weights_join_no_free_group(name, layers):
     graph = graph_of(name, "linen")
     for group in graph.groups:
         if group.free:
-            assert not {*group.makers, *group.readers} & {*sites.split()}
+            assert not {*group.producers, *group.consumers} & {*layers.split()}
 
 
 # Groups of small models that the zoo does not have.
@@ -545,13 +547,13 @@ def test_what_is_homogeneous_leaves_a_group_free(body):
 )
 def test_what_is_not_freezes_it(body):
     graph, *_ = small(body)
-    groups = [g for g in graph.groups if "a" in g.makers or "b" in g.readers]
+    groups = [g for g in graph.groups if "a" in g.producers or "b" in g.consumers]
     assert groups
     # a channel shuffle may leave finer groups free, never one that it mixes up
     for g in groups:
         if g.free:
             assert g.size in (2, 3)
-            assert (g.makers, g.readers) == (("a",), ("b",))
+            assert (g.producers, g.consumers) == (("a",), ("b",))
         else:
             assert g.frozen
 
@@ -597,12 +599,12 @@ def test_a_split_makes_two_groups_and_a_slice_across_them_freezes():
     assert not [g for g in across.groups if g.free]
 
 
-def test_a_padded_channel_axis_is_read_behind_its_zeros():
+def test_a_padded_channel_axis_is_read_after_its_zeros():
     """The shortcut of a small ResNet: zero channels appended before an addition."""
     pad = ((0, 0), (0, 0), (0, 0), (1, 3))
     graph, *rest = small(lambda x: jnp.pad(x, pad), cin=10)
-    [group] = [g for g in graph.groups if g.free and g.makers]
-    assert (group.size, group.readers) == (6, ("b",))
+    [group] = [g for g in graph.groups if g.free and g.producers]
+    assert (group.size, group.consumers) == (6, ("b",))
     [layout] = [m.layout for m in graph.members if (m.parameter, m.role) == ("b", "in")]
     assert [layout_size(p) for p in layout[0].parts] == [1, 6, 3]
     assert layout[0].parts[1] == (Span(group.index, 6),)
@@ -614,5 +616,5 @@ def test_a_concatenation_with_a_constant_freezes_unless_it_is_zero(filler, free)
     graph, *rest = small(
         lambda x: jnp.concatenate([x, filler((2, 8, 8, 2))], axis=-1), cin=8
     )
-    assert any(g.free for g in graph.groups if "a" in g.makers) == free
+    assert any(g.free for g in graph.groups if "a" in g.producers) == free
     check_law(graph, *rest)

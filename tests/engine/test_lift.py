@@ -132,7 +132,7 @@ def test_plain_apply_refuses_and_names_the_cure():
     ("name", "leaf"), [("conv_bn_relu", "stem"), ("clip_after_add", "branch")]
 )
 def test_bounds_without_a_clip_to_take_them_are_refused(name, leaf):
-    """A ReLU has no bounds, and a clip behind an addition has no single producer."""
+    """A ReLU has no bounds, and a clip after an addition has no single producer."""
     apply, params, inputs = model(name)
     kernel = named_leaves(params)[f"{leaf}/kernel"]
     ones = jnp.ones(kernel.shape[-1])

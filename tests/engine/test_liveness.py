@@ -121,7 +121,7 @@ def test_graph_networks_have_all_their_layers(apply):
     params = {k: v for k, v in params.items() if used is None or k in used}
     graph = jm.trace(apply, params, x, edges)
     count = products_with_a_parameter(apply, params, x, edges)
-    assert len(graph.sites) == len(params) == count
+    assert len(graph.layers) == len(params) == count
     assert error_of(apply, params, x, edges) < 1e-3
 
 
@@ -209,7 +209,7 @@ def test_a_layer_that_decides_a_branch_is_a_layer():
         return lax.cond(first, jnp.tanh, jnp.sin, x @ p["w"])
 
     graph = jm.trace(apply, {"gate": W, "w": W}, X)
-    assert {n.name for n in graph.sites} == {"gate", "w"}
+    assert {n.name for n in graph.layers} == {"gate", "w"}
 
 
 # What is neither a number nor an axis.

@@ -186,7 +186,7 @@ def planned(apply, count):
 def cut(apply, count):
     """Cut after every layer; its pieces are only made, not run."""
     graph = jm.trace(apply, of_size(count), spec(2, D))
-    names = [n.name for n in graph.sites]
+    names = [n.name for n in graph.layers]
     x = spec(2, D)
     return lambda: jm.segments(graph, of_size(count), x, cuts=names)
 
@@ -253,7 +253,7 @@ def test_a_concatenation_of_all_before():
         params = [spec(D + 2 * i, 2) for i in range(count)]
         return lambda: jm.trace(dense, params, spec(1, D))
 
-    assert len(traced(100)().sites) == 100
+    assert len(traced(100)().layers) == 100
     assert steps(traced(40)) < 2.2 * steps(traced(20))
 
 

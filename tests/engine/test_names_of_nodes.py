@@ -53,12 +53,12 @@ def names_of(apply, params, *inputs, **kwargs):
 @pytest.mark.parametrize(("name", "front"), RUNS)
 def test_nodes_are_those_written_by_hand(name, front):
     case, graph = CASES[name], traced(name, front)
-    found, sites = names(graph), tuple(node.name for node in graph.sites)
+    found, layers = names(graph), tuple(node.name for node in graph.layers)
     if not case.ordered:
-        found, sites = sorted(found), sorted(sites)
-        assert (found, sites) == (sorted(case.nodes), sorted(case.sites))
+        found, layers = sorted(found), sorted(layers)
+        assert (found, layers) == (sorted(case.nodes), sorted(case.layers))
     else:
-        assert (found, sites) == (case.nodes, case.sites)
+        assert (found, layers) == (case.nodes, case.layers)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -80,7 +80,7 @@ def test_training_traces_have_equal_names(name, front):
     apply, params, inputs = model(name, front)
     graph = trace(apply, params, *inputs, **CASES[name].train_kwargs(front))
     assert names(graph) == names(traced(name, front))
-    assert [n.name for n in graph.sites] == [*CASES[name].sites]
+    assert [n.name for n in graph.layers] == [*CASES[name].layers]
 
 
 def with_batch(inputs, size):
@@ -107,8 +107,8 @@ def test_another_batch_size_gives_an_equal_graph(name, front, size):
     other = trace(apply, params, *with_batch(inputs, size))
     assert without_moves(other) == without_moves(graph)
     assert {*other.members} == {*graph.members}
-    assert [(g.makers, g.readers, g.size) for g in other.groups] == [
-        (g.makers, g.readers, g.size) for g in graph.groups
+    assert [(g.producers, g.consumers, g.size) for g in other.groups] == [
+        (g.producers, g.consumers, g.size) for g in graph.groups
     ]
 
 
@@ -162,8 +162,8 @@ def test_a_tree_without_its_collection_gives_equal_names(name):
 
     graph, whole = trace(with_rest, state.params, *inputs), traced(name, "linen")
     assert names(graph) == names(whole)
-    trained = [p for n in whole.nodes if n.is_site for p in n.parameters]
-    assert [p for n in graph.nodes if n.is_site for p in n.parameters] == trained
+    trained = [p for n in whole.nodes if n.is_layer for p in n.parameters]
+    assert [p for n in graph.nodes if n.is_layer for p in n.parameters] == trained
     norms = [n.norm.over for n in graph.nodes if n.norm and name == "resnet"]
     assert norms == ["constant"] * len(norms)
 
@@ -286,7 +286,7 @@ def test_each_call_of_one_jitted_function_makes_its_own_nodes():
     assert names_of(apply, params, X) == "input a a/relu b b/relu output"
 
 
-def test_a_repeated_kind_behind_one_product_is_counted():
+def test_a_repeated_kind_after_one_product_is_counted():
     def apply(p, x):
         x = x @ p["w"]
         return jnp.tanh(x) + jnp.tanh(2.0 * x[:, ::-1]) + jnp.sin(x)

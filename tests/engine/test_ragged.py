@@ -48,11 +48,11 @@ def case():
 
 def test_it_is_found_counted_and_read_through_the_sorting(case):
     p, x, graph = case
-    assert [n.name for n in graph.sites] == ["router", "up", "down"]
+    assert [n.name for n in graph.layers] == ["router", "up", "down"]
     assert [e.node for e in graph["up"].inputs] == ["input"]
     assert [e.node for e in graph["down"].inputs] == ["up/relu"]
     table = jm.cost(p, graph, x)
-    macs = dict(zip(table["site"], table["macs"], strict=True))
+    macs = dict(zip(table["layer"], table["macs"], strict=True))
     tokens = x.shape[0] * x.shape[1]
     assert macs["up"] == macs["down"] == tokens * WIDTH * HIDDEN
 
@@ -114,4 +114,4 @@ def test_one_that_only_decides_a_branch_is_found_too(case):
         branches = (lambda y: y @ p["router"], lambda y: -y @ p["router"])
         return lax.cond(score > 0, *branches, x)
 
-    assert "up" in [n.name for n in jm.trace(apply, p, x).sites]
+    assert "up" in [n.name for n in jm.trace(apply, p, x).layers]

@@ -1,7 +1,7 @@
 """The replay is the model: its equations where nothing is asked of it, hooked where it is.
 
 Two oracles stand beside the model itself: linen's method interceptors, which edit and
-record a module's output behind the library's back, and functions that are written with a
+record a module's output after the library's back, and functions that are written with a
 tap at every node.
 """
 
@@ -314,7 +314,7 @@ def edited(apply, nodes, factors):
 
 
 def modules_of(name):
-    """The nodes of a case that are linen modules: sites, norms, a learned slope."""
+    """The nodes of a case that are linen modules: layers, norms, a learned slope."""
     apply, params, inputs = model(name, "linen")
     nodes = [n for n in trace(apply, params, *inputs).nodes if n.parameters]
     return [
@@ -795,12 +795,12 @@ CUSTOM = {"custom_jvp": halved, "custom_vjp": doubled, "under jit": jax.jit(halv
 
 @pytest.mark.parametrize("name", CUSTOM)
 @pytest.mark.parametrize("hook", [idle, recording])
-def test_a_site_inside_a_custom_rule_keeps_the_rule(name, hook):
+def test_a_layer_inside_a_custom_rule_keeps_the_rule(name, hook):
     def apply(p, x):
         return CUSTOM[name](p["w"], x) @ p["v"]
 
     p = {"w": drawn()["w"], "v": drawn()["v"]}
-    assert [n.name for n in trace(apply, p, X).sites] == ["w", "v"]
+    assert [n.name for n in trace(apply, p, X).layers] == ["w", "v"]
 
     def replay(p, x):
         return evaluate(apply, hook)(p, x)[0]
@@ -874,11 +874,11 @@ def test_statistics_under_nested_scans_are_stacked_twice():
 
     p = drawn(3)["w"][:, :, :6]
     _, found = jax.jit(evaluate(apply, recording))(p, X)
-    [site] = trace(apply, p, X).sites
-    assert site.region == ("scan", "scan")
-    assert found[site.name].shape == (3, 2, 4, 6)
+    [layer] = trace(apply, p, X).layers
+    assert layer.region == ("scan", "scan")
+    assert found[layer.name].shape == (3, 2, 4, 6)
     x = jnp.tanh(X @ p[0])
-    np.testing.assert_allclose(found[site.name][0, 1], x @ p[0], 1e-5, 1e-5)
+    np.testing.assert_allclose(found[layer.name][0, 1], x @ p[0], 1e-5, 1e-5)
 
 
 def test_statistics_under_cond_say_which_branch_was_taken():

@@ -48,16 +48,18 @@ def close(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cut_at_every_site(name):
+def test_cut_at_every_layer(name):
     """Composed it is the model, and each piece holds exactly the product before its cut."""
     apply, params, inputs, graph = model(name)
-    sites = [n.name for n in graph.sites]
-    pieces = jm.segments(graph, params, *inputs, cuts=sites)
-    assert [p.name for p in pieces] == [*sites, None] and len(pieces) == len(sites) + 1
-    for piece, site in zip(pieces, sites, strict=False):
-        assert [n for n in piece.nodes if n in sites] == [site]
-        assert piece.nodes[-1] == site
-    assert not {*pieces[-1].nodes} & {*sites}
+    layers = [n.name for n in graph.layers]
+    pieces = jm.segments(graph, params, *inputs, cuts=layers)
+    assert [p.name for p in pieces] == [*layers, None] and len(pieces) == len(
+        layers
+    ) + 1
+    for piece, layer in zip(pieces, layers, strict=False):
+        assert [n for n in piece.nodes if n in layers] == [layer]
+        assert piece.nodes[-1] == layer
+    assert not {*pieces[-1].nodes} & {*layers}
     # every node runs once, in one of the pieces
     ran = [n for p in pieces for n in p.nodes]
     assert sorted(ran) == sorted(n.name for n in graph.nodes)
@@ -98,7 +100,7 @@ def test_what_depends_on_parameters_alone_is_computed_again():
 
     params, x = {"w": {"kernel": jnp.eye(3) + 0.3}}, jnp.ones((2, 3))
     graph = jm.trace(apply, params, x)
-    first, second = (n.name for n in graph.sites)
+    first, second = (n.name for n in graph.layers)
     pieces = jm.segments(graph, params, x, cuts=[first])
     environment = pieces[0](params, pieces.begin(x))
     assert [*environment] == [first]
@@ -126,7 +128,7 @@ def test_loops_and_branches_stay_whole(name):
     inside = next(n.name for n in graph.nodes if n.region)
     body = {"rnn": "scan"}.get(name, name)
     message = (
-        rf"jaxmet\.segments: '{inside}' runs inside a {body} body.*Cut before or behind"
+        rf"jaxmet\.segments: '{inside}' runs inside a {body} body.*Cut before or after"
     )
     with pytest.raises(ValueError, match=message):
         jm.segments(graph, params, *inputs, cuts=["head", inside])
@@ -170,14 +172,14 @@ def test_float_and_quantized_copies_in_lock_step():
     """What the pieces are for: a simulated copy of each piece, beside the float one."""
     apply, params, inputs, graph = model("concatenation")
     quantizers = jm.calibrate(params, graph, [inputs], progress=False)
-    sites = [n.name for n in graph.sites]
+    layers = [n.name for n in graph.layers]
 
     def hook(node, run, operands):
         quantizer = quantizers.activation(node.name)
         result = run(*operands)
         return (result if quantizer is None else quantizer(result)), None
 
-    pieces = jm.segments(graph, params, *inputs, cuts=sites, hook=hook)
+    pieces = jm.segments(graph, params, *inputs, cuts=layers, hook=hook)
     rounded = jm.round_weights(params, quantizers)
     found = composed(pieces, rounded, *inputs)
     expected = jax.jit(jm.simulate(apply, quantizers))(params, *inputs)
@@ -203,7 +205,7 @@ def test_random_numbers_and_updated_statistics():
         apply, params, inputs, _ = model(name)
         kwargs = CASES[name].train_kwargs()
         graph = jm.trace(apply, params, *inputs, **kwargs)
-        cuts = [n.name for n in graph.sites]
+        cuts = [n.name for n in graph.layers]
         pieces = jm.segments(graph, params, *inputs, cuts=cuts, **kwargs)
         found = composed(pieces, params, *inputs, **kwargs)
         close(found, jax.jit(lambda p, *x: apply(p, *x, **kwargs))(params, *inputs))

@@ -34,9 +34,9 @@ def spec(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def site(apply, weight, x, **more):
-    """The only site of `apply(p, x)`, whose weight is p['w']."""
-    [node] = trace(apply, {"w": weight, **more}, x).sites
+def layer(apply, weight, x, **more):
+    """The only layer of `apply(p, x)`, whose weight is p['w']."""
+    [node] = trace(apply, {"w": weight, **more}, x).layers
     return node
 
 
@@ -170,7 +170,7 @@ VIEWS["conv"] = (
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_weight_is_found_through_its_views(name):
     use, shape, x, views, axes = VIEWS[name]
-    node = site(lambda p, x: use(p["w"], x), spec(*shape), spec(*x))
+    node = layer(lambda p, x: use(p["w"], x), spec(*shape), spec(*x))
     weight = node.weight
     assert (weight.name, weight.parameters) == ("w", ("w",))
     assert not weight.stacked and not weight.shared
@@ -192,7 +192,7 @@ def test_features_are_where_the_outputs_of_the_weight_are(name):
     seen = {}
 
     def hook(node, run, operands):
-        if node.is_site:
+        if node.is_layer:
             seen["x"] = np.asarray(operands[0], np.float32)
             seen["y"] = np.asarray(run(*operands), np.float32)
         return run(*operands), None
@@ -200,7 +200,7 @@ def test_features_are_where_the_outputs_of_the_weight_are(name):
     def apply(p, x):
         return use(p["w"], x)
 
-    node = site(apply, w, x)
+    node = layer(apply, w, x)
     run = evaluate(apply, hook)
 
     def result(w):
@@ -224,7 +224,7 @@ def test_features_are_where_the_outputs_of_the_weight_are(name):
 def test_every_parameter_is_read_by_a_node_or_listed(name, front):
     graph = traced(name, front)
     read = {p for node in graph.nodes for p in node.parameters}
-    listed = {p for p, _ in graph.left}
+    listed = {p for p, _ in graph.unread}
     every = {*named_leaves(model(name, front)[1])}
     assert {*graph.parameters} == every
     assert read | listed == every and not read & listed
@@ -271,8 +271,8 @@ def test_a_penalty_on_a_weight_is_a_second_use():
     def apply(p, x):
         return x @ p["w"], jnp.sum(p["w"] ** 2)
 
-    assert site(apply, spec(6, 4), spec(2, 6)).weight.shared
-    returned = site(lambda p, x: (x @ p["w"], p["w"]), spec(6, 4), spec(2, 6))
+    assert layer(apply, spec(6, 4), spec(2, 6)).weight.shared
+    returned = layer(lambda p, x: (x @ p["w"], p["w"]), spec(6, 4), spec(2, 6))
     assert not returned.weight.shared
 
 
@@ -308,12 +308,12 @@ def test_a_weight_computed_from_parameters_is_derived(name):
         "b": spec(2, 4),
     }
     graph = trace(lambda p, x: x @ DERIVED[name](p), params, spec(2, 6))
-    [node] = graph.sites
+    [node] = graph.layers
     assert node.weight.name is None and node.weight.parameters
     used = {*node.weight.parameters}
     assert used == {*node.parameters}
-    assert {p for p, _ in graph.left} == {*params} - used
-    assert all(why == "unused" for _, why in graph.left)
+    assert {p for p, _ in graph.unread} == {*params} - used
+    assert all(why == "unused" for _, why in graph.unread)
 
 
 # Biases.
@@ -334,7 +334,7 @@ def test_a_weight_computed_from_parameters_is_derived(name):
     ],
 )
 def test_a_bias_belongs_to_its_product(add, shape, found, derived):
-    node = site(
+    node = layer(
         lambda p, x: add(x @ p["w"], p["b"]), spec(6, 4), spec(2, 6), b=spec(*shape)
     )
     assert (node.bias, node.derived_bias) == (found, derived)
@@ -596,8 +596,8 @@ def test_edges_come_from_nodes_that_run_before(name, front):
             loops = {"scan", "while"} & {*node.region}
             if edge.node is not None and not loops:
                 assert order[edge.node] < order[node.name]
-        for reader in graph.readers(node.name):
-            assert node.name in [e.node for e in reader.inputs]
+        for consumer in graph.consumers(node.name):
+            assert node.name in [e.node for e in consumer.inputs]
     outputs = [n for n in graph.nodes if n.kind == "output"]
     assert all(n.inputs and n.inputs[0].node for n in outputs)
 
@@ -628,7 +628,7 @@ def test_a_graph_holds_no_values(name, front):
 
 def test_it_prints_as_a_table():
     expected = """\
-10 nodes, 4 sites
+10 nodes, 4 layers
 node          kind    reads                  weight        channels
 input         input   –                      –             –
 stem          conv    input                  stem/kernel   stem
@@ -642,7 +642,7 @@ merge         conv    right/concat           merge/kernel  –
 output        output  merge                  –             –"""
     assert str(traced("concatenation")) == expected
     shown = str(traced("concatenation").only("stem", "left"))
-    assert shown.splitlines()[0] == "10 nodes, 2 sites"
+    assert shown.splitlines()[0] == "10 nodes, 2 layers"
     assert [line.endswith("not selected") for line in shown.splitlines()[2:]] == [
         name not in ("stem", "stem/relu", "left", "left/relu")
         for name in CASES["concatenation"].nodes
@@ -662,10 +662,10 @@ def test_it_prints_what_is_shared_stacked_derived_and_left():
 
     params = {"w": spec(6, 4), "odd": spec(), "spare": spec(2)}
     graph = trace(apply, params, spec(2, 6))
-    assert {*dict(graph.left)} == {"odd", "spare"}
-    assert dict(graph.left)["spare"] == "unused"
-    assert dict(graph.left)["odd"] == "used by pad"
-    notes = str(graph).partition("\nno site reads\n")[2].splitlines()
+    assert {*dict(graph.unread)} == {"odd", "spare"}
+    assert dict(graph.unread)["spare"] == "unused"
+    assert dict(graph.unread)["odd"] == "used by pad"
+    notes = str(graph).partition("\nno layer reads\n")[2].splitlines()
     assert {"  spare (unused)", "  odd (used by pad)"} == {*notes}
     page = graph._repr_html_()
     assert page.startswith("<table>") and "<li>spare (unused)</li>" in page
@@ -677,7 +677,7 @@ def test_only_and_without_choose_by_glob():
 
     def chosen(smaller):
         assert isinstance(smaller, Graph) and smaller.nodes == graph.nodes
-        return [n.name for n in smaller.sites]
+        return [n.name for n in smaller.layers]
 
     block1 = ["block1/conv1", "block1/conv2"]
     assert chosen(graph.only("block1")) == block1
@@ -687,10 +687,10 @@ def test_only_and_without_choose_by_glob():
     assert chosen(graph.without("block1")) == rest
     assert chosen(graph.only("block1").without("*conv1")) == ["block1/conv2"]
     assert chosen(graph.without("block1").only("*conv1")) == ["block2/conv1"]
-    assert chosen(graph) == [*CASES["resnet"].sites]
+    assert chosen(graph) == [*CASES["resnet"].layers]
     assert graph.only("stem", "block1/*").named == {"stem"}
     assert graph["stem"].name == "stem"
-    assert [n.name for n in graph.readers("stem/relu")] == [
+    assert [n.name for n in graph.consumers("stem/relu")] == [
         "block1/conv1",
         "block1/conv2/add",
     ]
@@ -767,8 +767,8 @@ def test_a_model_without_a_product_is_refused(apply):
 def test_one_product_that_is_closed_over_is_listed():
     w = jnp.ones((6, 5))
     graph = trace(lambda p, x: jnp.tanh(x @ w) @ p["w"], {"w": spec(5, 4)}, spec(2, 6))
-    assert [n.name for n in graph.sites] == ["w"]
-    [(name, why)] = graph.left
+    assert [n.name for n in graph.layers] == ["w"]
+    [(name, why)] = graph.unread
     assert "6×5" in name and "closed over" in why
 
 

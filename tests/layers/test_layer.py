@@ -101,5 +101,5 @@ def test_a_weight_of_which_a_part_is_read_has_no_matrix():
 
     params = {"w": jnp.ones((1, 3))}
     graph = jm.trace(apply, params, jnp.ones((2, 4)))
-    layers = [n for n in graph.sites if n.weight.name]
+    layers = [n for n in graph.layers if n.weight.name]
     assert all(WeightMatrix.of(n, params["w"]) is None for n in layers)

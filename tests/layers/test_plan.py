@@ -1,4 +1,4 @@
-"""What gets a grid, against lists written by hand from what an integer device stores."""
+"""What gets a quantizer, against lists written by hand from what an integer device stores."""
 
 import functools
 
@@ -77,7 +77,7 @@ AXES = {
         f"{n}/kernel": (3,) for n in ("expand", "depthwise", "project")
     },
 }
-# An int32 bias and the two grids whose scales multiply to its own.
+# An int32 bias and the two quantizers whose scales multiply to its own.
 BIASES = {
     "conv_bn_relu": {
         "stem": ("stem/kernel", "input"),
@@ -115,7 +115,7 @@ def planned(name, **config):
 
 
 def names(table, what):
-    return [row["name"] for row in table.where(what=what)]
+    return [row["name"] for row in table.where(kind=what)]
 
 
 def refused(config, *parts, case="conv_bn_relu", params=None):
@@ -131,7 +131,7 @@ def refused(config, *parts, case="conv_bn_relu", params=None):
 def test_what_is_stored_gets_a_grid(name, placement):
     expected = (OPERATIONS if placement == "operations" else PRODUCTS)[name].split()
     table = planned(name, placement=placement)
-    owners = [r["name"] for r in table.where(what="activation") if r["note"] is None]
+    owners = [r["name"] for r in table.where(kind="activation") if r["note"] is None]
     assert sorted(owners) == sorted(expected)
 
 
@@ -152,26 +152,26 @@ def test_int32_biases_name_the_two_grids_of_their_scale(name):
         f"{node}/bias": f"scales of {weight} and {source}"
         for node, (weight, source) in BIASES[name].items()
     }
-    assert {r["name"]: r["note"] for r in table.where(what="bias")} == expected
+    assert {r["name"]: r["note"] for r in table.where(kind="bias")} == expected
     assert names(planned(name), "bias") == []
 
 
 @pytest.mark.parametrize(
     ("name", "bias", "why"),
     [
-        ("scan", "stack/dense/bias", "no grid of known scale"),
-        ("cond", "head/bias", "no grid of known scale"),
-        ("tied", "shared/bias", "different grids"),
+        ("scan", "stack/dense/bias", "no quantizer of known scale"),
+        ("cond", "head/bias", "no quantizer of known scale"),
+        ("tied", "shared/bias", "different quantizers"),
     ],
 )
 def test_a_bias_without_one_scale_stays_in_float_and_says_why(name, bias, why):
     (row,) = planned(name, bias="int32").where(name=bias)
-    assert row["what"] == "float" and why in row["note"]
+    assert row["kind"] == "float" and why in row["note"]
 
 
 def test_operands_of_a_concatenation_share_its_grid():
     table = planned("concatenation")
-    shared = {r["name"]: r["note"] for r in table.where(what="activation") if r["note"]}
+    shared = {r["name"]: r["note"] for r in table.where(kind="activation") if r["note"]}
     assert shared == {"left/relu": "as right/concat", "right/relu": "as right/concat"}
 
 
@@ -185,7 +185,7 @@ def test_concatenations_of_concatenations_share_one_grid():
     shapes = {"stem": (3, 4), "one": (4, 4), "two": (8, 4), "head": (12, 2)}
     params = {n: {"kernel": jnp.ones(s)} for n, s in shapes.items()}
     table = jm.plan(params, jm.trace(dense_block, params, jnp.ones((2, 3))))
-    notes = {r["name"]: r["note"] for r in table.where(what="activation")}
+    notes = {r["name"]: r["note"] for r in table.where(kind="activation")}
     last = "as two/concat"
     assert notes["one/concat"] == notes["two/tanh"] == notes["one/tanh"] == last
     assert notes["stem"] == last and notes["two/concat"] is None
@@ -211,8 +211,8 @@ def test_nothing_is_left_out_in_silence(name):
     params, graph, _ = traced(name)
     said = {*planned(name)["name"]}
     for parameter in graph.parameters:
-        readers = {n.name for n in graph.nodes if parameter in n.parameters}
-        assert parameter in said or readers & said, parameter
+        consumers = {n.name for n in graph.nodes if parameter in n.parameters}
+        assert parameter in said or consumers & said, parameter
 
 
 def test_what_stays_in_float_says_why():
@@ -230,7 +230,7 @@ def test_what_stays_in_float_says_why():
         table = jm.plan(params, jm.trace(model, params, jnp.ones((2, 3))))
         rows = table.where(name="input of b")
         assert bool(len(rows)) == hidden
-    assert rows["what"] == ["float"]
+    assert rows["kind"] == ["float"]
     assert "cumsum" in rows["note"][0]
 
 
@@ -258,10 +258,10 @@ def test_rules_and_selection():
     assert {"stem/kernel", "stem/relu"} <= {*names(off, "float")}
     assert "head/kernel" in names(off, "weight")
     (row,) = off.where(name="input of head")
-    assert row["note"] == "stays in float: 'stem/relu' has no grid"
+    assert row["note"] == "stays in float: 'stem/relu' has no quantizer"
 
     part = jm.plan(params, graph.without("stem", "input"))
-    notes = {r["name"]: r["note"] for r in part.where(what="float")}
+    notes = {r["name"]: r["note"] for r in part.where(kind="float")}
     assert notes["stem/kernel"] == notes["input"] == "not selected"
     assert names(part, "weight") == ["head/kernel"]
 
@@ -275,7 +275,7 @@ def test_rules_reach_a_parameter_through_its_node():
 
 def test_blocks():
     table = planned("gated", block=2)
-    assert {*table.where(what="weight")["one scale per"]} == {"block of 2"}
+    assert {*table.where(kind="weight")["one scale per"]} == {"block of 2"}
     (row,) = planned("standardized", block=3).where(name="conv")
     assert row["note"] is not None
 
@@ -291,12 +291,12 @@ def test_the_plan_is_what_calibrate_does(name):
     assert [*quantizers.weights] == weights
     stored = [*quantizers.activations, *dict(quantizers.shared)]
     assert stored == names(table, "activation")
-    rows = {(r["name"], r["note"]) for r in table.where(what="float")}
-    assert {*quantizers.left} == rows
+    rows = {(r["name"], r["note"]) for r in table.where(kind="float")}
+    assert {*quantizers.skipped} == rows
     printed = repr(quantizers)
     for row in table:
         assert row["name"] in printed
-    for _, why in quantizers.left:
+    for _, why in quantizers.skipped:
         assert why in printed
 
 

@@ -26,7 +26,7 @@ def planned(name, *rules, **config):
 
 def rows(table):
     """What is done to each thing, whatever rule did it."""
-    kept = ("name", "what", "bits", "symmetric", "one scale per", "note")
+    kept = ("name", "kind", "bits", "symmetric", "one scale per", "note")
     return {tuple(row[k] for k in kept) for row in table}
 
 
@@ -104,8 +104,8 @@ def test_calls_of_a_shared_weight_must_agree():
     ):
         assert planned("tied", *rules).where(name="shared/kernel")["bits"] == [6]
     off = planned("tied", Rule("shared:0", quantize_activations=False))
-    assert off.where(name="shared:0/relu")["what"] == ["float"]
-    assert off.where(name="shared:1/relu")["what"] == ["activation"]
+    assert off.where(name="shared:0/relu")["kind"] == ["float"]
+    assert off.where(name="shared:1/relu")["kind"] == ["activation"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_a_rule_may_do():
 def test_weights_and_activations_are_switched_apart():
     def kinds(*rules, **config):
         table = planned("conv_bn_relu", *rules, **config)
-        return {row["name"]: row["what"] for row in table}
+        return {row["name"]: row["kind"] for row in table}
 
     both = ("stem/kernel", "stem/relu", "stem/bias")
     for rule, expected in (
@@ -203,7 +203,7 @@ def test_dynamic_has_no_int32_biases():
 def test_the_plan_says_what_a_name_covers():
     rules = [Rule("stem", quantize=False), Rule("head", weight_bits=4)]
     table = planned("conv_bn_relu", *rules)
-    notes = {row["name"]: row["note"] for row in table.where(what="float")}
+    notes = {row["name"]: row["note"] for row in table.where(kind="float")}
     why = "a rule says so: Rule('stem', quantize=False)"
     assert notes["stem/kernel"] == notes["stem/relu"] == why
     found = {row["name"]: row["rules"] for row in table}
@@ -220,7 +220,7 @@ def test_a_node_and_a_parameter_are_names_of_one_weight():
         rule = Rule(glob, weight_bits=4, bias="int32")
         table = jm.plan(params, graph, jm.QuantConfig(rules=[rule]))
         assert table.where(name="conv1/kernel")["bits"] == [4], glob
-        assert table.where(name="conv1/bias")["what"] == ["bias"], glob
+        assert table.where(name="conv1/bias")["kind"] == ["bias"], glob
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_node_and_a_parameter_are_names_of_one_weight():
         ),
         (
             [Rule("input", quantize=False), Rule("first", bias="int32")],
-            r"bias='int32' .* reaches nothing: .* on no grid",
+            r"bias='int32' .* reaches nothing: .* has no quantizer",
         ),
     ],
 )

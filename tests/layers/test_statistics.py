@@ -271,9 +271,9 @@ def test_a_transposed_convolution_meets_fewer_inputs():
 
     params = {"norm": norm_leaves(CHANNELS), **numbers(7, w=(2, 2, CHANNELS, 3))}
     graph = jm.trace(apply, params, jnp.ones((1, 4, 4, CHANNELS)))
-    (site,) = graph.sites
+    (layer,) = graph.layers
     y = np.asarray(jax.jit(apply)(params, drawn(params, 4096)), np.float64)
-    got = node_moments(graph, params)[site.name]
+    got = node_moments(graph, params)[layer.name]
     close(got.mean, y.mean((0, 1, 2)), atol=0.03 * y.std())
 
 
@@ -281,7 +281,7 @@ def test_a_transposed_convolution_meets_fewer_inputs():
     ("name", "body", "why"),
     [
         ("sum", lambda y: 0.5 * jnp.sum(relu(y), (1, 2)), "is a sum"),
-        ("sort", lambda y: jnp.sort(relu(y), -1), "sort behind"),
+        ("sort", lambda y: jnp.sort(relu(y), -1), "sort after"),
         ("layer norm", lambda y: jax.nn.standardize(y), "stores no statistics"),
         ("product", lambda y: y @ jnp.swapaxes(y, -1, -2), "a matmul"),
     ],
@@ -358,9 +358,9 @@ def test_true_statistics_give_the_moments_that_are_measured():
     for tree in (params, jm.fold_batch_norm(params, graph)):
         known = node_moments(graph, tree)
         for name, (before, after) in measured_norms(apply, tree, x).items():
-            maker = graph[name].inputs[0].node or ""
-            close(known[maker].mean, before.mean(0), atol=1e-4 * before.std())
-            close(known[maker].variance, before.var(0), 1e-3)
+            producer = graph[name].inputs[0].node or ""
+            close(known[producer].mean, before.mean(0), atol=1e-4 * before.std())
+            close(known[producer].variance, before.var(0), 1e-3)
             close(known[name].mean, after.mean(0), atol=1e-3 * after.std())
             close(known[name].variance, after.var(0), 1e-2)
 

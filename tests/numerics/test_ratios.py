@@ -13,13 +13,13 @@ RATIOS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
 AIMET = np.array([[11.0, 23.0, 47.0, 85.0, 89.0]])
 
 
-def table(seed, sites=4, ratios=4, whole=False):
-    """Scores that mostly rise with the ratio, costs that do, and that of the full sites."""
+def table(seed, layers=4, ratios=4, whole=False):
+    """Scores that mostly rise with the ratio, costs that do, and that of the full layers."""
     rng = np.random.default_rng(seed)
     part = np.arange(1, ratios + 1) / (ratios + 1)
-    full = np.floor(rng.uniform(100, 1000, size=sites))
-    scores = 1 - rng.uniform(0, 1, size=(sites, 1)) * (1 - part)
-    scores = scores + 0.05 * rng.normal(size=(sites, ratios))
+    full = np.floor(rng.uniform(100, 1000, size=layers))
+    scores = 1 - rng.uniform(0, 1, size=(layers, 1)) * (1 - part)
+    scores = scores + 0.05 * rng.normal(size=(layers, ratios))
     scores = np.rint(5 * scores) if whole else scores
     return part, scores, np.floor(full[:, None] * part), full
 
@@ -53,7 +53,7 @@ def test_monotone_is_the_nearest_rising_row(weighted):
     ("target", "index"),
     [(0.95, 4), (0.75, 3), (0.5, 2), (0.49, 1), (0.3, 1), (0.1, 0), (1.0, -1)],
 )
-def test_one_site_stops_where_the_target_says(target, index):
+def test_one_layer_stops_where_the_target_says(target, index):
     costs = 1000 * RATIOS[None]
     found = greedy(RATIOS, AIMET, costs, np.array([1000.0]), target)
     assert found.tolist() == [index]
@@ -67,7 +67,7 @@ def test_one_site_stops_where_the_target_says(target, index):
 
 @pytest.mark.parametrize(("threshold", "index"), [(45, 2), (48, 3), (90, -1), (11, 0)])
 def test_the_reference_thresholds_of_aimet(threshold, index):
-    """A second site, whose one score of that size is the threshold, sets the first."""
+    """A second layer, whose one score of that size is the threshold, sets the first."""
     scores = np.concatenate([AIMET, np.full((1, 5), float(threshold))])
     costs = np.concatenate([RATIOS[None], np.full((1, 5), 1.0)])
     rest = {2: 0.5, 3: 0.7, -1: 1.0, 0: 0.1}[index]
@@ -174,7 +174,7 @@ def test_free_and_equal_options():
 
 @pytest.mark.parametrize("limit", [2, 5, 50])
 def test_few_partial_choices_leave_a_gap_that_is_told(limit):
-    """Twelve sites of many equal prices: no bound tells their choices apart."""
+    """Twelve layers of many equal prices: no bound tells their choices apart."""
     rng = np.random.default_rng(3)
     costs = np.floor(rng.uniform(10, 1000, size=(12, 6)))
     scores = costs + rng.uniform(0, 30, size=costs.shape)
@@ -195,7 +195,7 @@ def test_the_sum_does_better_than_one_threshold():
     """The threshold looks at no cost; the sum of scores is never less, mostly more."""
     gains = []
     for seed in range(8):
-        ratios, scores, costs, full = table(seed, sites=6)
+        ratios, scores, costs, full = table(seed, layers=6)
         scores = np.minimum(monotone(scores), 1.0)
         index = greedy(ratios, scores, costs, full, 0.55)
         both = np.concatenate([scores, np.ones((6, 1))], axis=1)

@@ -55,7 +55,7 @@ def texts(chart: Any) -> list[str]:
 
 
 def values_of(chart: Any, view: str = "rows") -> list[dict[str, Any]]:
-    """The records behind the marks of the rows."""
+    """The records after the marks of the rows."""
     spec, found = chart.to_dict(), []
 
     def visit(part: Any, inherited: Any) -> None:
@@ -122,7 +122,7 @@ def ratio_table(names: list[str]) -> jm.Table:
         (n, None, r, 0.9 * r + 0.01 * i) for i, n in enumerate(names) for r in ratios
     ]
     rows.append(("(all)", None, 1.0, 0.93))
-    return table_of(("site", "tied", "ratio", "score"), rows)
+    return table_of(("layer", "tied", "ratio", "score"), rows)
 
 
 def rounding_table(names: list[str]) -> jm.Table:
@@ -173,7 +173,7 @@ def test_tables_of_another_kind_are_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "column", "lost"),
     [
-        ("sensitivity", "only", 1),
+        ("sensitivity", "only this", 1),
         ("noise", "share", 1),
         ("compare", "SQNR (dB)", 1),
         ("ratio_scores", "score", 1),
@@ -195,7 +195,7 @@ def test_what_is_no_number_is_a_gap_and_said(
 
 def test_nothing_but_gaps_is_still_a_picture() -> None:
     table = sensitivity_table(["one"])
-    table.columns["only"] = table.columns["but"] = [math.nan] * len(table)
+    table.columns["only this"] = table.columns["all but this"] = [math.nan] * len(table)
     chart = jm.plot.sensitivity(table)
     assert marks(chart) == 0 and "one" in texts(chart)
 
@@ -204,7 +204,11 @@ def test_sensitivity_draws_the_scores_and_the_two_lines() -> None:
     table = sensitivity_table(["stem", "head"])
     chart = jm.plot.sensitivity(table)
     found = {(r["name"], round(r["score"], 6)) for r in values_of(chart)}
-    wanted = {(r["what"], round(r[c], 6)) for r in table for c in ("only", "but")}
+    wanted = {
+        (r["tensor"], round(r[c], 6))
+        for r in table
+        for c in ("only this", "all but this")
+    }
     assert found == {w for w in wanted if w[0] != "(all)"}
     assert any("float 0.92" in t and "quantized 0.7" in t for t in texts(chart))
 
@@ -240,7 +244,7 @@ def test_compare_marks_badly_used_grids() -> None:
     table = compare_table(["stem", "head"])
     plain = jm.plot.compare(table).to_json()
     table.columns["note"][1] = "too wide: 3 % of the levels used"
-    assert "red" not in plain and "red: badly used grids (1)" in str(
+    assert "red" not in plain and "red: badly used quantizers (1)" in str(
         jm.plot.compare(table).to_dict()["title"]["subtitle"]
     )
 
@@ -251,7 +255,7 @@ def test_ratio_scores_draw_the_chosen_ratios() -> None:
         rings = chart.to_dict()["layer"][-1]["data"]["name"]
         rows = chart.to_dict()["datasets"][rings]
         assert [(r["name"], r["ratio"]) for r in rows] == [(names[1], 0.5)]
-    with pytest.raises(ValueError, match="no site 'stem'"):
+    with pytest.raises(ValueError, match="no layer 'stem'"):
         jm.plot.ratio_scores(ratio_table(["a"]), {"stem": 0.5})
 
 
@@ -323,14 +327,14 @@ def test_ranges_of_every_channel(strange: tuple[Any, jm.Graph]) -> None:
     chart = jm.plot.weight_ranges(params, graph)
     assert marks(chart) == 4 * 6
     rows = values_of(chart)
-    for site in graph.sites:
-        weight = np.asarray(params[site.name]["w"])
-        mine = [r for r in rows if r["site"] == site.name]
+    for layer in graph.layers:
+        weight = np.asarray(params[layer.name]["w"])
+        mine = [r for r in rows if r["layer"] == layer.name]
         np.testing.assert_allclose([r["low"] for r in mine], weight.min(0), rtol=1e-3)
         np.testing.assert_allclose([r["high"] for r in mine], weight.max(0), rtol=1e-3)
         third = np.quantile(weight, 0.75, axis=0)
         np.testing.assert_allclose([r["third"] for r in mine], third, rtol=1e-3)
-    assert {n.name for n in graph.sites} <= set(texts(chart))
+    assert {n.name for n in graph.layers} <= set(texts(chart))
 
 
 def test_ranges_before_and_after(strange: tuple[Any, jm.Graph]) -> None:
@@ -379,7 +383,7 @@ def test_pruned_channels_have_no_range(strange: tuple[Any, jm.Graph]) -> None:
     rows = [jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)]
     small = jm.prune(params, graph, {"größe": 0.5}, batches=rows, progress=False)
     table = relative_table(small, graph)
-    lost = dict(zip(table["site"], table["without range"], strict=True))
+    lost = dict(zip(table["layer"], table["without range"], strict=True))
     assert lost["a.b[0]"] == 3 and sum(lost.values()) == 3
     said = {r["name"]: r for r in values_of(jm.plot.graph(graph, params=small))}
     assert "3 of 6 along axis 1" in said["a.b[0]"]["done"]
@@ -389,10 +393,10 @@ def test_pruned_channels_have_no_range(strange: tuple[Any, jm.Graph]) -> None:
 
 
 def test_a_million_channels_are_quick() -> None:
-    sites, channels = 100, 10_000
+    layers, channels = 100, 10_000
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=(4, channels)), jnp.float32)
-    params = {f"site{i}": {"w": weight} for i in range(sites)}
+    params = {f"layer{i}": {"w": weight} for i in range(layers)}
 
     def apply(params: Any, x: jax.Array) -> list[jax.Array]:
         return [x @ leaf["w"] for leaf in params.values()]
@@ -403,7 +407,7 @@ def test_a_million_channels_are_quick() -> None:
         spec = draw(params, graph).to_dict()
         assert time.perf_counter() - start < 5
         assert len(json.dumps(spec)) < 2e6
-        assert drawn_rows(spec) == sites
+        assert drawn_rows(spec) == layers
 
 
 def test_relative_ranges_against_a_loop() -> None:
@@ -438,7 +442,7 @@ def test_a_damaged_layer_stands_first_and_is_flagged() -> None:
     assert rows[0]["largest"] == pytest.approx(widths.max() / widths.min(), rel=1e-3)
     assert any("1 problem layer of 3: two" in t for t in texts(chart))
     table = relative_table(params, graph)
-    assert table["site"][0] == "two" and table["problem"] == ["yes", None, None]
+    assert table["layer"][0] == "two" and table["problem"] == ["yes", None, None]
     assert table["largest"][0] == pytest.approx(widths.max() / widths.min(), rel=1e-3)
     dead = jax.tree.map(jnp.zeros_like, params)
     assert marks(jm.plot.relative_weight_ranges(dead, graph)) == 3
@@ -552,9 +556,9 @@ def test_the_graph_says_what_was_done(strange: tuple[Any, jm.Graph]) -> None:
     chart = jm.plot.graph(graph, params=params, quantizers=quantizers)
     assert marks(chart) == len(graph.nodes)
     rows = {r["name"]: r for r in values_of(chart)}
-    for site in graph.sites:
-        assert "weight 4 bits" in rows[site.name]["done"]
-        assert rows[site.name]["state"] == "quantized weight"
+    for layer in graph.layers:
+        assert "weight 4 bits" in rows[layer.name]["done"]
+        assert rows[layer.name]["state"] == "quantized weight"
     assert rows["input"]["state"] == "result on a grid"
     plain = {r["name"]: r for r in values_of(jm.plot.graph(graph))}
     assert {r["state"] for r in plain.values()} == {"float"}
@@ -652,7 +656,7 @@ for draw in (lambda: jm.plot.noise(None), lambda: jm.plot.graph(None)):
 
 def test_a_grid_has_a_line_of_its_own_where_names_coincide() -> None:
     table = noise_table(["a", "b"])
-    (last,) = noise_table(["a"]).where(what="a")
+    (last,) = noise_table(["a"]).where(tensor="a")
     other = jm.Table({k: [v] for k, v in (last | {"kind": "activation"}).items()})
     table = jm.Table.concat(table, other)
     names = [row["name"] for row in values_of(jm.plot.noise(table))]
@@ -669,7 +673,7 @@ def test_long_names_keep_both_ends(strange: tuple[Any, jm.Graph]) -> None:
 def test_weights_that_are_not_finite_are_named() -> None:
     apply, params, x = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
     graph = jm.trace(apply, params, *x)
-    site = next(n for n in graph.sites if n.weight is not None)
+    layer = next(n for n in graph.layers if n.weight is not None)
     bad = jax.tree_util.tree_map_with_path(
         lambda p, a: a.at[(0,) * a.ndim].set(jnp.inf) if a.ndim == 4 else a, params
     )
@@ -680,14 +684,14 @@ def test_weights_that_are_not_finite_are_named() -> None:
     ):
         assert not any("NaN or infinity" in t for t in texts(draw(params, graph)))
         assert any(
-            "NaN or infinity" in t and site.name in t for t in texts(draw(bad, graph))
+            "NaN or infinity" in t and layer.name in t for t in texts(draw(bad, graph))
         )
     for draw in (jm.plot.weight_ranges, jm.plot.relative_weight_ranges):
         for chart in (
             draw(bad, graph, after=params),
             draw(params, graph, after=bad),
         ):
-            assert any("NaN or infinity" in t and site.name in t for t in texts(chart))
+            assert any("NaN or infinity" in t and layer.name in t for t in texts(chart))
 
 
 def test_a_single_weight_a_channel_has_a_range_with_zero() -> None:
@@ -706,7 +710,7 @@ def test_a_tree_of_another_model_is_no_after(strange: tuple[Any, jm.Graph]) -> N
             draw(params, graph, after=wider)
 
 
-def test_the_graph_of_a_compressed_tree_says_so_before_and_behind_a_trace() -> None:
+def test_the_graph_of_a_compressed_tree_says_so_before_and_after_a_trace() -> None:
     apply, params, x = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
     graph = jm.trace(apply, params, *x)
     small = jm.factorize(params, graph, ratios=0.7, method="weight")

@@ -65,7 +65,7 @@ def full(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything in it, and names that are HTML."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     names = [*NAMES, EVIL]
-    other = table_of(("site", EVIL), [("stem", EVIL), ("head", math.nan)])
+    other = table_of(("layer", EVIL), [("stem", EVIL), ("head", math.nan)])
     other.title = "Something else"
     jm.report(
         path,
@@ -212,10 +212,10 @@ def test_it_says_what_it_was_given(full: Path, model: Model) -> None:
     ]
     assert "Something else" in heads and heads[-2:] == ["Settings", "Versions"]
     assert "0.9153" in text and jax.__version__ in text and np.__version__ in text
-    for name, why in model.quantizers.left:
+    for name, why in model.quantizers.skipped:
         assert html.escape(name) in text and html.escape(why) in text
-    for site in model.graph.sites:
-        assert f"<td>{html.escape(site.name)}</td>" in text
+    for layer in model.graph.layers:
+        assert f"<td>{html.escape(layer.name)}</td>" in text
 
 
 def test_only_what_was_given_is_there(model: Model, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_only_what_was_given_is_there(model: Model, tmp_path: Path) -> None:
     assert "What is quantized" in path.read_text("utf-8")
 
 
-def test_a_network_of_fifty_sites_is_small(tmp_path: Path) -> None:
+def test_a_network_of_fifty_layers_is_small(tmp_path: Path) -> None:
     names = [f"block{i}/conv" for i in range(51)]
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
     params = dict.fromkeys(names, weight)
@@ -248,10 +248,10 @@ def test_a_network_of_fifty_sites_is_small(tmp_path: Path) -> None:
 
 
 def test_what_stays_in_float_is_counted_by_reason() -> None:
-    left = jm.Table({"what": list("abcde"), "why": ["x", "y", "x", "x", "x"]})
+    left = jm.Table({"tensor": list("abcde"), "why": ["x", "y", "x", "x", "x"]})
     assert list(reasons(left)) == [
-        {"why": "x", "how many": 4, "what": "a, c, d, …"},
-        {"why": "y", "how many": 1, "what": "b"},
+        {"why": "x", "how many": 4, "tensor": "a, c, d, …"},
+        {"why": "y", "how many": 1, "tensor": "b"},
     ]
 
 
@@ -308,7 +308,7 @@ def test_it_says_what_counts_as_float(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     scaled = jax.tree.map(lambda w: 3 * w, params)
     for before, said in (
-        (None, "Float is the same tree without grids."),
+        (None, "Float is the same tree without quantizers."),
         (params, "Float is the tree from before."),
         (scaled, "the tree from before are scaled in another way"),
     ):

@@ -289,7 +289,7 @@ FREE = {
 def test_a_keyword_of_a_kind_refuses_what_is_not_of_the_kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     graph = jm.trace(apply, PARAMS, X)
-    columns = {"site": ["w", "(all)"], "ratio": [0.5, 1.0], "score": [1.0, 1.0]}
+    columns = {"layer": ["w", "(all)"], "ratio": [0.5, 1.0], "score": [1.0, 1.0]}
     table = jm.Table(columns | {"macs": [1.0, 2.0], "parameters": [1.0, 2.0]})
     every = usual(graph, quantizers(graph), table)
     public = {n for n in dir(jm) if inspect.isfunction(getattr(jm, n))}

@@ -52,7 +52,7 @@ def test_it_leaves_a_report_of_one_of_the_variants_and_nothing_else(table, folde
         return
     assert left == [str(demo.REPORT)]
     page = (folder / demo.REPORT).read_text("utf-8")
-    assert table[demo.REPORTED][0] in page and "dB foretold" in page
+    assert table[demo.REPORTED][0] in page and "dB predicted" in page
 
 
 @pytest.mark.parametrize("drawn", [True, False])

@@ -73,18 +73,18 @@ def leaves(tree, name):
     return [leaf for path, leaf in flat if path[-1].key == name]
 
 
-def test_every_kernel_is_a_site_under_its_own_name(case):
+def test_every_kernel_is_a_layer_under_its_own_name(case):
     paths, _ = jax.tree.flatten_with_path(case.params["params"])
     names = ["/".join(key.key for key in path) for path, _ in paths]
     kernels = [n.removesuffix("/kernel") for n in names if n.endswith("/kernel")]
-    assert sorted(site.name for site in case.graph.sites) == sorted(kernels)
-    assert not case.graph.left
+    assert sorted(layer.name for layer in case.graph.layers) == sorted(kernels)
+    assert not case.graph.unread
 
 
 def test_atrous_convolutions_concatenations_and_resizes(case):
     rates = {
         node.name: node.convolution.kernel_dilation[0]
-        for node in case.graph.sites
+        for node in case.graph.layers
         if max(node.convolution.kernel_dilation) > 1
     }
     if case.name == "deeplab":

@@ -170,7 +170,7 @@ SHARED = {
     "quantize": (
         LEAST,
         0.5,
-    ),  # of 4-bit weights rounded to nearest, and ranges foreseen
+    ),  # of 4-bit weights rounded to nearest, and ranges predicted
     "rounding": (LEAST, 0.2),
     "files": (LEAST, 0.9),  # half of a layer of random weights is gone
     "troubleshooting": (LEAST, MOST),
@@ -184,7 +184,7 @@ def test_every_page_with_code_is_run():
     assert having == {*SHARED, *RUN_APART}
 
 
-# Behind the line that makes the model a function both tabs are the same code, so these
+# After the line that makes the model a function both tabs are the same code, so these
 # pages run with either and the others with the first: their second is checked above.
 BOTH = ("index", "quantize", "files")
 
@@ -218,8 +218,8 @@ def test_inside_runs_as_printed(folder):
         pytest.importorskip(package, reason="pictures need pip install '.[plot]'")
     scope = run(DOCS / "inside.md", scope_of("linen"), "linen")
     grids = len(scope["quantizers"].weights) + len(scope["quantizers"].activations)
-    assert len(scope["sites"]) == grids + 3 and len(scope["noise"]) == grids + 1
-    assert scope["rows"][-1]["what"] == "(all)" == scope["again"]["what"][-1]
+    assert len(scope["layers"]) == grids + 3 and len(scope["noise"]) == grids + 1
+    assert scope["rows"][-1]["tensor"] == "(all)" == scope["again"]["tensor"][-1]
     assert set(scope["alone"]["kind"]) == {"weight"}
     written = {p.name: p.stat().st_size for p in folder.iterdir()}
     assert min(written[name] for name in (*scope["folder"], "report.html")) > 5000

@@ -42,8 +42,8 @@ def equalized(params, graph, batches, **options):
 def coarse(graph):
     # What rounds is fixed beforehand, so that the transform is a function of params.
     weights = {
-        site.weight.name: jm.Quantizer(bits=4, axis=site.weight.out_axes)
-        for site in graph.sites
+        layer.weight.name: jm.Quantizer(bits=4, axis=layer.weight.out_axes)
+        for layer in graph.layers
     }
     return jm.Quantizers(weights)
 
@@ -136,7 +136,7 @@ TRANSFORMS = (
     Transform(
         "factorize",
         factorized,
-        SMALLER | {"names kept": "two factors are two sites"},
+        SMALLER | {"names kept": "two factors are two layers"},
         acts_on=("inverted_residual", "residual", "concatenation"),
     ),
     Transform(
@@ -265,7 +265,7 @@ def names_kept(transform, model, frontend):
     apply, _, inputs, graph = subject(model, frontend)
     again = jm.trace(apply, result(transform, model, frontend), *inputs)
     assert [n.name for n in again.nodes] == [n.name for n in graph.nodes]
-    assert [n.weight for n in again.sites] == [n.weight for n in graph.sites]
+    assert [n.weight for n in again.layers] == [n.weight for n in graph.layers]
 
 
 @law

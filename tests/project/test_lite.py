@@ -63,7 +63,7 @@ def test_linen_and_nnx_are_twins(tiny: Any) -> None:
     apply, params, _ = jm.functional(module)
     one, two = jm.trace(model.apply, variables, x), jm.trace(apply, params, x)
     assert {n.name for n in one.nodes} == {n.name for n in two.nodes}
-    assert len(one.sites) == len(two.sites) == 3 * len(network.blocks(TINY)) + 2
+    assert len(one.layers) == len(two.layers) == 3 * len(network.blocks(TINY)) + 2
 
 
 # The weights file
@@ -188,7 +188,7 @@ def test_pictures_of_every_kind(tmp_path: Path) -> None:
     middle = (rgb[:, 10:50].astype(np.float32) - 127) / 128
     np.testing.assert_allclose(images[0], middle, atol=1e-6)
     np.testing.assert_allclose(images[1], middle[..., :1].repeat(3, 2), atol=1e-6)
-    np.testing.assert_allclose(images[2], 1.0)  # nothing but the white behind it
+    np.testing.assert_allclose(images[2], 1.0)  # nothing but the white after it
     np.testing.assert_allclose(images[3], images[1], atol=1.01 / 128)
     assert read_folder(tmp_path, 8).shape == (4, 8, 8, 3)
 

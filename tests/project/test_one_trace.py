@@ -22,7 +22,7 @@ from random_nets import IMAGES, READOUTS, Net, random_values
 
 
 class Residual(nn.Module):
-    """Convolutions with norms behind an addition."""
+    """Convolutions with norms after an addition."""
 
     widths: tuple[int, ...] = (6, 8)
 
@@ -331,7 +331,7 @@ def parameters_of(function: Any) -> Any:
 
 
 def assert_alike(one: jm.Graph, two: jm.Graph) -> None:
-    for field in ("nodes", "groups", "members", "parameters", "left", "selected"):
+    for field in ("nodes", "groups", "members", "parameters", "unread", "selected"):
         assert getattr(one, field) == getattr(two, field)
 
 
@@ -442,7 +442,7 @@ def test_a_factorized_tree_is_the_model_of_two_layers_each():
     theirs = jm.cost({"params": small}, of_small, x[:1])
     macs = [7 * 3, 3 * 12, 12 * 4, 4 * 10, 10 * 2, 2 * 5]
     assert ours["macs"][:6] == theirs["macs"][:6] == macs
-    assert ours.where(site="(all)")["parameters"] == [sum(macs) + 12 + 10 + 5]
+    assert ours.where(layer="(all)")["parameters"] == [sum(macs) + 12 + 10 + 5]
     quantizers, others = (
         coarse(t, g, x) for t, g in ((tree, graph), ({"params": small}, of_small))
     )
@@ -494,7 +494,7 @@ def test_a_selected_layer_is_both_of_its_factors():
     assert not graph.of(tree).only("wide/in").of(params).selected
 
     report = jm.factorize(tree, graph.without("wide"), ratios=0.5, with_report=True)[1]
-    assert not {"wide/in", "wide/out"} & {*report["site"]}
+    assert not {"wide/in", "wide/out"} & {*report["layer"]}
     assert jm.prune(tree, graph.without("stem", "wide", "narrow"), 0.5) is not tree
 
 

@@ -22,7 +22,7 @@ SEEDS = {
     "engine/nodes/norms/affine_chain.py": "numbers that only tell algebraic identities apart",
 }
 SOURCE = re.compile(r"(^|\.)random\.|^(PRNGKey|default_rng|RandomState|urandom)$")
-MAKERS = {
+FACTORIES = {
     *("key", "PRNGKey", "default_rng", "RandomState", "seed", "Random"),
     *("SeedSequence", "Generator", "wrap_key_data", "urandom"),
 }
@@ -35,7 +35,7 @@ def seeds(tree: ast.AST) -> list[int]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and SOURCE.search(name := ast.unparse(node.func))
-        and name.rpartition(".")[2] in MAKERS
+        and name.rpartition(".")[2] in FACTORIES
     ]
 
 

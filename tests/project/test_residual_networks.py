@@ -51,19 +51,19 @@ def test_the_network_is_trained(case):
     assert np.mean(right) > 0.9
 
 
-def test_every_kernel_is_a_site_and_every_norm_folds(case):
+def test_every_kernel_is_a_layer_and_every_norm_folds(case):
     paths, _ = jax.tree.flatten_with_path(case.variables["params"])
     names = ["/".join(key.key for key in path) for path, _ in paths]
     kernels = [n.removesuffix("/kernel") for n in names if n.endswith("/kernel")]
-    assert sorted(site.name for site in case.graph.sites) == sorted(kernels)
-    assert not case.graph.left
+    assert sorted(layer.name for layer in case.graph.layers) == sorted(kernels)
+    assert not case.graph.unread
     folded = jm.fold_batch_norm(case.variables, case.graph)
     logits = jax.jit(case.network.apply)(folded, case.images)
     np.testing.assert_allclose(logits, case.logits, rtol=0, atol=1e-3)
 
 
 def test_depth_and_width_are_those_of_its_name(case):
-    sites = [site for site in case.graph.sites if "shortcut" not in site.name]
-    assert len(sites) == int(case.name.removeprefix("resnet"))
+    layers = [layer for layer in case.graph.layers if "shortcut" not in layer.name]
+    assert len(layers) == int(case.name.removeprefix("resnet"))
     stem = case.variables["params"]["stem"]["kernel"]
     assert stem.shape == (3, 3, 1, case.network.width)

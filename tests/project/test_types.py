@@ -109,7 +109,7 @@ def configured() -> None:
     jm.Rule("stem", activation_range="entropie")  # wrong
 """
 QUANTIZERS = "quantizers"
-# What each function takes behind the parameters and the graph, and its words.
+# What each function takes after the parameters and the graph, and its words.
 WORDS = {
     jm.equalize: ((), ("clip", "objective")),
     jm.correct_bias: ((QUANTIZERS,), ("of", "store")),
@@ -150,7 +150,7 @@ def test_the_words_of_the_type_are_those_of_the_check(function):
     quantizers = jm.calibrate(params, graph, [x], progress=False)
     positional, options = WORDS[function]
     if positional is None:
-        columns = {"site": ["dense", "(all)"]}
+        columns = {"layer": ["dense", "(all)"]}
         columns |= dict.fromkeys(("ratio", "score", "macs", "parameters"), [1.0, 1.0])
         arguments = [jm.Table(columns), 0.5]
     else:

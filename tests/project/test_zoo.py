@@ -83,7 +83,7 @@ def test_lists_are_consistent(name):
     case = CASES[name]
     assert case.name == name
     assert len(set(case.nodes)) == len(case.nodes)
-    assert [node for node in case.nodes if node in case.sites] == [*case.sites]
+    assert [node for node in case.nodes if node in case.layers] == [*case.layers]
     assert case.nodes[0].startswith("input")
     assert case.nodes[-1].startswith("output")
 

@@ -72,7 +72,7 @@ def two_parts(p, y):
 
 
 SIDE = {"side": weight(1, 1, C, 3, seed=6), "other": high(3, 8)}
-# Behind a first product: the layers, the parameters, how many kernels then hold an offset.
+# After a first product: the layers, the parameters, how many kernels then hold an offset.
 NETS = {
     "conv": (
         lambda p, y: conv(p["a"], relu(norm(p["norm"], y))),
@@ -119,7 +119,7 @@ NETS = {
         weight(3, 3, C, 5),
         1,
     ),
-    "dense behind flatten": (
+    "dense after flatten": (
         lambda p, y: (
             relu(norm(p["norm"], y)).reshape(len(y), -1) @ p["a"]["w"]
             + p["a"]["b"].reshape(1, -1)
@@ -127,7 +127,7 @@ NETS = {
         weight(6 * 6 * C, 5),
         0,
     ),
-    "dense behind a mean": (
+    "dense after a mean": (
         lambda p, y: (
             jnp.mean(relu6(norm(p["norm"], y)), (1, 2)) @ p["a"]["w"]
             + p["a"]["b"].reshape(1, -1)
@@ -141,12 +141,12 @@ NETS = {
         1,
     ),
     "concatenation": (two_parts, weight(3, 3, C + 3, 5), 1),
-    "norm behind": (
+    "norm after": (
         lambda p, y: norm(p["after"], conv(p["a"], relu(norm(p["norm"], y)))),
         weight(3, 3, C, 3, bias=False),
         1,
     ),
-    "two readers": (
+    "two consumers": (
         lambda p, y: (
             conv(p["a"], z := relu(norm(p["norm"], y))),
             conv(p["second"], z),
@@ -241,9 +241,9 @@ def test_a_bound_is_less_and_caps_what_is_absorbed():
         assert not np.any(node_moments(graph, after)["first/clip"].high > 6 - c + 1e-12)
 
 
-def test_after_folding_and_equalizing_and_again_behind_it():
+def test_after_folding_and_equalizing_and_again_after_it():
     with x64(True):
-        apply, params, x = network("norm behind")
+        apply, params, x = network("norm after")
         graph = jm.trace(apply, params, x)
         want, lifted = apply(params, x), jax.jit(jm.lift(apply))
         tree = jm.fold_batch_norm(params, graph)
@@ -262,9 +262,9 @@ def test_after_folding_and_equalizing_and_again_behind_it():
 
 
 def test_statistics_stay_true():
-    """The norm behind stores the mean of what it reads, as before so afterwards."""
+    """The norm after stores the mean of what it reads, as before so afterwards."""
     with x64(True):
-        apply, params, x = network("norm behind")
+        apply, params, x = network("norm after")
         graph = jm.trace(apply, params, x)
         after = jm.absorb_bias(params, graph)
         reads = lambda node, run, operands: (
@@ -310,7 +310,7 @@ LEFT = {
         lambda p, y: ((z := relu(norm(p["norm"], y))), conv(p["a"], z)),
         "output",
     ),
-    "no bias behind": (
+    "no bias after": (
         lambda p, y: conv({"w": p["a"]["w"]}, relu(norm(p["norm"], y))),
         "no bias and no norm",
     ),
@@ -378,7 +378,7 @@ def test_what_cannot_give_is_left_alone_and_said(name):
 
 
 def test_only_what_is_selected_changes():
-    apply, params, x = network("two readers", np.float32)
+    apply, params, x = network("two consumers", np.float32)
     graph = jm.trace(apply, params, x)
     for part, why in (("norm", "norm is not selected"), ("second", "second is not")):
         _, table = jm.absorb_bias(params, graph.without(part), with_report=True)

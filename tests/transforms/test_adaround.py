@@ -110,16 +110,16 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
     gained = error(apply, new, after, inputs, exact)
     assert gained < 0.8 * error(apply, params, before, inputs, exact)
     ratios = [r for r in report["ratio"] if r is not None]
-    assert len(ratios) == len(graph.sites) and max(ratios) <= 1 + 1e-6
+    assert len(ratios) == len(graph.layers) and max(ratios) <= 1 + 1e-6
     assert np.median(ratios) < 0.97 and min(ratios) < 0.85
     curves = report.columns.get("curve", [])
-    assert len(curves) == (0 if method in ("coordinate", "gptq") else len(graph.sites))
+    assert len(curves) == (0 if method in ("coordinate", "gptq") else len(graph.layers))
     for curve, loss in zip(curves, report["loss"], strict=bool(curves)):
         assert len(curve) == 20 and 0.1 < curve[-1] / loss < 1
         assert 0 <= min(curve) < 0.9 * curve[-1]
     old, found = named_leaves(params), named_leaves(new)
-    for site in graph.sites:
-        weight = site.weight.name
+    for layer in graph.layers:
+        weight = layer.weight.name
         q = after.weights[weight]
         leaf = dense(found[weight])
         assert q.scale is not None
@@ -130,7 +130,7 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
             inside = np.abs(np.asarray(dense(old[weight])) / scale) <= q.ends[1]
             moved = np.abs(np.asarray(leaf - dense(old[weight]))) / scale
             assert moved[inside].max() <= 1 + 1e-5
-    untouched = set(found) - {p for s in graph.sites for p in s.parameters}
+    untouched = set(found) - {p for s in graph.layers for p in s.parameters}
     for name in untouched:
         np.testing.assert_array_equal(dense(found[name]), dense(old[name]))
 
@@ -169,7 +169,7 @@ def test_losses_are_those_of_the_copies_run_by_hand(of):
     graph, before = prepared(apply, params, x, config=config)
     new, after, report = run(apply, params, (x,), config=config, of=of)
     f64 = lambda v: np.asarray(v, np.float64)
-    first, second = graph.sites
+    first, second = graph.layers
 
     def reads(tree, quantizers):
         seen = {}
@@ -193,15 +193,15 @@ def test_losses_are_those_of_the_copies_run_by_hand(of):
 
     jm.evaluate(apply, watch)(params, x)
     seen = reads(new, after)
-    for i, site in enumerate((first, second)):
+    for i, layer in enumerate((first, second)):
         w, b = (f64(params[f"l{i}"][k]) for k in "wb")
-        y = f64(exact[site.name]) @ w + b
-        read = f64(seen[site.name])
+        y = f64(exact[layer.name]) @ w + b
+        read = f64(seen[layer.name])
         z = read @ f64(new[f"l{i}"]["w"]) + f64(new[f"l{i}"]["b"])
         np.testing.assert_allclose(np.mean(z - y, 0), 0, atol=3e-5 * np.abs(y).max())
         loss = np.sum(np.mean((z - y) ** 2, 0))
         np.testing.assert_allclose(report["loss"][i], loss, rtol=2e-3)
-        near = read @ f64(before.weights[site.weight.name](params[f"l{i}"]["w"]))
+        near = read @ f64(before.weights[layer.weight.name](params[f"l{i}"]["w"]))
         near = near - near.mean(0) + y.mean(0)
         plain = np.sum(np.mean((near - y) ** 2, 0))
         np.testing.assert_allclose(report["nearest loss"][i], plain, rtol=2e-3)
@@ -314,7 +314,7 @@ def test_one_program_for_layers_of_one_shape(monkeypatch):
     graph, q = prepared(heads, params, x)
     apart = [
         jm.adaround(params, graph.only(s.name), q, [(x,)], key=KEY, progress=False)[0]
-        for s in graph.sites[:2]
+        for s in graph.layers[:2]
     ]
     new, _ = jm.adaround(params, graph, q, [(x,)], key=KEY, progress=False)
     assert sizes == [1, 1, 6]
@@ -557,7 +557,7 @@ def test_traced_trees_are_refused():
             jax.jit(call)(params)
 
 
-def test_a_site_asked_for_by_name_and_not_roundable_is_refused():
+def test_a_layer_asked_for_by_name_and_not_roundable_is_refused():
     apply, params, x = mlp()
     graph, q = prepared(apply, params, x)
     with pytest.raises(ValueError, match="'l0'.*not quantized.*without"):
@@ -610,7 +610,7 @@ def start(tmp_path, out):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_in_the_same_bits(tmp_path):
-    """Killed behind so many solved layers, at instants in between; each solved about once."""
+    """Killed after so many solved layers, at instants in between; each solved about once."""
     solved = 0
     for number, wait in ((1, 0.0), (2, 0.15)):
         process = start(tmp_path, "never.npz")

@@ -183,7 +183,7 @@ def test_placement_at_products_and_ranges_on_the_fly_hold_too(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_what_shows_the_error_stays_finite_behind_an_infinite_mask(params, data):
+def test_what_shows_the_error_stays_finite_after_an_infinite_mask(params, data):
     inputs = tuple(x[:8] for x in data)
     mask = PADDING_MASKS["add log"]
     apply = lambda p, x, m: attention(p, x, lambda s: mask(p, s, m))
@@ -198,7 +198,7 @@ def test_what_shows_the_error_stays_finite_behind_an_infinite_mask(params, data)
         for column in table.columns:
             numbers = [n for n in table[column] if isinstance(n, float)]
             assert np.isfinite(numbers).all(), column
-    assert "input:1" in dict(quantizers.left)
+    assert "input:1" in dict(quantizers.skipped)
 
 
 class Flax(nn.Module):
@@ -256,7 +256,7 @@ def test_attention_of_libraries_is_as_good_masked(block, data):
 
 
 def test_masked_pools_gates_and_outputs_keep_their_resolution(params, data):
-    """The relatives: a maximum, a sigmoid and the outputs themselves behind a mask."""
+    """The relatives: a maximum, a sigmoid and the outputs themselves after a mask."""
 
     def apply(p, x, m):
         hidden = (1 - m[..., None]) * -1e9
@@ -305,7 +305,7 @@ def test_values_without_a_mask_keep_their_quantizers():
 
     p = {"w": jnp.ones((4, 3)), "v": jnp.ones((4, 2)), "u": jnp.ones((3, 3))}
     plan = jm.plan(p, jm.trace(apply, p, jnp.ones((2, 4))))
-    what = dict(zip(plan["name"], plan["what"], strict=True))
+    what = dict(zip(plan["name"], plan["kind"], strict=True))
     assert [what[n] for n in ("w/nan_to_num", "v/add", "u")] == ["activation"] * 3
 
 
@@ -339,7 +339,7 @@ def test_an_ordinary_input_that_some_function_compares_keeps_its_quantizer():
 
     graph = jm.trace(apply, {"w": jnp.ones((4, 3))}, jnp.ones((2, 4)))
     plan = jm.plan({"w": jnp.ones((4, 3))}, graph)
-    rows = dict(zip(plan["name"], plan["what"], strict=True))
+    rows = dict(zip(plan["name"], plan["kind"], strict=True))
     assert rows["input"] == "activation"
 
 

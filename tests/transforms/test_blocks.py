@@ -174,6 +174,6 @@ def test_int32_biases_need_one_scale_an_output():
     graph = jm.trace(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 6)))
     config = jm.QuantConfig(block=4, bias="int32")
     (row,) = jm.plan(params, graph, config).where(name="b")
-    assert row["what"] == "float" and "blocks" in row["note"]
+    assert row["kind"] == "float" and "blocks" in row["note"]
     found = jm.calibrate(params, graph, [jnp.ones((2, 6))], config, progress=False)
-    assert dict(found.left)["b"] == row["note"]
+    assert dict(found.skipped)["b"] == row["note"]

@@ -129,12 +129,12 @@ def test_a_branch_never_taken_has_no_grid_and_says_so():
     config = jm.QuantConfig(bias="int32")
     quantizers = calibrated("cond", [x], config)
     assert "low/relu" not in quantizers.activations
-    assert dict(quantizers.left)["low/relu"] == "its branch was never taken"
+    assert dict(quantizers.skipped)["low/relu"] == "its branch was never taken"
     assert "low/relu: its branch was never taken" in repr(quantizers)
     device = jax.jit(jm.simulate(apply, quantizers))
     head = quantizers.activations["head"]
     low, high = (head.scale * (end - head.zero_point) for end in head.ends)
-    for batch in (x, -x):  # the branch runs in float between the grids around it
+    for batch in (x, -x):  # the branch runs in float between the quantizers around it
         clipped = jnp.clip(apply(params, jnp.clip(batch, 0.0)), low, high)
         np.testing.assert_allclose(device(params, batch), clipped, atol=0.1)
 
@@ -145,7 +145,7 @@ def test_only_what_is_selected_is_quantized():
     quantizers = jm.calibrate(params, graph.only("stem"), batch, progress=False)
     assert [*quantizers.weights] == ["stem/kernel"]
     assert [*quantizers.activations] == ["stem/relu"]
-    assert dict(quantizers.left)["head/kernel"] == "not selected"
+    assert dict(quantizers.skipped)["head/kernel"] == "not selected"
 
 
 def test_keyword_arguments_reach_the_model():

@@ -14,7 +14,7 @@ FINE_TUNING = 60
 
 
 class Net(nn.Module):
-    """Two convolutions behind an addition, all with norms."""
+    """Two convolutions after an addition, all with norms."""
 
     @nn.compact
     def __call__(self, x):
@@ -30,7 +30,7 @@ def error(apply, params, x, wanted):
 
 
 def trained(loss, tree, labels, rate=3e-4):
-    """A tree behind some steps of Adam on its weights, and the loss before and after."""
+    """A tree after some steps of Adam on its weights, and the loss before and after."""
     still = dict.fromkeys(("statistics", "bounds"), optax.set_to_zero())
     falling = optax.cosine_decay_schedule(rate, FINE_TUNING)
     each = {"weights": optax.adam(falling), "ranges": optax.lamb(falling), **still}
@@ -63,7 +63,7 @@ def test_the_whole_chain_on_one_tree():
 
     def cost(tree):
         graph = jm.trace(model.apply, tree, x)
-        return jm.cost(tree, graph, x).where(site="(all)")["macs"][0]
+        return jm.cost(tree, graph, x).where(layer="(all)")["macs"][0]
 
     def fine_tuned(tree):
         loss = jax.jit(lambda p: error(apply, p, x, wanted))
@@ -74,14 +74,14 @@ def test_the_whole_chain_on_one_tree():
 
     # A layer at a time, as AIMET's trainer does, then all at once.
     small = params
-    for site in ("wide", "narrow"):
+    for layer in ("wide", "narrow"):
         graph = jm.trace(model.apply, small, x)
         small = jm.factorize(
-            small, graph, ratios={site: 0.6}, batches=[x], progress=False
+            small, graph, ratios={layer: 0.6}, batches=[x], progress=False
         )
         small = fine_tuned(small)
     assert {"wide/in", "wide/out", "narrow/in", "narrow/out"} <= {
-        n.name for n in jm.trace(model.apply, small, x).sites
+        n.name for n in jm.trace(model.apply, small, x).layers
     }
     factors = cost(small)
     small = jm.prune(
@@ -90,7 +90,7 @@ def test_the_whole_chain_on_one_tree():
     small = fine_tuned(small)
     assert cost(small) < 0.85 * factors < 0.85 * 0.75 * cost(params)
 
-    # The same function behind folding and equalization.
+    # The same function after folding and equalization.
     there = apply(small, x)
     folded = jm.fold_batch_norm(small, jm.trace(model.apply, small, x))
     graph = jm.trace(model.apply, folded, x)
@@ -99,7 +99,7 @@ def test_the_whole_chain_on_one_tree():
         assert error(apply, tree, x, there) < 1e-9
         assert cost(tree) == cost(small)
 
-    # On a coarse grid, rounding by data beats rounding to the nearest, and training both.
+    # On a low bit-widths, rounding by data beats rounding to the nearest, and training both.
     config = jm.QuantConfig(weight_bits=2, activation_bits=8)
     quantizers = jm.calibrate(equal, graph, [x], config, progress=False)
     simulated = jm.simulate(model.apply, quantizers)

@@ -34,9 +34,9 @@ def weights_only(graph, bits=4, **fields):
             s.weight.name or s.name: jm.Quantizer(
                 bits=bits, axis=s.weight.out_axes or None, **fields
             )
-            for s in graph.sites
+            for s in graph.layers
         },
-        derived=tuple(s.name for s in graph.sites if s.weight.name is None),
+        derived=tuple(s.name for s in graph.layers if s.weight.name is None),
     )
 
 
@@ -76,8 +76,8 @@ class Watch:
 
 
 def kept_at(graph):
-    """The node at which each site's mean is kept: itself, or the norm that reads it."""
-    return {s.name: s.name if s.bias else s.only_readers[0] for s in graph.sites}
+    """The node at which each layer's mean is kept: itself, or the norm that reads it."""
+    return {s.name: s.name if s.bias else s.only_consumers[0] for s in graph.layers}
 
 
 # With data
@@ -131,13 +131,13 @@ def test_no_mean_is_shifted_afterwards(name):
     after = watch.shifts(params, jm.round_weights(new, quantizers))
     assert max(before.values()) > 1e-2
     assert all(v < 1e-5 for v in after.values()), after
-    rows = {r["site"]: r for r in report}
+    rows = {r["layer"]: r for r in report}
     assert {n for n, r in rows.items() if r["note"] is None} == set(at)
     biases = {r["into"] for r in report}
     old = named_leaves(params)
     for leaf, value in named_leaves(new).items():
         assert (leaf in biases) == (not np.array_equal(value, old[leaf]))
-    first = graph.sites[0].name
+    first = graph.layers[0].name
     assert rows[first]["in deviations"] == pytest.approx(before[at[first]], rel=1e-3)
 
 
@@ -171,7 +171,7 @@ def grid(x, q):
 
 
 @pytest.mark.parametrize("of", ["weights", "both"])
-def test_each_site_sees_corrected_predecessors(of):
+def test_each_layer_sees_corrected_predecessors(of):
     """Against the same by hand, one layer after the other in float64."""
     apply, params, graph, x = plain_mlp()
     config = jm.QuantConfig(weight_bits=3, activation_bits=5, per_channel=False)
@@ -294,17 +294,17 @@ def test_what_cannot_be_corrected_is_left_alone_and_said():
         "embedding": {"embed": "a lookup", "first": None, "second": None},
         "einsum_heads": {"project": "no norm alone", "merge": "no norm alone"},
     }
-    for name, sites in expected.items():
+    for name, layers in expected.items():
         apply, params, graph = model(name)
         inputs = next(iter(CASES[name].make.values()))(KEY)[2]
         new, report = correct(
             params, graph, weights_only(graph), [inputs], with_report=True
         )
-        notes = {r["site"]: r["note"] for r in report}
-        assert set(notes) == set(sites)
-        for site, why in sites.items():
-            assert (notes[site] is None) == (why is None)
-            assert why is None or why in notes[site]
+        notes = {r["layer"]: r["note"] for r in report}
+        assert set(notes) == set(layers)
+        for layer, why in layers.items():
+            assert (notes[layer] is None) == (why is None)
+            assert why is None or why in notes[layer]
         into = {r["into"] for r in report}
         old = named_leaves(params)
         changed = [
@@ -312,10 +312,10 @@ def test_what_cannot_be_corrected_is_left_alone_and_said():
         ]
         assert set(changed) == into - {None}
         done = sum(note is None for note in notes.values())
-        assert report.title == f"bias corrected at {done} of {len(notes)} sites"
+        assert report.title == f"bias corrected at {done} of {len(notes)} layers"
 
 
-def test_a_site_that_was_asked_for_by_name_raises():
+def test_a_layer_that_was_asked_for_by_name_raises():
     _, params, graph = model("tied")
     with pytest.raises(ValueError, match=r"correct_bias: .*'shared:0'.*used elsewhere"):
         correct(params, graph.only("shared:0"), weights_only(graph), [jnp.ones((2, 6))])
@@ -339,7 +339,7 @@ def test_only_what_is_selected_and_quantized_changes():
     old = named_leaves(params)
     changed = [n for n, v in named_leaves(new).items() if not np.array_equal(v, old[n])]
     assert changed == ["depthwise/bias", "grouped/bias"]
-    assert "not quantized" in report.where(site="point")["note"][0]
+    assert "not quantized" in report.where(layer="point")["note"][0]
 
 
 def test_thirty_two_bits_change_nothing():
@@ -349,7 +349,7 @@ def test_thirty_two_bits_change_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_before_and_behind_equalizing():
+def test_before_and_after_equalizing():
     """Both orders run; bounds stay, and after equalizing means are right as well."""
     apply, params, graph = model("inverted_residual")
     images = data("inverted_residual", 2)
@@ -562,7 +562,7 @@ def test_mean_inputs_through_activations(name, groups):
     atol = 1e-5 if name != "silu" else 2e-3
     np.testing.assert_allclose(new["second"]["b"], expected, atol=atol)
     assert np.abs(shift).max() > 0.1
-    notes = {r["site"]: r["note"] for r in report}
+    notes = {r["layer"]: r["note"] for r in report}
     assert notes["second"] is None and "not quantized" in notes["first"]
 
 
@@ -570,8 +570,8 @@ def test_without_data_shifts_go_through_norms_and_unknown_inputs_are_listed():
     apply, params, graph = model("inverted_residual")
     quantizers = weights_only(graph)
     new, report = correct(params, graph, quantizers, with_report=True)
-    rows = {r["site"]: r for r in report}
-    assert "left alone" in rows["expand"]["note"] and rows["expand"]["into"] is None
+    rows = {r["layer"]: r for r in report}
+    assert "skipped" in rows["expand"]["note"] and rows["expand"]["into"] is None
     assert rows["depthwise"]["into"] == "depthwise_bn/bias"
     p, q = named_leaves(params), named_leaves(jm.round_weights(params, quantizers))
     p, q = ({k: np.float64(v) for k, v in x.items()} for x in (p, q))
@@ -614,7 +614,7 @@ def test_without_data_most_of_the_shift_goes():
 
 
 def test_int32_biases():
-    """The corrected bias goes on its own grid; what is left is half a step of it."""
+    """The corrected bias goes on its own quantizer; what is left is half a step of it."""
     apply, params, graph, x = plain_mlp()
     config = jm.QuantConfig(weight_bits=4, bias="int32")
     quantizers = jm.calibrate(params, graph, [x], config, progress=False)

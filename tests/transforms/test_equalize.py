@@ -66,7 +66,7 @@ TIED: dict[str, list[tuple[str, str]]] = {
     "haiku_conv": [("net/~/stem", "net/~/head")],
 }  # fmt: skip
 
-# What may be left alone, apart from channels that are outputs of the model.
+# What may be skipped, apart from channels that are outputs of the model.
 LEFT: dict[str, str] = {
     "inverted_residual": "project",
     "residual": "conv2",
@@ -90,12 +90,12 @@ LEFT: dict[str, str] = {
     "plain_cond": "low",
     "standardized": "conv",
 }
-CASES_WITH_SITES = sorted(CASES)
+CASES_WITH_LAYERS = sorted(CASES)
 
 
-def weight_of(leaves: Mapping[str, Any], site: str) -> np.ndarray:
-    """A site's weight in float64, its inputs on the last axis but one, outputs last."""
-    names = (site, *(f"{site}/{end}" for end in ("kernel", "weight", "w")))
+def weight_of(leaves: Mapping[str, Any], layer: str) -> np.ndarray:
+    """A layer's weight in float64, its inputs on the last axis but one, outputs last."""
+    names = (layer, *(f"{layer}/{end}" for end in ("kernel", "weight", "w")))
     name = next(n for n in names if n in leaves)
     leaf = leaves[name]
     w = np.asarray(leaf.weight if is_compressed(leaf) else leaf, np.float64)
@@ -127,13 +127,13 @@ def read(w: np.ndarray, channels: int, before: int = 0, total: int = 0) -> np.nd
 def gaps(case: str, params: Any) -> np.ndarray:
     """log r1/r2 of all channels that the table of this file names."""
     leaves, found = named_leaves(params), []
-    for makers, readers in TIED[case]:
-        one = np.max([made(weight_of(leaves, m)) for m in makers.split()], axis=0)
-        if readers == "merge":
-            before = 0 if makers == "left" else 4
+    for producers, consumers in TIED[case]:
+        one = np.max([made(weight_of(leaves, m)) for m in producers.split()], axis=0)
+        if consumers == "merge":
+            before = 0 if producers == "left" else 4
             two = read(weight_of(leaves, "merge"), len(one), before, 12)
         else:
-            every = [read(weight_of(leaves, r), len(one)) for r in readers.split()]
+            every = [read(weight_of(leaves, r), len(one)) for r in consumers.split()]
             two = np.max(every, axis=0)
         found.append(np.log(one / two))
     return np.concatenate(found)
@@ -217,7 +217,7 @@ def difference(one: Any, two: Any) -> float:
     )
 
 
-@pytest.mark.parametrize("name", CASES_WITH_SITES)
+@pytest.mark.parametrize("name", CASES_WITH_LAYERS)
 @pytest.mark.slow
 def test_scrambled_networks_get_equal_ranges_back(name: str) -> None:
     apply, params, inputs, graph = model(name)

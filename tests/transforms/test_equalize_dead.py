@@ -1,6 +1,6 @@
 """Channels that carry nearly nothing, or only a constant: no scale blows them up.
 
-Chains are run by hand in float64, in full precision and on 8-bit grids of whole tensors.
+Chains are run by hand in float64, in full precision and on 8-bit quantizers of whole tensors.
 """
 
 from functools import cache, partial
@@ -79,7 +79,7 @@ def sqnr(wanted: np.ndarray, found: np.ndarray) -> float:
 
 
 def around(p: Chain, x: np.ndarray) -> tuple[float, float, float]:
-    """SQNR on 8-bit grids before and after equalizing, and that of the function kept."""
+    """SQNR on 8-bit quantizers before and after equalizing, and that of the function kept."""
     p = as_arrays(as_leaves(p))
     found = as_arrays(by_ranges()(as_leaves(p)))
     assert all(np.isfinite(leaf).all() for layer in found for leaf in layer)

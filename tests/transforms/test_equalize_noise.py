@@ -45,7 +45,7 @@ TENSOR = QuantConfig(per_channel=False)
 # A small mobile network that hands out what goes into and comes out of each product.
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-SITES = ("stem", "expand", "depth", "project", "head")
+LAYERS = ("stem", "expand", "depth", "project", "head")
 GROUPS = {"stem": "a", "expand": "b", "depth": "c", "project": "a", "head": None}
 READS = {"stem": None, "expand": "a", "depth": "b", "project": "c", "head": "a"}
 
@@ -58,17 +58,17 @@ def conv(p: Any, x: jax.Array, groups: int = 1) -> jax.Array:
 
 
 def mobile(p: Any, x: jax.Array, values: dict[str, Any] | None = None) -> jax.Array:
-    def site(name: str, x: jax.Array, groups: int = 1) -> jax.Array:
+    def layer(name: str, x: jax.Array, groups: int = 1) -> jax.Array:
         y = conv(p[name], x, groups)
         if values is not None:
             values[name] = (x, y)
         return y
 
-    x = relu(site("stem", x))
-    y = relu6(site("expand", x))
-    y = relu6(site("depth", y, 8))
-    x = x + site("project", y)
-    return site("head", jnp.mean(x, axis=(1, 2), keepdims=True))
+    x = relu(layer("stem", x))
+    y = relu6(layer("expand", x))
+    y = relu6(layer("depth", y, 8))
+    x = x + layer("project", y)
+    return layer("head", jnp.mean(x, axis=(1, 2), keepdims=True))
 
 
 def mobile_params(seed: int = 4, spread: float = 1.0) -> Any:
@@ -98,7 +98,7 @@ def images(batches: int = 2) -> list[tuple[jax.Array, ...]]:
     return [(jnp.asarray(x),) for x in rng.normal(0.3, 1, shape).astype(np.float32)]
 
 
-class Site(NamedTuple):
+class Layer(NamedTuple):
     w: np.ndarray  # (window, ins of a group, outs)
     groups: int
     ends: tuple[np.ndarray, np.ndarray]
@@ -116,7 +116,7 @@ def squares_of(taps: Any, names: Any) -> Any:
     return squares
 
 
-def look(params: Any, batches: list[tuple[jax.Array, ...]]) -> dict[str, Site]:
+def look(params: Any, batches: list[tuple[jax.Array, ...]]) -> dict[str, Layer]:
     """Ranges from the model itself; sensitivities as an earlier test has checked them."""
     seen: dict[str, Any] = {}
     mobile(params, jnp.concatenate([x for (x,) in batches]), seen)
@@ -141,12 +141,12 @@ def look(params: Any, batches: list[tuple[jax.Array, ...]]) -> dict[str, Site]:
         cost = np.mean([by_input[name] for by_input, _ in every], axis=0)
         gain = np.mean([by_weight[f"{name}/w"] for _, by_weight in every], axis=0)
         groups = x.shape[1] // w.shape[1]
-        found[name] = Site(w, groups, ends, cost, gain.reshape(w.shape))
+        found[name] = Layer(w, groups, ends, cost, gain.reshape(w.shape))
     return found
 
 
 def objective(
-    sites: Mapping[str, Site],
+    layers: Mapping[str, Layer],
     scales: Mapping[str | None, np.ndarray],
     *,
     bits: tuple[int, int] = (8, 8),
@@ -154,7 +154,7 @@ def objective(
 ) -> float:
     """The noise of all weights and inputs at the outputs, as a share of the signal."""
     total = 0.0
-    for name, (w, groups, (low, high), cost, gain) in sites.items():
+    for name, (w, groups, (low, high), cost, gain) in layers.items():
         window, ins, outs = w.shape
         s_in = scales.get(READS[name], np.ones(ins * groups))
         s_out = scales.get(GROUPS[name], np.ones(outs))
@@ -319,7 +319,7 @@ def test_norms_stand_in_for_data(name: str) -> None:
     assert difference(apply(params, *inputs), lift(apply)(out, *inputs)) < 1e-5
     before, ranges, now = numbers_of(report.title)
     assert now < 0.98 * before and now < ranges
-    assert not any(row["note"] for row in report if row["makers"] != "head")
+    assert not any(row["note"] for row in report if row["producers"] != "head")
     if name == "conv_bn_relu":
         traced = jax.jit(partial(equalize, graph=graph, **NOISE))(params)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-2), out, traced)
@@ -330,8 +330,8 @@ def test_squared_gradients_are_those_of_the_jacobian() -> None:
     params = mobile_params(spread=0.3)
     x = images(200)
     whole = jnp.concatenate([x for (x,) in x])[:800]
-    sites, names = {"project": 8, "depth": 8}, ("project/w", "expand/w")
-    taps = {name: by_channel(name, n) for name, n in sites.items()}
+    layers, names = {"project": 8, "depth": 8}, ("project/w", "expand/w")
+    taps = {name: by_channel(name, n) for name, n in layers.items()}
     of_one = squares_of(taps, names)
     unit = [jnp.float32(1)]
     every = jax.jit(jax.vmap(lambda key, x: of_one(params, unit, key, x[None])))
@@ -383,7 +383,7 @@ def test_prediction_is_near_what_rounding_does() -> None:
     out, report = equalize(
         params, graph, **NOISE, config=config, batches=batches, with_report=True
     )
-    foreseen = numbers_of(report.title)
+    predicted = numbers_of(report.title)
     for tree, number in ((params, 0), (out, 2)):
         quantizers = calibrate(tree, graph, batches, config, progress=False)
         run = jax.jit(simulate(mobile, quantizers))
@@ -394,7 +394,7 @@ def test_prediction_is_near_what_rounding_does() -> None:
             energy += float(jnp.sum(jnp.square(y)))
         # One way to round: a draw worth 1 to 2 dB, and at a minimum a little worse than
         # predicted, since it is the prediction that was minimised.
-        assert -3 < 10 * np.log10(noise / energy / foreseen[number]) < 4
+        assert -3 < 10 * np.log10(noise / energy / predicted[number]) < 4
 
 
 def test_outputs_without_gradient_are_refused() -> None:

@@ -26,7 +26,7 @@ class Net(nn.Module):
         return nn.Dense(10, name="head")(jnp.mean(x, (1, 2)))
 
 
-SITES = ["stem", "dilated", "grouped", "point", "head"]
+LAYERS = ["stem", "dilated", "grouped", "point", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def net():
     return model.apply, params, x, jm.trace(model.apply, params, x)
 
 
-def kernel(params, site):
-    return np.asarray(named_leaves(densify(params))[f"{site}/kernel"], np.float64)
+def kernel(params, layer):
+    return np.asarray(named_leaves(densify(params))[f"{layer}/kernel"], np.float64)
 
 
 def spatial_matrix(weight, groups):
@@ -64,15 +64,15 @@ def test_without_data_the_error_is_the_rest_of_the_singular_values(net, method):
         params, graph, ranks=ranks, method=method, with_report=True
     )
     view = spatial_matrix if method == "spatial" else weight_matrix
-    for site, rank in ranks.items():
-        before, after = kernel(params, site), kernel(small, site)
+    for layer, rank in ranks.items():
+        before, after = kernel(params, layer), kernel(small, layer)
         if before.ndim == 2:
             before, after = before[None, None], after[None, None]
-        groups = 2 if site == "grouped" else 1
+        groups = 2 if layer == "grouped" else 1
         values = np.linalg.svd(view(before, groups), compute_uv=False)
         left = np.sum(values[:, rank:] ** 2)
         assert np.sum((before - after) ** 2) == pytest.approx(left, rel=1e-4)
-        told = report.where(site=site)["error"][0]
+        told = report.where(layer=layer)["error"][0]
         assert told == pytest.approx(np.sqrt(left / np.sum(values**2)), rel=1e-3)
         assert all(
             np.linalg.matrix_rank(m, tol=1e-4) == rank for m in view(after, groups)
@@ -85,8 +85,8 @@ def test_the_model_runs_what_the_factors_stand_for(net, method):
     small = jm.factorize(params, graph, ratios=0.5, method=method)
     found = jax.jit(jm.lift(apply))(small, x)
     np.testing.assert_allclose(found, apply(densify(small), x), rtol=1e-4, atol=1e-4)
-    names = [n.name for n in jm.trace(apply, small, x).sites]
-    assert names == [f"{s}/{part}" for s in SITES for part in ("in", "out")]
+    names = [n.name for n in jm.trace(apply, small, x).layers]
+    assert names == [f"{s}/{part}" for s in LAYERS for part in ("in", "out")]
     with pytest.raises(Exception, match="shape"):  # flax looks before it multiplies
         apply(small, x)
 
@@ -102,10 +102,11 @@ def test_the_ratio_is_kept_and_nearly_used(net, method):
         )
         after = jm.cost(small, jm.trace(apply, small, x), x)
         for row in report:
-            site, rank = row["site"], row["rank"]
-            old = before.where(site=site)["macs"][0]
+            layer, rank = row["layer"], row["rank"]
+            old = before.where(layer=layer)["macs"][0]
             new = sum(
-                after.where(site=f"{site}/{part}")["macs"][0] for part in ("in", "out")
+                after.where(layer=f"{layer}/{part}")["macs"][0]
+                for part in ("in", "out")
             )
             assert new / old == pytest.approx(row["ratio"], rel=0.1)  # borders
             assert row["ratio"] <= ratio or rank == 1
@@ -142,8 +143,8 @@ def test_published_ranks():
     assert report["rank"][0] == 64
 
 
-def output_error(apply, params, small, x, site):
-    """Relative error of one site's output on its own float inputs, brute force."""
+def output_error(apply, params, small, x, layer):
+    """Relative error of one layer's output on its own float inputs, brute force."""
     seen = {}
 
     def hook(node, run, operands):
@@ -151,12 +152,12 @@ def output_error(apply, params, small, x, site):
         return seen[node.name], None
 
     jm.evaluate(apply, hook)(params, x)
-    wanted = np.asarray(seen[site], np.float64)
+    wanted = np.asarray(seen[layer], np.float64)
     leaves = named_leaves(densify(small))
-    one = replace_leaves(params, {f"{site}/kernel": leaves[f"{site}/kernel"]})
+    one = replace_leaves(params, {f"{layer}/kernel": leaves[f"{layer}/kernel"]})
     jm.evaluate(apply, hook)(one, x)
-    bias = np.asarray(named_leaves(params)[f"{site}/bias"])
-    error = np.sum((np.asarray(seen[site]) - wanted) ** 2)
+    bias = np.asarray(named_leaves(params)[f"{layer}/bias"])
+    error = np.sum((np.asarray(seen[layer]) - wanted) ** 2)
     return np.sqrt(error / np.sum((wanted - bias) ** 2))
 
 
@@ -175,10 +176,10 @@ def test_data_make_the_error_of_the_output_smaller(net, method):
         progress=False,
     )
     gains = []
-    for site in SITES:
-        before = output_error(apply, params, plain, x, site)
-        after = output_error(apply, params, tuned, x, site)
-        assert report.where(site=site)["error"][0] == pytest.approx(after, rel=0.02)
+    for layer in LAYERS:
+        before = output_error(apply, params, plain, x, layer)
+        after = output_error(apply, params, tuned, x, layer)
+        assert report.where(layer=layer)["error"][0] == pytest.approx(after, rel=0.02)
         assert after <= before * 1.001
         gains.append(after / before)
     assert np.median(gains) < 0.8
@@ -187,7 +188,7 @@ def test_data_make_the_error_of_the_output_smaller(net, method):
 def test_a_rank_that_costs_more_than_the_weight_is_refused(net):
     _, params, _, graph = net
     small, report = jm.factorize(params, graph, ranks={"head": 10}, with_report=True)
-    assert "cost no less" in report.where(site="head")["note"][0]
+    assert "cost no less" in report.where(layer="head")["note"][0]
     assert small["params"]["head"]["kernel"] is params["params"]["head"]["kernel"]
     assert jm.factorize(params, graph, ratios=1.0)["params"] == params["params"]
 
@@ -266,7 +267,7 @@ BAD = {
     "method": ({"ratios": 0.5, "method": "cp"}, "method is 'cp'"),
     "both": ({"ratios": 0.5, "ranks": {"stem": 1}}, "either ranks= or ratios="),
     "neither": ({}, "either ranks= or ratios="),
-    "name": ({"ratios": {"stm": 0.5}}, "no selected site 'stm'.*'stem'"),
+    "name": ({"ratios": {"stm": 0.5}}, "no selected layer 'stm'.*'stem'"),
     "rank": ({"ranks": {"head": 11}}, "rank of 'head' is 11.*from 1 to 10"),
     "rank of all": ({"ranks": 3}, "ranks is 3.*by name"),
     "no rank": ({"ranks": {"head": True}}, "rank of 'head' is True"),
@@ -291,14 +292,14 @@ def test_data_with_nan_in_a_later_batch_are_refused(net, transform):
         transform(params, graph, ratios=0.5, batches=[x, x * jnp.nan], progress=False)
 
 
-def test_a_site_without_factors_is_refused_by_name():
+def test_a_layer_without_factors_is_refused_by_name():
     apply, params, inputs = CASES["scan"].make["linen"](jax.random.key(0))
     graph = jm.trace(apply, params, *inputs)
     stacked = next(
-        n.name for n in graph.sites if n.weight is not None and n.weight.stacked
+        n.name for n in graph.layers if n.weight is not None and n.weight.stacked
     )
     report = jm.factorize(params, graph, ratios=0.5, with_report=True)[1]
-    assert "stacked" in report.where(site=stacked)["note"][0]
+    assert "stacked" in report.where(layer=stacked)["note"][0]
     with pytest.raises(ValueError, match=f"'{stacked}' cannot be compressed.*stacked"):
         jm.factorize(params, graph, ratios={stacked: 0.5})
 
@@ -340,7 +341,7 @@ def test_factors_of_factors():
     graph = jm.trace(apply, small, x)
     small = jm.factorize(small, graph, ratios=0.6, batches=[x], progress=False)
     again = jm.trace(apply, small, x)
-    assert "b/in/out" in [n.name for n in again.sites]
+    assert "b/in/out" in [n.name for n in again.layers]
     exact = apply(densify(small), x)
     np.testing.assert_allclose(jm.lift(apply)(small, x), exact, rtol=1e-4, atol=1e-3)
     before, after = jm.cost(params, dense, x), jm.cost(small, again, x)
@@ -352,7 +353,7 @@ def test_whole_numbers_of_any_kind_are_ranks(net):
     small = jm.factorize(params, graph, ranks={"head": np.int32(3)})
     assert jm.widths(small)["rank"] == [3]
     half = jm.factorize(params, graph, ratios=jnp.float32(0.5), method="weight")
-    assert len(jm.widths(half)) == len(SITES)
+    assert len(jm.widths(half)) == len(LAYERS)
 
 
 def test_data_are_refused_under_jit(net):
@@ -380,7 +381,7 @@ def test_a_weight_on_the_left_runs_as_two_products():
     for batches in (None, [x]):
         small = jm.factorize(params, dense, ratios=0.5, batches=batches, progress=False)
         graph = jm.trace(apply, small, x)
-        assert [n.name for n in graph.sites] == ["a/in", "a/out", "b/in", "b/out"]
+        assert [n.name for n in graph.layers] == ["a/in", "a/out", "b/in", "b/out"]
         exact = apply(densify(small), x)
         np.testing.assert_allclose(jm.lift(apply)(small, x), exact, atol=1e-3)
         before, after = (
@@ -487,7 +488,7 @@ def test_ranks_are_rounded_up_too(net):
     report = jm.factorize(
         params, graph, ranks=asked, multiple=4, method="weight", with_report=True
     )[1]
-    found = {r["site"]: r["rank"] for r in report if r["rank"]}
+    found = {r["layer"]: r["rank"] for r in report if r["rank"]}
     assert found == {
         "stem": 4,
         "head": 6,
@@ -570,7 +571,7 @@ def test_factors_of_weights_however_they_are_stored(stored, data):
     small, report = jm.factorize(
         params,
         graph,
-        ranks={graph.sites[0].name: 3},
+        ranks={graph.layers[0].name: 3},
         batches=[x] if data else None,
         with_report=True,
         **({"progress": False} if data else {}),
@@ -595,7 +596,7 @@ def test_factors_of_weights_however_they_are_stored(stored, data):
     assert dots(lifted, small, x) == 8 * 6 * 3 * (12 + 10)
     # and the factors are layers like any other
     again = jm.trace(apply, small, x)
-    assert len(again.sites) == 2
+    assert len(again.layers) == 2
     quantizers = jm.calibrate(small, again, [x], progress=False)
     noisy = jm.simulate(apply, quantizers)(small, x)
     assert np.linalg.norm(noisy - lifted(small, x)) < 0.05 * np.linalg.norm(noisy)

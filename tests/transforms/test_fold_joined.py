@@ -137,7 +137,7 @@ OTHERS = {
     "the input itself": lambda p, x: ([x @ p["a"], x], None),
     "twice the same": lambda p, x: ([y := x @ p["a"], y], None),
     "read elsewhere": lambda p, x: ([x @ p["a"], y := x @ p["b"]], y),
-    "behind a rectifier": lambda p, x: ([x @ p["a"], jax.nn.relu(x @ p["b"])], None),
+    "after a rectifier": lambda p, x: ([x @ p["a"], jax.nn.relu(x @ p["b"])], None),
     "one weight twice": lambda p, x: ([x @ p["a"], (x + 1) @ p["a"]], None),
 }
 
@@ -154,7 +154,7 @@ def test_what_joins_something_else_is_left_with_a_reason(case):
     x = numbers(3, 5, 4)
     graph = jm.trace(apply, params, x)
     after, table = jm.fold_batch_norm(params, graph, with_report=True)
-    assert table["note"][0].startswith("left alone: ")
+    assert table["note"][0].startswith("skipped: ")
     for one, two in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -170,7 +170,7 @@ def test_examples_joined_along_tokens_share_their_channels():
     x = numbers(3, 2, 3, 4)
     graph = jm.trace(apply, params, x)
     after, table = jm.fold_batch_norm(params, graph, with_report=True)
-    assert table["note"][0].startswith("left alone: ")
+    assert table["note"][0].startswith("skipped: ")
     np.testing.assert_array_equal(after["a"], params["a"])
 
 

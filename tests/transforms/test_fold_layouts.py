@@ -1,4 +1,4 @@
-"""Folding of every form of a norm into every layout of a product, and what is left alone.
+"""Folding of every form of a norm into every layout of a product, and what is skipped.
 
 The oracle of a fold is the formula itself in float64 numpy, and the model's own output.
 """
@@ -38,9 +38,9 @@ from zoo_nets import (
     dense,
     fill,
     image,
-    linen_maker,
+    linen_factory,
     net,
-    nnx_maker,
+    nnx_factory,
     normal,
 )
 
@@ -167,15 +167,15 @@ LAYERS = {  # what makes the channels of a norm: (layer, channels, features)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("maker", [linen_maker, nnx_maker])
-def test_products_that_take_a_gain(name, maker):
+@pytest.mark.parametrize("factory", [linen_factory, nnx_factory])
+def test_products_that_take_a_gain(name, factory):
     layer, channels, features = LAYERS[name]
     model = net(
         lambda m, x: jnp.tanh(m.bn(m.layer(x), use_running_average=True)),
         layer=layer,
         bn=batch_norm(features),
     )
-    apply, params, inputs = maker(model, image(6, channels))(KEY)
+    apply, params, inputs = factory(model, image(6, channels))(KEY)
     after = fold_batch_norm(params, trace(apply, params, *inputs))
     same_function(apply, params, after, *inputs)
     check_folded("bn", "layer", named_leaves(params), named_leaves(after))
@@ -225,9 +225,9 @@ def test_equal_channels_on_another_axis_are_not_taken_for_the_product_s():
 # Norms before a product
 
 
-BEHIND = {  # the products that read the norm
+AFTER = {  # the products that read the norm
     "padded": [conv(4, 6, 3)],
-    "two readers": [conv(4, 6, 3), conv(4, 6, 3, use_bias=False)],
+    "two consumers": [conv(4, 6, 3), conv(4, 6, 3, use_bias=False)],
     "grouped": [conv(4, 6, 3, feature_group_count=2)],
     "multiplier": [conv(4, 8, 3, feature_group_count=4)],
     "transposed": [conv_transpose(4, 6, 3, strides=(2, 2))],
@@ -235,29 +235,29 @@ BEHIND = {  # the products that read the norm
 }
 
 
-@pytest.mark.parametrize("name", BEHIND)
-@pytest.mark.parametrize("maker", [linen_maker, nnx_maker])
-def test_a_norm_before_products_gives_them_its_gain(name, maker):
-    layers = dict(zip("ab", BEHIND[name], strict=False))
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("factory", [linen_factory, nnx_factory])
+def test_a_norm_before_products_gives_them_its_gain(name, factory):
+    layers = dict(zip("ab", AFTER[name], strict=False))
 
     def forward(m, x):
         x = m.bn(x, use_running_average=True)
         return sum(getattr(m, k)(x) for k in layers)
 
-    apply, params, inputs = maker(
+    apply, params, inputs = factory(
         net(forward, bn=batch_norm(4), **layers), image(6, 4)
     )(KEY)
     graph = trace(apply, params, *inputs)
     after, report = fold_batch_norm(params, graph, with_report=True)
     same_function(apply, params, after, *inputs)  # the padded border is in it
-    assert report["into"] == [", ".join(layers)] and report["side"] == ["behind"]
+    assert report["into"] == [", ".join(layers)] and report["side"] == ["after"]
     old, new = wide(named_leaves(params)), wide(named_leaves(after))
     g = gain_of("bn", old)
     close(gain_of("bn", new), np.ones(4), ONE_ULP)
     close(new["bn/bias"], old["bn/bias"] / g, 1e-6)
     for leaf in ("bn/mean", "bn/var", "a/bias"):
         np.testing.assert_array_equal(new[leaf], old[leaf])
-    if name in ("padded", "two readers", "transposed"):
+    if name in ("padded", "two consumers", "transposed"):
         close(new["a/kernel"], old["a/kernel"] * g[:, None], 1e-6)
     if name == "multiplier":  # output 2i and 2i + 1 read input i
         close(new["a/kernel"], old["a/kernel"] * np.repeat(g, 2), 1e-6)
@@ -270,12 +270,12 @@ def test_both_sides_of_one_product():
         return jnp.tanh(m.two(x, use_running_average=True))
 
     layers = {"one": batch_norm(4), "conv": conv(4, 6, 3), "two": batch_norm(6)}
-    apply, params, inputs = linen_maker(net(forward, **layers), image(6, 4))(KEY)
+    apply, params, inputs = linen_factory(net(forward, **layers), image(6, 4))(KEY)
     after, report = fold_batch_norm(
         params, trace(apply, params, *inputs), with_report=True
     )
     same_function(apply, params, after, *inputs)
-    assert report["side"] == ["behind", "before"]
+    assert report["side"] == ["after", "before"]
     old, new = wide(named_leaves(params)), wide(named_leaves(after))
     both = gain_of("one", old)[:, None] * gain_of("two", old)
     close(new["conv/kernel"], old["conv/kernel"] * both, 1e-6)
@@ -287,7 +287,7 @@ def test_a_gain_too_faint_to_divide_by_stays():
         bn=batch_norm(4),
         conv=conv(4, 6, 3),
     )
-    apply, params, inputs = linen_maker(model, image(6, 4))(KEY)
+    apply, params, inputs = linen_factory(model, image(6, 4))(KEY)
     scale = jnp.float32([0.0, 1e-12, -0.5, 2.0])
     params = replace_leaves(params, {"bn/scale": scale})
     graph = trace(apply, params, *inputs)
@@ -300,7 +300,7 @@ def test_a_gain_too_faint_to_divide_by_stays():
     same_bits(fold_batch_norm(after, graph), after)
 
 
-# What is left alone
+# What is skipped
 
 
 @pytest.mark.parametrize("name", ["group_norm", "dense_norm", "transformer"])
@@ -311,7 +311,7 @@ def test_norms_over_the_data_are_left_alone(name, front, batch):
     after, report = fold_batch_norm(
         params, trace(apply, params, x[:batch]), with_report=True
     )
-    assert len(report) and set(report["note"]) == {"left alone: a norm over the data"}
+    assert len(report) and set(report["note"]) == {"skipped: a norm over the data"}
     old, new = named_leaves(params), named_leaves(after)
     assert all(new[leaf] is old[leaf] for leaf in old)
 
@@ -398,7 +398,7 @@ def test_left_alone_with_the_reason(apply):
         fold_batch_norm(params, graph.only(names[0]))
 
 
-def test_several_readers_of_a_norm_must_all_be_products():
+def test_several_consumers_of_a_norm_must_all_be_products():
     def apply(p, x):
         y = affine(p["norm"], x)
         return y @ p["one"]["w"] + y

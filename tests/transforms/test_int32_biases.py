@@ -61,7 +61,7 @@ def grid(q):
 
 
 def integer_forward(params, q, x, top=127):
-    """The two convolutions in int64 with int32 biases; the codes behind each rectifier."""
+    """The two convolutions in int64 with int32 biases; the codes after each rectifier."""
     leaves = {n: np.asarray(a, np.float64) for n, a in named_leaves(params).items()}
     s, z, ends = grid(q.activations["input"])
     codes = np.clip(np.rint(np.asarray(x, np.float64) / s) + z, *ends).astype(np.int64)
@@ -94,7 +94,7 @@ def integer_forward(params, q, x, top=127):
 
 
 def codes_of(apply, params, q, x):
-    """What the simulation puts on the quantizers behind the rectifiers."""
+    """What the simulation puts on the quantizers after the rectifiers."""
 
     def hook(node, run, operands):
         result = run(*operands)
@@ -159,8 +159,8 @@ def test_a_folded_network_is_integer_arithmetic(options):
         np.testing.assert_allclose(steps, np.rint(steps), atol=2e-2)
         assert np.all(np.abs(shift(new) - shift(leaves)) <= 0.51 * s)
     table = jm.plan(params, graph, config)
-    assert len(table.where(what="bias")) == 3
-    assert {r["name"] for r in table.where(what="bias")} == {
+    assert len(table.where(kind="bias")) == 3
+    assert {r["name"] for r in table.where(kind="bias")} == {
         n for n, one in q.weights.items() if one.product
     }
 
@@ -168,12 +168,12 @@ def test_a_folded_network_is_integer_arithmetic(options):
 def test_an_unfolded_norm_keeps_its_reason():
     apply, params, x = made()
     graph, q = calibrated(apply, params, x)
-    left = dict(q.left)
+    left = dict(q.skipped)
     for i in (0, 1):
         assert left[f"bn{i}"].startswith("the parameters of a norm stay in float")
         assert "fold_batch_norm" in left[f"bn{i}"]
         assert q.weights[f"conv{i}/bias"].product and f"bn{i}/bias" not in q.weights
-    plain = dict(calibrated(apply, params, x, jm.QuantConfig())[1].left)
+    plain = dict(calibrated(apply, params, x, jm.QuantConfig())[1].skipped)
     assert plain["bn0"] == "the parameters of a norm stay in float"
     shapes = jax.eval_shape(lambda: params)
     (row,) = jm.plan(shapes, graph, INT32).where(name="bn0")
@@ -200,14 +200,14 @@ def test_a_dead_channel_gets_a_scale_that_holds_its_bias():
     np.testing.assert_allclose(
         named_leaves(jm.round_weights(params, q))["bn1/bias"][2], -3.0, rtol=1e-6
     )
-    said = dict(q.left)["conv1/kernel (channels)"]
+    said = dict(q.skipped)["conv1/kernel (channels)"]
     assert said.endswith(": channels 2") and "int32" in said
-    assert "conv0/kernel (channels)" not in dict(q.left)
+    assert "conv0/kernel (channels)" not in dict(q.skipped)
     for a, b in zip(
         codes_of(apply, params, q, x), integer_forward(params, q, x), strict=True
     ):
         assert np.mean(a != b) < 1e-3 and np.abs(a - b).max() <= 1
-    # whatever follows keeps it: pinning, other widths, rounding, one scale a tensor, files
+    # whatever follows keeps it: pinning, other widths, rounding, one scale per tensor, files
     pinned = q.pin(params)
     np.testing.assert_allclose(
         np.asarray(pinned.weights["conv1/kernel"].scale).reshape(-1), found, rtol=1e-6
@@ -279,7 +279,7 @@ def test_the_noise_of_a_shift_is_told():
     params = jm.fold_batch_norm(params, jm.trace(apply, params, x))
     graph, q = calibrated(apply, params, x)
     table = jm.noise(params, graph, q, [x], progress=False)
-    assert "bn0/bias" in table["what"]
+    assert "bn0/bias" in table["kind"]
     assert np.isfinite([r["SQNR (dB)"] for r in table]).all()
 
 
@@ -305,4 +305,4 @@ def test_rules_for_a_bias_in_a_norm(rule):
     assert [n for n, one in q.weights.items() if one.product] == ["bn0/bias"]
     other = jm.QuantConfig(bias="int32", rules=[jm.Rule(rule, bias="float")])
     table = jm.plan(params, graph, other)
-    assert {r["name"] for r in table.where(what="bias")} == {"bn1/bias", "head/bias"}
+    assert {r["name"] for r in table.where(kind="bias")} == {"bn1/bias", "head/bias"}

@@ -83,7 +83,7 @@ def test_every_member_of_a_group_loses_its_channels(net):
     row = report.where(channels="stem")
     assert row["made by"] == ["stem, b"] and row["read by"] == ["a, expand, side"]
     assert (row["kept"], row["of"]) == ([4], [8])
-    assert "left alone: an output" in report.where(channels="head")["note"][0]
+    assert "skipped: an output" in report.where(channels="head")["note"][0]
     assert_masked(apply, small, (x,))
     whole = densify(small)
     assert shapes(whole) == shapes(params)
@@ -99,11 +99,11 @@ def test_work_falls_as_the_cost_says(net):
     apply, params, x, graph = net
     small = jm.prune(params, graph, 0.5)
     again = jm.trace(apply, small, x)
-    assert [n.name for n in again.sites] == [n.name for n in graph.sites]
+    assert [n.name for n in again.layers] == [n.name for n in graph.layers]
     before, after = jm.cost(params, graph, x), jm.cost(small, again, x)
 
-    def macs(table, site):
-        return table.where(site=site)["macs"][0]
+    def macs(table, layer):
+        return table.where(layer=layer)["macs"][0]
 
     assert macs(after, "stem") * 2 == macs(before, "stem")  # half of the outputs
     assert macs(after, "a") * 4 == macs(before, "a")
@@ -115,7 +115,7 @@ def test_work_falls_as_the_cost_says(net):
 
     saved = counted(params) - counted(small)
     told = (
-        before.where(site="(all)")["flops"][0] - after.where(site="(all)")["flops"][0]
+        before.where(layer="(all)")["flops"][0] - after.where(layer="(all)")["flops"][0]
     )
     assert saved == pytest.approx(told, rel=0.1)  # rectifiers and norms shrink too
 
@@ -225,7 +225,7 @@ def test_data_choose_better_than_weights_alone(selection):
     assert max(gains) < 1 and np.median(gains) < 0.5
 
 
-def test_a_site_behind_a_flatten_judges_whole_channels(net):
+def test_a_layer_after_a_flatten_judges_whole_channels(net):
     apply, params, x, graph = net
     small = jm.prune(params, graph, {"head": 0.5}, batches=[x], progress=False)
     keep = {k.axis: k for k in small["params"]["head"]["kernel"].weight.keep}[0]
@@ -284,7 +284,7 @@ def test_pruned_twice_factorized_equalized_and_quantized(net):
 
 BAD = {
     "ratio": ({"ratios": 0.0}, "the ratio is 0"),
-    "name": ({"ratios": {"stm": 0.5}}, "no selected site 'stm'"),
+    "name": ({"ratios": {"stm": 0.5}}, "no selected layer 'stm'"),
     "first": ({"ratios": {"stem": 0.5}}, "'stem' cannot be compressed: .*no channels"),
     "selection": ({"ratios": 0.5, "selection": "luck"}, "selection is 'luck'"),
     "no data": ({"ratios": 0.5, "selection": "obs"}, "Give batches="),

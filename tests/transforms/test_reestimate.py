@@ -127,7 +127,7 @@ def test_only_selected_norms_change_and_named_ones_must():
     assert changed == ["last_bn/mean", "last_bn/var"]
     check(apply, after, graph, [x], ["last_bn"])
     left = [r["note"] for r in table if r["norm"] != "last_bn"]
-    assert left and all(note == "left alone: not selected" for note in left)
+    assert left and all(note == "skipped: not selected" for note in left)
     apply, params, x, graph = case("dense_norm")
     assert jm.reestimate_batch_norm(params, graph, [x], **QUIET) is params
     with pytest.raises(ValueError, match="'ln1' was asked for.*a norm over the data"):

@@ -1,4 +1,4 @@
-"""The simulated device, against models whose grids were put in by hand in float64."""
+"""The simulated device, against models whose quantizers were put in by hand in float64."""
 
 import functools
 
@@ -85,7 +85,7 @@ def check_grids(quantizers, ranges, config):
 
 
 def with_grids(name, params, quantizers, config):
-    """The model by hand, with weights, biases and activations on their grids."""
+    """The model by hand, with weights, biases and activations quantized."""
     leaves, owners = by_hand.numbers(params), dict(quantizers.shared)
     bits = config.weight_bits
 
@@ -164,7 +164,7 @@ def test_int32_biases_are_multiples_of_the_product_of_scales():
         assert 0 < np.max(np.abs(error)) and np.all(np.abs(error) <= 0.51 * s)
 
 
-# Identity, data as grids, pinning.
+# Identity, data as quantizers, pinning.
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_gradients_are_those_of_a_straight_through_model_by_hand():
         apply, *arrays = model(name)
         params, inputs = by_hand.wide(arrays)
         graph = jm.trace(apply, params, *inputs)
-        half = [(0.5 * inputs[0],)]  # so that the full inputs leave the grids, too
+        half = [(0.5 * inputs[0],)]  # so that the full inputs leave the quantizers, too
         quantizers = jm.calibrate(params, graph, half, progress=False)
 
         def through(x, s, z, low, high):
@@ -369,10 +369,10 @@ def test_twins_have_equal_quantizers_and_outputs(name):
     linen, nnx = found["linen"][0], found["nnx"][0]
     assert linen.weights.keys() == nnx.weights.keys()
     assert linen.activations.keys() == nnx.activations.keys()
-    assert dict(linen.left) == dict(nnx.left) and linen.shared == nnx.shared
+    assert dict(linen.skipped) == dict(nnx.skipped) and linen.shared == nnx.shared
     for n, q in linen.activations.items():
         np.testing.assert_allclose(q.scale, nnx.activations[n].scale, rtol=1e-5)
-    # one step of the last grid, should a twin's last bit fall on the other side of a tie
+    # one step of the last quantizer, should a twin's last bit fall on the other side of a tie
     step = max(float(np.max(q.scale)) for q in linen.activations.values())
     difference = np.abs(found["linen"][1] - found["nnx"][1])
     assert np.mean(difference > 1e-5) < 0.05 and np.max(difference) < 1.5 * step
@@ -457,7 +457,7 @@ def test_any_tree_may_come_out():
 
 
 def test_leaves_that_state_bounds_keep_them():
-    """A ReLU6 equalized by s: weights divided, bounds divided, readers multiplied."""
+    """A ReLU6 equalized by s: weights divided, bounds divided, consumers multiplied."""
     apply, params, inputs = model("inverted_residual")
     quantizers = quantized("inverted_residual").set("*", enabled=False)
     leaves = named_leaves(params)
@@ -506,7 +506,7 @@ def test_quantizers_of_another_model_are_refused():
         (lambda q: q.set("bottleneck", bits=4), r"nothing is called 'bottleneck'"),
         (lambda q: q.set("stem", bits=1), r"bits is 1\. Give 2 to 16, or 32"),
         (lambda q: q.set("stem", width=4), r"no field 'width'"),
-        (lambda q: q.set("left/relu", bits=4), r"uses the grid of 'right/concat'"),
+        (lambda q: q.set("left/relu", bits=4), r"uses the quantizer of 'right/concat'"),
         (lambda q: q.set("stem/bias", bits=8), r"product of those of 'stem/kernel'"),
     ],
 )

@@ -69,7 +69,7 @@ def model(request):
 
 def layers_of(graph, weight):
     return [
-        n.name for n in graph.sites if n.weight.name == weight and n.kind == "product"
+        n.name for n in graph.layers if n.weight.name == weight and n.kind == "product"
     ]
 
 
@@ -123,7 +123,7 @@ def test_factors_serve_every_use(model):
         progress=False,
     )
     assert isinstance(small[weight], jm.Compressed)
-    rank = {report.where(site=n)["rank"][0] for n in names}
+    rank = {report.where(layer=n)["rank"][0] for n in names}
     assert len(rank) == 1
     made = np.asarray(densify(small)[weight], np.float64)
     assert np.linalg.matrix_rank(made, tol=1e-4) == rank.pop()
@@ -220,7 +220,7 @@ def test_a_weight_that_something_else_reads_is_left_with_the_reason():
     x = normal(8, 4)
     graph = jm.trace(apply, params, x)
     _, report = jm.factorize(params, graph, ratios=0.5, with_report=True)
-    assert "used elsewhere" in report.where(site="w")["note"][0]
+    assert "used elsewhere" in report.where(layer="w")["note"][0]
 
 
 def test_a_weight_that_is_read_both_ways_is_left_with_the_reason():

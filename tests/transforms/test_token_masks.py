@@ -511,13 +511,13 @@ def test_tokens_that_cannot_be_followed_are_named():
     quantizers = jm.calibrate(
         WIDE, graph, [TOKENS], mask=lambda x: x[..., 0] < 100, progress=False
     )
-    left = dict(quantizers.left)
+    left = dict(quantizers.skipped)
     assert "sort" in left["mask of b"] and "mask of a" not in left
     found = jm.factorize(
         WIDE, graph, ratios=0.5, batches=[TOKENS], mask=lambda x: x[..., 0] < 100,
         with_report=True, progress=False,
     )  # fmt: skip
-    notes = dict(zip(found[1]["site"], found[1]["note"], strict=True))
+    notes = dict(zip(found[1]["layer"], found[1]["note"], strict=True))
     assert "sort" in notes["b"] and notes["a"] is None
 
 

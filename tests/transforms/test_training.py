@@ -255,7 +255,7 @@ def test_nan_gradients_are_kept_out_or_named():
     model, params, _ = start()
     quantizers = quantized()
     broken = quantizers.set("head", scale=jnp.nan, zero_point=0)
-    with pytest.raises(ValueError, match="the grid of 'head.*' is NaN"):
+    with pytest.raises(ValueError, match="the quantizer of 'head.*' is NaN"):
         jm.simulate(model.apply, broken)
     optimizer = optax.apply_if_finite(optax.sgd(0.1), 5)
     state = optimizer.init(quantizers)
@@ -399,7 +399,7 @@ def test_rematerialization_accumulation_and_boxes_change_nothing():
     )
     boxed = {"params": boxed, "batch_stats": params["batch_stats"]}
     graph = jm.trace(lambda p, x: model.apply(nn.unbox(p), x), boxed, images(1))
-    assert {n.name for n in graph.sites} == {"conv1", "conv2", "head"}
+    assert {n.name for n in graph.layers} == {"conv1", "conv2", "head"}
     boxes = jax.jit(
         jax.grad(
             functools.partial(loss, apply=lambda p, x: model.apply(nn.unbox(p), x))
@@ -446,7 +446,7 @@ def test_no_calibration_at_all():
 
 
 def test_folding_in_the_forward_pass_is_folding_first():
-    """In inference the two are the same function, with one scale a tensor too."""
+    """In inference the two are the same function, with one scale per tensor too."""
     model, params, graph = start()
     folded = jm.fold_batch_norm(params, graph)
     quantizers = jm.calibrate(folded, graph, [images()], TENSOR, progress=False)
@@ -489,7 +489,7 @@ def test_folding_in_training_reaches_the_gains():
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("learn", ["lsq", "minmax"])
 def test_pinned_scales_follow_the_fold(learn):
-    """Quantized beside its norms or folded: the same function, on the same grids."""
+    """Quantized beside its norms or folded: the same function, on the same quantizers."""
     model, params, graph = start()
     gains = np.array(params["params"]["bn1"]["scale"])
     gains[::3] *= -1
@@ -517,7 +517,7 @@ def test_pinned_scales_follow_the_fold(learn):
 
 
 def test_statistics_are_measured_in_the_quantized_model():
-    """A norm alone behind coarse weights stores the moments that numpy finds there."""
+    """A norm alone after coarse weights stores the moments that numpy finds there."""
     model, params, graph = start()
     quantizers = quantized(jm.QuantConfig(weight_bits=2, activation_bits=4))
     batches = [images(seed=s) for s in range(3)]

@@ -72,13 +72,13 @@ def quantizers():
         },
         {"input": Quantizer(jnp.float32(0.1), jnp.float32(8), symmetric=False)},
         shared=(("a", "input"),),
-        left=(("b", "why"),),
+        skipped=(("b", "why"),),
     )
 
 
 def test_everything_comes_back(tmp_path):
     path = tmp_path / "model.any"
-    table = Table({"site": ["a", "b"], "sqnr": [1.5, None], "n": [1, 2]}, "title")
+    table = Table({"layer": ["a", "b"], "sqnr": [1.5, None], "n": [1, 2]}, "title")
     save(path, params=params(), quantizers=quantizers(), table=table)
     saved = load(path)
     assert_same(saved.params, params())

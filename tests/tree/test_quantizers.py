@@ -1,4 +1,4 @@
-"""The tree of quantizers: what each computes, editing, pinning, grids as data."""
+"""The tree of quantizers: what each computes, editing, pinning, quantizers as data."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def quantizers():
             "stem/relu": Quantizer(jnp.float32(0.5), jnp.float32(0), symmetric=False),
         },
         shared=(("stem/concat", "stem/relu"), ("stem/more", "stem/concat")),
-        left=(("head/softmax", "its output is the model's"),),
+        skipped=(("head/softmax", "its output is the model's"),),
     )
 
 
@@ -205,7 +205,7 @@ def test_set_edits_by_glob_and_leaves_the_rest():
         ("stem", {"bits": 8.0}, "bits is 8.0"),
         ("input", {"axis": (3,)}, "calibrate again"),
         ("stem/bias", {"bits": 16}, "'stem/kernel' and 'input'"),
-        ("stem/more", {"bits": 16}, "the grid of 'stem/relu'"),
+        ("stem/more", {"bits": 16}, "the quantizer of 'stem/relu'"),
     ],
 )
 def test_set_refuses(glob, fields, message):
@@ -366,7 +366,7 @@ def test_it_prints_as_a_table():
 
 
 def ranges(q):
-    """The real ends of a quantizer's grid, in float64."""
+    """The real ends of a quantizer's quantizer, in float64."""
     scale, zero_point = (np.asarray(a, np.float64) for a in q.grid(None))
     return [scale * (end - zero_point) for end in q.ends]
 

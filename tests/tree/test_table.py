@@ -11,22 +11,22 @@ from jaxmet.tree.table import Table
 
 def table():
     columns = {
-        "site": ["stem", "head"],
+        "layer": ["stem", "head"],
         "sqnr": [12.34567, None],
         "macs": [1234567, np.int32(8)],
         "left": [False, True],
     }
-    return Table(columns, title="Sites")
+    return Table(columns, title="Layers")
 
 
 def test_rows_columns_and_length():
     t = table()
     assert len(t) == 2
-    assert t["site"] == ["stem", "head"]
+    assert t["layer"] == ["stem", "head"]
     assert [row["macs"] for row in t] == [1234567, 8]
-    assert list(next(iter(t))) == ["site", "sqnr", "macs", "left"]
-    with pytest.raises(KeyError, match="no column 'sites'.*'site'"):
-        t["sites"]
+    assert list(next(iter(t))) == ["layer", "sqnr", "macs", "left"]
+    with pytest.raises(KeyError, match="no column 'layers'.*'layer'"):
+        t["layers"]
 
 
 def test_columns_must_be_equally_long():
@@ -43,9 +43,9 @@ def test_columns_are_copied():
 
 def test_where():
     t = table()
-    assert t.where(site="head")["macs"] == [8]
-    assert t.where(sqnr=None)["site"] == ["head"]
-    assert len(t.where(site="stem", left=True)) == 0
+    assert t.where(layer="head")["macs"] == [8]
+    assert t.where(sqnr=None)["layer"] == ["head"]
+    assert len(t.where(layer="stem", left=True)) == 0
     with pytest.raises(KeyError, match="'kind'"):
         t.where(kind=1)
 
@@ -57,10 +57,10 @@ def test_concat_keeps_all_columns():
 
 def test_it_prints_aligned():
     assert repr(table()).splitlines() == [
-        "Sites",
-        "site   sqnr     macs  left",
-        "stem  12.35  1234567  no",
-        "head      –        8  yes",
+        "Layers",
+        "layer   sqnr     macs  left",
+        "stem   12.35  1234567  no",
+        "head       –        8  yes",
     ]
     numbers = Table({"x": [1e-9, float("nan"), jnp.float32(2), 100.0, 123456.0]})
     assert repr(numbers).split() == ["x", "1e-09", "nan", "2", "100", "1.235e+05"]
@@ -95,12 +95,12 @@ def test_pandas():
     pandas = pytest.importorskip("pandas")
     frame = table().to_pandas()
     assert (
-        isinstance(frame, pandas.DataFrame) and list(frame["site"]) == table()["site"]
+        isinstance(frame, pandas.DataFrame) and list(frame["layer"]) == table()["layer"]
     )
 
 
 def test_columns_that_do_not_fit_the_terminal_are_named(monkeypatch):
-    table = Table({"site": ["a"], **{f"{i} bits": [i + 0.5] for i in range(2, 27)}})
+    table = Table({"layer": ["a"], **{f"{i} bits": [i + 0.5] for i in range(2, 27)}})
     for columns, room in [("150", 150), ("40", 120)]:  # narrower ones wrap
         monkeypatch.setenv("COLUMNS", columns)
         *lines, last = repr(table).splitlines()

@@ -1,4 +1,4 @@
-"""A compressed model in the original shapes, with what is left of each site as data.
+"""A compressed model in the original shapes, with what is left of each layer as data.
 
 Ranks cut the tail of a singular value decomposition off, counts of channels set the least
 wanted to zero: one program runs every row of a table.
@@ -35,9 +35,9 @@ from jaxmet.transforms.prune.coupled_channels import (
 )
 from jaxmet.transforms.prune.refit import ConsumerMatrix
 from jaxmet.transforms.prune.select_channels import (
+    consumers_of,
     kept_at,
     ratios_of,
-    readers_of,
     removal,
 )
 from jaxmet.tree.batches import Batches
@@ -46,7 +46,7 @@ from jaxmet.tree.names import named_leaves, replace_leaves
 
 
 class Shares(NamedTuple):
-    """What is left of a site: of its multiplications, and of the entries of its weight."""
+    """What is left of a layer: of its multiplications, and of the entries of its weight."""
 
     macs: float
     parameters: float
@@ -54,7 +54,7 @@ class Shares(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Low:
-    """A site with singular values to cut off."""
+    """A layer with singular values to cut off."""
 
     node: Node
     shape: Shape
@@ -77,7 +77,7 @@ class Low:
         return ()
 
     def shares(self, amount: int) -> dict[str, Shares]:
-        """What is left of every site that changes."""
+        """What is left of every layer that changes."""
         if amount >= self.most:
             return {self.node.name: Shares(1.0, 1.0)}
         work = self.known.cost_of(amount) / self.known.cost
@@ -99,18 +99,18 @@ class Low:
 
 @dataclasses.dataclass(frozen=True)
 class Narrow:
-    """Channels that a site reads, bundle by bundle, with the order in which they go.
+    """Channels that a layer reads, bundle by bundle, with the order in which they go.
 
-    `tied` are the other sites that read some of them. `layouts` are those of the axes along
-    which sites read or make them, by site, role and axis; a depthwise convolution, which
-    does both at once, has one. `readers` are refitted. `counts` has a row for each amount that
+    `tied` are the other layers that read some of them. `layouts` are those of the axes along
+    which layers read or make them, by layer, role and axis; a depthwise convolution, which
+    does both at once, has one. `consumers` are refitted. `counts` has a row for each amount that
     may be asked for, and how many channels of each bundle stay then.
     """
 
     graph: Graph
     layouts: Mapping[tuple[str, str, int], Layout]
     tied: tuple[str, ...]
-    readers: tuple[ConsumerMatrix, ...]
+    consumers: tuple[ConsumerMatrix, ...]
     bundles: tuple[CoupledChannels, ...]
     orders: tuple[np.ndarray, ...]
     counts: np.ndarray
@@ -123,7 +123,7 @@ class Narrow:
         return sum(_counts(self.graph, self.bundles, ratio, multiple))
 
     def shares(self, amount: int) -> dict[str, Shares]:
-        """What is left of every site that reads or makes them."""
+        """What is left of every layer that reads or makes them."""
         counts = self.counts[np.searchsorted(self.counts.sum(axis=1), amount)]
         found: dict[str, float] = {}
         for (name, *_), layout in self.layouts.items():
@@ -143,8 +143,8 @@ class Narrow:
             for order, count in zip(self.orders, counts, strict=True)
         ]
         found = dict(leaves)
-        for reader in self.readers:
-            found |= self._refitted(reader, lefts, found, amount)
+        for consumer in self.consumers:
+            found |= self._refitted(consumer, lefts, found, amount)
         for bundle, left in zip(self.bundles, lefts, strict=True):
             for member in self.graph.members:
                 of = channel_along(member.layout, bundle.indices)
@@ -156,17 +156,17 @@ class Narrow:
 
     def _refitted(
         self,
-        reader: ConsumerMatrix,
+        consumer: ConsumerMatrix,
         lefts: Sequence[jax.Array],
         leaves: dict[str, Any],
         amount: jax.Array,
     ) -> dict[str, Any]:
-        along = jnp.ones(reader.weight.shape[0], bool)
+        along = jnp.ones(consumer.weight.shape[0], bool)
         for bundle, left in zip(self.bundles, lefts, strict=True):
-            along &= _along(left, reader.channels_of(bundle))
+            along &= _along(left, consumer.channels_of(bundle))
 
         def refitted() -> dict[str, Any]:
-            return reader.refitted(along, leaves)[0]
+            return consumer.refitted(along, leaves)[0]
 
         names = jax.eval_shape(refitted)
         return lax.cond(
@@ -178,7 +178,7 @@ def _counts(
     graph: Graph, bundles: Sequence[CoupledChannels], ratio: float, multiple: int
 ) -> tuple[int, ...]:
     """How many channels of each bundle stay when all that read them have this ratio."""
-    names = {name for b in bundles for name in b.readers}
+    names = {name for b in bundles for name in b.consumers}
     each = ratios_of(graph, bundles, dict.fromkeys(names, ratio))
     return tuple(kept_at(b.size, each[b.index], multiple) for b in bundles)
 
@@ -202,22 +202,22 @@ def _zeroed(array: jax.Array, left: jax.Array, of: np.ndarray, axis: int) -> jax
     return jnp.where(_along(left, of).reshape(shape), array, jnp.zeros_like(array))
 
 
-Site = Low | Narrow
+MaskedLayer = Low | Narrow
 
 
 def with_amounts(
-    params: Any, sites: Mapping[str, Site], amounts: Sequence[Any] | jax.Array
+    params: Any, layers: Mapping[str, MaskedLayer], amounts: Sequence[Any] | jax.Array
 ) -> Any:
-    """The tree with so many ranks or channels of each site."""
+    """The tree with so many ranks or channels of each layer."""
     leaves = named_leaves(params)
     found = dict(leaves)
-    for site, amount in zip(sites.values(), amounts, strict=True):
-        found = site.changed(found, amount)
+    for layer, amount in zip(layers.values(), amounts, strict=True):
+        found = layer.changed(found, amount)
     changed = {n: leaf for n, leaf in found.items() if leaf is not leaves[n]}
     return replace_leaves(params, changed, caller="score_ratios")
 
 
-def sites_of(
+def layers_of(
     params: Any,
     graph: Graph,
     leaves: Mapping[str, Any],
@@ -229,8 +229,8 @@ def sites_of(
     multiple: int,
     key: jax.Array,
     progress: bool,
-) -> tuple[dict[str, Site], dict[str, str]]:
-    """The sites that can be compressed, and why the others cannot."""
+) -> tuple[dict[str, MaskedLayer], dict[str, str]]:
+    """The layers that can be compressed, and why the others cannot."""
     options: dict[str, Any] = {
         "caller": "score_ratios",
         "rows": rows,
@@ -240,14 +240,14 @@ def sites_of(
     if method == "prune":
         asked = [(r, multiple) for r in ratios]
         return _narrow(params, graph, leaves, read, options, asked)
-    left = {n.name: why for n in graph.sites if (why := unfit(n, leaves))}
-    nodes = [n for n in graph.sites if n.name not in left]
+    left = {n.name: why for n in graph.layers if (why := unfit(n, leaves))}
+    nodes = [n for n in graph.layers if n.name not in left]
     seen = (
         {}
         if read.abstract
         else grams(graph, params, read, {n.name for n in nodes}, **options)
     )
-    found: dict[str, Site] = {}
+    found: dict[str, MaskedLayer] = {}
     known = shapes_on(params, graph, nodes, leaves, method, read.first, {})
     for node in nodes:
         leaf = leaves[node.kernel]
@@ -267,20 +267,20 @@ def _narrow(
     read: Batches,
     options: dict[str, Any],
     asked: Sequence[tuple[float, int]],
-) -> tuple[dict[str, Site], dict[str, str]]:
+) -> tuple[dict[str, MaskedLayer], dict[str, str]]:
     bundles = [b for b in bundles_of(graph) if refused(b, coupled=True) is None]
-    names = {n for b in bundles for n in b.readers}
+    names = {n for b in bundles for n in b.consumers}
     seen = {} if read.abstract else grams(graph, params, read, names, **options)
-    readers = readers_of(graph, names, leaves, seen)
+    consumers = consumers_of(graph, names, leaves, seen)
     selection = "obs" if seen else "magnitude"
     orders = {
-        b.index: removal(graph, leaves, b, readers, selection, b.size // 2 or 1)
+        b.index: removal(graph, leaves, b, consumers, selection, b.size // 2 or 1)
         for b in bundles
     }
     through = {n for b in bundles for n in b.through}
-    found: dict[str, Site] = {}
+    found: dict[str, MaskedLayer] = {}
     for tied in _tied(graph, bundles):
-        own = tuple(b for b in bundles if set(b.readers) & set(tied))
+        own = tuple(b for b in bundles if set(b.consumers) & set(tied))
         rows = {_counts(graph, own, *ask) for ask in asked}
         rows.add(tuple(b.size for b in own))
         counts = np.array(sorted(rows, key=sum), np.int32)
@@ -292,19 +292,19 @@ def _narrow(
             if (channel_along(m.layout, indices) >= 0).any()
         }
         each = tuple(orders[b.index] for b in own)
-        refit = tuple(readers[n] for n in tied if n in readers)
+        refit = tuple(consumers[n] for n in tied if n in consumers)
         found[tied[0]] = Narrow(graph, layouts, tied[1:], refit, own, each, counts)
-    known = {n for name, site in found.items() for n in (name, *site.tied)}
+    known = {n for name, layer in found.items() for n in (name, *layer.tied)}
     why = "it reads no channels that can be removed"
-    return found, {n.name: why for n in graph.sites if n.name not in known}
+    return found, {n.name: why for n in graph.layers if n.name not in known}
 
 
 def _tied(graph: Graph, bundles: Sequence[CoupledChannels]) -> list[tuple[str, ...]]:
-    """Sites that read some of the same channels, in the order in which they run."""
-    selected = [n.name for n in graph.sites]
+    """Layers that read some of the same channels, in the order in which they run."""
+    selected = [n.name for n in graph.layers]
     found: list[set[str]] = []
     for bundle in bundles:
-        mine = {n for n in bundle.readers if n in selected}
+        mine = {n for n in bundle.consumers if n in selected}
         for other in [t for t in found if t & mine]:
             found.remove(other)
             mine |= other

@@ -1,4 +1,4 @@
-"""The score of a network with one site compressed, for every site and every ratio."""
+"""The score of a network with one layer compressed, for every layer and every ratio."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL, cost
-from jaxmet.analysis.ratios.masked import Site, sites_of, with_amounts
+from jaxmet.analysis.ratios.masked import MaskedLayer, layers_of, with_amounts
 from jaxmet.analysis.ratios.spending import BUDGETS
 from jaxmet.analysis.scoring import (
     Runner,
@@ -34,7 +34,7 @@ CALLER = "score_ratios"
 Method = Literal["spatial", "weight", "prune"]
 METHODS = get_args(Method)
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-COLUMNS = ("site", "tied", "ratio", "left", "of", *BUDGETS, "score", "costs")
+COLUMNS = ("layer", "tied", "ratio", "kept", "of", *BUDGETS, "score", "costs")
 
 Cell = tuple[str, int] | None
 
@@ -56,7 +56,7 @@ def score_ratios(
     mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Table:
-    """How the network scores with one site alone compressed, for every site and ratio.
+    """How the network scores with one layer alone compressed, for every layer and ratio.
 
     `score(apply, params)` is a number, higher is better; `apply(params, *inputs)` is the
     model. If it can be traced (a sum over arrays at hand) one compiled program runs every
@@ -64,7 +64,7 @@ def score_ratios(
     `apply` that is compiled once. Nothing is rebuilt either way: a row is the original
     network with singular values cut off ('spatial', 'weight'), which scores as the small one
     would but for what `factorize` wins back by refitting the second factor to the data, or
-    with channels set to zero and their readers refitted ('prune'), which scores as the small
+    with channels set to zero and their consumers refitted ('prune'), which scores as the small
     one does.
 
     `batches` are the data by which factors are whitened and channels chosen, or
@@ -75,19 +75,19 @@ def score_ratios(
     those of one example. Ratios are those of `factorize` and `prune`, rounded to a `multiple`
     of ranks or channels. So many rows as `together` says are computed at once (`jax.vmap`)
     where the score can be traced: an accelerator with the memory for it is faster then. With
-    `checkpoint`, a folder, a run that was killed goes on behind its last finished row; it
+    `checkpoint`, a folder, a run that was killed goes on after its last finished row; it
     knows the model, the first batch and the code of the score again, but not the data that
     the score looks at.
 
-    Columns of the table: `site`, and the sites that are `tied` to it because they read the
-    same channels and take the same ratio; `ratio`; how many ranks or channels are `left`
-    and `of` how many; `score`; `costs`, the macs and the entries of the weight of each site
+    Columns of the table: `layer`, and the layers that are `tied` to it because they read the
+    same channels and take the same ratio; `ratio`; how many ranks or channels are `kept`
+    and `of` how many; `score`; `costs`, the macs and the entries of the weight of each layer
     that gets cheaper (of channels, those that read and those that make them), and `macs`
-    and `parameters`, their sums. Rows with ratio 1 are the site as it is, and the row
+    and `parameters`, their sums. Rows with ratio 1 are the layer as it is, and the row
     '(all)' the network. `jm.select_ratios` reads it.
 
     Raises ValueError for a score that is NaN, no scalar, or keeps a traced array, for
-    ratios outside (0, 1), `together` below 1, and where no site can be compressed.
+    ratios outside (0, 1), `together` below 1, and where no layer can be compressed.
 
     >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
     >>> table = jm.score_ratios(params, graph, score, batches=batches)
@@ -105,7 +105,7 @@ def score_ratios(
         batches, CALLER, inputs=inputs, mask=mask, passes=2, abstract=True
     )
     traceable = is_traceable(score, graph, params, CALLER)
-    sites, left = sites_of(
+    layers, left = layers_of(
         params,
         graph,
         leaves,
@@ -117,16 +117,16 @@ def score_ratios(
         key=key,
         progress=progress,
     )
-    asked_for(1.0, {**dict.fromkeys(sites), **left}, graph, CALLER)
-    if not sites:
+    asked_for(1.0, {**dict.fromkeys(layers), **left}, graph, CALLER)
+    if not layers:
         whys = [f"{n}: {why}" for n, why in list(left.items())[:3]]
         raise ValueError(
-            f"jaxmet.{CALLER}: no selected site can be compressed by {method!r}: "
-            f"{'; '.join(whys) or 'no site is selected'}. Look at print(graph)."
+            f"jaxmet.{CALLER}: no selected layer can be compressed by {method!r}: "
+            f"{'; '.join(whys) or 'no layer is selected'}. Look at print(graph)."
         )
-    cells = [(n, r, s.amount(r, multiple)) for n, s in sites.items() for r in ratios]
+    cells = [(n, r, s.amount(r, multiple)) for n, s in layers.items() for r in ratios]
     data = None if read.abstract else (read.first_batch, read.length)
-    options = (method, ratios, multiple, rows, list(sites), key)
+    options = (method, ratios, multiple, rows, list(layers), key)
     told = (params, model_of(graph), data, options, score)
     kept = Checkpoint(checkpoint, CALLER, told)
     apply = lift(graph.apply)
@@ -134,12 +134,12 @@ def score_ratios(
         score,
         params,
         apply_of=lambda _: apply,
-        params_of=lambda params, amounts: with_amounts(params, sites, amounts),
+        params_of=lambda params, amounts: with_amounts(params, layers, amounts),
         traceable=traceable,
         together=together,
     )
-    scores = _scores(run, sites, cells, kept, progress=progress)
-    return _table(params, leaves, graph, read.first, sites, cells, scores)
+    scores = _scores(run, layers, cells, kept, progress=progress)
+    return _table(params, leaves, graph, read.first, layers, cells, scores)
 
 
 def _checked(ratios: Any) -> tuple[float, ...]:
@@ -155,7 +155,7 @@ def _checked(ratios: Any) -> tuple[float, ...]:
 
 def _scores(
     run: Runner,
-    sites: Mapping[str, Site],
+    layers: Mapping[str, MaskedLayer],
     cells: Sequence[tuple[str, float, int]],
     kept: Checkpoint,
     *,
@@ -166,8 +166,8 @@ def _scores(
     every = list(dict.fromkeys([None, *((name, amount) for name, _, amount in cells)]))
     found = {i: kept.load(i) for i in range(len(every))}
     scores = {every[i]: float(row["score"]) for i, row in found.items() if row}
-    missing, names = [i for i, row in found.items() if not row], list(sites)
-    full = np.array([site.most for site in sites.values()], np.int32)
+    missing, names = [i for i, row in found.items() if not row], list(layers)
+    full = np.array([layer.most for layer in layers.values()], np.int32)
     with tqdm(total=len(every), desc=CALLER, disable=not progress) as bar:
         bar.update(len(scores))
         amounts = np.tile(full, (len(missing), 1))
@@ -193,35 +193,35 @@ def _table(
     leaves: Mapping[str, Any],
     graph: Graph,
     batch: tuple[Any, ...],
-    sites: Mapping[str, Site],
+    layers: Mapping[str, MaskedLayer],
     cells: Sequence[tuple[str, float, int]],
     scores: Mapping[Cell, float],
 ) -> Table:
     one = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
     )
-    costs = {row["site"]: row for row in cost(params, graph, *one)}
+    costs = {row["layer"]: row for row in cost(params, graph, *one)}
     entries = {
         n.name: math.prod(leaves[n.kernel].shape)
         for n in graph.nodes
-        if n.is_site and n.weight is not None and n.weight.name in leaves
+        if n.is_layer and n.weight is not None and n.weight.name in leaves
     }
     rows = []
-    for name, site in sites.items():
+    for name, layer in layers.items():
         asked = [(r, a) for n, r, a in cells if n == name]
-        for ratio, amount in [*asked, (1.0, site.most)]:
+        for ratio, amount in [*asked, (1.0, layer.most)]:
             each = {
                 n: {
                     "macs": round(costs[n]["macs"] * share.macs),
                     "parameters": round(entries[n] * share.parameters),
                 }
-                for n, share in site.shares(amount).items()
+                for n, share in layer.shares(amount).items()
             }
             worth = [sum(c[key] for c in each.values()) for key in BUDGETS]
             found = scores[(name, amount)] if ratio < 1 else scores[None]
-            tied = ", ".join(site.tied) or None
-            rows.append((name, tied, ratio, amount, site.most, *worth, found, each))
+            tied = ", ".join(layer.tied) or None
+            rows.append((name, tied, ratio, amount, layer.most, *worth, found, each))
     whole = [costs[ALL][key] for key in BUDGETS]
     rows.append((ALL, None, 1.0, None, None, *whole, scores[None], {}))
     columns: dict[str, Any] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
-    return Table(columns, title=f"{CALLER}: {len(sites)} sites")
+    return Table(columns, title=f"{CALLER}: {len(layers)} layers")

@@ -1,4 +1,4 @@
-"""From the table of scores to one ratio a site, within a budget."""
+"""From the table of scores to one ratio per layer, within a budget."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -29,16 +29,16 @@ def select_ratios(
     manual: Mapping[str, float] | None = None,
     fit: bool = True,
 ) -> dict[str, float]:
-    """One ratio a site, so that the network costs at most `target` of what it did.
+    """One ratio per layer, so that the network costs at most `target` of what it did.
 
     `table` is that of `jm.score_ratios`. 'optimal' maximises the sum of the scores over all
-    sites, an exact multiple-choice knapsack; 'greedy' is AIMET's: one threshold for all
-    scores, each site at its smallest ratio that still scores as much. Costs are `budget`:
-    'macs' or 'parameters', those of all other parameters included. `fit` makes each site's
-    scores rise with the ratio first. `manual` fixes the ratios of some sites, and of those
+    layers, an exact multiple-choice knapsack; 'greedy' is AIMET's: one threshold for all
+    scores, each layer at its smallest ratio that still scores as much. Costs are `budget`:
+    'macs' or 'parameters', those of all other parameters included. `fit` makes each layer's
+    scores rise with the ratio first. `manual` fixes the ratios of some layers, and of those
     tied to them.
 
-    The result is what `factorize` and `prune` take; sites that stay as they are are not in
+    The result is what `factorize` and `prune` take; layers that stay as they are are not in
     it. Channels that go make both who reads them and who makes them cheaper, so that ratios
     of pruning multiply along the network: the choice is made with what each saves alone, and
     turned until all together are within the target. It is exact where costs add up, as those
@@ -54,31 +54,31 @@ def select_ratios(
     _check(table, target, method, budget)
     check_flags(CALLER, fit=fit)
     if manual is not None:
-        cure = "Give the ratio of each site by name: manual={'stem': 1.0}."
+        cure = "Give the ratio of each layer by name: manual={'stem': 1.0}."
         check_type(CALLER, "manual", manual, Mapping, cure)
-    sites = [n for n in dict.fromkeys(table["site"]) if n != ALL]
-    by_site = {name: table.where(site=name) for name in sites}
-    tied = {name: _tied(by_site[name]) for name in sites}
+    layers = [n for n in dict.fromkeys(table["layer"]) if n != ALL]
+    by_layer = {name: table.where(layer=name) for name in layers}
+    tied = {name: _tied(by_layer[name]) for name in layers}
     manual = _manual(manual or {}, tied)
-    ratios = np.array(by_site[sites[0]]["ratio"], np.float64)
-    scores = np.array([by_site[n]["score"] for n in sites], np.float64)
+    ratios = np.array(by_layer[layers[0]]["ratio"], np.float64)
+    scores = np.array([by_layer[n]["score"] for n in layers], np.float64)
     order = np.argsort(ratios)
     ratios, scores = ratios[order], scores[:, order]
     if fit:
         scores = monotone(scores)
-    rows = [[list(by_site[name])[i] for i in order] for name in sites]
-    spent = Spending.of(rows, float(table.where(site=ALL)[budget][0]), budget)
-    given = {sites.index(n): _index(ratios, r) for n, r in manual.items()}
+    rows = [[list(by_layer[name])[i] for i in order] for name in layers]
+    spent = Spending.of(rows, float(table.where(layer=ALL)[budget][0]), budget)
+    given = {layers.index(n): _index(ratios, r) for n, r in manual.items()}
     chosen = _within(ratios, scores, spent, target, given, method)
-    found = {n: float(ratios[i]) for n, i in zip(sites, chosen, strict=True)}
+    found = {n: float(ratios[i]) for n, i in zip(layers, chosen, strict=True)}
     every = dict(found | manual)
-    for name in sites:
+    for name in layers:
         every |= dict.fromkeys(tied[name], every[name])
     return {n: r for n, r in every.items() if r < 1}
 
 
 def _tied(rows: Table) -> list[str]:
-    """The sites that take the ratio of another."""
+    """The layers that take the ratio of another."""
     names = rows.columns.get("tied", [None])[0]
     return names.split(", ") if names else []
 
@@ -86,21 +86,21 @@ def _tied(rows: Table) -> list[str]:
 def _manual(
     given: Mapping[str, float], tied: Mapping[str, list[str]]
 ) -> dict[str, float]:
-    """The ratios that were given, by the site of the table that takes them."""
-    owner = {n: site for site, others in tied.items() for n in (site, *others)}
+    """The ratios that were given, by the layer of the table that takes them."""
+    owner = {n: layer for layer, others in tied.items() for n in (layer, *others)}
     found: dict[str, float] = {}
     for name, ratio in given.items():
         if name not in owner:
             raise ValueError(
-                f"jaxmet.{CALLER}: the table has no site {name!r}. "
+                f"jaxmet.{CALLER}: the table has no layer {name!r}. "
                 f"{suggestion(name, list(owner))}"
             )
         check_ratio(f"manual ratio of {name!r}", ratio, CALLER)
-        site = owner[name]
-        if found.setdefault(site, ratio) != ratio:
+        layer = owner[name]
+        if found.setdefault(layer, ratio) != ratio:
             raise ValueError(
-                f"jaxmet.{CALLER}: {name!r} reads the same channels as {site!r} and takes its "
-                f"ratio, but the manual ones are {found[site]!r} and {ratio!r}. Give one."
+                f"jaxmet.{CALLER}: {name!r} reads the same channels as {layer!r} and takes its "
+                f"ratio, but the manual ones are {found[layer]!r} and {ratio!r}. Give one."
             )
     return found
 
@@ -113,7 +113,7 @@ def _within(
     given: Mapping[int, int],
     method: str,
 ) -> np.ndarray:
-    """The ratio of each site, as an index: the best choice whose true cost is in reach."""
+    """The ratio of each layer, as an index: the best choice whose true cost is in reach."""
     budget = target * spent.total * (1 + 1e-12)
     free = [i for i in range(len(scores)) if i not in given]
     chosen = np.array([given.get(i, 0) for i in range(len(scores))])
@@ -123,14 +123,14 @@ def _within(
         reached = math.ceil(spent.together(least) / spent.total * 1e4) / 1e4
         raise ValueError(
             f"jaxmet.{CALLER}: {target} cannot be reached. The smallest ratio that the table "
-            f"allows is {reached:.4f}: score smaller ratios, or more sites."
+            f"allows is {reached:.4f}: score smaller ratios, or more layers."
         )
     if not free:
         return chosen
     other = spent.total - spent.alone[free, -1].sum()
     other += sum(spent.alone[i, at] - spent.alone[i, -1] for i, at in given.items())
 
-    # A row that costs no less than the site is the site as it is.
+    # A row that costs no less than the layer is the layer as it is.
     last = len(ratios) - 1
     dear = spent.alone >= spent.alone[:, -1:]
     costs = np.minimum(spent.alone, spent.alone[:, -1:])[free]
@@ -169,7 +169,7 @@ def _turned(
     low: float,
     budget: float,
 ) -> np.ndarray:
-    """The dearest choice whose cost together is in reach; costs alone do not say it."""
+    """The most expensive choice whose cost together is in reach; costs alone do not say it."""
     high, best = spent.total, least
     for _ in range(TURNS):
         middle = (low + high) / 2
@@ -208,15 +208,15 @@ def _index(ratios: np.ndarray, ratio: float) -> int:
 
 
 def _check(table: Any, target: Any, method: str, budget: str) -> None:
-    wanted = {"site", "ratio", "score", *BUDGETS}
+    wanted = {"layer", "ratio", "score", *BUDGETS}
     if not isinstance(table, Table) or not wanted <= table.columns.keys():
         raise ValueError(
             f"jaxmet.{CALLER}: the table is none of jm.score_ratios, which has the columns "
             f"{', '.join(sorted(wanted))}."
         )
-    if ALL not in table["site"] or len(table) < 2:
+    if ALL not in table["layer"] or len(table) < 2:
         raise ValueError(
-            f"jaxmet.{CALLER}: the table has no rows of sites, or none of the whole network. "
+            f"jaxmet.{CALLER}: the table has no rows of layers, or none of the whole network. "
             "Pass the whole table of jm.score_ratios."
         )
     check_ratio("target", target, CALLER)

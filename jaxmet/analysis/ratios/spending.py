@@ -12,10 +12,10 @@ BUDGETS = get_args(Budget)
 
 @dataclasses.dataclass(frozen=True)
 class Spending:
-    """Costs of a network of which each row of a table makes some sites cheaper.
+    """Costs of a network of which each row of a table makes some layers cheaper.
 
-    `alone` (rows, ratios) is what the sites that a row touches cost if it were the only
-    one; `own` what each site costs as it is, `shares` what is left of it by row and ratio.
+    `alone` (rows, ratios) is what the layers that a row touches cost if it were the only
+    one; `own` what each layer costs as it is, `shares` what is left of it by row and ratio.
     """
 
     total: float
@@ -27,12 +27,12 @@ class Spending:
     def of(
         rows: Sequence[Sequence[Mapping[str, Any]]], total: float, budget: str
     ) -> "Spending":
-        """From the rows of each site, the last of them the site as it is."""
+        """From the rows of each layer, the last of them the layer as it is."""
         costs = [
             [
                 {n: c[budget] for n, c in row["costs"].items()}
                 if "costs" in row
-                else {row["site"]: row[budget]}
+                else {row["layer"]: row[budget]}
                 for row in each
             ]
             for each in rows
@@ -50,11 +50,11 @@ class Spending:
 
     @property
     def separate(self) -> bool:
-        """Whether no site is touched by two rows, so that costs add up."""
+        """Whether no layer is touched by two rows, so that costs add up."""
         return len(self.own) == sum(len(each[-1]) for each in self.shares)
 
     def together(self, chosen: Sequence[int] | np.ndarray) -> float:
-        r"""What a choice costs: of a site what all shares leave, $c_s \prod_r f_{rs}$.
+        r"""What a choice costs: of a layer what all shares leave, $c_s \prod_r f_{rs}$.
 
         Never less than the network that is built: where rows remove different entries of
         one axis, their shares would add up to less.

@@ -2,7 +2,7 @@
 
 A convolution with a window of one is a dot over channels. One with few inputs to an output
 (depthwise, small groups, a stem over colours) is a sum of shifted inputs times one number
-a channel. On XLA:CPU both are several times faster than the convolution primitive; other
+per channel. On XLA:CPU both are several times faster than the convolution primitive; other
 platforms keep the primitive. The choice is made when the program is lowered.
 
 XLA:CPU also computes a value again in every fusion that uses it, a depthwise sum included,

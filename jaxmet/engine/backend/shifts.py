@@ -76,7 +76,7 @@ def place_by_place(p: Params, x: Any, kernel: Any) -> Any:
 
 
 def multiply_and_shift(p: Params, x: Any, kernel: Any) -> Any:
-    """Shifted behind the products, for the gradient of the input.
+    """Shifted after the products, for the gradient of the input.
 
     Its transpose pads once and is a sum of slices.
     """

@@ -33,19 +33,19 @@ def bias_targets(
     found: dict[str, None] = {}
     try:
         for value, use in _uses(cluster.exit, channels):
-            reader = use.node if use is not None else None
+            consumer = use.node if use is not None else None
             if use is None:
                 raise _StoppedError("it is an output")
-            if use.bodies or (reader is not None and reader not in named):
+            if use.bodies or (consumer is not None and consumer not in named):
                 raise _StoppedError(f"{use.name} reads it")
             if (
-                reader is not None
-                and reader.kind == "product"
-                and reader.entry is value
+                consumer is not None
+                and consumer.kind == "product"
+                and consumer.entry is value
             ):
-                found[reader.name] = None
+                found[consumer.name] = None
             elif not _after(value, use, channels):
-                name = use.name if reader is None else repr(reader.name)
+                name = use.name if consumer is None else repr(consumer.name)
                 raise _StoppedError(f"{name} reads it")
     except _StoppedError as why:
         return BiasTargets(tuple(found), str(why))
@@ -75,12 +75,12 @@ def _after(
     value: Value, use: Equation, channels: Collection[lb.Atom]
 ) -> Sequence[Value]:
     """The values that a use hands a constant on to, none where it does not."""
-    reader = use.node
-    if reader is None:
+    consumer = use.node
+    if consumer is None:
         return use.results if _passes(use) else ()
-    averages = reader.kind == "pool" and _averages(reader)
-    joins = reader.kind == "concat" and _holds(value, use, channels)
-    return [reader.exit] if averages or joins else ()
+    averages = consumer.kind == "pool" and _averages(consumer)
+    joins = consumer.kind == "concat" and _holds(value, use, channels)
+    return [consumer.exit] if averages or joins else ()
 
 
 def _passes(use: Equation) -> bool:

@@ -98,7 +98,7 @@ def _broadcast(equation: Equation, mask: jax.Array) -> jax.Array:
 
 
 def _reshape(equation: Equation, mask: jax.Array) -> jax.Array:
-    """Axes that are regrouped together are written out, the others stay as they are."""
+    """Axes that are regrouped together are written out, the others stay unchanged."""
     old, new = equation.operands[0].shape, equation.results[0].shape
     if math.prod(old) == 0:
         return jnp.ones((1,) * len(new), bool)

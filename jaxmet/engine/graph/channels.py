@@ -1,7 +1,7 @@
 """Channels that must be scaled together, and every parameter axis they run along.
 
 A group is a set of atoms that additions, concatenations and shared axes tie; its members
-are the sites that make the channels, those that read them, and the biases and norms in
+are the layers that make the channels, those that read them, and the biases and norms in
 between. A group that something forbids to rescale says what.
 """
 
@@ -82,8 +82,8 @@ class Group:
     name: str
     index: int
     size: int
-    makers: tuple[str, ...]
-    readers: tuple[str, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
     clips: tuple[str, ...]
     frozen: str | None
     fixed: str | None = None
@@ -292,19 +292,25 @@ class _ChannelFinder:
                 along.setdefault(index, []).append(member)
         for atom, index in self.indices.items():
             mine = along.get(index, [])
-            makers = tuple(dict.fromkeys(m.node for m in mine if m.role == "out"))
-            readers = tuple(dict.fromkeys(m.node for m in mine if m.role == "in"))
-            alone = "no site makes it" if not makers else None
-            alone = "no site reads it" if makers and not readers else alone
+            producers = tuple(dict.fromkeys(m.node for m in mine if m.role == "out"))
+            consumers = tuple(dict.fromkeys(m.node for m in mine if m.role == "in"))
+            alone = "no layer makes it" if not producers else None
+            alone = "no layer reads it" if producers and not consumers else alone
             why = atom.frozen or alone
-            name = makers[0] if makers else readers[0] if readers else mine[0].node
+            name = (
+                producers[0]
+                if producers
+                else consumers[0]
+                if consumers
+                else mine[0].node
+            )
             groups.append(
                 Group(
                     name,
                     index,
                     atom.size,
-                    makers,
-                    readers,
+                    producers,
+                    consumers,
                     clips.get(index, ()),
                     why,
                     atom.fixed or alone,

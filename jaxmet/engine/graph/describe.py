@@ -61,7 +61,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             tuple(origins.edges(cluster)),
             parameters,
             batch=_batch_axes(cluster.exit),
-            only_readers=_only_readers(cluster.exit, named),
+            only_consumers=_only_consumers(cluster.exit, named),
             shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
             region=tuple(e.name for e in place),
             layers=_layers(place),
@@ -70,12 +70,12 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             details=_details(cluster, shared, named, norms),
         )
     nodes = _with_ties(nodes, shared)
-    for cluster, maker in _carriers(nodes).items():
+    for cluster, producer in _carriers(nodes).items():
         clip = nodes[cluster]
         assert clip.activation is not None
-        details = dataclasses.replace(clip.activation, carrier=maker.name)
+        details = dataclasses.replace(clip.activation, carrier=producer.name)
         nodes[cluster] = dataclasses.replace(
-            clip, features=maker.features, details=details
+            clip, features=producer.features, details=details
         )
     return nodes
 
@@ -107,7 +107,7 @@ def _batch_axes(value: Value) -> tuple[int, ...]:
 Place = tuple[Equation, ...]
 
 
-def _only_readers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
+def _only_consumers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
     """The named nodes that read a value as it is, if nothing else uses it."""
     found: dict[str, None] = {}
     for use in value.uses:
@@ -116,7 +116,7 @@ def _only_readers(value: Value, named: set[Cluster]) -> tuple[str, ...] | None:
             continue
         if use is None or use.name not in CASTS or len(use.operands) != 1:
             return None
-        deeper = _only_readers(use.results[0], named)
+        deeper = _only_consumers(use.results[0], named)
         if deeper is None or not use.results[0].inexact:
             return None
         found |= dict.fromkeys(deeper)
@@ -350,7 +350,7 @@ def _weight(
 
 def _carriers(nodes: dict[Cluster, Node]) -> dict[Cluster, Node]:
     """For each clip the one product that reaches it through norms alone."""
-    makers = {c.exit: c for c in nodes}
+    producers = {c.exit: c for c in nodes}
     found: dict[Cluster, Node] = {}
     for cluster, node in nodes.items():
         if node.bounds is None or node.region:
@@ -358,15 +358,21 @@ def _carriers(nodes: dict[Cluster, Node]) -> dict[Cluster, Node]:
         value = cluster.entry
         while value is not None:
             value = through_views(value, LINEAR)
-            before = makers.get(value)
+            before = producers.get(value)
             if before is None or before.kind == "product":
                 break
             value = before.entry if before.kind == "norm" else None
         else:
             before = None
-        maker = nodes.get(before) if before is not None else None
-        if maker is not None and maker.weight is not None and maker.weight.name:
-            if not (maker.weight.shared or maker.weight.stacked or maker.region):
-                found[cluster] = maker
+        producer = nodes.get(before) if before is not None else None
+        if (
+            producer is not None
+            and producer.weight is not None
+            and producer.weight.name
+        ):
+            if not (
+                producer.weight.shared or producer.weight.stacked or producer.region
+            ):
+                found[cluster] = producer
     count = Counter(n.name for n in found.values())
     return {name: n for name, n in found.items() if count[n.name] == 1}

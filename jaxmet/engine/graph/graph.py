@@ -41,7 +41,7 @@ class Graph:
     `nodes` are all nodes in the order in which they run; `groups` and `members` say which
     axes of which parameters must be rescaled together. `selected` are the names that
     transforms may touch, `named` those that `only` asked for by their full names.
-    `left` lists parameters that no site, bias or norm uses, and why. `called` are the inputs
+    `left` lists parameters that no layer, bias or norm uses, and why. `called` are the inputs
     and keyword arguments that the model was traced with, arrays as shapes. `forms` are how
     the tree stores its parameters, `others` the graphs of other trees of the model.
     """
@@ -51,7 +51,7 @@ class Graph:
     groups: tuple[Group, ...]
     members: tuple[Member, ...]
     parameters: tuple[str, ...]
-    left: tuple[tuple[str, str], ...]
+    unread: tuple[tuple[str, str], ...]
     selected: frozenset[str]
     named: frozenset[str] = frozenset()
     called: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -59,9 +59,9 @@ class Graph:
     others: list["Graph"] = dataclasses.field(default_factory=list)
 
     @property
-    def sites(self) -> tuple[Node, ...]:
+    def layers(self) -> tuple[Node, ...]:
         """The selected products and lookups, in the order in which they run."""
-        return tuple(n for n in self.nodes if n.is_site and n.name in self.selected)
+        return tuple(n for n in self.nodes if n.is_layer and n.name in self.selected)
 
     def __getitem__(self, name: str) -> Node:
         node = self._by_name.get(name)
@@ -98,7 +98,7 @@ class Graph:
         """A graph in which transforms touch nothing but these nodes.
 
         `*` crosses '/'; a name without a wildcard means that node and all below it. Raises
-        ValueError for a glob that means nothing.
+        ValueError for a glob that matches nothing.
 
         >>> graph.only("block1", "head")
         """
@@ -107,7 +107,7 @@ class Graph:
         return dataclasses.replace(self, selected=chosen & self.selected, named=named)
 
     def without(self, *globs: str) -> "Graph":
-        """A graph in which transforms leave these nodes alone.
+        """A graph in which transforms skip these nodes.
 
         >>> graph.without("head")
         """
@@ -195,14 +195,16 @@ class Graph:
         )
         return dataclasses.replace(other, selected=selected, named=named)
 
-    def leaves(self, params: Any, caller: str, *, sites: bool = True) -> dict[str, Any]:
+    def leaves(
+        self, params: Any, caller: str, *, layers: bool = True
+    ) -> dict[str, Any]:
         """The leaves of `params` by name, refused unless this graph can be of them.
 
-        With `sites`, the weight and bias of every selected site must be there.
+        With `layers`, the weight and bias of every selected layer must be there.
         """
         leaves = named_leaves(params)
-        if sites:
-            wanted = [p for n in self.sites for p in n.parameters]
+        if layers:
+            wanted = [p for n in self.layers for p in n.parameters]
             missing = [name for name in wanted if name not in leaves]
             if missing:
                 raise ValueError(
@@ -225,7 +227,7 @@ class Graph:
         check_finite(leaves, caller)
         return leaves
 
-    def readers(self, name: str) -> tuple[Node, ...]:
+    def consumers(self, name: str) -> tuple[Node, ...]:
         """The nodes that read a node's result."""
         return self._consumers.get(name, ())
 
@@ -234,7 +236,7 @@ class Graph:
         return self._members_of.get(parameter, ())
 
     def table(self) -> Table:
-        """One row a node."""
+        """One row per node."""
         free = {g.index: g for g in self.groups if g.free}
         made: dict[str, list[Member]] = {}
         for member in self.members:
@@ -261,10 +263,12 @@ class Graph:
         if len(self.selected) == len(self.nodes):
             rows = [{k: v for k, v in row.items() if k} for row in rows]
         columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
-        return Table(columns, title=f"{len(self.nodes)} nodes, {len(self.sites)} sites")
+        return Table(
+            columns, title=f"{len(self.nodes)} nodes, {len(self.layers)} layers"
+        )
 
     def _notes(self) -> dict[str, list[str]]:
-        return {"no site reads": [f"{name} ({why})" for name, why in self.left]}
+        return {"no layer reads": [f"{name} ({why})" for name, why in self.unread]}
 
     def __repr__(self) -> str:
         return noted(self.table(), self._notes())
@@ -320,14 +324,14 @@ def _without_factors(name: str) -> Iterator[str]:
 
 
 def fitted(
-    params: Any, graph: Graph, caller: str, *, sites: bool = True
+    params: Any, graph: Graph, caller: str, *, layers: bool = True
 ) -> tuple[Graph, dict[str, Any]]:
     """The graph of `params` and their named leaves: what every function begins with.
 
     Raises ValueError for what is no graph, and for a tree of another model.
     """
     graph = graph_of(params, graph, caller)
-    return graph, graph.leaves(params, caller, sites=sites)
+    return graph, graph.leaves(params, caller, layers=layers)
 
 
 def graph_of(params: Any, graph: Graph, caller: str) -> Graph:
@@ -373,7 +377,7 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
         )
         raise
     graph = _graph_of(analysis, apply, params, inputs, kwargs)
-    if not any(node.is_site for node in graph.nodes):
+    if not any(node.is_layer for node in graph.nodes):
         raise ValueError(
             "jaxmet.trace: the equations hold no product of an input with a parameter "
             f"({len(analysis.leaves)} parameters, {len(analysis.inputs)} inputs). Pass the "
@@ -427,8 +431,8 @@ def _left(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str],
     for name, value in analysis.leaves.items():
         if name in used:
             continue
-        readers = sorted({u.name for u in value.uses if u is not None})
-        why = f"used by {', '.join(readers)}" if readers else "unused"
+        consumers = sorted({u.name for u in value.uses if u is not None})
+        why = f"used by {', '.join(consumers)}" if consumers else "unused"
         why = "complex values stay in float" if value.is_complex else why
         rows.append((name, why))
     for equation in analysis.region.walk():

@@ -24,7 +24,7 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """How a site reads its weight.
+    """How a layer reads its weight.
 
     Axes are those of the parameter itself, before the `moves`. `name` is None for a
     weight that is computed from several `parameters`. `stacked`: a loop slices axis 0.
@@ -165,7 +165,7 @@ class Node:
     concat, pool, resize, output; `function` says which. `features` are the axes of the
     result that the weight makes; of a norm, the axes along which its parameters differ.
     `batch` are the axes of the result that run over examples.
-    `only_readers` are the nodes that use the result as it is, None where anything else
+    `only_consumers` are the nodes that use the result as it is, None where anything else
     uses it too; `shared` are those of its parameters that something else reads too.
     `region` names the loops and branches around it, `layers` is the length of a loop that
     runs stacked layers. `in_float` is the reason why no quantizer serves the result, whatever
@@ -180,7 +180,7 @@ class Node:
     parameters: tuple[str, ...] = ()
     features: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
-    only_readers: tuple[str, ...] | None = None
+    only_consumers: tuple[str, ...] | None = None
     shared: tuple[str, ...] = ()
     region: tuple[str, ...] = ()
     layers: int | None = None
@@ -251,7 +251,7 @@ class Node:
 
     @property
     def kernel(self) -> str:
-        """The parameter that the weight of this site is."""
+        """The parameter that the weight of this layer is."""
         assert self.weight is not None and self.weight.name is not None
         return self.weight.name
 
@@ -277,5 +277,5 @@ class Node:
         )
 
     @property
-    def is_site(self) -> bool:
+    def is_layer(self) -> bool:
         return self.kind in LAYERS

@@ -28,9 +28,9 @@ class Work(NamedTuple):
 
 
 def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
-    """The work of every site and of products without weights, in the order in which they run.
+    """The work of every layer and of products without weights, in the order in which they run.
 
-    The inputs have these shapes. What a scan runs counts once a step.
+    The inputs have these shapes. What a scan runs counts once per step.
     """
     analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
     times, found = _times(analysis.region), []

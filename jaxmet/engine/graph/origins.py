@@ -34,7 +34,7 @@ class Origins:
     """The named nodes that values may come from."""
 
     def __init__(self, analysis: Analysis):
-        self.makers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
+        self.producers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
         self.carry: dict[Value, list[Value]] = {}
         for equation in analysis.region.walk():
             inputs = equation.bodies[-1].inputs if equation.bodies else []
@@ -81,7 +81,7 @@ class Origins:
     def settled(self, value: Value) -> bool:
         """Whether the origins of a value are known, or others than of an equation that chooses."""
         equation = value.producer
-        if value in self.makers or value in self.found or equation is None:
+        if value in self.producers or value in self.found or equation is None:
             return True
         return bool(equation.bodies) or not _keeps(equation, value)
 
@@ -104,7 +104,7 @@ class Origins:
     def chain(self, value: Value) -> tuple[Value, list[Equation]]:
         """The value that moves of one value alone lead back to, and these moves."""
         chain: list[Equation] = []
-        while value not in self.makers:
+        while value not in self.producers:
             equation = value.producer
             if equation is None or equation.bodies:
                 if equation is None and value.source is not None:
@@ -120,8 +120,8 @@ class Origins:
 
     def at(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
         """The origins where more than one value may come together."""
-        if value in self.makers:
-            return [(self.makers[value].name, (), SAME)], NONE
+        if value in self.producers:
+            return [(self.producers[value].name, (), SAME)], NONE
         equation = value.producer
         if equation is not None and not equation.bodies and not _keeps(equation, value):
             return [(self.sole.get(value), (equation.name,), None)], NONE
@@ -194,8 +194,8 @@ class Origins:
         return changed
 
     def meet(self, value: Value, nodes: Sequence[str | None]) -> bool:
-        if value in self.makers:
-            nodes = [self.makers[value].name]
+        if value in self.producers:
+            nodes = [self.producers[value].name]
         before = [self.sole[value]] if value in self.sole else []
         every = {*before, *nodes}
         if not every or every == {*before}:

@@ -123,7 +123,7 @@ def varying_axes(value: Value) -> set[int]:
 
 
 def by_channel(value: Value) -> bool:
-    """Whether a parameter is one number a channel, which may be laid along several axes."""
+    """Whether a parameter is one number per channel, which may be laid along several axes."""
     leaf = leaf_of(value)
     one = leaf is not None and leaf.value.ndim - leaf.stacked <= 1
     return one or len(varying_axes(value)) <= 1

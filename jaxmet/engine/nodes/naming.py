@@ -43,7 +43,7 @@ def module_of(names: Sequence[str]) -> str:
 
 def name_all(clusters: Sequence[Cluster], inputs: Sequence[Cluster]) -> None:
     """Give every cluster its name; `clusters` in the order in which they run."""
-    _name_sites([c for c in clusters if c.kind in LAYERS])
+    _name_layers([c for c in clusters if c.kind in LAYERS])
     taken = {c.name for c in clusters if c.name}
     _enumerate([c for c in clusters if c.kind == "input"], "input")
     _enumerate([c for c in clusters if c.kind == "output"], "output")
@@ -66,20 +66,22 @@ def _enumerate(clusters: Sequence[Cluster], name: str) -> None:
         cluster.name = name if len(clusters) == 1 else f"{name}:{i}"
 
 
-def _name_sites(sites: Sequence[Cluster]) -> None:
-    weights = {c: tuple(modules(c)) for c in sites}
-    direct = {c for c in sites if leaf_of(c.weighted.weight) is not None}
+def _name_layers(layers: Sequence[Cluster]) -> None:
+    weights = {c: tuple(modules(c)) for c in layers}
+    direct = {c for c in layers if leaf_of(c.weighted.weight) is not None}
     held: dict[str, set[tuple[str, ...]]] = {}
-    for cluster in sites:
+    for cluster in layers:
         held.setdefault(module_of(weights[cluster]), set()).add(weights[cluster])
     names = {}
-    for cluster in sites:
+    for cluster in layers:
         module = module_of(weights[cluster])
         crowded = len(held[module]) > 1 and cluster in direct
         names[cluster] = weights[cluster][0] if crowded else module
     count = Counter(names.values())
     seen: Counter[str] = Counter()
-    for cluster in sites:  # one weight used twice is :0 and :1, another's name has none
+    for (
+        cluster
+    ) in layers:  # one weight used twice is :0 and :1, another's name has none
         name = names[cluster]
         number = seen[name] if cluster in direct else seen[name] or None
         alone = count[name] == 1 or number is None
@@ -90,13 +92,13 @@ def _name_sites(sites: Sequence[Cluster]) -> None:
 def _anchors(
     clusters: Sequence[Cluster], inputs: Sequence[Cluster]
 ) -> dict[Cluster, str]:
-    """For each cluster the site that runs last before it among its data ancestors."""
+    """For each cluster the layer that runs last before it among its data ancestors."""
     rank = {c: i for i, c in enumerate(clusters) if c.kind in LAYERS}
     start = inputs[0].name if len(inputs) == 1 else "input"
     memo: dict[Value, int] = {}
 
     def latest(value: Value) -> int:
-        """Rank of the last site at or before a value, −1 for none."""
+        """Rank of the last layer at or before a value, −1 for none."""
         stack, pending = [value], {value}
         while stack:
             top = stack[-1]

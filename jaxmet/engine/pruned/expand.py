@@ -141,7 +141,7 @@ def like(leaf: Any, array: Any) -> Any:
 def opened(leaf: Any) -> Any:
     """A leaf as the equations meet it: an array, a part of one, or two factors.
 
-    What is open already stays as it is.
+    What is open already stays unchanged.
     """
     weight = dense(leaf)
     if not isinstance(weight, Pruned):

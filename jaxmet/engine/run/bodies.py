@@ -140,7 +140,7 @@ def _while(machine: "Machine", equation: Equation, operands: list) -> list:
 
 
 def _custom(machine: "Machine", equation: Equation, operands: list) -> list:
-    """A custom derivative rule with a site inside keeps its rule."""
+    """A custom derivative rule with a layer inside keeps its rule."""
     masks = _masks_before(machine, equation)
 
     def inner(*operands):

@@ -32,18 +32,18 @@ def bounds_of(
             users[node.weight.name].append(node.name)
     found = {}
     for name, leaf in stated.items():
-        makers = users[name]
-        if len(makers) != 1 or makers[0] not in carriers:
+        producers = users[name]
+        if len(producers) != 1 or producers[0] not in carriers:
             raise ValueError(
-                f"jaxmet.lift: parameter {name!r} states bounds for the clip behind it, but "
+                f"jaxmet.lift: parameter {name!r} states bounds for the clip after it, but "
                 "this model has none there. Run the model that the tree was made for."
             )
-        found[makers[0]] = (leaf.lower, leaf.upper)
+        found[producers[0]] = (leaf.lower, leaf.upper)
     return found
 
 
 def clip(node: Node, x: Any, lower: Any, upper: Any) -> Any:
-    """A clip with a bound a channel where the leaf states one."""
+    """A clip with one bound per channel where the leaf states one."""
     assert node.bounds is not None
 
     def bound(stated: Any, own: float) -> Any:
@@ -66,13 +66,13 @@ def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, An
     }
     if not stated:
         return {}
-    makers: dict[str, list[Node]] = {}
+    producers: dict[str, list[Node]] = {}
     for node in nodes:
         if node.weight is not None and node.weight.name is not None:
-            makers.setdefault(node.weight.name, []).append(node)
+            producers.setdefault(node.weight.name, []).append(node)
     found = {}
     for name, leaf in stated.items():
-        mine = makers.get(name, [])
+        mine = producers.get(name, [])
         if len(mine) != 1 or mine[0].convolution is None:
             raise ValueError(
                 f"jaxmet.lift: parameter {name!r} states what the padding before it holds, "

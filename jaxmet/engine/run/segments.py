@@ -36,7 +36,7 @@ def segments(
     cpu_formulations: bool = True,
     **kwargs: Any,
 ) -> "Segments":
-    """The model as pure functions `(params, environment) -> environment`, cut behind nodes.
+    """The model as pure functions `(params, environment) -> environment`, cut after nodes.
 
     One piece ends with each node in `cuts` (in the order in which they run) and a last one
     with the outputs. An environment is a dict of the live values that depend on the data;
@@ -79,14 +79,14 @@ def _check_cuts(cuts: Sequence[str], nodes: Mapping[Cluster, Node]) -> None:
     for cut in cuts:
         if cut not in by_name:
             raise ValueError(
-                f"jaxmet.segments: there is no node {cut!r} to cut behind. "
+                f"jaxmet.segments: there is no node {cut!r} to cut after. "
                 f"{suggestion(cut, by_name)}"
             )
         loops = by_name[cut].loops
         if loops:
             raise ValueError(
                 f"jaxmet.segments: {cut!r} runs inside a {loops[0]} body and cannot end a "
-                "segment. Cut before or behind the whole loop."
+                "segment. Cut before or after the whole loop."
             )
 
 
@@ -115,7 +115,7 @@ class _Schedule:
         for key, value in zip(self.input_keys, analysis.inputs, strict=True):
             self.keys[value] = key
         self.values = {key: value for value, key in self.keys.items()}
-        self.maker = {v: i for i, s in enumerate(self.steps) for v in self.made(s)}
+        self.producer = {v: i for i, s in enumerate(self.steps) for v in self.made(s)}
         self.moving = [self.moves(s) for s in self.steps]
 
     def lay_out(self, region: Region) -> None:
@@ -173,7 +173,7 @@ class _Schedule:
         needed = [v for i in kept for v in self.read(self.steps[i])]
         needed += self.outputs if end == len(self.steps) else []
         while needed:
-            i = self.maker.get(needed.pop())
+            i = self.producer.get(needed.pop())
             if i is not None and i not in kept and i < end and not self.moving[i]:
                 kept.add(i)
                 needed += self.read(self.steps[i])

@@ -23,11 +23,11 @@ class UnitInputs(MomentNetwork):
         except UnreachedError:
             out = self.axis(node, "out")
             weight = by_channel(node, self.leaves[out.parameter])
-            power, reader = jnp.ones((), weight.dtype), self.norms.get(node.name)
+            power, consumer = jnp.ones((), weight.dtype), self.norms.get(node.name)
             energy = jnp.sum(jnp.square(weight))
             variance = None
-            if reader is not None and reader.norm is not None:
-                variance = self.vector(reader.norm.variance)
+            if consumer is not None and consumer.norm is not None:
+                variance = self.vector(consumer.norm.variance)
             if variance is not None:
                 power = jnp.sum(variance).astype(weight.dtype)
                 power = power / jnp.where(energy > 0, energy, 1.0)

@@ -131,7 +131,7 @@ class MomentNetwork:
             raise UnreachedError(tensor)
         bad = [move for move in edge.moves if move not in KEEPING]
         if bad or edge.affine is None:
-            raise UnreachedError(f"{(bad or edge.moves)[-1]} behind {edge.node}")
+            raise UnreachedError(f"{(bad or edge.moves)[-1]} after {edge.node}")
         if edge.affine == (1.0, 0.0):
             return tensor
         scale, shift = edge.affine
@@ -154,15 +154,15 @@ class MomentNetwork:
 
     def told(self, node: Node) -> Tensor | None:
         """What a norm that reads the node says of its result."""
-        reader = self.norms.get(node.name)
-        if reader is None or reader.norm is None or reader.loops:
+        consumer = self.norms.get(node.name)
+        if consumer is None or consumer.norm is None or consumer.loops:
             return None
-        mean = self.vector(reader.norm.mean)
-        variance = self.vector(reader.norm.variance)
-        member = self.member(reader.name, "variance")
+        mean = self.vector(consumer.norm.mean)
+        variance = self.vector(consumer.norm.variance)
+        member = self.member(consumer.name, "variance")
         if mean is None or variance is None or member is None:
             return None
-        weight = statistics_weight(reader.norm, self.leaves, mean.dtype)
+        weight = statistics_weight(consumer.norm, self.leaves, mean.dtype)
         told = normal(mean * weight, variance * weight, self.n_sigma)
         return split(member.layout, told)
 

@@ -52,12 +52,12 @@ def input_moments(
 
 
 def unreached(graph: Graph, params: Any) -> dict[str, str]:
-    """The sites whose inputs no norm's statistics reach, and why."""
+    """The layers whose inputs no norm's statistics reach, and why."""
     found: dict[str, str] = {}
 
     def look(leaves: Mapping[str, Any]) -> None:
         network = MomentNetwork(graph, leaves)
-        every = {n.name: network.into(n) for n in graph.sites}
+        every = {n.name: network.into(n) for n in graph.layers}
         found.update({name: x for name, x in every.items() if isinstance(x, str)})
 
     jax.eval_shape(look, _arrays(params, graph))  # nothing is computed

@@ -31,23 +31,23 @@ def correct_by_statistics(
     places: Sequence[BiasParameter],
     reference: Any,
 ) -> tuple[Any, dict[str, Found]]:
-    """The tree with every bias corrected, and by site what was found there.
+    """The tree with every bias corrected, and by layer what was found there.
 
-    All sites are corrected at once: what enters each of them has the means of the
+    All layers are corrected at once: what enters each of them has the means of the
     reference, since that is what its corrected predecessors give it.
     """
     exact, leaves = named_leaves(reference), named_leaves(params)
     places = [p for p in places if p.why is None]
-    left = {p.site.name: _unfit(graph, p, exact, leaves) for p in places}
-    free = [p for p in places if left[p.site.name] is None]
+    left = {p.layer.name: _unfit(graph, p, exact, leaves) for p in places}
+    free = [p for p in places if left[p.layer.name] is None]
 
     def solve(exact: Leaves, leaves: Leaves) -> tuple[Leaves, dict[str, Found]]:
         network = MomentNetwork(graph, exact)
         for place in free:
-            inputs = network.into(place.site)
+            inputs = network.into(place.layer)
             if isinstance(inputs, str):
-                left[place.site.name] = inputs
-        known = [p for p in free if left[p.site.name] is None]
+                left[place.layer.name] = inputs
+        known = [p for p in free if left[p.layer.name] is None]
         return _corrections(network, quantizers, known, leaves)
 
     arrays = [
@@ -61,8 +61,8 @@ def correct_by_statistics(
 def _unfit(
     graph: Graph, place: BiasParameter, exact: Leaves, leaves: Leaves
 ) -> str | None:
-    """Why a site with a place cannot be corrected without data, as far as shapes say."""
-    weight, norm = place.site.weight, graph[place.at].norm
+    """Why a layer with a place cannot be corrected without data, as far as shapes say."""
+    weight, norm = place.layer.weight, graph[place.at].norm
     assert weight is not None
     if weight.name is None:
         return "its weight is computed from parameters"
@@ -72,7 +72,7 @@ def _unfit(
     if norm is not None and (norm.variance is None or norm.variance not in leaves):
         return f"the variance of {place.at!r} is no parameter"
     if not fits(leaves[place.into].shape, [leaf.shape[i] for i in weight.out_axes]):
-        return f"{place.into!r} has not one number a channel"
+        return f"{place.into!r} has not one number per channel"
     return None
 
 
@@ -82,40 +82,40 @@ def _corrections(
     places: Sequence[BiasParameter],
     leaves: Leaves,
 ) -> tuple[dict[str, Any], dict[str, Found]]:
-    """The new biases of sites whose mean inputs are known, and what was found."""
+    """The new biases of layers whose mean inputs are known, and what was found."""
     found, new = {}, {}
     for place in places:
-        shift = _mean_error(network, quantizers, place.site, leaves)
-        if place.at != place.site.name:
+        shift = _mean_error(network, quantizers, place.layer, leaves)
+        if place.at != place.layer.name:
             shift = shift * _gain(network.graph[place.at], leaves)
         tensor = network.known[place.at]
-        out, variance = network.member(place.site.name, "out"), None
+        out, variance = network.member(place.layer.name, "out"), None
         if out is not None and not isinstance(tensor, str):
             made = join(out.layout, tensor)
             variance = None if made is None else made.variance
-        found[place.site.name] = Found(shift, variance)
+        found[place.layer.name] = Found(shift, variance)
         new[place.into] = shifted(leaves[place.into], -shift)
     return new, found
 
 
 def _mean_error(
-    network: MomentNetwork, quantizers: Quantizers, site: Node, leaves: Leaves
+    network: MomentNetwork, quantizers: Quantizers, layer: Node, leaves: Leaves
 ) -> jax.Array:
     r"""$\sum_i (\sum_{window} \hat W_{io} - W_{io}) E[x_i]$ for every output o.
 
     Of an input that is dilated, most places that a window meets are empty.
     """
-    inputs, weight = network.into(site), site.weight
+    inputs, weight = network.into(layer), layer.weight
     assert (
         not isinstance(inputs, str) and weight is not None and weight.name is not None
     )
     name = weight.name
-    rounded = by_channel(site, quantizers.weights[name](dense(leaves[name])))
-    error = rounded - by_channel(site, network.leaves[name]).astype(rounded.dtype)
+    rounded = by_channel(layer, quantizers.weights[name](dense(leaves[name])))
+    error = rounded - by_channel(layer, network.leaves[name]).astype(rounded.dtype)
     error = jnp.sum(error, axis=3)  # (groups, ins, outs)
     mean = inputs.mean.reshape(error.shape[:2]).astype(error.dtype)
     shift = jnp.einsum("gio,gi->go", error, mean, precision="highest").reshape(-1)
-    for step in site.convolution.input_dilation if site.convolution else ():
+    for step in layer.convolution.input_dilation if layer.convolution else ():
         shift = shift / step
     return shift
 

@@ -79,13 +79,13 @@ def correct_bias(
 ) -> Any:
     r"""The same tree with biases that make the quantized model right on average.
 
-    With `batches`, site after site in the order of the run: the mean over examples and
-    positions of quantized minus float output is subtracted from the site's bias, a channel
-    at a time, and the sites behind it see the corrected output. The float model and the
+    With `batches`, layer after layer in the order of the run: the mean over examples and
+    positions of quantized minus float output is subtracted from the layer's bias, a channel
+    at a time, and the layers after it see the corrected output. The float model and the
     quantized one each run over the data once, in pieces that are compiled once; what is
     alive between two pieces is kept for all batches, in the device's memory or, with
     `store='host'`, in the host's. `of='weights'` rounds weights alone, as the paper does;
-    `of='both'` puts activations on their grids too, a site's own output after its mean is
+    `of='both'` quantizes activations too, a layer's own output after its mean is
     measured. `mask`, a function of a batch, says where its values count, as in
     `jm.calibrate`: padded tokens enter no mean.
 
@@ -94,11 +94,11 @@ def correct_bias(
     Zeros that pad are not taken into account: the sum is that of the interior. Fold batch
     norms first.
 
-    A site without a bias gives its shift to the bias of the norm that alone reads it. That
+    A layer without a bias gives its shift to the bias of the norm that alone reads it. That
     norm's bias remains the mean of what the tree computes in float; on the grids the mean is
     what it was before. So take data-free ranges and other data-free steps before this one.
-    Sites with neither, with weights that are shared or stacked, and those inside loops and
-    branches are left alone; the report says so, with the largest shift of each site and
+    Layers with neither, with weights that are shared or stacked, and those inside loops and
+    branches are skipped; the report says so, with the largest shift of each layer and
     that in standard deviations of its channel.
 
     `reference` is what counts as float: the tree from before rounding or adaptive rounding,
@@ -107,8 +107,8 @@ def correct_bias(
     it takes the same shift again. Equalize before correcting rather than after. Keyword
     arguments go to the model.
 
-    Raises ValueError for unknown options, a site that `graph.only` named and that cannot be
-    corrected, statistics that reach no site where there is no data, a reference whose
+    Raises ValueError for unknown options, a layer that `graph.only` named and that cannot be
+    corrected, statistics that reach no layer where there is no data, a reference whose
     channels are scaled in another way, and what `calibrate` refuses of batches.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
@@ -158,7 +158,7 @@ def _check_options(batches: Any, of: str, store: str) -> None:
     if batches is None and of == "both":
         raise ValueError(
             f"jaxmet.{CALLER}: of='both' needs batches: statistics of norms say nothing "
-            "about what activation grids do. Give batches, or use of='weights'."
+            "about what activation quantizers do. Give batches, or use of='weights'."
         )
 
 
@@ -178,7 +178,7 @@ def _check_found(free: Mapping[str, BiasParameter], found: Mapping[str, Found]) 
         return
     listed = "; ".join(f"{name}: {seen.why}" for name, seen in list(found.items())[:5])
     raise ValueError(
-        f"jaxmet.{CALLER}: there is no data, and no site's inputs are known without "
+        f"jaxmet.{CALLER}: there is no data, and no layer's inputs are known without "
         f"({listed}). Give batches, or fold batch norms first with jm.fold_batch_norm."
     )
 
@@ -186,13 +186,13 @@ def _check_found(free: Mapping[str, BiasParameter], found: Mapping[str, Found]) 
 def _report(places: Sequence[BiasParameter], found: dict[str, Found]) -> Table:
     rows, done = [], 0
     for place in places:
-        seen = found.get(place.site.name, Found())
+        seen = found.get(place.layer.name, Found())
         why = place.why or seen.why
-        note = None if why is None else f"left alone: {why}"
+        note = None if why is None else f"skipped: {why}"
         done += why is None
         rows.append(
             {
-                "site": place.site.name,
+                "layer": place.layer.name,
                 "into": place.into if why is None else None,
                 "largest shift": _largest(seen.shift, 1.0),
                 "in deviations": _largest(seen.shift, seen.variance),
@@ -200,7 +200,7 @@ def _report(places: Sequence[BiasParameter], found: dict[str, Found]) -> Table:
             }
         )
     columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
-    return Table(columns, title=f"bias corrected at {done} of {len(places)} sites")
+    return Table(columns, title=f"bias corrected at {done} of {len(places)} layers")
 
 
 def _largest(shift: Any, variance: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The mean error of one site after the other, each behind corrected predecessors."""
+"""The mean error of one layer after the other, each after corrected predecessors."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxmet.tree.names import named_leaves, replace_leaves
 
 
 class Found(NamedTuple):
-    """What was seen at a site: the mean error of each channel, and its own variance."""
+    """What was seen at a layer: the mean error of each channel, and its own variance."""
 
     shift: Any = None
     variance: Any = None
@@ -37,9 +37,9 @@ def correct_in_lockstep(
     spread: bool,
     progress: bool,
 ) -> tuple[Any, dict[str, Found]]:
-    """The tree with every bias corrected, and by site what was found there.
+    """The tree with every bias corrected, and by layer what was found there.
 
-    `places` are keyed by the node at which a site's mean is kept. With `spread` the channels'
+    `places` are keyed by the node at which a layer's mean is kept. With `spread` the channels'
     variances are found too.
     """
     for batch in batches:
@@ -65,18 +65,18 @@ def correct_in_lockstep(
         place = places[name]
         leaf, why = named_leaves(params)[place.into], None
         if not fits(leaf.shape, kept):
-            why = f"{place.into!r} has not one number a channel"
+            why = f"{place.into!r} has not one number per channel"
         new, noisy.shift, reference.shift = correct(leaf, seen.error, kept, why is None)
         params = replace_leaves(params, {place.into: new})
         noisy.params = replace_leaves(noisy.params, {place.into: new})
-        found[place.site.name] = Found(
+        found[place.layer.name] = Found(
             seen.error, seen.variance, why, positions.lost.get(name)
         )
     return params, found
 
 
 class ResultMeans(NamedTuple):
-    """Of a site's channels the mean error, and mean and square of the exact values."""
+    """Of a layer's channels the mean error, and mean and square of the exact values."""
 
     number: jax.Array
     error: jax.Array
@@ -141,7 +141,7 @@ def _corrected(
 ) -> tuple[Any, jax.Array, jax.Array]:
     """The new bias, and what it takes from the quantized and from the float result.
 
-    What a narrow bias cannot hold stays in the network, where later sites see it.
+    What a narrow bias cannot hold stays in the network, where later layers see it.
     """
     bias = jnp.asarray(dense(leaf))
     dtype = wide(bias.dtype)

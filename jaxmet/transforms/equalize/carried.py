@@ -36,7 +36,7 @@ def carried(
     for weight in weights:
         moments, alone = network.read(weight.node), fixed.read(weight.node)
         for group in channels.free:
-            if not set(group.readers) & {weight.node.name}:
+            if not set(group.consumers) & {weight.node.name}:
                 continue
             start = channels.starts[group.index]
             mine = slice(start, start + group.size)

@@ -193,7 +193,7 @@ def layers_of(
 
 
 def in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
-    """Indices (factors, …) behind each other, in row-major order."""
+    """Indices (factors, …) one after the other, in row-major order."""
     depth = max(len(index) for index in indices)
     flat = [index.reshape(len(index), -1) for index in indices]
     short = [((0, depth - len(index)), (0, 0)) for index in indices]

@@ -1,4 +1,4 @@
-"""What is rescaled, what is left alone and why, and what is refused."""
+"""What is rescaled, what is skipped and why, and what is refused."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ Objective = Literal["noise", "range"]
 OBJECTIVES = get_args(Objective)
 COLUMNS = (
     "group",
-    "makers",
-    "readers",
+    "producers",
+    "consumers",
     "channels",
     "scale min",
     "scale max",
@@ -31,7 +31,7 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class EligibleGroups:
-    """The groups that are rescaled, and for the others and some sites why not."""
+    """The groups that are rescaled, and for the others and some layers why not."""
 
     graph: Graph
     clip: str
@@ -46,11 +46,11 @@ class EligibleGroups:
         return tuple(self.graph[name] for name in names)
 
     def table(self, outcomes: Mapping[int, dict[str, Any]], title: str) -> Table:
-        """One row a group, then one a site that has none."""
+        """One row per group, then one per layer that has none."""
         rows = [_row(g) | outcomes[g.index] for g in self.free]
         rows += [_row(g) | {"note": why} for g, why in self.left]
         rows += [
-            {"group": n.name, "makers": n.name, "note": why} for n, why in self.alone
+            {"group": n.name, "producers": n.name, "note": why} for n, why in self.alone
         ]
         return Table({c: [row.get(c) for row in rows] for c in COLUMNS}, title)
 
@@ -58,8 +58,8 @@ class EligibleGroups:
 def _row(group: Group) -> dict[str, Any]:
     return {
         "group": group.name,
-        "makers": ", ".join(group.makers) or None,
-        "readers": ", ".join(group.readers) or None,
+        "producers": ", ".join(group.producers) or None,
+        "consumers": ", ".join(group.consumers) or None,
         "channels": group.size,
     }
 
@@ -71,19 +71,19 @@ def make_plan(graph: Graph, clip: str) -> EligibleGroups:
         why = _why_left(graph, group, clip)
         if why is None:
             free.append(group)
-        elif group.makers:
+        elif group.producers:
             left.append((group, why))
     inside = {
-        n for g in (*free, *(g for g, _ in left)) for n in (*g.makers, *g.readers)
+        n for g in (*free, *(g for g, _ in left)) for n in (*g.producers, *g.consumers)
     }
-    alone = [(n, _why_alone(n)) for n in graph.sites if n.name not in inside]
+    alone = [(n, _why_alone(n)) for n in graph.layers if n.name not in inside]
     return EligibleGroups(graph, clip, tuple(free), tuple(left), tuple(alone))
 
 
 def _why_left(graph: Graph, group: Group, clip: str) -> str | None:
     if group.frozen is not None:
         return group.frozen
-    for name in (*group.makers, *group.readers):
+    for name in (*group.producers, *group.consumers):
         if name not in graph.selected:
             return f"{name} is not selected"
     for name in group.clips:
@@ -120,11 +120,11 @@ def check_options(clip: str, objective: str, max_scale: float) -> None:
 
 def check_named(graph: Graph, plan: EligibleGroups) -> None:
     """Refuse what `only()` spelled out and nothing can be done for."""
-    done = {name for g in plan.free for name in (*g.makers, *g.readers)}
-    for node in graph.sites:
+    done = {name for g in plan.free for name in (*g.producers, *g.consumers)}
+    for node in graph.layers:
         if node.name not in graph.named or node.name in done:
             continue
-        whys = [w for g, w in plan.left if node.name in (*g.makers, *g.readers)]
+        whys = [w for g, w in plan.left if node.name in (*g.producers, *g.consumers)]
         whys += [w for n, w in plan.alone if n.name == node.name]
         raise ValueError(
             f"jaxmet.equalize: {node.name!r} was asked for by name and no group of its "

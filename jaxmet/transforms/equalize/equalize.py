@@ -1,4 +1,4 @@
-"""Rescale channels so that coarse grids fit them; the function stays."""
+"""Rescale channels so that low bit-widths fit them; the function stays."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def equalize(
 
     Channels between products that only rectifiers, clips, poolings, norms with stored
     statistics, additions, concatenations and moves separate have one scale each, chosen so
-    that coarse grids lose little; the function stays. Fold batch norms first.
+    that low bit-widths lose little; the function stays. Fold batch norms first.
 
     `objective='range'` makes the largest weight that makes a channel equal to the largest
     that reads it, for all channels at once (Nagel et al., 2019, to convergence). A constant
@@ -111,9 +111,9 @@ def equalize(
     it, in units of what its layer reads: a channel whose weights are nearly zero is not blown
     up. What layers read follows from the norms' statistics, or from inputs of variance one.
     `objective='noise'` minimises what rounding on the grids of `config` (by default W8A8 with
-    one grid a tensor) adds, to first order. With `batches` (`inputs` picks from a batch what the
-    model takes) that is the error of the model's outputs as a share of their energy: a pass over
-    the data finds the ranges, and a backward pass for each of 64 images how much every weight
+    one quantizer per tensor) adds, to first order. With `batches` (`inputs` picks from a batch what
+    the model takes) that is the error of the model's outputs as a share of their energy: a pass
+    over the data finds the ranges, and a backward pass for each of 64 images how much every weight
     and every input of a product matters. The random signs of these passes come from `key`, by
     default `jax.random.key(0)`, and nothing else is random; `mask`, a function of a batch, says
     where its values count, as in `jm.calibrate`. Without, statistics of batch norms are carried
@@ -122,12 +122,12 @@ def equalize(
 
     `clip` says what becomes of ReLU6 and other clips that rescaled channels run through:
     'exact' divides their bounds too (the weight before becomes `Compressed`, to be run with
-    `jm.lift(apply)`), 'skip' leaves such channels alone, 'relu' drops an upper bound of a
+    `jm.lift(apply)`), 'skip' skips such channels, 'relu' drops an upper bound of a
     clip at zero, which changes the function and is there to compare with.
 
     No scale leaves `1/max_scale … max_scale`, or takes a leaf out of the range of its dtype;
-    that of a channel that carries nothing is at most one. The report has a row a group of
-    channels: its scales, the largest |log r1/r2| that is left, and why what was left alone was.
+    that of a channel that carries nothing is at most one. The report has one row per group of
+    channels: its scales, the largest |log r1/r2| that is left, and why what was skipped was.
 
     Raises ValueError where `graph.only()` names a layer none of whose channels can be
     rescaled, for a tree without a norm's statistics, and if `objective='noise'` finds
@@ -182,7 +182,7 @@ class Bounds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One call: what is rescaled, on which grids, and how far."""
+    """One call: what is rescaled, on which quantizers, and how far."""
 
     plan: EligibleGroups
     channels: Channels
@@ -281,7 +281,9 @@ class Task:
     def informed(self, known: Mapping[str, MeasuredInputs]) -> np.ndarray:
         """Which channels have products of known statistics on both sides."""
         groups = [
-            g for g in self.plan.free if set(g.makers) | set(g.readers) <= known.keys()
+            g
+            for g in self.plan.free
+            if set(g.producers) | set(g.consumers) <= known.keys()
         ]
         if not groups:
             raise ValueError(
@@ -296,7 +298,7 @@ class Task:
         return found
 
     def report(self, found: Outcome) -> Table:
-        """One row a group."""
+        """One row per group."""
         title = f"Equalized: objective='range', {int(found.sweeps)} sweeps"
         if found.noise:
             before, ranges, now = (float(np.exp(np.float64(v))) for v in found.noise)

@@ -79,8 +79,8 @@ def _loudness(
 ) -> jax.Array:
     """How strong a signal each output should carry, whatever the scales of channels.
 
-    A channel is as strong as the strongest output that makes it, or as what readers see of
-    it behind norm and activation; an output at least as strong as its channel, and as its
+    A channel is as strong as the strongest output that makes it, or as what consumers see of
+    it after norm and activation; an output at least as strong as its channel, and as its
     weights make of its input channels. So a dead unit is told from a faint one.
     """
     read = in_a_row([w.inputs for w in weights], fixed)

@@ -1,4 +1,4 @@
-"""The objective 'noise' of a network: its layers, what is known of them and their grids."""
+"""The objective 'noise' of a network: its layers, what is known of them and their quantizers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -18,8 +18,8 @@ from jaxmet.layers.fold_plans import FoldPlan, listed, plan_of, spread
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.layers.once import run_once
-from jaxmet.numerics.norm import gain_before, gain_behind
-from jaxmet.transforms.fold.fold_quantizers import fold_grids, pinned_weights
+from jaxmet.numerics.norm import gain_after, gain_before
+from jaxmet.transforms.fold.fold_quantizers import fold_quantizers, pinned_weights
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import replace_leaves
@@ -78,7 +78,7 @@ def fold_batch_norm(
     quantized model stays the same function too. Scales that follow the weight do so again.
 
     With `with_report` also a Table: each norm, what it was folded into, from which
-    `side` of that, or why it was left alone.
+    `side` of that, or why it was skipped.
 
     Both the norm and the product must be selected in `graph`. Raises ValueError where
     the statistics of a norm are constants, come from the batch or are missing in
@@ -101,7 +101,7 @@ def fold_batch_norm(
 
     def solve(used: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         work, kept = _Work(used), {}
-        for side in ("before", "behind"):
+        for side in ("before", "after"):
             for plan in plans:
                 if plan.why is None and plan.side == side:
                     kept[plan.node.name] = _fold(work, plan)
@@ -113,7 +113,7 @@ def fold_batch_norm(
     whole = {name: with_weight(leaves[name], array) for name, array in new.items()}
     results: list[Any] = [replace_leaves(params, whole, caller=CALLER)]
     if quantizers is not None:
-        results.append(fold_grids(quantizers, gains, CALLER))
+        results.append(fold_quantizers(quantizers, gains, CALLER))
     if with_report:
         results.append(_table(plans, kept))
     return results[0] if len(results) == 1 else tuple(results)
@@ -140,8 +140,8 @@ def _check(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -> None:
 def _check_statistics(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -> None:
     name, norm = plan.node.name, plan.norm
     check_stored(plan.node, leaves, CALLER)
-    maker = plan.node.inputs[0].node
-    layer = norm.scale or norm.bias or (maker and graph[maker].kind == "product")
+    producer = plan.node.inputs[0].node
+    layer = norm.scale or norm.bias or (producer and graph[producer].kind == "product")
     if norm.over == "constant" and layer:
         raise ValueError(
             f"jaxmet.{CALLER}: the statistics of norm {name!r} are constants that "
@@ -149,7 +149,7 @@ def _check_statistics(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -
             "a function of the whole variables, and pass those:\n"
             "    def apply(variables, x):\n"
             "        return model.apply(variables, x)\n"
-            f"Or leave the norm alone: graph.without({name!r})."
+            f"Or skip the norm: graph.without({name!r})."
         )
 
 
@@ -214,7 +214,7 @@ def _fold(work: _Work, plan: FoldPlan) -> jax.Array:
     given: dict[str, Any] = {"mean": none, "scale": None, "bias": none, **old}
     variance = roles["variance"]
     stored = work.dtypes[variance], work.dtypes[roles.get("scale", variance)]
-    move = gain_before if plan.side == "before" else gain_behind
+    move = gain_before if plan.side == "before" else gain_after
     weight = statistics_weight(norm, work.leaves, work.dtype)
     moved = move(**given, epsilon=norm.epsilon, stored=stored, weight=weight)
     for role, name in roles.items():
@@ -244,7 +244,7 @@ def _table(plans: Sequence[FoldPlan], kept: Mapping[str, jax.Array]) -> Table:
     rows = [
         (p.node.name, listed(p.products), p.side, _note(p.norm, kept[p.node.name]))
         if p.why is None
-        else (p.node.name, None, None, f"left alone: {p.why}")
+        else (p.node.name, None, None, f"skipped: {p.why}")
         for p in plans
     ]
     columns = zip(*rows, strict=True) if rows else ((),) * 4

@@ -1,7 +1,7 @@
 r"""Grids through a fold: those of weights follow their gain, or quantize what is folded.
 
-With scales $s_o$ a channel, $Q_s(W)\,g = Q_{s|g|}(W g)$: a weight that was trained on its
-grid beside a norm stays on it when the norm's gain $g$ moves into it.
+With scales $s_o$ per channel, $Q_s(W)\,g = Q_{s|g|}(W g)$: a weight that was trained on its
+quantizer beside a norm stays on it when the norm's gain $g$ moves into it.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from jaxmet.tree.quantizers import Quantizers
 
 
 def pinned_weights(quantizers: Quantizers | None) -> set[str]:
-    """The parameters whose grids do not follow them."""
+    """The parameters whose quantizers do not follow them."""
     if quantizers is None:
         return set()
     return {n for n, q in quantizers.weights.items() if not (q.follows or q.product)}
 
 
-def fold_grids(
+def fold_quantizers(
     quantizers: Quantizers, gains: Mapping[str, jax.Array], caller: str
 ) -> Quantizers:
     """The quantizers with every pinned weight scale multiplied by the gain that moved."""
@@ -40,8 +40,8 @@ def _scaled(name: str, quantizer: Quantizer, gain: jax.Array, caller: str) -> Qu
         raise ValueError(
             f"jaxmet.{caller}: the scale of {name!r} has shape {scale.shape} and the gain "
             f"that folds into it {gain.shape}, so no scale can follow it. Quantize with one "
-            "scale an output channel (per_channel=True), train with simulate(…, fold=graph), "
-            "or leave the norm alone with graph.without."
+            "scale per output channel (per_channel=True), train with simulate(…, fold=graph), "
+            "or skip the norm with graph.without."
         )
     low, high = quantizer.ends
     zero_point = jnp.where(gain < 0, low + high - zero_point, zero_point)

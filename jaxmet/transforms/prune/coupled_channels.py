@@ -18,12 +18,12 @@ class CoupledChannels:
     """Groups with one fate; `why` says what forbids to remove a channel.
 
     `through` are the depthwise convolutions between those that make and those that read.
-    Two bundles may have one name: pieces of what one site makes.
+    Two bundles may have one name: pieces of what one layer makes.
     """
 
     groups: tuple[Group, ...]
-    makers: tuple[str, ...]
-    readers: tuple[str, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
     through: tuple[str, ...]
     why: str | None
 
@@ -46,7 +46,7 @@ class CoupledChannels:
 
 
 def bundles_of(graph: Graph) -> list[CoupledChannels]:
-    """All bundles, those that a site makes first first."""
+    """All bundles, those that a layer makes first first."""
     groups = {g.index: g for g in graph.groups}
     parent = {index: index for index in groups}
 
@@ -83,7 +83,7 @@ def bundles_of(graph: Graph) -> list[CoupledChannels]:
         if root(index) == index:
             own = tuple(g for i, g in groups.items() if root(i) == index)
             found.append(_bundle(graph, own, fixed, depthwise))
-    return [bundle for bundle in found if bundle.makers]
+    return [bundle for bundle in found if bundle.producers]
 
 
 def _single(layout: Layout) -> Span | None:
@@ -102,22 +102,22 @@ def _bundle(
         every = (n for g in groups for n in getattr(g, field))
         return tuple(dict.fromkeys(n for n in every if (n in depthwise) == through))
 
-    makers, readers = names("makers"), names("readers")
-    through = names("readers", through=True)
+    producers, consumers = names("producers"), names("consumers")
+    through = names("consumers", through=True)
     why = next((fixed[g.index] for g in groups if g.index in fixed), None)
     for group in groups:
-        alone = group.fixed in ("no site makes it", "no site reads it")
+        alone = group.fixed in ("no layer makes it", "no layer reads it")
         why = why or (None if alone else group.fixed)
-    why = why or ("no site reads it" if not readers else None)
-    spared = [n for n in makers if n not in graph.selected]
+    why = why or ("no layer reads it" if not consumers else None)
+    spared = [n for n in producers if n not in graph.selected]
     why = why or (f"{spared[0]!r} is not selected" if spared else None)
-    return CoupledChannels(groups, makers, readers, through, why)
+    return CoupledChannels(groups, producers, consumers, through, why)
 
 
 def refused(bundle: CoupledChannels, coupled: bool) -> str | None:
     """Why none of the channels may go, None where some may."""
-    tied = len(bundle.makers) > 1 and not coupled
-    return bundle.why or (f"tied: {', '.join(bundle.makers)}" if tied else None)
+    tied = len(bundle.producers) > 1 and not coupled
+    return bundle.why or (f"tied: {', '.join(bundle.producers)}" if tied else None)
 
 
 def left_along(layout: Layout, masks: Mapping[int, np.ndarray]) -> np.ndarray:

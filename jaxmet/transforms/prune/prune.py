@@ -22,9 +22,9 @@ from jaxmet.transforms.prune.prune_report import report, whole_before
 from jaxmet.transforms.prune.pruned_leaves import pruned
 from jaxmet.transforms.prune.refit import SELECTIONS, ConsumerMatrix, Selection, read_by
 from jaxmet.transforms.prune.select_channels import (
+    consumers_of,
     kept_at,
     ratios_of,
-    readers_of,
     removal,
 )
 from jaxmet.tree.batches import as_batches, check_batch_functions
@@ -88,37 +88,37 @@ def prune(
 ) -> Any:
     r"""Remove channels: the leaves become smaller, and the model computes less.
 
-    `ratios` is one number for all sites or one a site: the share of its input channels that
-    a site keeps, which is its cost afterwards over its cost before as long as its outputs
+    `ratios` is one number for all layers or one per layer: the share of its input channels that
+    a layer keeps, which is its cost afterwards over its cost before as long as its outputs
     stay. Whoever makes these channels makes fewer: products, depthwise convolutions, norms
     and biases in between lose them too, so the network's own ratio is lower (`jm.cost`).
-    A site that reads channels along two axes (heads and what each holds) keeps the root of
+    A layer that reads channels along two axes (heads and what each holds) keeps the root of
     it of both. Channels that additions tie are removed together from all that make or read
-    them, or with `coupled=False` not at all. Where several sites read the same channels, the
+    them, or with `coupled=False` not at all. Where several layers read the same channels, the
     largest of their ratios counts.
 
     Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
     run; the graph serves the new tree too. It computes what the dense model does with zeros
     in place of all that is gone (`jm.densify`). Where an operation has no rule for
     fewer channels it gets whole arrays, with a note in the report. Nothing is removed inside
-    loops and branches. A site that `graph.without` leaves out makes all its channels; of
+    loops and branches. A layer that `graph.without` leaves out makes all its channels; of
     those that it reads with others it loses what they lose.
 
     `selection` says which channels go: 'magnitude', those that are read with the smallest
     weights (the default without data); 'obs', with `batches`, one after the other the one
     whose loss the others can make good for best (the default with data); 'lasso', those
-    that one factor a channel does best without. With `batches` each site is then refitted,
+    that one factor a channel does best without. With `batches` each layer is then refitted,
     weights and bias, to what it made of all channels: least squares on the Gram matrix of
-    its inputs in the model as it is, from at most `rows` rows a batch, drawn by `key` (by
+    its inputs in the model as it is, from at most `rows` rows per batch, drawn by `key` (by
     default `jax.random.key(0)`), in other positions of each batch; `mask`, a function of a
-    batch, says where its values count, as in `jm.calibrate`. A site that is no
+    batch, says where its values count, as in `jm.calibrate`. A layer that is no
     single product of a matrix is judged by its weights and not refitted, with a note.
 
-    With `with_report` also a Table: the channels by the first site that makes them, how
-    many are kept, who makes and who reads them, the relative error of the sites that were
-    refitted, or why they were left alone.
+    With `with_report` also a Table: the channels by the first layer that makes them, how
+    many are kept, who makes and who reads them, the relative error of the layers that were
+    refitted, or why they were skipped.
 
-    Raises ValueError for ratios outside (0, 1], for names of sites that are not there or
+    Raises ValueError for ratios outside (0, 1], for names of layers that are not there or
     whose channels cannot be removed, and for traced parameters: which channels stay decides
     about shapes.
 
@@ -149,7 +149,7 @@ def prune(
     if batches is not None:
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     lost: dict[str, str] = {}
-    names = {name for b in chosen for name in b.readers}
+    names = {name for b in chosen for name in b.consumers}
     seen: Mapping[str, Any] = {}
     if read is not None:
         seen = grams(
@@ -163,14 +163,14 @@ def prune(
             progress=progress,
             lost=lost,
         )
-    readers = readers_of(graph, names, leaves, seen)
+    consumers = consumers_of(graph, names, leaves, seen)
     masks: dict[int, np.ndarray] = {}
     for bundle in chosen:
-        order = removal(graph, leaves, bundle, readers, selection, keep[bundle.index])
+        order = removal(graph, leaves, bundle, consumers, selection, keep[bundle.index])
         stays = np.ones(bundle.size, bool)
         stays[order[: bundle.size - keep[bundle.index]]] = False
         masks |= dict.fromkeys(bundle.indices, stays)
-    work, errors = _refit(readers, masks, leaves)
+    work, errors = _refit(consumers, masks, leaves)
     result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
     if not with_report:
         return result
@@ -178,12 +178,12 @@ def prune(
 
     def notes(b: CoupledChannels) -> list[str]:
         why = refused(b, coupled)
-        lone = [n for n in b.readers if seen and n not in errors and b in chosen]
+        lone = [n for n in b.consumers if seen and n not in errors and b in chosen]
         whole = dict.fromkeys(n for i in b.indices for n in before.get(i, ()))
         return [
-            *([f"left alone: {why}"] if why else []),
+            *([f"skipped: {why}"] if why else []),
             *(f"not refitted: {n!r} is no single matrix" for n in lone),
-            *(f"{n!r}: {unmasked(lost[n])}" for n in b.readers if n in lost),
+            *(f"{n!r}: {unmasked(lost[n])}" for n in b.consumers if n in lost),
             *(f"whole arrays before {n}" for n in whole),
         ]
 
@@ -194,23 +194,23 @@ def removed(
     graph: Graph, leaves: Mapping[str, Any], masks: Mapping[int, np.ndarray]
 ) -> dict[str, Any]:
     """The leaves without what the masks take away."""
-    sites = {n.weight.name: n for n in graph.nodes if n.weight is not None}
+    layers = {n.weight.name: n for n in graph.nodes if n.weight is not None}
     found = {
-        name: pruned(leaves[name], left, sites.get(name))
+        name: pruned(leaves[name], left, layers.get(name))
         for name, left in axes_of(graph.members, masks).items()
     }
     return {n: leaf for n, leaf in leaves.items() if n not in found} | found
 
 
 def _refit(
-    readers: Mapping[str, ConsumerMatrix],
+    consumers: Mapping[str, ConsumerMatrix],
     masks: Mapping[int, np.ndarray],
     leaves: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Leaves in which the readers make good for what they lose, and what they cannot."""
+    """Leaves in which the consumers make good for what they lose, and what they cannot."""
     work, errors = dict(leaves), {}
-    for name, reader in readers.items():
-        found, error = reader.refitted(reader.left(masks), leaves)
+    for name, consumer in consumers.items():
+        found, error = consumer.refitted(consumer.left(masks), leaves)
         work |= found
         errors[name] = float(error)
     return work, errors
@@ -242,9 +242,9 @@ def _check_concrete(leaves: Mapping[str, Any]) -> None:
 def _why(
     graph: Graph, bundles: Sequence[CoupledChannels], coupled: bool
 ) -> dict[str, str | None]:
-    """For each site why none of the channels that it reads can be removed, or None."""
+    """For each layer why none of the channels that it reads can be removed, or None."""
     found: dict[str, str | None] = {}
-    for node in graph.sites:
+    for node in graph.layers:
         found[node.name] = _why_of(graph, node, bundles, coupled)
     return found
 
@@ -253,19 +253,19 @@ def _why_of(
     graph: Graph, node: Node, bundles: Sequence[CoupledChannels], coupled: bool
 ) -> str | None:
     layouts = [m.layout for m in read_by(graph, node.name)]
-    reads = [b for b in bundles if node.name in b.readers]
+    reads = [b for b in bundles if node.name in b.consumers]
     reads = [
         b
         for b in reads
         if any((channel_along(x, b.indices) >= 0).any() for x in layouts)
     ]
     if not reads:
-        behind = [n for b in bundles if node.name in b.through for n in b.readers]
-        if behind:
+        downstream = [n for b in bundles if node.name in b.through for n in b.consumers]
+        if downstream:
             return (
-                "it makes of each channel what another site reads, and loses those that "
-                f"{behind[0]!r} does without. Give that one a ratio"
+                "it makes of each channel what another layer reads, and loses those that "
+                f"{downstream[0]!r} does without. Give that one a ratio"
             )
-        return "it reads no channels that a site makes"
+        return "it reads no channels that a layer makes"
     whys = [refused(b, coupled) for b in reads]
     return None if None in whys else whys[0]

@@ -1,4 +1,4 @@
-"""What was removed, what was left alone, and where nothing is saved."""
+"""What was removed, what was skipped, and where nothing is saved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,18 +22,18 @@ def report(
     *,
     caller: str,
 ) -> Table:
-    """One row a bundle; `errors` are those of the sites that were refitted."""
+    """One row per bundle; `errors` are those of the layers that were refitted."""
     rows = []
     for b in bundles:
-        known = [errors[n] for n in b.readers if n in errors]
+        known = [errors[n] for n in b.consumers if n in errors]
         less = keep[b.index] < b.size
         rows.append(
             (
                 b.name,
                 keep[b.index],
                 b.size,
-                ", ".join(b.makers) or None,
-                ", ".join(b.readers) or None,
+                ", ".join(b.producers) or None,
+                ", ".join(b.consumers) or None,
                 max(known) if less and known else None,
                 "; ".join(notes(b)) or None,
             )

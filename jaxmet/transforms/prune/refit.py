@@ -1,4 +1,4 @@
-"""What the sites that read channels say of them, and how they make good for those that go."""
+"""What the layers that read channels say of them, and how they make good for those that go."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ product = functools.partial(jnp.matmul, precision="highest")
 def magnitudes(
     graph: Graph, name: str, leaves: Mapping[str, Any], bundle: CoupledChannels
 ) -> np.ndarray:
-    """The share of a site's squared weights that reads each channel."""
+    """The share of a layer's squared weights that reads each channel."""
     found, total = np.zeros(bundle.size), 0.0
     for member in read_by(graph, name):
         of = channel_along(member.layout, bundle.indices)
@@ -52,13 +52,13 @@ def magnitudes(
 
 
 def read_by(graph: Graph, name: str) -> tuple[Member, ...]:
-    """The axes along which the weight of a site reads channels."""
+    """The axes along which the weight of a layer reads channels."""
     return tuple(m for m in graph.members if m.node == name and m.role == "in")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConsumerMatrix:
-    """A site as a matrix, where it stands in the parameter, and what the data say of its inputs.
+    """A layer as a matrix, where it stands in the parameter, and what the data say of its inputs.
 
     `index` are the places of the matrix in the flattened parameter; `along` has, by axis of
     the parameter that runs along channels, which entry of it each row reads.
@@ -75,7 +75,7 @@ class ConsumerMatrix:
     def of(
         graph: Graph, name: str, leaves: Mapping[str, Any], gram: GramSums
     ) -> "ConsumerMatrix | None":
-        """None for a site that is not one product of a matrix that a parameter holds."""
+        """None for a layer that is not one product of a matrix that a parameter holds."""
         node, members = graph[name], read_by(graph, name)
         kernel = jnp.asarray(dense(leaves[node.kernel]))
         assert node.weight is not None
@@ -107,7 +107,7 @@ class ConsumerMatrix:
         return [of(m.layout)[self.along[m.axis]] for m in self.members]
 
     def scores(self, bundle: CoupledChannels, selection: str, keep: int) -> np.ndarray:
-        """How much each channel of a bundle is worth to this site, as a share."""
+        """How much each channel of a bundle is worth to this layer, as a share."""
         rows, channels, of = self.by_channel(bundle)
         weight, gram = self.weight[rows], self.centered[rows][:, rows]
         cross = product(gram, weight)
@@ -134,7 +134,7 @@ class ConsumerMatrix:
         """The rows tap by tap of as many channels, and which channel of the bundle each is.
 
         Where not all are of the bundle, or not as many of each, they are those of entries of
-        the axes that the site sums over.
+        the axes that the layer sums over.
         """
         own = self.channels_of(bundle)
         count = np.bincount(own[own >= 0], minlength=bundle.size)
@@ -157,7 +157,7 @@ class ConsumerMatrix:
     def refitted(
         self, left: Any, leaves: Mapping[str, Any]
     ) -> tuple[dict[str, Any], jax.Array]:
-        """The leaves of this site that make good for the rows gone, and the error.
+        """The leaves of this layer that make good for the rows gone, and the error.
 
         The error is that of the output over its energy, of its variance where a bias is.
         `left` may be traced.

@@ -16,7 +16,7 @@ from jaxmet.transforms.prune.refit import ConsumerMatrix, magnitudes, read_by
 def ratios_of(
     graph: Graph, bundles: Sequence[CoupledChannels], asked: Mapping[str, float]
 ) -> dict[int, float]:
-    r"""The ratio of each bundle, the largest that a site that reads it is asked for.
+    r"""The ratio of each bundle, the largest that a layer that reads it is asked for.
 
     What reads channels along n axes, or of n groups along one, keeps $r^{1/n}$ of each.
     """
@@ -27,10 +27,10 @@ def ratios_of(
         times = sum(bool(known & indices_of((item,))) for item in laid_out)
         return asked[name] ** (1 / max(1, times))
 
-    names = {name for b in bundles for name in b.readers if name in asked}
+    names = {name for b in bundles for name in b.consumers if name in asked}
     share = {name: of_each(name) for name in names}
     return {
-        b.index: max((share[n] for n in b.readers if n in share), default=1.0)
+        b.index: max((share[n] for n in b.consumers if n in share), default=1.0)
         for b in bundles
     }
 
@@ -41,37 +41,37 @@ def kept_at(size: int, ratio: float, multiple: int) -> int:
     return min(size, -(-count // multiple) * multiple)
 
 
-def readers_of(
+def consumers_of(
     graph: Graph,
     names: Iterable[str],
     leaves: Mapping[str, Any],
     seen: Mapping[str, GramSums],
 ) -> dict[str, ConsumerMatrix]:
-    """What the data say to the sites with these names, as far as they have seen any."""
+    """What the data say to the layers with these names, as far as they have seen any."""
     found = {
         n: ConsumerMatrix.of(graph, n, leaves, seen[n]) for n in names if n in seen
     }
-    return {n: reader for n, reader in found.items() if reader is not None}
+    return {n: consumer for n, consumer in found.items() if consumer is not None}
 
 
 def removal(
     graph: Graph,
     leaves: Mapping[str, Any],
     bundle: CoupledChannels,
-    readers: Mapping[str, ConsumerMatrix],
+    consumers: Mapping[str, ConsumerMatrix],
     selection: str,
     keep: int,
 ) -> np.ndarray:
     """The channels of a bundle in the order in which they go."""
-    known = [readers.get(n) for n in bundle.readers]
+    known = [consumers.get(n) for n in bundle.consumers]
     if selection == "obs" and len(known) == 1 and known[0] is not None:
         order = known[0].order(bundle)
         if order is not None:
             return order
     scores = np.zeros(bundle.size)
-    for name, reader in zip(bundle.readers, known, strict=True):
-        if reader is None or selection == "magnitude":
+    for name, consumer in zip(bundle.consumers, known, strict=True):
+        if consumer is None or selection == "magnitude":
             scores += magnitudes(graph, name, leaves, bundle)
         else:
-            scores += reader.scores(bundle, selection, keep)
+            scores += consumer.scores(bundle, selection, keep)
     return np.argsort(scores, kind="stable")

@@ -228,7 +228,7 @@ def results(
 def report(
     layers: Sequence[Layer], found: Mapping[str, RoundedWeight], lost: Mapping[str, str]
 ) -> Table:
-    """One row a site."""
+    """One row per layer."""
     rows, ratios, curves = [], [], []
     for layer in layers:
         chosen = found.get(layer.node.name)
@@ -249,7 +249,7 @@ def report(
             )
             note = f"its weight is rounded with {with_it.node.name!r}"
         rows.append((layer.node.name, loss, plain, least, ratio, note))
-    names = ("site", "loss", "nearest loss", "inherited", "ratio", "note")
+    names = ("layer", "loss", "nearest loss", "inherited", "ratio", "note")
     columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}
     if any(curves):
         columns["curve"] = curves

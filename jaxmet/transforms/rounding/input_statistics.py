@@ -101,7 +101,7 @@ class Look:
         return {n: _inputs(*r) for n, r in rows.items()}, rows if self.keep else {}
 
     def watch(self, hook: Hook) -> Hook:
-        """The copy's own hook, and behind it the rows that the layers read."""
+        """The copy's own hook, and after it the rows that the layers read."""
 
         def watching(node: Node, run: Run, operands: tuple[Any, ...]) -> Any:
             result, _ = hook(node, run, operands)

@@ -9,7 +9,7 @@ from jaxmet.transforms.rounding.rounded_layers import Layer
 
 @dataclasses.dataclass(frozen=True)
 class Wave:
-    """Layers of which none reads what another makes, and the node behind which to cut.
+    """Layers of which none reads what another makes, and the node after which to cut.
 
     Those of one loop are all in one wave: what runs between its layers cannot be cut.
     """
@@ -67,11 +67,14 @@ def _waits(
 
 
 def _cut(
-    graph: Graph, order: dict[str, int], current: Sequence[Layer], behind: Layer | None
+    graph: Graph,
+    order: dict[str, int],
+    current: Sequence[Layer],
+    following: Layer | None,
 ) -> str | None:
     """The first node outside of loops, not before the last layer, but before the next."""
     first = max(order[one.node.name] for one in current)
-    last = order[behind.node.name] if behind is not None else len(graph.nodes)
+    last = order[following.node.name] if following is not None else len(graph.nodes)
     for node in graph.nodes[first:last]:
         if not node.loops and node.kind not in ("input", "output"):
             return node.name

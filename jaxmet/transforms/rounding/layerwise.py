@@ -299,7 +299,7 @@ class LayerwiseRounding:
         return kind, _filled(problem, how.blocks * how.length - weight.shape[1])
 
     def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
-        """The site's own bias as (groups, outs), None where no mean can be put."""
+        """The layer's own bias as (groups, outs), None where no mean can be put."""
         name, weight = layer.node.bias, layer.node.weight
         if name is None or name in layer.node.shared or (weight and weight.shared):
             return None  # the mean error of several layers fits no one bias
@@ -314,12 +314,12 @@ class LayerwiseRounding:
     def activation(
         self, node: Node, shape: Sequence[int], bias: Any
     ) -> tuple[Callable | None, tuple[Any, Any]]:
-        """What alone reads a site and acts on each number, and its bounds by output."""
-        readers = node.only_readers or ()
+        """What alone reads a layer and acts on each number, and its bounds by output."""
+        consumers = node.only_consumers or ()
         nothing = None, (None, None)
         if node.derived_bias or (node.bias is not None and bias is None):
             return nothing
-        after = self.graph[readers[0]] if len(readers) == 1 else None
+        after = self.graph[consumers[0]] if len(consumers) == 1 else None
         formula = after.activation.formula if after and after.activation else None
         if after is None or formula is None:
             return nothing

@@ -17,7 +17,7 @@ from jaxmet.tree.quantizers import Quantizers
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A site whose weight is rounded, or `why` it is not."""
+    """A layer whose weight is rounded, or `why` it is not."""
 
     node: Node
     why: str | None = None
@@ -34,11 +34,11 @@ class Layer:
 
 
 def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Layer, ...]:
-    """All sites, in the order in which they run.
+    """All layers, in the order in which they run.
 
-    Raises ValueError for a site that `graph.only` named and whose weight cannot be rounded.
+    Raises ValueError for a layer that `graph.only` named and whose weight cannot be rounded.
     """
-    layers = tuple(Layer(site, _unfit(site, quantizers)) for site in graph.sites)
+    layers = tuple(Layer(layer, _unfit(layer, quantizers)) for layer in graph.layers)
     for layer in layers:
         if layer.why is not None and layer.node.name in graph.named:
             raise ValueError(
@@ -48,17 +48,17 @@ def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Laye
     return layers
 
 
-def _unfit(site: Node, quantizers: Quantizers) -> str | None:
-    if (why := why_no_matrix(site) or site.why_kept(stacked=True)) is not None:
+def _unfit(layer: Node, quantizers: Quantizers) -> str | None:
+    if (why := why_no_matrix(layer) or layer.why_kept(stacked=True)) is not None:
         return why
-    assert site.weight is not None
-    weight = site.weight
-    quantizer = quantizers.weights.get(site.kernel)
+    assert layer.weight is not None
+    weight = layer.weight
+    quantizer = quantizers.weights.get(layer.kernel)
     if quantizer is None or not quantizer.active:
         return "its weight is not quantized"
-    if inside := [region for region in site.region if region in ("while", "cond")]:
+    if inside := [region for region in layer.region if region in ("while", "cond")]:
         return f"inside a {inside[-1]}"
-    if site.region.count("scan") > 1 or ("scan" in site.region) != weight.stacked:
+    if layer.region.count("scan") > 1 or ("scan" in layer.region) != weight.stacked:
         return "its weight is used again and again in a loop"
     return None
 

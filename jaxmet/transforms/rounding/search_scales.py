@@ -81,9 +81,9 @@ def search_scales(
     $E|xW - \hat x\hat W|^2$: for each channel or block, or for the tensor, as the
     quantizer shares its scale. $x$ is what the float model reads there. $\hat x$ is that
     too with `of='float'`; with 'weights' it is what a model reads whose earlier layers are
-    rounded, and with 'both' one whose activations are on their grids besides. All
+    rounded, and with 'both' one whose activations are quantized besides. All
     candidates are tried at once, on Gram matrices, exact over the rows that are looked at
-    (at most `rows` a layer, drawn by `key`, by default `jax.random.key(0)`, in other
+    (at most `rows` per layer, drawn by `key`, by default `jax.random.key(0)`, in other
     positions of each batch and layer). `mask`, a function of a batch, says where its values
     count, as in `jm.calibrate`.
 

@@ -60,8 +60,8 @@ def stored_norms_of(
 def _is_layer(roles: Roles, source: Value) -> bool:
     """Whether a norm of constants is one: inputs are standardized by constants as well."""
     learned = (v for v in (roles.scale, roles.bias) if v is not None and v.name)
-    maker = source.producer.node if source.producer is not None else None
-    return any(learned) or (maker is not None and maker.kind == "product")
+    producer = source.producer.node if source.producer is not None else None
+    return any(learned) or (producer is not None and producer.kind == "product")
 
 
 def _data_uses(root: Equation) -> set[Equation]:

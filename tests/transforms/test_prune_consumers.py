@@ -1,4 +1,4 @@
-"""Channels as those who read them see them: weights in any form, pieces, several readers."""
+"""Channels as those who read them see them: weights in any form, pieces, several consumers."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def form(name):
 
 
 def matrix(name, weight):
-    """What stands in a weight, a row a channel."""
+    """What stands in a weight, one row per channel."""
     return FORMS[name][1](jnp.eye(8), weight)
 
 
@@ -94,7 +94,7 @@ def test_data_choose_and_refit_a_weight_of_any_form(name):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7, 0.9])
-def test_a_ratio_is_shared_by_the_axes_that_a_site_sums_over(ratio):
+def test_a_ratio_is_shared_by_the_axes_that_a_layer_sums_over(ratio):
     def apply(p, x):
         h = jax.nn.relu(jnp.einsum("ni,ihd->nhd", x, p["a"]))
         return jnp.einsum("nhd,hdo->no", h, p["b"])
@@ -120,7 +120,7 @@ def test_a_ratio_is_shared_by_the_axes_that_a_site_sums_over(ratio):
     assert row["macs"] == pytest.approx(after, abs=2)
 
 
-def test_readers_that_are_no_one_matrix_are_judged_by_their_weights():
+def test_consumers_that_are_no_one_matrix_are_judged_by_their_weights():
     """A product for each entry of an axis: channels are chosen, but nothing is refitted."""
 
     def apply(p, x):
@@ -144,7 +144,7 @@ def test_readers_that_are_no_one_matrix_are_judged_by_their_weights():
 
 
 def pieces():
-    """One site whose outputs two others read, a part each."""
+    """One layer whose outputs two others read, a part each."""
     *weights, x = drawn(1, (6, 16), (12, 5), (4, 5), (64, 6))
     params = dict(zip("abc", weights, strict=True))
 
@@ -156,7 +156,7 @@ def pieces():
 
 
 @pytest.mark.parametrize("sighted", [False, True])
-def test_pieces_of_what_a_site_makes_are_pruned_each_for_itself(sighted):
+def test_pieces_of_what_a_layer_makes_are_pruned_each_for_itself(sighted):
     apply, params, x, graph = pieces()
     options = {"batches": [x] if sighted else None, "progress": False}
     both = jm.prune(params, graph, 0.5, **options)
@@ -175,7 +175,7 @@ def read_twice(p, x):
     return h @ p["b"] + h @ p["c"]
 
 
-def test_a_site_that_is_left_out_makes_all_its_channels():
+def test_a_layer_that_is_left_out_makes_all_its_channels():
     *weights, x = drawn(2, (6, 8), (8, 5), (8, 5), (50, 6))
     params = dict(zip("abc", weights, strict=True))
     graph = jm.trace(read_twice, params, jnp.ones((2, 6)))
@@ -189,7 +189,7 @@ def test_a_site_that_is_left_out_makes_all_its_channels():
     assert "'a' is not selected" in report.where(channels="a")["note"][0]
     with pytest.raises(ValueError, match="'b' cannot be compressed: 'a' is not"):
         jm.prune(params, left, {"b": 0.5})
-    # A reader without weights says nothing; the other one decides.
+    # A consumer without weights says nothing; the other one decides.
     for batches in (None, [x]):
         given = params | {"b": params["b"].at[2:6].set(0), "c": 0 * params["c"]}
         small = jm.prune(given, graph, 0.5, batches=batches, progress=False)
@@ -220,10 +220,10 @@ def test_nothing_is_cut_inside_loops_and_branches(name, loop):
     assert len(jm.widths(small)) == 0
     assert any(f"inside a {loop}" in (note or "") for note in report["note"])
     small, report = jm.factorize(params, graph, ratios=0.5, **options)
-    inside = [n.name for n in graph.sites if n.loops]
+    inside = [n.name for n in graph.layers if n.loops]
     for row in report:
         told = f"inside a {loop}" in (row["note"] or "")
-        assert told == (row["site"] in inside)
+        assert told == (row["layer"] in inside)
     assert jm.widths(small)["parameter"] == ["head/kernel"]
     with pytest.raises(ValueError, match=f"'{inside[0]}' cannot .*inside a {loop}"):
         jm.factorize(params, graph, ratios={inside[0]: 0.5})

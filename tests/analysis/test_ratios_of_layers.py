@@ -45,10 +45,10 @@ def table(net):
     return jm.score_ratios(params, graph, score, batches=shape, progress=False)
 
 
-def rebuilt(method, params, graph, site, ratio, **options):
+def rebuilt(method, params, graph, layer, ratio, **options):
     if method == "prune":
-        return jm.prune(params, graph, {site: ratio})
-    return jm.factorize(params, graph, ratios={site: ratio}, method=method, **options)
+        return jm.prune(params, graph, {layer: ratio})
+    return jm.factorize(params, graph, ratios={layer: ratio}, method=method, **options)
 
 
 @pytest.mark.slow
@@ -59,17 +59,17 @@ def test_every_row_scores_as_the_network_that_is_really_small(net, method):
         params, graph, score, batches=jax.ShapeDtypeStruct(x.shape, x.dtype),
         method=method, ratios=RATIOS, progress=False,
     )  # fmt: skip
-    sites = ["b", "c", "d"] if method == "prune" else ["a", "b", "c", "d"]
-    assert list(dict.fromkeys(table["site"])) == [*sites, "(all)"]
+    layers = ["b", "c", "d"] if method == "prune" else ["a", "b", "c", "d"]
+    assert list(dict.fromkeys(table["layer"])) == [*layers, "(all)"]
     whole = jm.cost(params, graph, x[:1])
     run = jax.jit(jm.lift(apply))
     for row in table:
-        if row["site"] == "(all)" or row["ratio"] == 1:
+        if row["layer"] == "(all)" or row["ratio"] == 1:
             assert row["score"] == pytest.approx(0.0, abs=1e-9)
             for name, costs in row["costs"].items():
-                assert [costs["macs"]] == whole.where(site=name)["macs"]
+                assert [costs["macs"]] == whole.where(layer=name)["macs"]
             continue
-        small = rebuilt(method, params, graph, row["site"], row["ratio"])
+        small = rebuilt(method, params, graph, row["layer"], row["ratio"])
         assert row["score"] == pytest.approx(
             float(score(run, small)), rel=1e-3, abs=1e-7
         )
@@ -80,7 +80,7 @@ def test_every_row_scores_as_the_network_that_is_really_small(net, method):
             gone = whole[key][-1] - after[key][-1]
             if key == "macs":
                 assert gone == sum(
-                    whole.where(site=n)[key][0] - c[key]
+                    whole.where(layer=n)[key][0] - c[key]
                     for n, c in row["costs"].items()
                 )
             else:  # biases lose entries too
@@ -109,7 +109,7 @@ def test_rows_of_pruning_are_refitted_as_pruning_does(net):
     gained = []
     for row, bare in zip(table, plain, strict=True):
         if row["ratio"] < 1:
-            small = jm.prune(params, graph, {row["site"]: row["ratio"]}, **options)
+            small = jm.prune(params, graph, {row["layer"]: row["ratio"]}, **options)
             found = float(score(run, small))
             assert row["score"] == pytest.approx(found, rel=1e-2, abs=1e-7)
             gained.append(row["score"] - bare["score"])
@@ -185,7 +185,7 @@ def test_with_data_the_cut_is_whitened(net):
 
 
 def test_a_whitened_row_scores_as_the_whitened_network():
-    """Of dense layers nothing is refitted behind the cut: the row is the network itself."""
+    """Of dense layers nothing is refitted after the cut: the row is the network itself."""
 
     def apply(params, x):
         return jax.nn.relu(x @ params["a"]) @ params["b"]
@@ -206,7 +206,7 @@ def test_a_whitened_row_scores_as_the_whitened_network():
     table = jm.score_ratios(params, graph, score, ratios=RATIOS, **options)
     gained = []
     for row in (r for r in table if r["ratio"] < 1):
-        ratios = {row["site"]: row["ratio"]}
+        ratios = {row["layer"]: row["ratio"]}
         small = jm.factorize(params, graph, ratios=ratios, **options)
         assert row["score"] == pytest.approx(float(score(jm.lift(apply), small)), 1e-3)
         plain = jm.factorize(params, graph, ratios=ratios)
@@ -215,7 +215,7 @@ def test_a_whitened_row_scores_as_the_whitened_network():
 
 
 class Tied(nn.Module):
-    """A sum that two sites read, and a concatenation that a third reads with it."""
+    """A sum that two layers read, and a concatenation that a third reads with it."""
 
     @nn.compact
     def __call__(self, x):
@@ -227,7 +227,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.slow
-def test_sites_that_read_the_same_channels_take_one_ratio():
+def test_layers_that_read_the_same_channels_take_one_ratio():
     model, x = Tied(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
     params = model.init(jax.random.key(1), x)
     graph, wanted = jm.trace(model.apply, params, x), model.apply(params, x)
@@ -238,14 +238,14 @@ def test_sites_that_read_the_same_channels_take_one_ratio():
     table = jm.score_ratios(
         params, graph, score, batches=[x], method="prune", progress=False
     )
-    tied = dict(zip(table["site"], table["tied"], strict=True))
+    tied = dict(zip(table["layer"], table["tied"], strict=True))
     assert tied == {"b": "d, e", "c": None, "(all)": None}
     before = jm.cost(params, graph, x[:1])
-    own = {n: before.where(site=n)["macs"][0] for n in "abcde"}
+    own = {n: before.where(layer=n)["macs"][0] for n in "abcde"}
     # Whoever reads or makes the channels: 'd' makes some that 'e' reads.
-    (costs,) = table.where(site="b", ratio=1.0)["costs"]
+    (costs,) = table.where(layer="b", ratio=1.0)["costs"]
     assert {n: c["macs"] for n, c in costs.items()} == own
-    (costs,) = table.where(site="c", ratio=1.0)["costs"]
+    (costs,) = table.where(layer="c", ratio=1.0)["costs"]
     assert {n: c["macs"] for n, c in costs.items()} == {n: own[n] for n in "bc"}
     again = jm.select_ratios(table, 0.9, manual={"d": 0.5, "b": 0.5})
     assert again["b"] == again["d"] == again["e"] == 0.5
@@ -268,9 +268,9 @@ def test_sites_that_read_the_same_channels_take_one_ratio():
 
 
 def every_choice(table, own, total, target):
-    """By brute force: what one threshold for both sites may choose, and the best score."""
+    """By brute force: what one threshold for both layers may choose, and the best score."""
     kept = {
-        (row["site"], row["ratio"]): row for row in table if row["site"] in ("b", "c")
+        (row["layer"], row["ratio"]): row for row in table if row["layer"] in ("b", "c")
     }
     ratios = sorted({r for _, r in kept})
     rising = {
@@ -326,10 +326,10 @@ def test_depthwise_convolutions_count_once():
     )
     small = jm.prune(params, graph, {"head": 0.5})
     after = jm.cost(small, jm.trace(model.apply, small, x), x[:1])
-    (costs,) = table.where(site="head", ratio=0.5)["costs"]
+    (costs,) = table.where(layer="head", ratio=0.5)["costs"]
     assert set(costs) == {"expand", "depthwise", "head"}
     for name, cost in costs.items():
-        assert [cost["macs"]] == after.where(site=name)["macs"]
+        assert [cost["macs"]] == after.where(layer=name)["macs"]
     with pytest.raises(ValueError, match=r"'depthwise' cannot .* 'head' does without"):
         jm.prune(params, graph, {"depthwise": 0.5})
 
@@ -338,12 +338,12 @@ def test_depthwise_convolutions_count_once():
 @pytest.mark.parametrize("budget", ["macs", "parameters"])
 def test_the_target_is_kept_by_the_network_that_is_built(net, table, method, budget):
     apply, params, x, graph, _ = net
-    before = jm.cost(params, graph, x[:1]).where(site="(all)")[budget][0]
+    before = jm.cost(params, graph, x[:1]).where(layer="(all)")[budget][0]
     for target in (0.5, 0.8):
         ratios = jm.select_ratios(table, target, method=method, budget=budget)
         small = jm.factorize(params, graph, ratios=ratios)
         after = jm.cost(small, jm.trace(apply, small, x), x[:1])
-        assert after.where(site="(all)")[budget][0] <= target * before * 1.01
+        assert after.where(layer="(all)")[budget][0] <= target * before * 1.01
         assert ratios
     assert jm.select_ratios(table, 1.0, method=method) == {}
 
@@ -354,16 +354,16 @@ def test_the_best_of_all_combinations_is_chosen(net):
     table = jm.score_ratios(
         params, graph, score, batches=shape, ratios=RATIOS, progress=False
     )
-    sites = ["a", "b", "c", "d"]
-    rows = {n: table.where(site=n) for n in sites}
-    total = table.where(site="(all)")["macs"][0]
+    layers = ["a", "b", "c", "d"]
+    rows = {n: table.where(layer=n) for n in layers}
+    total = table.where(layer="(all)")["macs"][0]
     best, found = -np.inf, None
     for choice in itertools.product(range(4), repeat=4):
-        cost = sum(rows[n]["macs"][c] for n, c in zip(sites, choice, strict=True))
-        worth = sum(rows[n]["score"][c] for n, c in zip(sites, choice, strict=True))
+        cost = sum(rows[n]["macs"][c] for n, c in zip(layers, choice, strict=True))
+        worth = sum(rows[n]["score"][c] for n, c in zip(layers, choice, strict=True))
         if cost <= 0.6 * total and worth > best:
             best, found = worth, choice
-    wanted = {n: rows[n]["ratio"][c] for n, c in zip(sites, found, strict=True)}
+    wanted = {n: rows[n]["ratio"][c] for n, c in zip(layers, found, strict=True)}
     chosen = jm.select_ratios(table, 0.6, fit=False)
     assert chosen == {n: r for n, r in wanted.items() if r < 1}
 
@@ -374,7 +374,7 @@ def test_published_thresholds():
     rows = [("x", r, round(1000 * r), s) for r, s in scores.items()]
     rows.append(("(all)", 1.0, 1000, 90.0))
     columns = dict(
-        zip(("site", "ratio", "macs", "score"), zip(*rows, strict=True), strict=True)
+        zip(("layer", "ratio", "macs", "score"), zip(*rows, strict=True), strict=True)
     )
     table = jm.Table(columns | {"parameters": columns["macs"]})
     for target, ratio in ((0.55, 0.5), (0.7, 0.7), (0.69, 0.5), (0.1, 0.1)):
@@ -399,11 +399,11 @@ def test_manual_ratios_are_part_of_the_budget(net, table, method):
     fewer = jm.score_ratios(
         params, graph.without("b"), score, batches=shape, progress=False
     )
-    assert "b" not in fewer["site"]
+    assert "b" not in fewer["layer"]
 
 
 @pytest.mark.slow
-def test_a_run_that_stops_goes_on_behind_its_last_row(net, tmp_path):
+def test_a_run_that_stops_goes_on_after_its_last_row(net, tmp_path):
     _, params, x, graph, score = net
     shape, calls = jax.ShapeDtypeStruct(x.shape, x.dtype), []
 
@@ -423,7 +423,7 @@ def test_a_run_that_stops_goes_on_behind_its_last_row(net, tmp_path):
         jm.score_ratios(params, graph, on_the_host, **options)
     before = len(calls)
     table = jm.score_ratios(params, graph, on_the_host, **options)
-    rows = len({(r["site"], r["left"]) for r in table if r["ratio"] < 1}) + 1
+    rows = len({(r["layer"], r["kept"]) for r in table if r["ratio"] < 1}) + 1
     # One try of each run says whether the score can be traced.
     assert len(calls) - before == 1 + rows - (before - 2)
     again = jm.score_ratios(
@@ -483,7 +483,7 @@ BAD_CHOICES = {
     ),
     "method": ({"method": "luck"}, "method is 'luck'.*'greedy' or 'optimal'"),
     "budget": ({"budget": "bytes"}, "budget is 'bytes'.*'macs' or 'parameters'"),
-    "site": ({"manual": {"z": 0.5}}, "the table has no site 'z'"),
+    "layer": ({"manual": {"z": 0.5}}, "the table has no layer 'z'"),
     "manual": ({"manual": {"a": 2.0}}, "manual ratio of 'a' is 2"),
 }
 
@@ -510,16 +510,16 @@ def test_the_ratio_that_is_named_can_be_reached(table, digits):
 def test_bad_tables(table):
     holed = dict(table.columns) | {"score": [float("nan")] * len(table)}
     for bad, message in (
-        (jm.Table({"site": ["a"]}), "the table is none of"),
+        (jm.Table({"layer": ["a"]}), "the table is none of"),
         (jm.Table(holed), "scores that are no numbers"),
-        (table.where(site="a"), "no rows of sites, or none of the whole"),
+        (table.where(layer="a"), "no rows of layers, or none of the whole"),
     ):
         with pytest.raises(ValueError, match=f"jaxmet.select_ratios: .*{message}"):
             jm.select_ratios(bad, 0.5)
 
 
 def halves(params, inputs):
-    """Inputs in a dict, and a site whose outputs two others read, a part each."""
+    """Inputs in a dict, and a layer whose outputs two others read, a part each."""
     h = jax.nn.relu(inputs["x"] @ params["a"])
     return h[:, :12] @ params["b"] + jnp.tanh(h[:, 12:] @ params["c"])
 
@@ -545,8 +545,8 @@ def test_pieces_are_scored_as_they_are_pruned(sighted):
     )
     if not sighted:
         options.pop("batches")
-    found = {r["site"]: r for r in table if r["ratio"] < 1}
-    assert {n: (r["left"], r["of"]) for n, r in found.items()} == {
+    found = {r["layer"]: r for r in table if r["ratio"] < 1}
+    assert {n: (r["kept"], r["of"]) for n, r in found.items()} == {
         "b": (6, 12),
         "c": (2, 4),
     }
@@ -592,7 +592,7 @@ def test_windows_that_change_the_size_are_counted_as_they_run(method):
 
     def macs(tree, name):
         table = jm.cost(tree, jm.trace(model.apply, tree, x), x[:1])
-        return sum(r["macs"] for r in table if f"{r['site']}/".startswith(f"{name}/"))
+        return sum(r["macs"] for r in table if f"{r['layer']}/".startswith(f"{name}/"))
 
     def score(apply, params):
         return -jnp.mean(apply(params, x) ** 2)
@@ -607,10 +607,10 @@ def test_windows_that_change_the_size_are_counted_as_they_run(method):
         progress=False,
     )
     for row in (row for row in table if row["ratio"] < 1):
-        name, ratios = row["site"], {row["site"]: row["ratio"]}
+        name, ratios = row["layer"], {row["layer"]: row["ratio"]}
         small = jm.factorize(params, graph, ratios=ratios, method=method)
         assert row["costs"][name]["macs"] == macs(small, name) <= macs(params, name)
-        assert (row["left"] == row["of"]) == (not len(jm.widths(small)))
+        assert (row["kept"] == row["of"]) == (not len(jm.widths(small)))
     ratios = jm.select_ratios(table, 0.5)
     small = jm.factorize(params, graph, ratios=ratios, method=method)
     whole = [macs(tree, "(all)") for tree in (small, params)]
