@@ -67,6 +67,24 @@ def compare(
     `mask`, a function of the batch, says where its values count, as in `jm.calibrate`.
     Two programs are compiled. Nodes inside `while_loop` are left out.
 
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: the quantizers of `jm.calibrate` for this tree.
+        batch: one batch of inputs; a tuple is several inputs.
+        reference: what counts as float: a tree of this model or `(apply, params)`; default
+            None: `params` without quantizers.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        A table with one row per quantized node.
+
+    Raises:
+        ValueError: for quantizers of another model, a batch on which the model does not run,
+            and a reference without the nodes of the graph.
+
     >>> print(jm.compare(params, graph, quantizers, images))
     """
     graph, _ = fitted(params, graph, CALLER)

@@ -34,6 +34,19 @@ def cost(params: Any, graph: Graph, *inputs: Any, **kwargs: Any) -> Table:
     several layers read counts with the first. The last two rows are the parameters of no
     layer, and the whole.
 
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        *inputs: arrays or `jax.ShapeDtypeStruct`s; counts are for one call with them.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        A table with one row per layer, then the other parameters, then the whole.
+
+    Raises:
+        ValueError: without inputs, for inputs on which the model does not run, and for a tree
+            that is not the graph's.
+
     >>> table = jm.cost(params, graph, images[:1])
     >>> table.where(layer="(all)")["macs"]
     """
@@ -77,6 +90,12 @@ def widths(params: Any) -> Table:
     One row per leaf that was factorized or pruned: its name, its `shape` before, the shapes
     that are `stored` now, and the `rank` between two factors. A flax model with these
     features and ranks takes the stored arrays as they are.
+
+    Args:
+        params: a tree of `jm.prune` or `jm.factorize`.
+
+    Returns:
+        A table with one row per compressed leaf.
 
     >>> print(jm.widths(jm.prune(params, graph, ratios)))
     """

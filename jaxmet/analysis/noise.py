@@ -86,9 +86,29 @@ def noise(
     is the example, and `examples` counts draws of signs.
 
     Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
-    `sensitivity` measure what this predicts. Two programs are compiled. Raises ValueError
-    where no gradient reaches a quantizer from the outputs, where one is not finite, and where no
-    quantizer is on.
+    `sensitivity` measure what this predicts. Two programs are compiled.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: the quantizers of `jm.calibrate` for this tree.
+        batches: `jm.batched(images)`, or any iterable of batches that can be read again.
+        examples: how many examples get a backward pass, at most; default 128.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        progress: whether a progress bar is shown; default True.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        A table with one row per quantizer, and '(all)' last.
+
+    Raises:
+        ValueError: where no gradient reaches a quantizer from the outputs, where one is not
+            finite, and where no quantizer is on.
 
     >>> table = jm.noise(params, graph, quantizers, batches)
     >>> jm.plot.noise(table)

@@ -58,12 +58,37 @@ def ptq(
     scales and mean errors come from the batch norms (data-free quantization), what they do not
     tell stays in float, nothing is rounded by data, and the table has no ratios.
 
-    The data is read several times per step: a one-shot iterator is refused. Raises ValueError
-    for a key that is none, and what `trace`, `fold_batch_norm`, `equalize`, `calibrate`,
-    `correct_bias` and `adaround` raise.
+    The data is read several times per step: a one-shot iterator is refused.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019.
+
+    Args:
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        params: the parameter tree, whatever the model takes first; not changed.
+        batches: `jm.batched(images)`, any iterable of batches, or `jax.ShapeDtypeStruct`s for
+            no data.
+        config: the `jm.QuantConfig`; default None: W8A8, one scale per output channel of a
+            weight, one per activation.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        rounding: whether weights are rounded by `jm.adaround` where there is data; default
+            True.
+        reference: what outputs are compared with: a tree or `(apply, params)`; default None:
+            the model as it came.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        progress: whether a progress bar is shown; default True.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The tree, its quantizers, and a table with one row per step.
+
+    Raises:
+        ValueError: for a key that is none, and what `trace`, `fold_batch_norm`, `equalize`,
+            `calibrate`, `correct_bias` and `adaround` raise.
 
     >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.batched(images))
     >>> print(table)

@@ -53,9 +53,24 @@ def sensitivity(
     of nodes that the graph does not select: of the last one `only this` is the score of the
     quantized network and `all but this` that of float.
 
-    A score that is not finite stays in the table, unless float has it. Raises ValueError for
-    that, for a score that is no scalar or keeps a traced array, for impossible widths, and
-    where no quantizer is on.
+    A score that is not finite stays in the table, unless float has it.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: the quantizers of `jm.calibrate` for this tree.
+        score: a function `score(apply, params)` that returns a scalar, higher is better.
+        bits: bit-widths to score one by one; default None: each quantizer as it is.
+        together: how many rows are computed at once (`jax.vmap`), where the score can be
+            traced; default 1.
+        progress: whether a progress bar is shown; default True.
+
+    Returns:
+        A table with one row per quantizer and width, and '(all)' last.
+
+    Raises:
+        ValueError: for that, for a score that is no scalar or keeps a traced array, for
+            impossible widths, and where no quantizer is on.
 
     >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
     >>> table = jm.sensitivity(params, graph, quantizers, score)

@@ -66,6 +66,7 @@ def grams(
             return result, None
         x, kernel = operands[0], operands[node.weight.operand]
         most = max(1, rows // max(1, x.shape[0]))
+        # a key of its own for batch, node and loop step: later batches add new positions
         own = key
         for part in (run.batch, numbers[node.name], *run.iteration):
             own = jax.random.fold_in(own, part)
@@ -99,6 +100,7 @@ def grams(
                 f"jaxmet.{caller}: what {name!r} reads holds NaN or infinity in some batch. "
                 "Look at the batches, and at the model's outputs for them."
             )
+    # a weight that several layers use is judged by what all of them read
     total: dict[str, GramSums] = {}
     for name, gram in found.items():
         kernel = graph[name].kernel

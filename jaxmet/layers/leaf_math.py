@@ -29,6 +29,7 @@ def scaled(leaf: Any, factor: jax.Array, power: int = 1) -> Any:
     array = jnp.asarray(dense(leaf))
     dtype = wide(array.dtype, factor.dtype)
     new, factor = array.astype(dtype), factor.astype(dtype)
+    # step by step: factor ** power alone could overflow where the product does not
     for _ in range(abs(power)):
         new = new * factor if power > 0 else new / factor
     return replaced(leaf, new)

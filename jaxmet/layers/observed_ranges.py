@@ -248,7 +248,7 @@ def _as_one(values: list[Any]) -> Any:
 def _chosen(
     found: Mapping[str, Extremes | Histogram], activations: Mapping[str, Settings]
 ) -> dict[str, Range]:
-    """The range of each grid: what was seen, or what its calibrator makes of it."""
+    """The range of each quantizer: what was seen, or what its calibrator makes of it."""
     ranges: dict[str, Range] = {}
     searched: dict[Any, list[str]] = {}
     for name, settings in activations.items():

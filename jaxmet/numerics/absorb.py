@@ -20,6 +20,15 @@ def absorbed(
     r"""$c = \max(0, \mu - n\sigma)$, no more than the upper bound of the rectifier.
 
     With $n = 3$ a normal value is above $c$ in 99.865 % of cases.
+
+    Args:
+        mean: the mean of each channel before the rectifier.
+        variance: its variance.
+        upper: the upper bound of the rectifier, infinite where there is none.
+        n_sigma: how many standard deviations below the mean are left.
+
+    Returns:
+        The constant of each channel, zero or more.
     """
     low = mean - n_sigma * jnp.sqrt(variance)
     return jnp.minimum(jnp.maximum(low, 0.0), upper)
@@ -28,6 +37,14 @@ def absorbed(
 def shift_after(
     weight: Float[Array, "groups ins outs window"], c: Float[Array, " inputs"]
 ) -> Float[Array, " outputs"]:
-    r"""$\sum W c$ over inputs and window: what outputs lose when inputs lose $c$."""
+    r"""$\sum W c$ over inputs and window: what outputs lose when inputs lose $c$.
+
+    Args:
+        weight: the weight of the layer after the rectifier.
+        c: the constant of each of its inputs.
+
+    Returns:
+        What each output loses.
+    """
     by_group = c.reshape(weight.shape[:2])
     return jnp.einsum("giow,gi->go", weight, by_group).reshape(-1)

@@ -161,6 +161,17 @@ def best_range(
     """The range for a grid with the ends low … high, for each of the leading axes.
 
     `tail` is the share that 'percentile' cuts off on either side.
+
+    Args:
+        values: pieces of histograms, one per leading index.
+        low: the lowest integer of each grid.
+        high: the highest integer of each.
+        tail: the share that 'percentile' cuts off on either side.
+        method: a name such as 'mse', or a function.
+        symmetric: whether zero is the middle of the grids.
+
+    Returns:
+        The lower and the upper ends.
     """
     choose = partial(_best_range, method=method, symmetric=symmetric)
     pieces = "(n),(n),(n),(n)"
@@ -183,6 +194,20 @@ def range_of(
     """The range of an array by a method, apart for each channel or block as `minmax`.
 
     low … high are the ends of the grid that it is for.
+
+    Args:
+        x: the values, any shape.
+        low: the lowest integer of the grid.
+        high: the highest integer.
+        method: a name such as 'mse', or a function.
+        symmetric: whether zero is the middle of the grid.
+        percentile: for 'percentile', the percent of values below the upper end; default 99.99.
+        axis: the axes with ranges of their own; default None: one range.
+        block: how many neighbours on `block_axis` share a range; default None.
+        block_axis: the axis that is divided into blocks; default None.
+
+    Returns:
+        The lower and the upper ends, with the rank of `x`.
     """
     if method == "minmax":
         return minmax(x, axis, block=block, block_axis=block_axis)

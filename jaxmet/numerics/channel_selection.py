@@ -34,7 +34,15 @@ class Reconstruction(NamedTuple):
 
 
 def by_magnitude(weight: Weight, channels: int) -> Float[Array, " {channels}"]:
-    r"""$\sum W^2$ over the weights that read each channel."""
+    r"""$\sum W^2$ over the weights that read each channel.
+
+    Args:
+        weight: the weight, with the inputs of each channel side by side.
+        channels: how many channels there are.
+
+    Returns:
+        One score per channel.
+    """
     return jnp.sum(_split(weight, channels) ** 2, axis=(0, 2))
 
 
@@ -54,6 +62,15 @@ def by_block_obs(
     Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon,
     NIPS 1992; in blocks, Frantar and Alistarh, [Optimal Brain
     Compression](https://arxiv.org/abs/2208.11580), NeurIPS 2022, section 4.
+
+    Args:
+        gram: the Gram matrix of the inputs.
+        cross: their products with the outputs that should stay.
+        channels: how many channels there are.
+        damping: what is added to the diagonal, as a share of it; default 1e-5.
+
+    Returns:
+        The growth of the squared error, one per channel.
     """
     return _losses(_table(gram, cross, channels, damping), channels)
 
@@ -72,6 +89,15 @@ def removal_order(
     weights of what remains after channel i are exact by one block of elimination,
     $P \leftarrow P - P_{:i} P_{ii}^{-1} P_{i:}$ and
     $W \leftarrow W - P_{:i} P_{ii}^{-1} W_i$.
+
+    Args:
+        gram: the Gram matrix of the inputs.
+        cross: their products with the outputs that should stay.
+        channels: how many channels there are.
+        damping: what is added to the diagonal, as a share of it; default 1e-5.
+
+    Returns:
+        The indices of all channels, the first to be removed first.
     """
     table = _table(gram, cross, channels, damping)
     taps = table.shape[0] // channels
@@ -112,6 +138,16 @@ def by_lasso(
 
     He et al., [Channel Pruning for Accelerating Very Deep Neural
     Networks](https://arxiv.org/abs/1707.06168), ICCV 2017, section 3.1.
+
+    Args:
+        gram: the Gram matrix of the inputs.
+        cross: their products with the outputs that should stay.
+        weight: the weight.
+        channels: how many channels there are.
+        keep: how many of them stay.
+
+    Returns:
+        One score per channel; the `keep` largest are kept.
     """
     alike = jnp.matmul(weight, weight.T, precision="highest")
     blocks = (gram * alike).reshape(-1, channels, gram.shape[0] // channels, channels)
@@ -140,6 +176,17 @@ def reconstruct(
 
     He et al., [Channel Pruning for Accelerating Very Deep Neural
     Networks](https://arxiv.org/abs/1707.06168), ICCV 2017, section 3.1.
+
+    Args:
+        gram: the Gram matrix of the inputs.
+        cross: their products with the outputs that should stay.
+        left: True for each channel that stays; may be traced.
+        start: the weight until now; default None: zero.
+        damping: how strongly `start` is kept where the inputs say little; default
+            1e-5.
+
+    Returns:
+        The new weight, and what it explains of the energy of each output.
     """
     rows = jnp.tile(left, gram.shape[0] // left.size)[:, None]
     inner = jnp.where(rows & rows.T, gram, 0.0)

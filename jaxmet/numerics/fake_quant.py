@@ -55,8 +55,25 @@ def fake_quant(
     scales of their own. Half
     precision is computed in float32.
 
-    Raises ValueError for values that are no floating-point numbers, for operands that do not
-    fit, and for `low` above `high`.
+    Args:
+        x: the values, of any shape and float dtype.
+        scale: the step of the grid, broadcast against x.
+        zero_point: the integer that stands for zero, broadcast against x.
+        low: the lowest integer.
+        high: the highest integer.
+        axis: names the axes that have scales of their own; changes no value; default None.
+        block: how many neighbours on an axis share one scale; default None: no blocks.
+
+    Returns:
+        The rounded values, of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: for values that are no floating-point numbers, for operands that do not fit,
+            and for `low` above `high`.
+
+    >>> x = jnp.array([-1.0, 0.26, 0.9])
+    >>> jm.fake_quant(x, 0.5, 0, -2, 1)
+    Array([-1. ,  0.5,  0.5], dtype=float32)
     """
     _check_float(x)
     x = jnp.asarray(x)

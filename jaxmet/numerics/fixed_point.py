@@ -48,6 +48,15 @@ def anderson(
 
     Walker and Ni, [Anderson Acceleration for Fixed-Point
     Iterations](https://doi.org/10.1137/10078356X), SIAM J. Numer. Anal. 2011.
+
+    Args:
+        step: the map T; it returns the next point and anything about it.
+        start: the first point.
+        tolerance: the largest change of an entry at the end.
+        max_steps: how many steps at most.
+
+    Returns:
+        The point, what `step` said about it, and how often `step` was called.
     """
 
     def body(s: _State) -> _State:

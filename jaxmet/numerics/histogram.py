@@ -61,6 +61,7 @@ def bin_width(
 
 def _power_of_two(x: Float[Array, "*layers"]) -> Float[Array, "*layers"]:
     """The largest power of two up to x: its exponent without the mantissa."""
+    # bits, not log2: a logarithm may round to the next power just below one
     size = jnp.finfo(x.dtype).bits
     exponent = jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{size}"))
     mantissa = jnp.asarray(2 ** jnp.finfo(x.dtype).nmant - 1, exponent.dtype)
@@ -124,7 +125,15 @@ def tally(
 
 
 def histogram(x: Float[Array, "..."], *, bins: int = BINS) -> Histogram:
-    """The histogram of an array."""
+    """The histogram of an array.
+
+    Args:
+        x: the values, any shape.
+        bins: how many bins there are; default 2,048.
+
+    Returns:
+        The counts of equal bins around zero, and the exact ends.
+    """
     return jax.tree.map(lambda v: v[0], histograms([tally(x, bins=bins)]))
 
 
@@ -167,6 +176,13 @@ def merge(one: Histogram, two: Histogram) -> Histogram:
     """The histogram of both sets of values: associative, commutative, exact.
 
     One without values, whose ends are +∞ and −∞, changes nothing.
+
+    Args:
+        one: a histogram, or several along leading axes.
+        two: as many of them.
+
+    Returns:
+        The histograms of the values of both.
     """
     low, high = jnp.minimum(one.low, two.low), jnp.maximum(one.high, two.high)
     counts = jnp.zeros_like(one.counts)
@@ -175,7 +191,14 @@ def merge(one: Histogram, two: Histogram) -> Histogram:
 
 
 def merge_all(histograms: Histogram) -> Histogram:
-    """One histogram of all that lie side by side."""
+    """One histogram of all that lie side by side.
+
+    Args:
+        histograms: histograms along a leading axis.
+
+    Returns:
+        The histogram of all values.
+    """
     bins = histograms.counts.shape[-1]
     counts, *rest = histograms
     flat = Histogram(counts.reshape(-1, bins), *(v.reshape(-1) for v in rest))

@@ -55,6 +55,15 @@ def optimal(
 
     To leave a layer as it is must be an option, with its own score and cost. An infinite
     cost marks an option that is not there. Of two equal scores it is the lower cost.
+
+    Args:
+        scores: the score of each option of each layer.
+        costs: its cost; infinite where there is no such option.
+        budget: the largest cost of all together.
+        limit: how many partial choices are kept at most.
+
+    Returns:
+        The option of each layer, score and cost, and how much more could be reached.
     """
     there = np.isfinite(costs) & np.isfinite(scores)
     least = np.where(there, costs, np.inf).min(axis=1)

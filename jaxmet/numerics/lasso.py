@@ -29,6 +29,17 @@ def lasso(
     $\beta_i \leftarrow S(b_i - \sum_{j \ne i} A_{ij}\beta_j) / A_{ii}$, where S takes
     $\lambda$ from the magnitude. It ends when no coefficient moves what it contributes by
     more than `tolerance` of the largest contribution, or after so many sweeps.
+
+    Args:
+        gram: the quadratic form A.
+        cross: the linear form b.
+        penalty: λ, the price of magnitude.
+        start: the first guess.
+        sweeps: how many sweeps at most; default 500.
+        tolerance: when to stop, as a share of the largest contribution; default 1e-6.
+
+    Returns:
+        The coefficients.
     """
     diagonal = jnp.diagonal(gram)
     own = jnp.where(diagonal > 0, diagonal, 1.0)
@@ -60,6 +71,14 @@ def sparse(
     """The minimum under a penalty that leaves `keep` coefficients, or the next fewer.
 
     The penalty is halved in, on a logarithmic scale, from the one that leaves none.
+
+    Args:
+        gram: the quadratic form A.
+        cross: the linear form b.
+        keep: how many coefficients may differ from zero.
+
+    Returns:
+        The coefficients.
     """
 
     def unfinished(state: tuple) -> jax.Array:

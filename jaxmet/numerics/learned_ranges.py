@@ -82,6 +82,7 @@ def grid_of_learned_range(
     if minimum is None:
         scale = positive(maximum / high)
         return scale, jnp.zeros_like(scale)
+    # zero must be in the range, or padding and ReLU outputs would not be representable
     least = through(minimum, jnp.clip(minimum, -SCALE_CEILING, 0.0))
     most = through(maximum, jnp.clip(maximum, 0.0, SCALE_CEILING))
     scale = positive((most - least) / (high - low))

@@ -18,6 +18,14 @@ def solve(
     r"""$(G + \lambda D)^{-1} R$ with D the diagonal of G: as if all inputs had size one.
 
     What belongs to an input that is always zero is the right side itself, mostly zero.
+
+    Args:
+        gram: symmetric matrices G, n by n.
+        right: right sides R, n by m.
+        damping: λ, as a share of the diagonal.
+
+    Returns:
+        The solutions, n by m.
     """
     unit, scale = of_size_one(gram)
     groups = math.prod(gram.shape[:-2])

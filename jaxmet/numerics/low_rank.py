@@ -49,6 +49,14 @@ def spectrum(
     In the place of the Gram matrix stands $G + \delta I$, with $\delta$ so much of the mean
     of the diagonal as `damping` says: what the inputs never ask for costs next to nothing,
     yet comes in its own order after all the rest.
+
+    Args:
+        matrix: the weight, inputs by outputs, groups in front.
+        gram: the Gram matrix of the inputs, m by m; default None: the identity.
+        damping: what share of the mean of its diagonal is added to it; default 1e-6.
+
+    Returns:
+        A decomposition of which the first r parts are the best matrix of rank r.
     """
     with jax.default_matmul_precision("highest"):
         core, across = matrix, None
@@ -75,9 +83,19 @@ def low_rank(
 
     $L = M V_r / c$ and $R = c V_r^T$ with $c_k = \sqrt{|M v_k|}$: each column of L has the
     norm of its row of R. Without inputs they are $U_r \sqrt{S_r}$ and $\sqrt{S_r} V_r^T$.
+
+    Args:
+        matrix: the weight, inputs by outputs, groups in front.
+        rank: the rank of the result.
+        gram: the Gram matrix of the inputs, m by m; default None: the identity.
+        damping: what share of the mean of its diagonal is added to it; default 1e-6.
+
+    Returns:
+        The two factors, m by rank and rank by n.
     """
     parts = spectrum(matrix, gram, damping=damping)
     left, right = parts.left[..., :rank], parts.right[..., :rank, :]
+    # equal norms on both sides: neither factor is much larger than the other
     share = jnp.sqrt(jnp.linalg.norm(left, axis=-2, keepdims=True))
     left = left / jnp.where(share > 0, share, 1.0)
     return left, right * _transposed(share)
@@ -87,6 +105,7 @@ def low_rank(
 def masked(parts: Spectrum, rank: int | Int[Array, ""]) -> Float[Array, "*g m n"]:
     """The product of the factors of `low_rank`, for a rank that need not be known before."""
     left = parts.left
+    # zeros instead of a slice: the rank may be traced, and shapes may not depend on it
     used = jnp.arange(left.shape[-1]) < rank
     used = used.reshape((1,) * (left.ndim - 1) + used.shape)
     return jnp.matmul(jnp.where(used, left, 0.0), parts.right, precision="highest")
@@ -107,6 +126,17 @@ def refit(
     inputs do not say: with $A = B^T G B$ and $D$ its diagonal,
     $H = H_0 + (A + \lambda D)^{-1} B^T G\,(W - B H_0)$. An output that rounding errors
     leave with a larger error than before keeps its start.
+
+    Args:
+        gram: the Gram matrix of the inputs, k by k.
+        target: the weight that the product should act as.
+        basis: the first factor.
+        start: the second factor until now.
+        damping: how strongly `start` is kept where the inputs say little; default
+            1e-6.
+
+    Returns:
+        The new second factor.
     """
     product = partial(jnp.matmul, precision="highest")
     pull = product(gram, basis)

@@ -40,6 +40,17 @@ def lbfgs(
     function is compiled once. `first_step` is the largest entry of the first step.
 
     Nocedal and Wright, Numerical Optimization, 2006, algorithms 7.4 and 7.5.
+
+    Args:
+        function: a smooth function of a vector.
+        start: the first point, within the bounds.
+        lower: the lower bound of each entry.
+        upper: the upper bound.
+        evaluations: how often the function is evaluated.
+        first_step: the length of the first step, in its largest entry; default 0.3.
+
+    Returns:
+        The best point.
     """
     value_and_gradient = jax.value_and_grad(function)
 
@@ -87,6 +98,7 @@ def _forward(
     """The state at a point that was taken."""
     move, change = x - s.x, gradient - s.gradient
     product = jnp.vdot(move, change, precision="highest")
+    # a pair without positive curvature would make the inverse Hessian indefinite
     enough = 1e-7 * jnp.linalg.norm(move) * jnp.linalg.norm(change)
     learnt = (product > enough) & jnp.isfinite(s.value)
 
@@ -97,8 +109,10 @@ def _forward(
     moves, changes = pushed(s.moves, move), pushed(s.changes, change)
     curvature = pushed(s.curvature, product)
     direction = -_inverse_hessian(gradient, moves, changes, curvature, first_step)
+    # a step against an active bound would be cut to nothing and count as no progress
     held = ((x <= lower) & (direction < 0)) | ((x >= upper) & (direction > 0))
     direction = jnp.where(held, 0.0, direction)
+    # with bounds held the quasi-Newton direction may point uphill
     downhill = jnp.vdot(direction, gradient, precision="highest") < 0
     direction = jnp.where(downhill, direction, _steepest(gradient, first_step))
     return _Descent(
@@ -120,6 +134,7 @@ def _shorter(
 ) -> _Descent:
     """The state after a step that was too long: a parabola says how much."""
     bend = 2 * (value - s.value - slope)
+    # the minimum of the parabola through both values and the slope, kept within 0.1 … 0.5
     factor = jnp.where(bend > 0, -slope / jnp.where(bend > 0, bend, 1.0), 0.5)
     factor = jnp.clip(jnp.where(jnp.isfinite(factor), factor, 0.1), 0.1, 0.5)
     again = s.idle == 4  # the memory misleads: start it afresh

@@ -91,6 +91,13 @@ def merge(one: Measured, two: Measured) -> Measured:
     $M = M_1 + M_2 + \delta^2 n_1 n_2 / n$ with $\delta$ the distance of the means. Chan,
     Golub and LeVeque, [Algorithms for Computing the Sample
     Variance](https://doi.org/10.1080/00031305.1983.10483115), 1983.
+
+    Args:
+        one: the moments of some values.
+        two: those of others.
+
+    Returns:
+        The moments of all of them.
     """
     count = one.number + two.number
     share = two.number / jnp.maximum(count, 1.0)
@@ -105,7 +112,16 @@ def merge(one: Measured, two: Measured) -> Measured:
 
 
 def normal(mean: Channels, variance: Channels, n_sigma: float = N_SIGMA) -> Moments:
-    """A normal value and the range that it hardly ever leaves."""
+    """A normal value and the range that it hardly ever leaves.
+
+    Args:
+        mean: the mean of each channel.
+        variance: its variance.
+        n_sigma: how many standard deviations the range is to either side.
+
+    Returns:
+        Mean, variance and range.
+    """
     reach = n_sigma * jnp.sqrt(variance)
     return Moments(mean, variance, mean - reach, mean + reach)
 
@@ -118,6 +134,14 @@ def clipped(x: Moments, lower: Channels, upper: Channels) -> Moments:
     $E y = a\Phi(\alpha) + b\Phi(-\beta) + \mu p + \sigma(\varphi(\alpha) - \varphi(\beta))$
     and $E y^2 = a^2\Phi(\alpha) + b^2\Phi(-\beta) + (\mu^2+\sigma^2) p
     + \sigma((\mu+a)\varphi(\alpha) - (\mu+b)\varphi(\beta))$.
+
+    Args:
+        x: the mean, variance and range of each channel.
+        lower: the lower bound, −∞ for none.
+        upper: the upper bound, ∞ for none.
+
+    Returns:
+        The moments after the clip.
     """
     sigma = jnp.sqrt(jnp.maximum(x.variance, 1e-30))
     alpha, beta = (lower - x.mean) / sigma, (upper - x.mean) / sigma
@@ -138,7 +162,15 @@ def clipped(x: Moments, lower: Channels, upper: Channels) -> Moments:
 
 
 def leaky(x: Moments, slope: Channels) -> Moments:
-    """x where it is positive, slope · x elsewhere: two rectified halves, never both."""
+    """x where it is positive, slope · x elsewhere: two rectified halves, never both.
+
+    Args:
+        x: the mean, variance and range of each channel.
+        slope: the factor of negative values.
+
+    Returns:
+        The moments after the leaky ReLU.
+    """
     zero, infinite = jnp.zeros_like(x.mean), jnp.full_like(x.mean, jnp.inf)
     up, down = clipped(x, zero, infinite), clipped(x, -infinite, zero)
     mean = up.mean + slope * down.mean
@@ -156,6 +188,13 @@ def through(x: Moments, function: Callable[[jax.Array], jax.Array]) -> Moments:
     Gauss and Hermite's nodes are few there. Trefethen and Weideman, [The Exponentially
     Convergent Trapezoidal Rule](https://doi.org/10.1137/130932132), SIAM Review 56, 2014.
     Where $f$ is not finite beyond the range of $x$ it counts as at its nearer end.
+
+    Args:
+        x: the mean, variance and range of each channel.
+        function: a function of one number, applied entry by entry.
+
+    Returns:
+        The moments after the function.
     """
     t = np.linspace(-8.0, 8.0, 1025)
     share = np.exp(-t * t / 2)
@@ -173,21 +212,47 @@ def through(x: Moments, function: Callable[[jax.Array], jax.Array]) -> Moments:
 
 
 def affine(x: Moments, scale: float, shift: float) -> Moments:
-    """scale · x + shift."""
+    """scale · x + shift.
+
+    Args:
+        x: the mean, variance and range of each channel.
+        scale: the factor of the value.
+        shift: what is added afterwards.
+
+    Returns:
+        The moments of the result.
+    """
     ends = (x.low * scale + shift, x.high * scale + shift)
     low, high = jnp.minimum(*ends), jnp.maximum(*ends)
     return Moments(x.mean * scale + shift, x.variance * scale**2, low, high)
 
 
 def added(one: Moments, two: Moments, n_sigma: float = N_SIGMA) -> Moments:
-    """The sum of two values that know nothing of each other."""
+    """The sum of two values that know nothing of each other.
+
+    Args:
+        one: the moments of a value.
+        two: those of another, independent of it.
+        n_sigma: how many standard deviations the range is to either side.
+
+    Returns:
+        The moments of the sum.
+    """
     total = normal(one.mean + two.mean, one.variance + two.variance, n_sigma)
     low = jnp.maximum(total.low, one.low + two.low)
     return total._replace(low=low, high=jnp.minimum(total.high, one.high + two.high))
 
 
 def multiplied(one: Moments, two: Moments) -> Moments:
-    """The product of two values that know nothing of each other."""
+    """The product of two values that know nothing of each other.
+
+    Args:
+        one: the moments of a value.
+        two: those of another, independent of it.
+
+    Returns:
+        The moments of the product.
+    """
     variance = one.variance * two.power + two.variance * one.mean * one.mean
     ends = [a * b for a in (one.low, one.high) for b in (two.low, two.high)]
     ends = jnp.stack(ends)
@@ -197,7 +262,15 @@ def multiplied(one: Moments, two: Moments) -> Moments:
 
 
 def either(one: Moments, two: Moments) -> Moments:
-    """A value that is one or the other as often."""
+    """A value that is one or the other as often.
+
+    Args:
+        one: the moments of a value.
+        two: those of another, independent of it.
+
+    Returns:
+        The moments of the mixture.
+    """
     mean = (one.mean + two.mean) / 2
     power = (one.power + two.power) / 2
     return Moments(

@@ -43,20 +43,45 @@ def norm_gain(variance: Channels, scale: Channels | None, epsilon: float) -> Cha
 
     A true root and a division: with a reciprocal root the gain of a norm that was
     folded before would not be exactly one.
+
+    Args:
+        variance: the variance of each channel.
+        scale: the gain γ; None: 1.
+        epsilon: what is added to the variance.
+
+    Returns:
+        The factor g of each channel.
     """
     root = unit_scale(variance, epsilon)
     return (jnp.ones_like(root) if scale is None else scale) / root
 
 
 def unit_scale(variance: Channels, epsilon: float) -> Channels:
-    r"""The scale with which the gain is one: $\gamma = \sqrt{\sigma^2+\varepsilon}$."""
+    r"""The scale with which the gain is one: $\gamma = \sqrt{\sigma^2+\varepsilon}$.
+
+    Args:
+        variance: the variance of each channel.
+        epsilon: what is added to it.
+
+    Returns:
+        The scale of each channel.
+    """
     return jnp.sqrt(variance + epsilon)
 
 
 def folded_statistics(
     mean: Channels, variance: Channels, gain: Channels
 ) -> tuple[Channels, Channels]:
-    r"""Mean and variance of $g\,x$ from those of $x$: $\mu g$ and $\sigma^2 g^2$."""
+    r"""Mean and variance of $g\,x$ from those of $x$: $\mu g$ and $\sigma^2 g^2$.
+
+    Args:
+        mean: the mean of each channel.
+        variance: its variance.
+        gain: the factor g of each channel.
+
+    Returns:
+        The new mean and variance.
+    """
     return mean * gain, variance * (gain * gain)
 
 
@@ -77,6 +102,18 @@ def gain_before(
     $\sigma'^2 = 1-\varepsilon$ gives a gain of one. `stored` are the dtypes that hold
     variance and scale: the factor makes up for what they round off. `weight` is what the
     norm multiplies both of its statistics by before it uses them.
+
+    Args:
+        mean: the stored mean of each channel.
+        variance: the stored variance.
+        scale: the gain γ; None: 1.
+        bias: the shift β.
+        epsilon: what is added to the variance.
+        stored: the dtypes that hold variance and scale.
+        weight: what the norm multiplies both of its statistics by; default 1.0.
+
+    Returns:
+        The new statistics, and the factor for the layer before.
     """
     gain = norm_gain(variance * weight, scale, epsilon)
     _, spread = folded_statistics(mean, variance, gain)
@@ -111,6 +148,18 @@ def gain_after(
 
     The statistics stay, since $x$ does: $\gamma' = \sqrt{\sigma^2+\varepsilon}$ and
     $\beta' = \beta/g$. What pads $y$ with zeros pads $y/g$ with zeros too.
+
+    Args:
+        mean: the stored mean of each channel.
+        variance: the stored variance.
+        scale: the gain γ; of its own.
+        bias: the shift β.
+        epsilon: what is added to the variance.
+        stored: the dtypes that hold variance and scale.
+        weight: what the norm multiplies both of its statistics by; default 1.0.
+
+    Returns:
+        The new statistics, and the factor for the layers after.
     """
     gain = norm_gain(variance * weight, scale, epsilon)
     _, unit = _unit(variance, scale, epsilon, stored, weight)

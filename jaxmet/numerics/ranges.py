@@ -46,6 +46,17 @@ def grid_of_range(
 
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), section 2.1.
+
+    Args:
+        minimum: the lower ends of ranges, any shape.
+        maximum: the upper ends, of the same shape.
+        bits: the width: 2 to 16, or 32.
+        symmetric: whether zero is the middle of the grid.
+        signed: whether a symmetric grid has negative integers; default True.
+        narrow: whether a signed grid leaves out its lowest integer; default True.
+
+    Returns:
+        Scale and zero point, of the shape of the ranges.
     """
     ends = grid_ends(bits, signed=symmetric and signed, narrow=narrow)
     return grid_between(minimum, maximum, *ends, symmetric=symmetric)
@@ -55,7 +66,18 @@ def grid_of_range(
 def grid_between(
     minimum: Numbers, maximum: Numbers, low: Numbers, high: Numbers, *, symmetric: bool
 ) -> Extremes:
-    """`grid_of_range` for given grid ends, which may be data."""
+    """`grid_of_range` for given grid ends, which may be data.
+
+    Args:
+        minimum: the lower ends of ranges, any shape.
+        maximum: the upper ends, of the same shape.
+        low: the lowest integer.
+        high: the highest integer.
+        symmetric: whether zero is the middle of the grid.
+
+    Returns:
+        Scale and zero point, of the shape of the ranges.
+    """
     least = jnp.minimum(_float(minimum), 0.0)
     most = jnp.maximum(_float(maximum), 0.0)
     low, high = (jnp.asarray(end, least.dtype) for end in (low, high))
@@ -79,6 +101,16 @@ def regrid(
     """The grid with other ends that covers the same real range.
 
     Equal ends give back exactly the same numbers.
+
+    Args:
+        scale: the steps, any shape.
+        zero_point: the integers that stand for zero, of the same shape.
+        old: the lowest and highest integer until now.
+        new: those from now on.
+        symmetric: whether zero is the middle of the grid.
+
+    Returns:
+        The new scale and zero point.
     """
     (low, high), (new_low, new_high) = (
         [jnp.asarray(end, scale.dtype) for end in ends] for ends in (old, new)
@@ -95,7 +127,15 @@ def regrid(
 def through(
     x: Float[Array, "*shape"], value: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """`value`, with the gradient going to `x` as if it were `x`."""
+    """`value`, with the gradient going to `x` as if it were `x`.
+
+    Args:
+        x: where the gradient goes.
+        value: what is returned, of the same shape.
+
+    Returns:
+        The numbers of `value`.
+    """
     del x
     return value
 
@@ -117,6 +157,15 @@ def minmax(
     The results keep the rank of `x`. With `block`, `block_axis` keeps one pair for
     each `block` neighbours, the last of which may be fewer. Half precision is reduced in
     float32.
+
+    Args:
+        x: the values, any shape.
+        axis: the axes with ranges of their own; default None: one range.
+        block: how many neighbours on `block_axis` share a range; default None.
+        block_axis: the axis that is divided into blocks; default None.
+
+    Returns:
+        The smallest and the largest value, with size 1 on the reduced axes.
     """
 
     def of(x: jax.Array, block: int | None) -> Extremes:

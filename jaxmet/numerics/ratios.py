@@ -22,6 +22,13 @@ def monotone(scores: Table, weights: Table | None = None) -> Table:
 
     Ayer et al., An Empirical Distribution Function for Sampling with Incomplete
     Information, 1955.
+
+    Args:
+        scores: scores of each layer, by rising ratio.
+        weights: how much each score counts; default None: equally.
+
+    Returns:
+        Scores that never fall.
     """
     weights = np.ones_like(scores) if weights is None else weights
     return np.stack([_pooled(s, w) for s, w in zip(scores, weights, strict=True)])
@@ -55,6 +62,17 @@ def greedy(
     cost of the network.
 
     AIMET's greedy selection, which halves its way to a cost that may end above the target.
+
+    Args:
+        ratios: the ratios of the columns.
+        scores: scores of each layer and ratio.
+        costs: costs of each layer and ratio.
+        full: the cost of each layer as it is.
+        target: the cost afterwards over the cost before.
+        other: the cost of the rest of the network; default 0.
+
+    Returns:
+        The column of each layer, -1 for a layer that does not change.
     """
     strong_first = np.argsort(ratios, kind="stable")
     index = np.append(strong_first, -1)

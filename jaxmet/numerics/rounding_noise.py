@@ -125,7 +125,15 @@ def noisy(
 
 
 def log_noise(noisy: NoisyLayers, x: Float[Array, " channels"]) -> Float[Array, ""]:
-    """The log of the objective."""
+    """The log of the objective.
+
+    Args:
+        noisy: what the objective knows of the layers.
+        x: the log scales.
+
+    Returns:
+        The log of the noise.
+    """
     return _exact(noisy, x, _tops(noisy, x))[0]
 
 
@@ -146,6 +154,17 @@ def minimise_noise(
     problem gets a few steps of L-BFGS; with no `evaluations` nothing moves. Sums over the many
     weights of a layer are products with matrices made once for each $\beta$, so a step costs
     what the products of two matrices and a vector do.
+
+    Args:
+        noisy: what the objective knows of the layers.
+        start: the first log scales.
+        free: which channels may be scaled.
+        lowest: the lower bounds of log scales.
+        highest: the upper bounds.
+        evaluations: how often the objective is evaluated.
+
+    Returns:
+        The log scales, and the log of the noise there and at the start.
     """
     lowest, highest = (jnp.where(free, b, start) for b in (lowest, highest))
 

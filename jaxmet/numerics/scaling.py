@@ -115,6 +115,17 @@ def balance(
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.1, all layers at
     once instead of pair by pair.
+
+    Args:
+        layers: the magnitudes of weights, and which channels they belong to.
+        start: the first log scales.
+        lowest: the lower bounds of log scales.
+        highest: the upper bounds.
+        tolerance: the largest imbalance at the end; default 1e-5.
+        max_sweeps: how many sweeps at most; default 1,000.
+
+    Returns:
+        The log scales, the imbalance of each channel, and the number of sweeps.
     """
 
     def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +139,15 @@ def balance(
 def range_gap(
     layers: Layers, x: Float[Array, " channels"]
 ) -> Float[Array, " channels"]:
-    """log r1/r2 of every channel; zero for one that is dead on either side, or fixed."""
+    """log r1/r2 of every channel; zero for one that is dead on either side, or fixed.
+
+    Args:
+        layers: the magnitudes of weights, and which channels they belong to.
+        x: the log scales.
+
+    Returns:
+        The log of the ratio of both ranges, by channel.
+    """
     r1, r2 = _ranges(layers, x)
     live = jnp.isfinite(r1) & jnp.isfinite(r2)
     gap = jnp.where(live, r1, 0.0) - jnp.where(live, r2, 0.0)

@@ -30,7 +30,15 @@ def compare(table: Any, *, title: str | None = None) -> Any:
     adds itself. Nodes with a badly used quantizer have a red bar, and the note in the tooltip. Rows
     without noise or without a number leave gaps and are named.
 
-    Raises ValueError for a table that is empty or another's.
+    Args:
+        table: the table of `jm.compare`.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a table that is empty or another's.
 
     >>> jm.plot.compare(jm.compare(params, graph, quantizers, images))
     """

@@ -32,7 +32,17 @@ def graph(
     or bounded channel by channel. The colour says it at a glance. Edges that pass rows by run
     in lanes at the side.
 
-    Raises ValueError for what is no graph, and for a tree or quantizers of another one.
+    Args:
+        graph: the graph of `jm.trace`.
+        params: a tree of this model, for what was compressed; default None.
+        quantizers: for bit-widths; default None.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for what is no graph, and for a tree or quantizers of another one.
 
     >>> jm.plot.graph(graph, params=params, quantizers=quantizers)
     """

@@ -51,7 +51,21 @@ def histograms(
     quantizer are drawn. `names` is a glob, or several, over parameters and nodes.
 
     One pass over the batches counts up to 65,536 values of each node and batch. Nodes in
-    branches and `while_loop`s are left out. Raises ValueError for names that mean nothing.
+    branches and `while_loop`s are left out.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: quantizers to draw in; default None: values alone.
+        batches: data for activations, as for `jm.calibrate`; default None: weights alone.
+        names: a glob, or several, over parameters and nodes; default '*', all.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for names that mean nothing.
 
     >>> jm.plot.histograms(params, graph, quantizers, batches, names="block1/*")
     """

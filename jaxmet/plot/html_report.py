@@ -77,9 +77,24 @@ def report(
     a report of `jm.adaround`; `settings` by name, and versions. Beside every picture its
     table is folded away.
 
-    The file appears under its name only when it is complete. Raises ValueError, before any
-    work, for a path that is a folder, is read-only or has no folder, for a tree that is not
-    the graph's and for tables that are none; ImportError without the extra `plot`.
+    The file appears under its name only when it is complete.
+
+    Args:
+        path: the HTML file to write.
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: quantizers to show; default None.
+        batch: inputs on which float and quantized are compared; default None: no comparison.
+        before: a tree of the same model from before, drawn beside `params`; default None.
+        tables: tables of jaxmet to show, one or several; default none.
+        scores: numbers by name, such as float and quantized; default None.
+        settings: values by name that are listed; default None.
+        title: the heading; default 'jaxmet report'.
+
+    Raises:
+        ValueError: before any work, for a path that is a folder, is read-only or has no folder,
+            for a tree that is not the graph's and for tables that are none.
+        ImportError: without the extra `plot`.
 
     >>> jm.report("report.html", params, graph, quantizers=quantizers, batch=images[:64])
     """

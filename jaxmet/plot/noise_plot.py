@@ -25,7 +25,15 @@ def noise(table: Any, *, title: str | None = None) -> Any:
     signal-to-noise ratio in dB that it alone would leave, further left being worse. The colour
     says weight or activation. Rows without a number are left out and named.
 
-    Raises ValueError for a table that is empty or another's.
+    Args:
+        table: the table of `jm.noise`.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a table that is empty or another's.
 
     >>> jm.plot.noise(jm.noise(params, graph, quantizers, batches))
     """

@@ -28,8 +28,18 @@ def pareto(
     to pay more of `x`. `label` is the column that names them; of more than 12 rows the others
     have their names in tooltips alone. Rows without both numbers are left out and named.
 
-    Raises ValueError for an empty table, a column that is not there, or one that holds no
-    number.
+    Args:
+        table: any `jm.Table` with rows.
+        x: the column of costs: less is better.
+        y: the column of worths: more is better.
+        label: the column that names the points; default None: no names.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for an empty table, a column that is not there, or one that holds no number.
 
     >>> jm.plot.pareto(table, x="macs", y="accuracy", label="network")
     """

@@ -18,8 +18,15 @@ def save(
     The HTML opens without network: the scripts are inside. PNG (with `scale` pixels for one)
     and SVG need no browser. JSON is the Vega-Lite specification.
 
-    Raises ValueError for another suffix, for what is no chart, a folder that is not there and
-    a path that is a folder; ImportError without the extra.
+    Args:
+        chart: a chart of `jm.plot`.
+        path: the file; its suffix is html, png, svg or json.
+        scale: pixels of a PNG per pixel of the chart; default 2.
+
+    Raises:
+        ValueError: for another suffix, for what is no chart, a folder that is not there and a
+            path that is a folder.
+        ImportError: without the extra.
 
     >>> jm.plot.save(jm.plot.noise(table), "noise.png")
     """

@@ -30,8 +30,17 @@ def ratio_scores(
     coloured by score. `chosen`, what `jm.select_ratios` returned, is drawn in: a ring at the
     ratio that each layer got. A score that is NaN leaves a gap and is named.
 
-    Raises ValueError for a table that is empty or another's, and for a chosen layer that it
-    does not have.
+    Args:
+        table: the table of `jm.score_ratios`.
+        chosen: what `jm.select_ratios` returned; default None: no choice is drawn.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a table that is empty or another's, and for a chosen layer that it does
+            not have.
 
     >>> jm.plot.ratio_scores(table, jm.select_ratios(table, 0.5))
     """

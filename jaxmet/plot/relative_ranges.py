@@ -47,7 +47,17 @@ def relative_weight_ranges(
     are left out and counted in the tooltip. With `after`, another tree of the same model,
     its lines are the coloured ones and those from before stand above them in grey.
 
-    Raises ValueError for a tree that is not the graph's.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        after: another tree of this model, drawn beside; default None.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a tree that is not the graph's.
 
     >>> jm.plot.relative_weight_ranges(params, graph, after=jm.equalize(params, graph))
     """

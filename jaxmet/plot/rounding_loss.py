@@ -34,7 +34,15 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     towards the end, as the weights are drawn to the quantizer. Layers that were not rounded have no
     numbers: they are left out and named.
 
-    Raises ValueError for a table that is empty or another's.
+    Args:
+        table: the report of `jm.adaround`.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a table that is empty or another's.
 
     >>> _, _, table = jm.adaround(params, graph, quantizers, batches, key=key, with_report=True)
     >>> jm.plot.rounding_loss(table)

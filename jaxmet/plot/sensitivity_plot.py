@@ -32,7 +32,15 @@ def sensitivity(table: Any, *, title: str | None = None) -> Any:
     the network would win by it. Dashed lines are the float and the quantized score. Several
     widths stand side by side. A score that is NaN leaves a gap, and the subtitle names it.
 
-    Raises ValueError for a table that is empty or another's.
+    Args:
+        table: the table of `jm.sensitivity`.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a table that is empty or another's.
 
     >>> jm.plot.sensitivity(jm.sensitivity(params, graph, quantizers, score))
     """

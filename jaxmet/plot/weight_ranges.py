@@ -44,8 +44,19 @@ def weight_ranges(
     far inside of the line's end: few channels have a range that all others pay for. `after`,
     another tree of the same model, stands beside in a second colour.
 
-    Compressed leaves are drawn as the weight that they stand for. Raises ValueError for a
-    tree that is not the graph's.
+    Compressed leaves are drawn as the weight that they stand for.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        after: another tree of this model, drawn beside; default None.
+        title: the heading of the picture; default None: one that says what is shown.
+
+    Returns:
+        An Altair chart; it shows itself in a notebook, and `jm.plot.save` writes it.
+
+    Raises:
+        ValueError: for a tree that is not the graph's.
 
     >>> jm.plot.weight_ranges(params, graph, after=jm.equalize(params, graph))
     """

@@ -70,12 +70,24 @@ def absorb_bias(
     With `with_report` also a Table: each rectifier, the norm and the products on both sides
     of it, how many channels gave something and how much, or why it was skipped.
 
-    Norm and products must be selected in `graph`. Raises ValueError for an `n_sigma` that
-    is no number from zero on, and where `graph.only` named a norm or rectifier whose
-    channels cannot give anything.
+    Norm and products must be selected in `graph`.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.1.3.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        n_sigma: how many standard deviations below its mean a channel is taken to reach; at
+            least 0, default 3.0.
+        with_report: whether a `Table` is returned as well; default False.
+
+    Returns:
+        The new tree, of the same structure; with `with_report` also the table.
+
+    Raises:
+        ValueError: for an `n_sigma` that is no number from zero on, and where `graph.only`
+            named a norm or rectifier whose channels cannot give anything.
 
     >>> params = jm.absorb_bias(jm.equalize(params, graph), graph)
     """

@@ -75,14 +75,36 @@ def calibrate(
     `weights`, quantizers of the same model, keeps the quantizers of its weights: activations of a
     tree that `jm.adaround` made are calibrated with what it returned.
 
-    Raises ValueError, before any pass over the data, for a rule that matches nothing, a tree
-    that is not the graph's, NaN or infinity in parameters or in the first batch, empty
-    batches, a bare array, and no batches where no norm tells any range; after the first
-    batch for one that runs other nodes than the traced ones; at the end for a node whose
-    values overflow, by name.
-
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        batches: `jm.batched(images)` or any iterable of batches; default None: ranges from the
+            statistics of batch norms, without data.
+        config: the `jm.QuantConfig`; default None: W8A8, one scale per output channel of a
+            weight, one per activation.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        samples: how many values of a node and batch enter its histogram, about; default 16,384,
+            None for all.
+        weights: quantizers of the same model whose weight scales are kept; default None: all
+            are new.
+        progress: whether a progress bar is shown; default True.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The quantizers, one per weight and one per quantized activation.
+
+    Raises:
+        ValueError: before any pass over the data, for a rule that matches nothing, a tree that is
+            not the graph's, NaN or infinity in parameters or in the first batch, empty batches,
+            a bare array, and no batches where no norm tells any range; after the first batch
+            for one that runs other nodes than the traced ones; at the end for a node whose
+            values overflow, by name.
 
     >>> quantizers = jm.calibrate(params, graph, jm.batched(images, batch_size=32))
     >>> print(quantizers)

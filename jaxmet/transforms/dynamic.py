@@ -36,8 +36,16 @@ def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
     range is that of the whole tensor at hand, the batch included, so results depend on the
     batch; no gradient goes through it. `config` says the rest, its bits aside.
 
-    Raises ValueError for impossible bit-widths, and for `bias='int32'`, which needs scales
-    that calibration found.
+    Args:
+        bits: the bit-width of weights and activations, 2 to 16; default 8.
+        config: the `jm.QuantConfig` for everything but the bits; default None: the default one.
+
+    Returns:
+        What `jm.simulate` takes in place of quantizers.
+
+    Raises:
+        ValueError: for impossible bit-widths, and for `bias='int32'`, which needs scales that
+            calibration found.
 
     >>> loss = cross_entropy(jm.simulate(model.apply, jm.dynamic(bits=8))(params, images))
     """

@@ -116,14 +116,39 @@ def factorize(
     reached, the relative error of the output (of the weight, without data), or why the
     layer was skipped.
 
-    Raises ValueError for ratios outside (0, 1], ranks that a weight does not have, names of
-    layers that are not there or cannot be factorized, and both or neither of `ranks` and
-    `ratios`.
-
     Jaderberg et al., [Speeding up Convolutional Neural Networks with Low Rank
     Expansions](https://arxiv.org/abs/1405.3866), BMVC 2014; Zhang et al., [Accelerating
     Very Deep Convolutional Networks](https://arxiv.org/abs/1505.06798), 2015, for the
     error of the output.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        ranks: the rank of each layer, by name; default None. Give either `ranks` or `ratios`.
+        ratios: cost after over cost before: one number for all layers, or one per layer by
+            name; default None.
+        method: 'spatial' (the default) splits a convolution into a column and a row, 'weight'
+            into two products.
+        batches: data that decides which factors change the output least; default None: the
+            factors nearest to the weight.
+        multiple: ranks or channel counts are rounded up to a multiple of this; default 1.
+        rows: how many rows of each layer's inputs are used per batch at most; default 65,536.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        progress: whether a progress bar is shown; default True.
+        with_report: whether a `Table` is returned as well; default False.
+
+    Returns:
+        The tree with `LowRank` leaves; with `with_report` also the table, one row per layer.
+
+    Raises:
+        ValueError: for ratios outside (0, 1], ranks that a weight does not have, names of
+            layers that are not there or cannot be factorized, and both or neither of `ranks`
+            and `ratios`.
 
     >>> params = jm.factorize(params, graph, ratios=0.5, batches=batches)
     >>> params = jm.prune(params, graph, 0.7, batches=batches)

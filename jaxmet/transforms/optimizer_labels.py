@@ -30,8 +30,17 @@ def optimizer_labels(
     The trees have the structure of `params` and of `quantizers`; without `quantizers` it is
     the first alone.
 
-    Raises ValueError for a tree that is not the graph's, for a graph in training mode, whose
-    norms do not say where their statistics are kept, and for integer weights.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: the quantizers to be trained beside the tree; default None: the tree alone.
+
+    Returns:
+        A tree of labels, or a pair of trees with `quantizers`, for `optax.multi_transform`.
+
+    Raises:
+        ValueError: for a tree that is not the graph's, for a graph in training mode, whose
+            norms do not say where their statistics are kept, and for integer weights.
 
     >>> frozen = optax.set_to_zero()
     >>> each = {"weights": optax.adamw(1e-4), "ranges": optax.adam(1e-4),

@@ -19,8 +19,18 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
     'conv1', covers that node and everything below it, so the weight 'conv1/kernel', the bias
     'conv1/bias' and the activation 'conv1/relu'.
 
-    Raises ValueError for a rule that names or reaches nothing, for rules that disagree about
-    a shared weight, and for a tree that is not the graph's.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        config: the `jm.QuantConfig`; default None: W8A8, one scale per output channel of a
+            weight, one per activation.
+
+    Returns:
+        A table with one row per weight, bias and activation, and per value that stays in float.
+
+    Raises:
+        ValueError: for a rule that names or reaches nothing, for rules that disagree about a
+            shared weight, and for a tree that is not the graph's.
 
     >>> print(jm.plan(params, graph, jm.QuantConfig(weight_bits=4)))
     """

@@ -97,9 +97,27 @@ def reestimate_batch_norm(
     model. With `with_report` also a Table: how far each norm's statistics moved, or why it was
     skipped. Norms must be selected in `graph`.
 
-    Raises ValueError for norms that compute their statistics from the batch or whose
-    statistics are not in the tree, where `graph.only` named a norm that cannot be measured,
-    and where a norm reads NaN or infinity.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        batches: `jm.batched(images)`, or any iterable of batches that can be read again.
+        quantizers: measure each norm in this quantized model; default None: in float.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        store: where values between layers are kept, 'host' (the default) or 'device'.
+        progress: whether a progress bar is shown; default True.
+        with_report: whether a `Table` is returned as well; default False.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The tree with new statistics; with `with_report` also the table, one row per norm.
+
+    Raises:
+        ValueError: for norms that compute their statistics from the batch or whose statistics
+            are not in the tree, where `graph.only` named a norm that cannot be measured, and
+            where a norm reads NaN or infinity.
 
     >>> params = jm.reestimate_batch_norm(params, graph, jm.batched(images))
     """

@@ -46,13 +46,27 @@ def simulate(
 
     `jm.dynamic(bits=8)` in place of quantizers finds every range on the fly.
 
-    Raises ValueError where `quantizers` names a node that the model does not run, where a
-    quantizer holds NaN, and, with `fold`, where statistics are missing in `params`.
-
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018;
     Krishnamoorthi, [Quantizing Deep Convolutional Networks for Efficient
     Inference](https://arxiv.org/abs/1806.08342), 2018, section 3.2, for `fold`.
+
+    Args:
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        quantizers: the quantizers of `jm.calibrate`, or `jm.dynamic(…)`.
+        grids: what `jm.grids(quantizers)` returned: other grid ends and switches, as data;
+            default None: those of the quantizers.
+        weights: whether parameters are rounded at each call; False for a tree of
+            `jm.round_weights`. Default True.
+        fold: the graph in inference mode: round each weight as it will be when its norm is
+            folded; default None.
+
+    Returns:
+        A function like `apply`, differentiable by `params`.
+
+    Raises:
+        ValueError: where `quantizers` names a node that the model does not run, where a
+            quantizer holds NaN, and, with `fold`, where statistics are missing in `params`.
 
     >>> device = jax.jit(jm.simulate(model.apply, quantizers))
     >>> logits = device(params, images)
@@ -134,7 +148,19 @@ def round_weights(
     `simulate(…, weights=False)`. Weights that the model derives from several parameters
     are not in the tree and are still rounded where they are used.
 
-    Raises ValueError for a quantizer of a parameter that the tree does not have.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        quantizers: the quantizers of `jm.calibrate` for this tree.
+        grids: what `jm.grids(quantizers)` returned: other grid ends and switches, as data;
+            default None: those of the quantizers.
+        fold: the graph in inference mode: round each weight as it will be when its norm is
+            folded; default None.
+
+    Returns:
+        The same tree with rounded weights.
+
+    Raises:
+        ValueError: for a quantizer of a parameter that the tree does not have.
 
     >>> rounded = jm.round_weights(params, quantizers)
     >>> fast = jax.jit(jm.simulate(model.apply, quantizers, weights=False))

@@ -60,6 +60,19 @@ def batched(inputs: Any, batch_size: int = 32) -> Batched:
 
     `inputs` is an array or a tree of arrays with equally many rows; a tuple is the
     inputs of the model. Numpy arrays stay on the host.
+
+    Args:
+        inputs: an array, or a tree of arrays with equally many rows.
+        batch_size: rows per batch; at least 1, default 32.
+
+    Returns:
+        The batches, which can be read any number of times.
+
+    Raises:
+        ValueError: for a `batch_size` that is no positive integer, and for arrays without rows
+            or with different numbers of them.
+
+    >>> batches = jm.batched(images, batch_size=64)
     """
     if hasattr(batch_size, "shape"):
         raise ValueError(

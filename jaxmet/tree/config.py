@@ -84,6 +84,26 @@ class Rule:
     activation that has a quantizer. The calls of a shared weight ('w:0', 'w:1') have one
     quantizer, so rules must say the same of all of them: name the weight ('w').
 
+    Args:
+        glob: names of parameters or nodes, with or without wildcards.
+        quantize: whether weights, activations and biases are quantized; sets the next two as
+            well.
+        quantize_weights: whether weights are quantized.
+        quantize_activations: whether activations are quantized.
+        weight_bits: as in `QuantConfig`.
+        activation_bits: as in `QuantConfig`.
+        per_channel: as in `QuantConfig`.
+        block: as in `QuantConfig`.
+        symmetric_weights: as in `QuantConfig`.
+        symmetric_activations: as in `QuantConfig`.
+        weight_range: as in `QuantConfig`.
+        activation_range: as in `QuantConfig`.
+        percentile: as in `QuantConfig`.
+        bias: as in `QuantConfig`.
+
+    Raises:
+        ValueError: for a rule that changes nothing, and for impossible values.
+
     >>> jm.Rule("head", weight_bits=16)
     >>> jm.Rule("*", quantize_activations=False)  # weights alone
     """
@@ -162,6 +182,29 @@ class QuantConfig:
     weight and input, as in integer accumulators; so is the shift of a folded batch norm,
     with the product's own bias in it. `rules` are overrides, applied in their order: the
     later one wins.
+
+    Args:
+        weight_bits: bit-width of weights, 2 to 16, or 32 for no rounding; default 8.
+        activation_bits: bit-width of activations, 2 to 16, or 32 for no rounding; default 8.
+        per_channel: whether each output channel of a weight has a scale of its own; default
+            True. False: one per tensor.
+        block: how many neighbours along the inputs of a weight share a scale; default None:
+            all.
+        symmetric_weights: whether the integers of weights are symmetric about zero, without a
+            zero point; default True.
+        symmetric_activations: the same for activations; default False.
+        weight_range: the calibrator of weights: 'minmax' (the default), 'percentile', 'mse',
+            'sqnr', 'entropy' or a function.
+        activation_range: the calibrator of activations, as for weights; default 'minmax'.
+        percentile: for 'percentile': how many percent of the values lie below the upper end,
+            and above the lower one; default 99.99.
+        bias: 'float' (the default) or 'int32'.
+        placement: 'operations' (the default): a quantizer on each result that an integer device
+            stores; 'products': only on what enters a product.
+        rules: a list of `jm.Rule`, applied in this order; default none.
+
+    Raises:
+        ValueError: for an unknown name and an impossible value.
 
     >>> jm.QuantConfig(weight_bits=4, weight_range="mse")
     """

@@ -65,8 +65,18 @@ def save(
     Dicts, lists and tuples, and quantizers in them, are restored exactly by `load`, other
     containers with its `like`. The file appears under its name only when it is complete.
 
-    Raises ValueError where there is nothing to save, for quantizers or a table in place of
-    `params`, for what is no array, number or text, and for a path that cannot be written.
+    Args:
+        path: the npz file to write.
+        params: a parameter tree; default None.
+        quantizers: the quantizers to save; default None.
+        table: a table to save; default None.
+
+    Raises:
+        ValueError: where there is nothing to save, for quantizers or a table in place of
+            `params`, for what is no array, number or text, and for a path that cannot be
+            written.
+
+    >>> jm.save("small.npz", params=params, quantizers=quantizers)
     """
     if params is None and quantizers is None and table is None:
         raise ValueError(
@@ -129,8 +139,20 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
     back as nested dicts, unless `like` is a tree with the same parameter names, whose
     containers are then used; its values do not matter.
 
-    Raises FileNotFoundError where there is no such file, and ValueError for a path that is
-    none, for a folder, and for a file that `save` did not write.
+    Args:
+        path: the npz file that `jm.save` wrote.
+        like: a tree whose containers the loaded parameters take; default None: dicts, lists and
+            tuples.
+
+    Returns:
+        A record with `params`, `quantizers` and `table`; None where the file has none.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for what is no path, for a folder, and for a file that `save` did not write.
+
+    >>> saved = jm.load("small.npz")
+    >>> params, quantizers = saved.params, saved.quantizers
     """
     path = readable(path, "load")
     manifest, arrays = _read(path)

@@ -52,6 +52,17 @@ class Compressed:
     Beside a structure nothing else is stated: its parts are leaves and state their own.
     Nothing is checked on construction, since tree functions put arbitrary objects into
     leaves.
+
+    Args:
+        weight: the array, `LowRank` factors, what `Pruned` left, or None.
+        lower: lower bounds of the activation that follows, one per output channel; default
+            None: the model's own.
+        upper: upper bounds, likewise; default None.
+        input_offset: what the padding before a convolution holds, one number per input channel;
+            default None: zero.
+
+    >>> params = jm.equalize(params, graph)
+    >>> logits = jm.lift(model.apply)(params, images)
     """
 
     weight: Any = None
@@ -235,6 +246,15 @@ def densify(params: P) -> P:
 
     A leaf that states more than its weight raises ValueError: dropping the statement would
     change what the model computes.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+
+    Returns:
+        The same tree with plain arrays.
+
+    Raises:
+        ValueError: for a leaf that states more than its weight, such as bounds of a clip.
 
     >>> dense = jm.densify(jm.factorize(params, graph, ratios=0.5))
     """

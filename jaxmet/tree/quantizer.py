@@ -67,6 +67,36 @@ class Quantizer:
     With 16 bits and more the range is `headroom` times as wide as with fewer, and changes
     with the bits accordingly. Calibration by 'minmax' sets it to 2 for activations: 16 bits
     round so finely that what is lost is lost to values beyond those of the data.
+
+    Args:
+        scale: the step, a scalar or of the tensor's rank with size 1 where it does not change;
+            default None: it follows the tensor.
+        zero_point: the integer that stands for zero, of the shape of `scale`; default None: 0.
+        minimum: the lower end of the range, where `learn` is 'minmax'; default None.
+        maximum: the upper end, likewise; default None.
+        least: no scale that quantizes is below this; default None: no such bound.
+        bits: the bit-width, 2 to 16, or 32 for no rounding; default 8.
+        symmetric: whether the grid is symmetric about zero, without a zero point; default True.
+        signed: whether a symmetric grid has negative integers; default True.
+        narrow: whether a signed grid leaves out its lowest integer, as −128 of 8 bits; default
+            True.
+        axis: the axes with scales of their own; default None: one scale for the tensor.
+        block: how many neighbours on `block_axis` share a scale; default None.
+        block_axis: the axis that is divided into blocks; default None.
+        calibrator: where the range of a scale that follows comes from: a name or a function;
+            default 'minmax'.
+        percentile: for the calibrator 'percentile'; default 99.99.
+        product: of an int32 bias: the weight and the activation whose scales multiply to its
+            own; default None.
+        beside: of an int32 bias: parameters that are added to it, with their signs; default
+            none.
+        enabled: whether it quantizes at all; default True.
+        learn: what trains: 'lsq' (the default), 'minmax' or None.
+        headroom: how many times as wide the range is at 16 bits and more; default 1.
+
+    >>> q = jm.Quantizer(scale=0.5, bits=4)
+    >>> q(jnp.array([0.3, 9.0]))
+    Array([0.5, 3.5], dtype=float32)
     """
 
     scale: Any = None

@@ -44,6 +44,16 @@ class Quantizers:
     node), `activations` by the node whose output they quantize. `shared` pairs a node
     with the one whose quantizer it uses; `skipped` pairs what is not quantized with why;
     `derived` names the nodes whose weight the model computes from several parameters.
+
+    Args:
+        weights: a `Quantizer` per weight or bias, by name of the parameter; default none.
+        activations: a `Quantizer` per node whose output has its own; default none.
+        shared: pairs of a node and the node whose quantizer it uses; default none.
+        skipped: pairs of what is not quantized and the reason; default none.
+        derived: nodes whose weight the model computes from parameters; default none.
+
+    >>> quantizers = jm.calibrate(params, graph, batches)
+    >>> quantizers.weights["stem/kernel"].bits
     """
 
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,7 +63,16 @@ class Quantizers:
     derived: tuple[str, ...] = ()
 
     def owner(self, name: str) -> str | None:
-        """The name under which the quantizer of this node's output is kept."""
+        """The name under which the quantizer of this node's output is kept.
+
+        Args:
+            name: the name of a node.
+
+        Returns:
+            That name, None where the output is not quantized.
+
+        >>> quantizers.owner("left/relu")
+        """
         owners, seen = dict(self.shared), set()
         while name not in self.activations and name in owners and name not in seen:
             seen.add(name)
@@ -61,7 +80,16 @@ class Quantizers:
         return name if name in self.activations else None
 
     def activation(self, name: str) -> Quantizer | None:
-        """What quantizes the output of this node, its own or one that it shares."""
+        """What quantizes the output of this node, its own or one that it shares.
+
+        Args:
+            name: the name of a node.
+
+        Returns:
+            The quantizer, None where there is none.
+
+        >>> quantizers.activation("stem/relu")
+        """
         owner = self.owner(name)
         return None if owner is None else self.activations[owner]
 
@@ -72,6 +100,19 @@ class Quantizers:
         enabled=False)`. Changing the bits of a calibrated quantizer keeps the real range
         that it covers. An int32 bias takes its quantizer from its product: it can only be
         switched with `enabled`.
+
+        Args:
+            glob: names of parameters or nodes, with or without wildcards.
+            **fields: fields of `jm.Quantizer` and their new values.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            ValueError: for a glob that matches no quantizer of its own, an unknown field and an
+                impossible value.
+
+        >>> quantizers = quantizers.set("head/*", bits=16)
         """
         check_fields(fields)
         own = [*self.weights, *self.activations]
@@ -129,7 +170,16 @@ class Quantizers:
 
         Scales that are leaves already stay, and so do weights that the model derives.
 
-        Raises ValueError for a tree without a parameter that has a quantizer.
+        Args:
+            params: the tree whose weights decide the scales.
+
+        Returns:
+            The copy with pinned scales.
+
+        Raises:
+            ValueError: for a tree without a parameter that has a quantizer.
+
+        >>> pinned = quantizers.pin(params)
         """
         leaves = self.leaves(params, "Quantizers.pin")
 
@@ -274,7 +324,7 @@ def grids(
     weight_bits: Any = None,
     activation_bits: Any = None,
 ) -> Grids:
-    r"""Grid ends and switches as a tree of data, to change without recompiling.
+    """Grid ends and switches as a tree of data, to change without recompiling.
 
     `simulate(…, grids=…)` takes it. With other ends a quantizer covers the same real range
     in coarser or finer steps.
@@ -284,6 +334,22 @@ def grids(
     up. All of them may be traced numbers, so that any function of the training step (an
     optax schedule) drives them, or mappings that give some quantizers a number each, by name.
     An int32 bias keeps its width.
+
+    Args:
+        quantizers: the quantizers whose ends are returned.
+        weights: a switch for weights: True (the default), False, a traced bool, or a mapping by
+            name.
+        activations: the same for activations; default True.
+        weight_bits: a bit-width for weights, 2 to 16 or 32 for no rounding, a number, traced or
+            not, or a mapping by name; default None: their own.
+        activation_bits: the same for activations; default None.
+
+    Returns:
+        A pytree of the grid ends and switches, for `simulate(…, grids=…)`.
+
+    Raises:
+        ValueError: for a name that has no quantizer, a bit-width out of range, and what are no
+            quantizers.
 
     >>> late = jm.grids(quantizers, activations=step >= 500)
     >>> apply = jm.simulate(model.apply, quantizers, grids=late)

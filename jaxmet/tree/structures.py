@@ -46,6 +46,17 @@ class LowRank:
     Expansions](https://arxiv.org/abs/1405.3866), BMVC 2014, for 'spatial'; Denton et al.,
     [Exploiting Linear Structure Within Convolutional
     Networks](https://arxiv.org/abs/1404.0736), NeurIPS 2014.
+
+    Args:
+        first: the factor that reads the weight's inputs.
+        second: the factor that makes its outputs.
+        method: 'weight' (the default) or 'spatial': which factor holds the window of a
+            convolution.
+        shape: the shape of the weight.
+        in_axes: the axes of the weight that its inputs run along.
+        out_axes: the axes that its outputs run along.
+
+    >>> params = jm.factorize(params, graph, ranks={"head": 8})
     """
 
     first: Any
@@ -75,6 +86,14 @@ class Pruned:
     """What is left of a weight whose other entries along some axes are gone.
 
     The weight that it stands for has zeros there.
+
+    Args:
+        part: the entries that are left, an array with the axes of the weight.
+        keep: for each axis with removed entries a tuple: the axis, its full size, the indices
+            that are kept.
+
+    >>> jm.Pruned(jnp.ones((2, 1)), keep=((1, 3, (0,)),)).shape
+    (2, 3)
     """
 
     part: Any

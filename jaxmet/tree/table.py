@@ -14,6 +14,17 @@ class Table:
 
     Iterating gives the rows as dicts, `table['layer']` a column (a list of its own), `len` the
     number of rows; it prints as aligned text, the columns that do not fit the terminal by name.
+
+    Args:
+        columns: a mapping of names to lists of equal length.
+        title: the line above the table; default none.
+
+    Raises:
+        ValueError: for columns of different lengths, and for what is no mapping of names to
+            lists.
+
+    >>> jm.Table({"layer": ["stem", "head"], "macs": [9, 4]})["macs"]
+    [9, 4]
     """
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], title: str = "") -> None:
@@ -33,7 +44,21 @@ class Table:
 
     @classmethod
     def concat(cls, *tables: "Table", title: str = "") -> "Table":
-        """The rows of several tables under each other; absent entries are None."""
+        """The rows of several tables under each other; absent entries are None.
+
+        Args:
+            *tables: the tables, in this order.
+            title: the title of the result; default none.
+
+        Returns:
+            One table with all columns.
+
+        Raises:
+            ValueError: for what is no table.
+
+        >>> jm.Table.concat(jm.Table({"a": [1]}), jm.Table({"a": [2]}))["a"]
+        [1, 2]
+        """
         for table in tables:
             if not isinstance(table, Table):
                 raise ValueError(
@@ -48,6 +73,18 @@ class Table:
         """The rows in which every named column has the given value.
 
         The title speaks of all rows, so it stays only where all are kept.
+
+        Args:
+            **conditions: a value for each named column.
+
+        Returns:
+            A table of the rows that fit.
+
+        Raises:
+            KeyError: for a column that is not there.
+
+        >>> jm.Table({"a": [1, 2]}).where(a=2)["a"]
+        [2]
         """
         for name in conditions:
             self[name]
@@ -62,7 +99,16 @@ class Table:
         return Table(columns, self.title if all(keep) else "")
 
     def to_pandas(self) -> Any:
-        """The table as a `pandas.DataFrame`."""
+        """The table as a `pandas.DataFrame`.
+
+        Returns:
+            A data frame with the same columns.
+
+        Raises:
+            ImportError: where pandas is not installed.
+
+        >>> frame = table.to_pandas()
+        """
         try:
             import pandas
         except ImportError as error:

@@ -86,8 +86,34 @@ def score_ratios(
     and `parameters`, their sums. Rows with ratio 1 are the layer as it is, and the row
     '(all)' the network. `jm.select_ratios` reads it.
 
-    Raises ValueError for a score that is NaN, no scalar, or keeps a traced array, for
-    ratios outside (0, 1), `together` below 1, and where no layer can be compressed.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        score: a function `score(apply, params)` that returns a scalar, higher is better.
+        batches: data by which factors are whitened and channels are chosen, or
+            `jax.ShapeDtypeStruct`s for none.
+        method: 'spatial' (the default), 'weight' or 'prune'.
+        ratios: the ratios to score, each in (0, 1); default 0.1, 0.2, … 0.9.
+        multiple: ranks or channel counts are rounded up to a multiple of this; default 1.
+        rows: how many rows of each layer's inputs are used per batch at most; default 65,536.
+        together: how many rows are computed at once (`jax.vmap`), where the score can be
+            traced; default 1.
+        checkpoint: a folder; a run that was killed resumes after its last finished row; default
+            None.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        progress: whether a progress bar is shown; default True.
+
+    Returns:
+        A table with one row per layer and ratio, and '(all)' last.
+
+    Raises:
+        ValueError: for a score that is NaN, no scalar, or keeps a traced array, for ratios
+            outside (0, 1), `together` below 1, and where no layer can be compressed.
 
     >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
     >>> table = jm.score_ratios(params, graph, score, batches=batches)

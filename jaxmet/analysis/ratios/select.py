@@ -45,8 +45,20 @@ def select_ratios(
     of factors do. Of pruned channels 'parameters' are those of weights, not of biases and
     norms, so that a network of them comes out a little smaller than the target.
 
-    Raises ValueError for a target outside (0, 1], for one that cannot be reached, naming the
-    smallest that can, and for a table of something else.
+    Args:
+        table: the table of `jm.score_ratios`.
+        target: the cost of the result over the cost of the model, in (0, 1].
+        method: 'optimal' (the default) or 'greedy'.
+        budget: which cost counts: 'macs' (the default) or 'parameters'.
+        manual: ratios that are fixed, by layer; default None.
+        fit: whether scores are first made to rise with the ratio; default True.
+
+    Returns:
+        The ratio of each layer that changes, by name.
+
+    Raises:
+        ValueError: for a target outside (0, 1], for one that cannot be reached, naming the
+            smallest that can, and for a table of something else.
 
     >>> ratios = jm.select_ratios(table, 0.5)
     >>> small = jm.factorize(params, graph, ratios=ratios)

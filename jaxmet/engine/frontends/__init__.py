@@ -21,6 +21,10 @@ def functional(
     `merge(params)` is a module again. Put the module in inference mode first:
     `module.eval()`, or `eqx.nn.inference_mode(module)`.
 
+    With `mutable=` the updated statistics are returned too: for nnx an nnx filter, such as
+    `nnx.BatchStat`, for `(outputs, updated state)`; for equinox `mutable=True`, for
+    `(outputs, updated params)`.
+
     Args:
         module: An `nnx.Module` or an `equinox.Module`.
         state: The `eqx.nn.State` of an equinox module, as `eqx.nn.make_with_state` returns
@@ -30,12 +34,14 @@ def functional(
             once per example of axis 0 of every input, under the axis name of its batch
             norms. Keyword arguments are the same for all examples.
 
-    With `mutable=` the updated statistics are returned too: for nnx an nnx filter, such as
-    `nnx.BatchStat`, for `(outputs, updated state)`; for equinox `mutable=True`, for
-    `(outputs, updated params)`.
+    Returns:
+        `apply`, a function of the parameters; `params`, all arrays of the module; and
+        `merge`, which makes a module of such a tree.
 
-    Raises TypeError for anything but such a module (linen needs no such step), and for a
-    `state` that is none.
+    Raises:
+        TypeError: for anything but such a module (linen needs no such step), and for a `state`
+            that is none.
+        ValueError: for a `vmap` that is neither True nor False.
 
     >>> apply, params, merge = jm.functional(model)  # or of equinox: (model, state)
     >>> params = jm.fold_batch_norm(params, jm.trace(apply, params, images[:1]))

@@ -97,8 +97,16 @@ class Graph:
     def only(self, *globs: str) -> "Graph":
         """A graph in which transforms touch nothing but these nodes.
 
-        `*` crosses '/'; a name without a wildcard means that node and all below it. Raises
-        ValueError for a glob that matches nothing.
+        `*` crosses '/'; a name without a wildcard means that node and all below it.
+
+        Args:
+            *globs: names of nodes, with or without wildcards.
+
+        Returns:
+            The same graph with fewer selected nodes.
+
+        Raises:
+            ValueError: for a glob that matches nothing.
 
         >>> graph.only("block1", "head")
         """
@@ -108,6 +116,12 @@ class Graph:
 
     def without(self, *globs: str) -> "Graph":
         """A graph in which transforms skip these nodes.
+
+        Args:
+            *globs: names of nodes, with or without wildcards.
+
+        Returns:
+            The same graph with fewer selected nodes.
 
         >>> graph.without("head")
         """
@@ -228,7 +242,16 @@ class Graph:
         return leaves
 
     def consumers(self, name: str) -> tuple[Node, ...]:
-        """The nodes that read a node's result."""
+        """The nodes that read a node's result.
+
+        Args:
+            name: the name of a node.
+
+        Returns:
+            The nodes, in the order in which they run.
+
+        >>> [node.name for node in graph.consumers("stem")]
+        """
         return self._consumers.get(name, ())
 
     def members_of(self, parameter: str) -> tuple[Member, ...]:
@@ -236,7 +259,13 @@ class Graph:
         return self._members_of.get(parameter, ())
 
     def table(self) -> Table:
-        """One row per node."""
+        """One row per node.
+
+        Returns:
+            The table that `print(graph)` shows.
+
+        >>> graph.table().where(kind="norm")
+        """
         free = {g.index: g for g in self.groups if g.free}
         made: dict[str, list[Member]] = {}
         for member in self.members:
@@ -358,9 +387,19 @@ def trace(apply: Callable[..., Any], params: Any, *inputs: Any, **kwargs: Any) -
     traced with a batch size of the library's own where it runs at one, and at the given sizes
     where it does not.
 
-    Raises ValueError for a model without a product of an input and a parameter (for example
-    one whose parameters are closed over instead of passed), and for an nnx or equinox module
-    in place of a function (`jm.functional` makes one).
+    Args:
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        params: the parameter tree: arrays or `jax.ShapeDtypeStruct`s.
+        *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`s; axis 0 is the batch.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The graph: nodes, layers, channel groups; no values.
+
+    Raises:
+        ValueError: for a model without a product of an input and a parameter (for example one
+            whose parameters are closed over instead of passed), and for an nnx or equinox
+            module in place of a function (`jm.functional` makes one).
 
     >>> graph = jm.trace(model.apply, variables, images[:1])
     >>> print(graph)

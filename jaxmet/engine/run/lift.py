@@ -19,7 +19,14 @@ def lift(apply: Apply) -> Apply:
     pruned likewise: results with a parameter's path and shape that are made of it entry by
     entry. Differentiable; each call traces `apply`, so wrap the result in `jax.jit`.
 
-    Raises ValueError for a leaf whose statement the model has no place for.
+    Args:
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+
+    Returns:
+        A function like `apply` that also runs trees with `Compressed` leaves.
+
+    Raises:
+        ValueError: for a leaf whose statement the model has no place for.
 
     >>> logits = jax.jit(jm.lift(model.apply))(jm.equalize(params, graph), images)
     """

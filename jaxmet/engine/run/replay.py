@@ -34,10 +34,9 @@ HOOK_CURE = (
 def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Callable:
     """A model whose every node runs through a hook.
 
-    Returns `f(params, *inputs, **kwargs) -> (outputs, {node name: statistics})`, with the
-    outputs as `apply` gives them. `hook(node, run, operands)` returns the node's result and
-    its statistics (any pytree, or None for none); `run(*operands)` computes the node as the
-    model would, activations first, then parameters.
+    `hook(node, run, operands)` returns the node's result and its statistics (any pytree, or
+    None for none); `run(*operands)` computes the node as the model would, activations first,
+    then parameters.
 
     With a hook that returns `run(*operands), None` and `cpu_formulations=False` the replay
     runs the equations of `apply`: the same operations on the same values, with calls inlined
@@ -58,13 +57,24 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     as what they stand for, their bounds in place of the following clip's own, their offset
     in place of the zeros that a convolution pads with.
 
-    Raises ValueError for a leaf with bounds that no clip follows, or with an offset that
-    belongs to no convolution.
+    Args:
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        hook: a function `hook(node, run, operands) -> (result, statistics)`.
+        cpu_formulations: whether depthwise convolutions run on CPU in an equal but faster form;
+            default True.
+
+    Returns:
+        A function `f(params, *inputs, **kwargs) -> (outputs, {node name: statistics})`, with
+        the outputs as `apply` gives them.
+
+    Raises:
+        ValueError: for a leaf with bounds that no clip follows, or with an offset that belongs
+            to no convolution.
 
     >>> def hook(node, run, operands):
     ...     y = run(*operands)
     ...     return y, jnp.max(jnp.abs(y))
-    >>> outputs, largest = jax.jit(evaluate(model.apply, hook))(params, images)
+    >>> outputs, largest = jax.jit(jm.evaluate(model.apply, hook))(params, images)
     """
 
     check_apply(apply, "evaluate")

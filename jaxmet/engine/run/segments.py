@@ -46,7 +46,21 @@ def segments(
     statistics are dropped here). Run one after another the pieces give what `apply` gives,
     to rounding.
 
-    Raises ValueError for an unknown cut, and for one inside a `scan`, `cond` or `while` body.
+    Args:
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        params: the parameter tree, whatever the model takes first; not changed.
+        *inputs: example inputs: arrays or `jax.ShapeDtypeStruct`s.
+        cuts: names of the nodes after which the program is cut.
+        hook: a function through which every node runs, as in `jm.evaluate`; default None.
+        cpu_formulations: whether depthwise convolutions run on CPU in an equal but faster form;
+            default True.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The pieces, an iterable with `begin` and `finish`.
+
+    Raises:
+        ValueError: for an unknown cut, and for one inside a `scan`, `cond` or `while` body.
 
     >>> pieces = jm.segments(graph, params, images, cuts=["stem", "block1"])
     >>> environment = pieces.begin(images)

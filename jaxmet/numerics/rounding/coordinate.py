@@ -74,6 +74,21 @@ def coordinate_descent(
     factor with `damping`; `order` is 'diagonal', the inputs with most energy first, or
     'natural', the last input first. With `refit` each sweep also gives the integers their
     best scales, one for all that lies along the `shared` axes of the grid.
+
+    Args:
+        weight: the float weight.
+        grid: scale, zero point and ends.
+        gram: the Gram matrix of the inputs.
+        target: what the rounded weights should be; default None: the weight.
+        sweeps: how many sweeps at most; default 20.
+        start: where the descent starts, 'gptq' by default.
+        order: the order of the inputs in a sweep, 'diagonal' by default.
+        damping: what 'gptq' adds to the diagonal, as a share of its mean; default 0.01.
+        refit: whether scales are fitted to the integers after each sweep; default False.
+        shared: the axes along which there is one scale, for `refit`.
+
+    Returns:
+        The rounded weight, its grid, both losses and the number of sweeps.
     """
     target = weight if target is None else target
     problem = _Problem(target, gram, _ordered(gram, order))

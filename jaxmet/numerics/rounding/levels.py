@@ -62,6 +62,14 @@ def nearest_levels(
 def nearest(
     weight: Float[Array, "groups ins outs"], grid: LevelGrid
 ) -> Float[Array, "groups ins outs"]:
-    """The weight as plain rounding leaves it."""
+    """The weight as plain rounding leaves it.
+
+    Args:
+        weight: the float weight.
+        grid: scale, zero point and ends.
+
+    Returns:
+        The rounded weight.
+    """
     steps = steps_of(grid, weight.shape[1])
     return steps.step * nearest_levels(weight, steps)

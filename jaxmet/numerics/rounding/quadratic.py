@@ -29,7 +29,15 @@ class Products(NamedTuple):
 
 
 def quadratic(error: Weight, gram: Gram) -> Float[Array, "groups outs"]:
-    r"""$e^T G e$ of each output, never below zero."""
+    """$e^T G e$ of each output, never below zero.
+
+    Args:
+        error: the error of a weight.
+        gram: the Gram matrix of the inputs.
+
+    Returns:
+        The squared error of each output.
+    """
     product = jnp.matmul(gram, error, precision="highest")
     return jnp.maximum(jnp.sum(error * product, axis=1), 0.0)
 
@@ -42,6 +50,14 @@ def output_error(
 
     With $e = \hat W - W$ it is
     $e^T G e - 2 e^T (C - G) W + W^T (F - C - C^T + G) W$, where nothing large cancels.
+
+    Args:
+        weight: the float weight.
+        rounded: the rounded one, of the same shape.
+        products: the products of the inputs.
+
+    Returns:
+        The squared error of each output.
     """
     gram, cross, energy = products
     error = rounded - weight
@@ -61,6 +77,13 @@ def damped(gram: Gram, damping: float | Float[Array, ""]) -> Gram:
 
     As the form of an error it also counts $\lambda |\hat W - W|^2$: what few data do not
     see is not free. A Gram matrix of zeros stands for one of size 1.
+
+    Args:
+        gram: a Gram matrix.
+        damping: λ, as a share of the mean of the diagonal.
+
+    Returns:
+        The damped matrix.
     """
     identity = jnp.eye(gram.shape[1], dtype=gram.dtype)[None]
     return gram + damping * _size(gram) * identity
@@ -78,6 +101,14 @@ def best_weight(
 
     Hubara et al., [Improving Post Training Neural Quantization: Layer-wise Calibration and
     Integer Programming](https://arxiv.org/abs/2006.10518), ICML 2021, the sequential case.
+
+    Args:
+        weight: the float weight.
+        products: the products of the inputs.
+        damping: how strongly the weight is kept where the inputs say little; default 0.01.
+
+    Returns:
+        The real weight W*.
     """
     gram, cross, _ = products
     if cross is None:
@@ -139,7 +170,17 @@ def centred(products: Products, mean: Mean, float_mean: Mean | None = None) -> P
 def bias_correction(
     weight: Weight, rounded: Weight, mean: Mean, float_mean: Mean | None = None
 ) -> Float[Array, "groups outs"]:
-    r"""What the bias gains so that the mean output stays: $m W - \hat m \hat W$."""
+    r"""What the bias gains so that the mean output stays: $m W - \hat m \hat W$.
+
+    Args:
+        weight: the float weight.
+        rounded: the rounded one, of the same shape.
+        mean: the mean of the quantized inputs.
+        float_mean: that of the float inputs; default None: the same.
+
+    Returns:
+        What is added to the bias of each output.
+    """
     shift = -jnp.einsum("gi,gio->go", mean, rounded - weight, precision="highest")
     if float_mean is None:
         return shift

@@ -16,11 +16,21 @@ def refit_scales(
     target: Float[Array, "groups ins outs"],
     shared: tuple[int, ...] = (),
 ) -> Float[Array, "groups blocks outs"]:
-    r"""Least squares: $s = k^T G W^* / k^T G k$, where it is positive.
+    """Least squares: $s = k^T G W^* / k^T G k$, where it is positive.
 
     Of several blocks each in turn is given its best scale beside the others. `shared` are
     those of the axes groups (0) and outs (2) along which there is one scale: numerator and
     denominator are sums over them.
+
+    Args:
+        levels: the integers less the zero point.
+        scale: the scales until now.
+        gram: the Gram matrix of the inputs.
+        target: what the product of levels and scales should be.
+        shared: the axes, groups (0) and outs (2), along which there is one scale.
+
+    Returns:
+        The new scales, of the same shape.
     """
     blocks, length = scale.shape[1], levels.shape[1] // scale.shape[1]
     error = target - along_inputs(scale, levels.shape[1]) * levels

@@ -60,6 +60,21 @@ def search_scales(
     given a `target` instead of `cross`, it is $e^T G e$ with $e$ the distance to that.
     `shared` are the axes of (groups, blocks, outs) along which there is one choice: errors
     are sums over them, and ranges extremes.
+
+    Args:
+        weight: the float weight.
+        low: the lowest integer.
+        high: the highest integer.
+        gram: the Gram matrix of the quantized inputs.
+        cross: their products with the float inputs; default None: the same as `gram`.
+        target: what the rounded weights should be, instead of `cross`; default None.
+        symmetric: whether zero is the middle of the grid.
+        blocks: how many blocks the inputs are divided into; default 1.
+        candidates: how many shares of the range are tried; default 20.
+        shared: the axes of (groups, blocks, outs) along which there is one choice.
+
+    Returns:
+        The best grid, its share, and the errors of all candidates.
     """
     target = weight if target is None else target
     own = _own(gram, blocks)

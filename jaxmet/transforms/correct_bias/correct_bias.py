@@ -107,12 +107,33 @@ def correct_bias(
     it takes the same shift again. Equalize before correcting rather than after. Keyword
     arguments go to the model.
 
-    Raises ValueError for unknown options, a layer that `graph.only` named and that cannot be
-    corrected, statistics that reach no layer where there is no data, a reference whose
-    channels are scaled in another way, and what `calibrate` refuses of batches.
-
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
     Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.2 and appendix D.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: the quantizers of `jm.calibrate` for this tree.
+        batches: `jm.batched(images)`, or any iterable of batches; default None: means from the
+            statistics of batch norms, without data.
+        of: 'weights' (the default) rounds weights alone, 'both' activations too.
+        reference: what counts as float: a tree or `(apply, params)`; default None: `params`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        store: where activations between layers are kept, 'device' (the default) or 'host'.
+        progress: whether a progress bar is shown; default True.
+        with_report: whether a `Table` is returned as well; default False.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        The tree with corrected biases; with `with_report` also the table, one row per layer.
+
+    Raises:
+        ValueError: for unknown options, a layer that `graph.only` named and that cannot be
+            corrected, statistics that reach no layer where there is no data, a reference whose
+            channels are scaled in another way, and what `calibrate` refuses of batches.
 
     >>> params = jm.correct_bias(params, graph, quantizers, batches)
     """

@@ -129,9 +129,32 @@ def equalize(
     that of a channel that carries nothing is at most one. The report has one row per group of
     channels: its scales, the largest |log r1/r2| that is left, and why what was skipped was.
 
-    Raises ValueError where `graph.only()` names a layer none of whose channels can be
-    rescaled, for a tree without a norm's statistics, and if `objective='noise'` finds
-    nothing that it needs: no norms and no batches, or outputs that no gradient reaches.
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        clip: 'exact' (the default), 'skip' or 'relu': what becomes of ReLU6 and other clips.
+        objective: 'noise' (the default) or 'range': what the scales minimise.
+        config: the `jm.QuantConfig` whose rounding 'noise' minimises; default None: W8A8 with
+            one scale per tensor.
+        batches: data for 'noise', as for `jm.calibrate`; default None: statistics of batch
+            norms.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        max_scale: no scale leaves 1/max_scale … max_scale; above 1, default 1e6.
+        progress: whether a progress bar is shown; default True.
+        with_report: whether a `Table` is returned as well; default False.
+
+    Returns:
+        The rescaled tree; with `with_report` also the table, one row per group of channels.
+
+    Raises:
+        ValueError: where `graph.only()` names a layer none of whose channels can be rescaled,
+            for a tree without a norm's statistics, and if `objective='noise'` finds nothing
+            that it needs: no norms and no batches, or outputs that no gradient reaches.
 
     >>> params = jm.equalize(jm.fold_batch_norm(params, graph), graph)
     """

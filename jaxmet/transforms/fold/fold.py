@@ -80,10 +80,22 @@ def fold_batch_norm(
     With `with_report` also a Table: each norm, what it was folded into, from which
     `side` of that, or why it was skipped.
 
-    Both the norm and the product must be selected in `graph`. Raises ValueError where
-    the statistics of a norm are constants, come from the batch or are missing in
-    `params`, where a norm that `graph.only` named cannot be folded, and where a
-    pinned scale cannot follow because it is one for the whole tensor.
+    Both the norm and the product must be selected in `graph`.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: quantizers whose scales follow the weights into which a gain moves; default
+            None.
+        with_report: whether a `Table` is returned as well; default False.
+
+    Returns:
+        The folded tree; with `quantizers` also these, and with `with_report` also the table.
+
+    Raises:
+        ValueError: where the statistics of a norm are constants, come from the batch or are
+            missing in `params`, where a norm that `graph.only` named cannot be folded, and
+            where a pinned scale cannot follow because it is one for the whole tensor.
 
     >>> params = jm.fold_batch_norm(params, graph)
     >>> params, quantizers = jm.fold_batch_norm(params, graph, quantizers=quantizers)

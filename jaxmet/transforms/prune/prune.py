@@ -86,7 +86,7 @@ def prune(
     progress: bool = True,
     with_report: bool = False,
 ) -> Any:
-    r"""Remove channels: the leaves become smaller, and the model computes less.
+    """Remove channels: the leaves become smaller, and the model computes less.
 
     `ratios` is one number for all layers or one per layer: the share of its input channels that
     a layer keeps, which is its cost afterwards over its cost before as long as its outputs
@@ -118,13 +118,38 @@ def prune(
     many are kept, who makes and who reads them, the relative error of the layers that were
     refitted, or why they were skipped.
 
-    Raises ValueError for ratios outside (0, 1], for names of layers that are not there or
-    whose channels cannot be removed, and for traced parameters: which channels stay decides
-    about shapes.
-
     He et al., [Channel Pruning for Accelerating Very Deep Neural
     Networks](https://arxiv.org/abs/1707.06168), ICCV 2017; Frantar and Alistarh, [Optimal
     Brain Compression](https://arxiv.org/abs/2208.11580), NeurIPS 2022.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        ratios: the share of its input channels that a layer keeps, in (0, 1]: one number for
+            all layers, or one per layer by name.
+        batches: data for the choice and the refit; default None: by magnitude, without a refit.
+        selection: 'magnitude', 'lasso' or 'obs'; default None: 'magnitude' without data, 'obs'
+            with data.
+        coupled: whether channels that several layers produce may go; default True.
+        multiple: ranks or channel counts are rounded up to a multiple of this; default 1.
+        rows: how many rows of each layer's inputs are used per batch at most; default 65,536.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        progress: whether a progress bar is shown; default True.
+        with_report: whether a `Table` is returned as well; default False.
+
+    Returns:
+        The tree with fewer channels; with `with_report` also the table, one row per group of
+        channels.
+
+    Raises:
+        ValueError: for ratios outside (0, 1], for names of layers that are not there or whose
+            channels cannot be removed, and for traced parameters: which channels stay decides
+            about shapes.
 
     >>> params = jm.prune(params, graph, 0.7, batches=batches)
     >>> quantizers = jm.calibrate(params, graph, batches)

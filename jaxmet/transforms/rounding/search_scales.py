@@ -87,11 +87,38 @@ def search_scales(
     positions of each batch and layer). `mask`, a function of a batch, says where its values
     count, as in `jm.calibrate`.
 
-    Scales that are numbers already are searched anew. Raises ValueError for quantizers of
-    another model, unknown options and what `calibrate` refuses of batches.
+    Scales that are numbers already are searched anew.
 
     Sequential MSE as in AIMET; Choukroun et al., [Low-bit Quantization of Neural Networks
     for Efficient Inference](https://arxiv.org/abs/1902.06822), ICCVW 2019.
+
+    Args:
+        params: the parameter tree, whatever the model takes first; not changed.
+        graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
+        quantizers: the quantizers of `jm.calibrate` for this tree.
+        batches: `jm.batched(images)`, or any iterable of batches that can be read again.
+        candidates: how many shares of the range are tried; default 20.
+        of: which model the inputs come from: 'weights' (the default), 'both' or 'float'.
+        rows: how many rows of a layer's inputs are used, from all batches together; default
+            65,536.
+        store: where activations between layers are kept, 'device' (the default) or 'host'.
+        key: the `jax.random.key` from which all random numbers come; default
+            `jax.random.key(0)`.
+        inputs: a function that picks the inputs of the model from a batch; default None: the
+            batch is the inputs, a tuple several of them.
+        mask: a function of a batch that returns a boolean array, True where values count, along
+            the leading axes of the inputs; default None: all values count.
+        progress: whether a progress bar is shown; default True.
+        with_report: whether a `Table` is returned as well; default False.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        Quantizers with pinned weight scales; with `with_report` also the table, one row per
+        layer.
+
+    Raises:
+        ValueError: for quantizers of another model, unknown options and what `calibrate`
+            refuses of batches.
 
     >>> quantizers = jm.search_scales(params, graph, quantizers, batches)
     """
