@@ -32,43 +32,61 @@ def split(layout: Layout, x: Moments) -> Tensor | None:
 
 
 def join(layout: Layout, tensor: Mapping[int, Moments]) -> Moments | None:
-    """What stands along an axis; positions repeat what is known of their channel."""
-    if len(layout) == 1 and isinstance(layout[0], Joined):
-        parts = [join(part, tensor) for part in layout[0].parts]
-        known = [p for p in parts if p is not None]
-        if len(known) != len(parts):
-            return None
-        return Moments(*(jnp.concatenate(v) for v in zip(*known, strict=True)))
-    if any(isinstance(item, Joined) for item in layout):
+    """The moments along an axis; positions repeat those of the channel that they follow.
+
+    None where a position follows no known channel, or several.
+    """
+    found = []
+    for i, item in enumerate(layout):
+        known = _along_item(item, tensor)
+        if known is not None:
+            found.append((i, known))
+    if len(found) != 1:
         return None
-    places = [
-        i
-        for i, item in enumerate(layout)
-        if isinstance(item, Span) and item.group in tensor
-    ]
-    if len(places) != 1:
+    [(at, known)] = found
+    return Moments(*(_repeated(v, layout, at) for v in known))
+
+
+def _along_item(item: Span | Joined, tensor: Mapping[int, Moments]) -> Moments | None:
+    if isinstance(item, Span):
+        return None if item.group is None else tensor.get(item.group)
+    parts = [join(part, tensor) for part in item.parts]
+    known = [p for p in parts if p is not None]
+    if len(known) != len(parts):
         return None
-    at, total = places[0], layout_size(layout)
-    own = layout[at]
-    assert isinstance(own, Span) and own.group is not None
+    return Moments(*(jnp.concatenate(v) for v in zip(*known, strict=True)))
+
+
+def _repeated(v: jax.Array, layout: Layout, at: int) -> jax.Array:
+    """Values along one factor of an axis, repeated along all of the axis."""
     after = layout_size(layout[at + 1 :])
-
-    def along(v: jax.Array) -> jax.Array:
-        return jnp.tile(jnp.repeat(v, after), total // (own.size * after))
-
-    return Moments(*(along(v) for v in tensor[own.group]))
+    return jnp.tile(jnp.repeat(v, after), layout_size(layout[:at]))
 
 
 def spread(layout: Layout, vectors: Mapping[int, jax.Array]) -> jax.Array:
-    """Vectors of some groups along an axis, zero for everything else on it."""
-    if len(layout) == 1 and isinstance(layout[0], Joined):
-        return jnp.concatenate([spread(part, vectors) for part in layout[0].parts])
-    tensor = {g: Moments(v, v, v, v) for g, v in vectors.items()}
-    found = join(layout, tensor)
-    if found is not None:
-        return found.mean
+    """Vectors of some groups along an axis, zero for everything else on it.
+
+    Raises ValueError where a position follows channels of two of the groups.
+    """
     dtype = next(iter(vectors.values())).dtype
-    return jnp.zeros(layout_size(layout), dtype)
+    found = [
+        (i, _spread_item(item, vectors))
+        for i, item in enumerate(layout)
+        if how_often((item,)).keys() & vectors.keys()
+    ]
+    if len(found) > 1:
+        raise ValueError(f"positions of {layout} follow several groups of channels")
+    if not found:
+        return jnp.zeros(layout_size(layout), dtype)
+    [(at, along)] = found
+    return _repeated(along, layout, at)
+
+
+def _spread_item(item: Span | Joined, vectors: Mapping[int, jax.Array]) -> jax.Array:
+    if isinstance(item, Span):
+        assert item.group is not None
+        return vectors[item.group]
+    return jnp.concatenate([spread(part, vectors) for part in item.parts])
 
 
 def how_often(layout: Layout) -> Counter[int]:

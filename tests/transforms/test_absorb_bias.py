@@ -65,10 +65,14 @@ def pool(x):
     return lax.reduce_window(x, 0.0, lax.add, *window) / 4.0
 
 
-def two_parts(p, y):
+def two_channels(p, y):
     z = relu(norm(p["other"], conv(p["side"], y)))
     y = relu(norm(p["norm"], y))
-    return conv(p["a"], jnp.concatenate([z, y], -1))
+    return jnp.concatenate([z, y], -1)
+
+
+def two_parts(p, y):
+    return conv(p["a"], two_channels(p, y))
 
 
 SIDE = {"side": weight(1, 1, C, 3, seed=6), "other": high(3, 8)}
@@ -141,6 +145,14 @@ NETS = {
         1,
     ),
     "concatenation": (two_parts, weight(3, 3, C + 3, 5), 1),
+    "flattened concatenation": (
+        lambda p, y: (
+            two_channels(p, y).reshape(len(y), -1) @ p["a"]["w"]
+            + p["a"]["b"].reshape(1, -1)
+        ),
+        weight(6 * 6 * (C + 3), 5),
+        0,
+    ),
     "norm after": (
         lambda p, y: norm(p["after"], conv(p["a"], relu(norm(p["norm"], y)))),
         weight(3, 3, C, 3, bias=False),
