@@ -21,6 +21,7 @@ if not OPTIMIZE and JAXLIB < (0, 11):  # a quarter of the time; later releases l
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 import collections
+import gc
 import importlib.util
 import itertools
 import zlib
@@ -31,6 +32,9 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+
+# Traces make many objects that stay: to look through them often takes a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
