@@ -31,33 +31,36 @@ def carried(
         UnitInputs(channels.graph, leaves),
         Constants(channels.graph, leaves),
     )
-    constant = jnp.zeros(channels.size + 1, dtype)
-    silent = jnp.ones(channels.size + 1, bool).at[-1].set(False)
+    # By group and joined at the end: XLA takes long over many updates of one array.
+    constant = [jnp.zeros(group.size, dtype) for group in channels.free]
+    silent = [jnp.ones(group.size, bool) for group in channels.free]
     for weight in weights:
         moments, alone = network.read(weight.node), fixed.read(weight.node)
-        for group in channels.free:
-            if not set(group.consumers) & {weight.node.name}:
+        for place, group in enumerate(channels.free):
+            if weight.node.name not in group.consumers:
                 continue
-            start = channels.starts[group.index]
-            mine = slice(start, start + group.size)
             if isinstance(moments, str) or group.index not in moments:
-                silent = silent.at[mine].set(False)
+                silent[place] = jnp.zeros(group.size, bool)
                 continue
             size = jnp.sqrt(moments[group.index].power).astype(dtype)
-            silent = silent.at[mine].min(size == 0)
+            silent[place] &= size == 0
             if not isinstance(alone, str) and group.index in alone:
                 held = jnp.minimum(jnp.abs(alone[group.index].mean.astype(dtype)), size)
-                constant = constant.at[mine].max(held)
+                constant[place] = jnp.maximum(constant[place], held)
     for tensor in fixed.known.values():
-        for group in channels.free:
+        for place, group in enumerate(channels.free):
             if isinstance(tensor, str) or group.index not in tensor:
                 continue
-            start = channels.starts[group.index]
-            mine = slice(start, start + group.size)
             held = jnp.abs(tensor[group.index].mean.astype(dtype))
-            constant = constant.at[mine].max(jnp.where(silent[mine], held, 0.0))
+            held = jnp.where(silent[place], held, 0.0)
+            constant[place] = jnp.maximum(constant[place], held)
+    last = jnp.zeros(1, dtype), jnp.zeros(1, bool)  # what cannot be rescaled
+    found = [
+        jnp.concatenate([*v, end])
+        for v, end in zip((constant, silent), last, strict=True)
+    ]
     sizes = [_sizes(stack, network, leaves, dtype) for stack in every]
-    return Carried(_log(constant), _log(jnp.concatenate(sizes))), silent
+    return Carried(_log(found[0]), _log(jnp.concatenate(sizes))), found[1]
 
 
 def _sizes(

@@ -28,13 +28,19 @@ def headroom(
     that runs out of room; log scales up to that of 1e6 hardly fill any other dtype.
     """
     bound = jnp.full(channels.size + 1, float(np.log(limit)), dtype)
-    lowest, highest = -bound, bound
+    places, lows, highs = [], [], []
     for index, power, share, above, below in _rooms(channels, weights, leaves):
         down, up = (below, above) if power > 0 else (above, below)
         share = share * abs(power)
-        highest = highest.at[index].min(_room(up, share, index, dtype))
-        lowest = lowest.at[index].max(-_room(down, share, index, dtype))
-    return lowest, highest
+        places.append(index.reshape(-1))
+        highs.append(_room(up, share, index, dtype).reshape(-1))
+        lows.append(-_room(down, share, index, dtype).reshape(-1))
+    if not places:
+        return -bound, bound
+    # At once: XLA takes long over many updates of one array.
+    every = np.concatenate(places)
+    lowest = (-bound).at[every].max(jnp.concatenate(lows))
+    return lowest, bound.at[every].min(jnp.concatenate(highs))
 
 
 def _room(room: jax.Array, share: int, index: np.ndarray, dtype: Any) -> jax.Array:
