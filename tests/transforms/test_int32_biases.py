@@ -279,7 +279,7 @@ def test_the_noise_of_a_shift_is_told():
     params = jm.fold_batch_norm(params, jm.trace(apply, params, x))
     graph, q = calibrated(apply, params, x)
     table = jm.noise(params, graph, q, [x], progress=False)
-    assert "bn0/bias" in table["kind"]
+    assert "bn0/bias" in table["tensor"]
     assert np.isfinite([r["SQNR (dB)"] for r in table]).all()
 
 
