@@ -1,10 +1,12 @@
 """Vectors by channel: between the axes of parameters and channel groups."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.graph.channels import Joined, Layout, Span, layout_size
 from jaxmet.numerics.moments import Moments
@@ -31,36 +33,63 @@ def split(layout: Layout, x: Moments) -> Tensor | None:
     return None if layout else {}
 
 
+def places_of(layout: Layout, starts: Mapping[int, int], fixed: int) -> np.ndarray:
+    """Where the channels that each position of an axis follows stand in one vector.
+
+    Args:
+        layout: the axis.
+        starts: by group the place of its first channel in the vector.
+        fixed: the place for what follows no channel of these groups.
+
+    Returns:
+        Places (factors, positions); a position that follows fewer channels has `fixed`.
+    """
+    total, before, rows = layout_size(layout), 1, []
+    for item in layout:
+        own = _item(item, starts, fixed)
+        after = total // (before * own.shape[1])
+        if np.any(own < fixed):
+            rows.append(np.tile(np.repeat(own, after, axis=1), before))
+        before *= own.shape[1]
+    return np.concatenate(rows) if rows else np.full((1, total), fixed)
+
+
+def _item(item: Span | Joined, starts: Mapping[int, int], fixed: int) -> np.ndarray:
+    if isinstance(item, Span):
+        if item.group is not None and item.group in starts:
+            return starts[item.group] + np.arange(item.size)[None]
+        return np.full((1, item.size), fixed)
+    parts = [places_of(part, starts, fixed) for part in item.parts]
+    depth = max(len(part) for part in parts)
+    short = [((0, depth - len(part)), (0, 0)) for part in parts]
+    padded = [
+        np.pad(p, w, constant_values=fixed) for p, w in zip(parts, short, strict=True)
+    ]
+    return np.concatenate(padded, axis=1)
+
+
+def _followed(layout: Layout, sizes: Mapping[int, int]) -> tuple[np.ndarray, int, int]:
+    """Of each position the one place that it follows among groups of these sizes.
+
+    Also the number of places, which stands for none, and the most that any follows.
+    """
+    ends = list(itertools.accumulate(sizes.values(), initial=0))
+    places = places_of(layout, dict(zip(sizes, ends, strict=False)), ends[-1])
+    most = np.sum(places < ends[-1], axis=0).max(initial=0)
+    return places.min(axis=0), ends[-1], int(most)
+
+
 def join(layout: Layout, tensor: Mapping[int, Moments]) -> Moments | None:
     """The moments along an axis; positions repeat those of the channel that they follow.
 
     None where a position follows no known channel, or several.
     """
-    found = []
-    for i, item in enumerate(layout):
-        known = _along_item(item, tensor)
-        if known is not None:
-            found.append((i, known))
-    if len(found) != 1:
+    here = {g: tensor[g] for g in how_often(layout) if g in tensor}
+    places, none, most = _followed(layout, {g: x.mean.size for g, x in here.items()})
+    if most != 1 or np.any(places == none):
         return None
-    [(at, known)] = found
-    return Moments(*(_repeated(v, layout, at) for v in known))
-
-
-def _along_item(item: Span | Joined, tensor: Mapping[int, Moments]) -> Moments | None:
-    if isinstance(item, Span):
-        return None if item.group is None else tensor.get(item.group)
-    parts = [join(part, tensor) for part in item.parts]
-    known = [p for p in parts if p is not None]
-    if len(known) != len(parts):
-        return None
-    return Moments(*(jnp.concatenate(v) for v in zip(*known, strict=True)))
-
-
-def _repeated(v: jax.Array, layout: Layout, at: int) -> jax.Array:
-    """Values along one factor of an axis, repeated along all of the axis."""
-    after = layout_size(layout[at + 1 :])
-    return jnp.tile(jnp.repeat(v, after), layout_size(layout[:at]))
+    every = zip(*here.values(), strict=True)
+    return Moments(*(_taken(jnp.concatenate(v), places) for v in every))
 
 
 def spread(layout: Layout, vectors: Mapping[int, jax.Array]) -> jax.Array:
@@ -68,25 +97,17 @@ def spread(layout: Layout, vectors: Mapping[int, jax.Array]) -> jax.Array:
 
     Raises ValueError where a position follows channels of two of the groups.
     """
-    dtype = next(iter(vectors.values())).dtype
-    found = [
-        (i, _spread_item(item, vectors))
-        for i, item in enumerate(layout)
-        if how_often((item,)).keys() & vectors.keys()
-    ]
-    if len(found) > 1:
+    places, _, most = _followed(layout, {g: v.size for g, v in vectors.items()})
+    if most > 1:
         raise ValueError(f"positions of {layout} follow several groups of channels")
-    if not found:
-        return jnp.zeros(layout_size(layout), dtype)
-    [(at, along)] = found
-    return _repeated(along, layout, at)
+    nothing = jnp.zeros(1, next(iter(vectors.values())).dtype)
+    return _taken(jnp.concatenate([*vectors.values(), nothing]), places)
 
 
-def _spread_item(item: Span | Joined, vectors: Mapping[int, jax.Array]) -> jax.Array:
-    if isinstance(item, Span):
-        assert item.group is not None
-        return vectors[item.group]
-    return jnp.concatenate([spread(part, vectors) for part in item.parts])
+def _taken(values: jax.Array, places: np.ndarray) -> jax.Array:
+    if np.array_equal(places, np.arange(values.size)):
+        return values  # most axes: nothing to compile
+    return values.at[places].get(mode="promise_in_bounds")
 
 
 def how_often(layout: Layout) -> Counter[int]:

@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.channels import (
-    Group,
-    Joined,
-    Layout,
-    Member,
-    Span,
-    layout_size,
-)
+from jaxmet.engine.graph.channels import Group, Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
+from jaxmet.layers.layouts import places_of
 from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics.precision import wide
@@ -49,36 +43,11 @@ class Channels:
 
     def index(self, layout: Layout) -> np.ndarray:
         """The places (factors, size) that an axis follows; their log scales are summed."""
-        return _index(layout, self.starts, self.size)
+        return places_of(layout, self.starts, self.size)
 
     def touched(self, member: Member) -> bool:
         """Whether any channel of this axis is rescaled."""
         return bool(np.any(self.index(member.layout) < self.size))
-
-
-def _index(layout: Layout, starts: Mapping[int, int], fixed: int) -> np.ndarray:
-    total, before, rows = layout_size(layout), 1, []
-    for item in layout:
-        own = _item(item, starts, fixed)
-        after = total // (before * own.shape[1])
-        if np.any(own < fixed):
-            rows.append(np.tile(np.repeat(own, after, axis=1), before))
-        before *= own.shape[1]
-    return np.concatenate(rows) if rows else np.full((1, total), fixed)
-
-
-def _item(item: Span | Joined, starts: Mapping[int, int], fixed: int) -> np.ndarray:
-    if isinstance(item, Span):
-        if item.group is not None and item.group in starts:
-            return starts[item.group] + np.arange(item.size)[None]
-        return np.full((1, item.size), fixed)
-    parts = [_index(part, starts, fixed) for part in item.parts]
-    depth = max(len(part) for part in parts)
-    short = [((0, depth - len(part)), (0, 0)) for part in parts]
-    padded = [
-        np.pad(p, w, constant_values=fixed) for p, w in zip(parts, short, strict=True)
-    ]
-    return np.concatenate(padded, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
