@@ -54,13 +54,11 @@ def carried(
             held = jnp.abs(tensor[group.index].mean.astype(dtype))
             held = jnp.where(silent[place], held, 0.0)
             constant[place] = jnp.maximum(constant[place], held)
-    last = jnp.zeros(1, dtype), jnp.zeros(1, bool)  # what cannot be rescaled
-    found = [
-        jnp.concatenate([*v, end])
-        for v, end in zip((constant, silent), last, strict=True)
-    ]
+    # The last entry is what cannot be rescaled.
+    constants = jnp.concatenate([*constant, jnp.zeros(1, dtype)])
+    quiet = jnp.concatenate([*silent, jnp.zeros(1, bool)])
     sizes = [_sizes(stack, network, leaves, dtype) for stack in every]
-    return Carried(_log(found[0]), _log(jnp.concatenate(sizes))), found[1]
+    return Carried(_log(constants), _log(jnp.concatenate(sizes))), quiet
 
 
 def _sizes(
