@@ -31,7 +31,7 @@ from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 CALLER = "compare"
-FEW = 0.25  # a quantizer of which less is used wastes two bits
+FEW = 0.25  # a grid of which less is used wastes two bits
 MUCH = 0.01  # of the values clipped
 
 
@@ -55,7 +55,7 @@ def compare(
       ŷ against what its float weights would make of the same simulated operands, and that
       error's power in the node's whole error. Errors that cancel make a share above 1.
     - `weight SQNR (dB)`: of the rounded weight.
-    - `levels used`: the part of the quantizer between the lowest and the highest integer that
+    - `levels used`: the part of the grid between the lowest and the highest integer that
       occurs. `clipped`: the share of values beyond its ends.
     - `note`: the quantizers that are badly used, of activations or of weights: too wide (less
       than a quarter of the levels used) or too narrow (more than 1 % clipped).
@@ -133,7 +133,7 @@ def _is_quantized(node: Node, quantizers: Quantizers) -> bool:
 
 
 class Sums(NamedTuple):
-    """Powers of signal, error and own error of a node, and of its weight; its quantizer's use."""
+    """Powers of signal, error and own error of a node, and of its weight; its grid's use."""
 
     signal: Any
     noise: Any
@@ -144,7 +144,7 @@ class Sums(NamedTuple):
 
 
 class Use(NamedTuple):
-    """The lowest and highest part of a quantizer that is used, and the share of clipped values."""
+    """The lowest and highest part of a grid that is used, and the share of clipped values."""
 
     levels: Any
     clipped: Any
@@ -216,7 +216,7 @@ def _real(x: jax.Array) -> jax.Array:
 
 
 def _use(x: jax.Array, quantizer: Quantizer, where: Any = None) -> Use:
-    """How much of its quantizer a tensor uses: the mean over the quantizers it is divided into."""
+    """How much of its grid a tensor uses: the mean over its channels or blocks."""
     low, high = quantizer.ends
     x = _real(x)
     scale, zero_point = (a.astype(x.dtype) for a in quantizer.grid(x))
@@ -237,7 +237,7 @@ def _use(x: jax.Array, quantizer: Quantizer, where: Any = None) -> Use:
 
 
 def _weight_use(params: Any, quantizers: Quantizers) -> dict[str, Use]:
-    """How the quantizers of weights are used; blocks follow the weight, as do scales of None."""
+    """How the grids of weights are used; blocks follow the weight, as do scales of None."""
     found = {}
     leaves = named_leaves(params)
     for name, quantizer in quantizers.weights.items():

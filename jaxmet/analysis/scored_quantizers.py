@@ -9,7 +9,7 @@ from jaxmet.tree.quantizers import Quantizers
 
 
 class ScoredQuantizer(NamedTuple):
-    """One quantizer: what is put on it, the node this belongs to, and how wide it is.
+    """One quantizer: its tensor, the node that this belongs to, and how wide it is.
 
     The width of a `fixed` one follows from others: an int32 bias.
     """

@@ -69,8 +69,8 @@ def sensitivity(
         A table with one row per quantizer and width, and '(all)' last.
 
     Raises:
-        ValueError: for that, for a score that is no scalar or keeps a traced array, for
-            impossible widths, and where no quantizer is on.
+        ValueError: where the float score is not finite, for a score that is no scalar or keeps
+            a traced array, for impossible widths, and where no quantizer is on.
 
     >>> score = lambda apply, params: jnp.mean(apply(params, images).argmax(-1) == labels)
     >>> table = jm.sensitivity(params, graph, quantizers, score)

@@ -115,7 +115,7 @@ def by_channel(weight: np.ndarray, node: Node) -> np.ndarray:
 def ranges(weight: np.ndarray) -> Ranges:
     """The smallest and the largest value of every channel of `(channels, values)`.
 
-    A single value is a range with zero, as every quantizer has it; a channel that holds NaN or
+    A single value is a range with zero, as every grid has it; a channel that holds NaN or
     infinity has none, which is NaN.
     """
     if weight.shape[1] == 1:

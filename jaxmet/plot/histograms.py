@@ -1,4 +1,4 @@
-"""Histograms of weights and activations, with the quantizers that they are put on."""
+"""Histograms of weights and activations, with their quantizers."""
 
 from typing import Any
 
@@ -44,9 +44,9 @@ def histograms(
 
     A panel a weight (by the name of its parameter) or activation (by its node's): the share
     of values in each of 60 bins, on a scale of square roots and never less than a few pixels,
-    so that tails are seen. With `quantizers` the quantizer is drawn in: below the bars a tick for
+    so that tails are seen. With `quantizers` the grid is drawn in: below the bars a tick for
     each level where there are 32 or fewer, otherwise its ends; what lies beyond them is red,
-    and the heading has the step and the share that is clipped. Where channels have quantizers of
+    and the heading has the step and the share that is clipped. Where channels have grids of
     their own the ends are those of the widest. With quantizers only activations that have a
     quantizer are drawn. `names` is a glob, or several, over parameters and nodes.
 
@@ -133,7 +133,7 @@ def _coarse(counts: np.ndarray, edges: np.ndarray) -> Counts:
 
 
 def _grid(q: Quantizer | None, weight: Any) -> dict[str, Any] | None:
-    """Ends, levels and step of a quantizer; of several the widest ends, and the smallest step."""
+    """Ends, levels and step of a grid; of several the widest ends, and the smallest step."""
     if q is None or not q.active or q.product is not None:
         return None
     if q.follows and weight is None:

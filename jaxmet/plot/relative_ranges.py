@@ -29,8 +29,8 @@ from jaxmet.plot.drawing import (
 from jaxmet.tree.table import Table
 
 CALLER = "plot.relative_weight_ranges"
-UNEVEN = 4  # the median channel then has two bits less than the quantizer
-SHOWN = 24  # outliers a layer
+UNEVEN = 4  # the median channel then has two bits less than the grid
+SHOWN = 24  # outliers per layer
 PROBLEM, FINE, OLD = "problem layer", "no problem", "before"
 
 
@@ -39,7 +39,7 @@ def relative_weight_ranges(
 ) -> Any:
     """Each output channel's range over the smallest one of its layer; worst layer first.
 
-    A line a layer on a logarithmic scale: from 1 to the largest ratio, the box is the middle
+    One line per layer on a logarithmic scale: from 1 to the largest ratio, the box is the middle
     half of the channels, the white tick the median, points are the outliers beyond
     Q3 + 1.5 (Q3 − Q1), AIMET's rule (the largest 24). A problem layer is red: it has
     outliers, and its largest range is four times that of its median channel or more, so that
@@ -133,7 +133,7 @@ def _relative(params: Any, graph: Graph) -> tuple[dict[str, Any], dict[str, Rela
 
 
 def is_problem(found: Relative) -> bool:
-    """Whether few channels take so much of a common quantizer that the others lose bits."""
+    """Whether few channels take so much of a common grid that the others lose bits."""
     return bool(found.outliers.size) and found.uneven >= UNEVEN
 
 

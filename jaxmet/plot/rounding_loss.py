@@ -31,7 +31,7 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     away). To the right what is left of the loss of nearest rounding, the inherited part taken
     from both. Under both, where the table has a `curve` (methods 'adam' and 'gram'), the loss
     of the soft rounding while it was optimised, over that of rounding to nearest: it rises
-    towards the end, as the weights are drawn to the quantizer. Layers that were not rounded have no
+    towards the end, as the weights are drawn to the grid. Layers that were not rounded have no
     numbers: they are left out and named.
 
     Args:
@@ -99,7 +99,7 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
 
 
 def _curves(alt: Any, rows: list[dict[str, Any]]) -> Any:
-    """A line a layer: the loss it minimises over that of rounding to nearest, by time."""
+    """One line per layer: the loss it minimises over that of rounding to nearest, by time."""
     points = []
     for row in rows:
         curve, nearest = row.get("curve") or [], number(row["nearest loss"])

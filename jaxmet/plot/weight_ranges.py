@@ -27,7 +27,7 @@ from jaxmet.plot.drawing import (
 )
 
 CALLER = "plot.weight_ranges"
-PANELS = 24  # more layers are a line each
+PANELS = 24  # more layers are one line each
 BARS = 72  # more channels are drawn together with their neighbours
 COLUMNS = 3
 
@@ -39,7 +39,7 @@ def weight_ranges(
 
     Up to 24 layers are panels: one bar per channel from its smallest to its largest weight, the
     middle half of its weights darker; of many channels neighbours are drawn as one bar. More
-    layers are a line each: from the smallest weight of all to the largest, and as boxes where
+    layers are one line each: from the smallest weight of all to the largest, and as boxes where
     the middle half of the channels have their smallest and their largest weight. A short box
     far inside of the line's end: few channels have a range that all others pay for. `after`,
     another tree of the same model, stands beside in a second colour.

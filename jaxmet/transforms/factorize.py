@@ -92,8 +92,8 @@ def factorize(
     (h, w, rank, out). Strides, padding and dilation of each window axis go with the factor
     that holds it; the groups of a grouped convolution are factorized each for itself. Dense
     layers and windows of one are the same for both methods. The leaf becomes `Compressed`
-    with `LowRank` factors, which `jm.lift` and `jm.simulate` run as two layers, 'layer/in' and
-    'layer/out'. The graph serves the new tree too: every function finds both layers in it, and
+    with `LowRank` factors, which `jm.lift` and `jm.simulate` run as two layers, 'stem/in' and
+    'stem/out'. The graph serves the new tree too: every function finds both layers in it, and
     `graph.of(params)` shows them. Biases, bounds and what padding holds stay with the factor
     that they belong to.
 

@@ -41,7 +41,7 @@ class Graph:
     `nodes` are all nodes in the order in which they run; `groups` and `members` say which
     axes of which parameters must be rescaled together. `selected` are the names that
     transforms may touch, `named` those that `only` asked for by their full names.
-    `left` lists parameters that no layer, bias or norm uses, and why. `called` are the inputs
+    `unread` lists parameters that no layer, bias or norm uses, and why. `called` are the inputs
     and keyword arguments that the model was traced with, arrays as shapes. `forms` are how
     the tree stores its parameters, `others` the graphs of other trees of the model.
     """
@@ -438,7 +438,7 @@ def _graph_of(
         groups,
         members,
         tuple(analysis.leaves),
-        _left(analysis, tuple(nodes.values())),
+        _unread(analysis, tuple(nodes.values())),
         frozenset(n.name for n in nodes.values()),
         called=jax.tree.map(_shape, (inputs, kwargs)),
         forms=stored_forms(params),
@@ -463,7 +463,7 @@ def bound(apply: Apply, kwargs: dict[str, Any]) -> Apply:
     return with_arguments
 
 
-def _left(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str], ...]:
+def _unread(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str], ...]:
     """Parameters that no node reads, and what does."""
     used = {name for node in nodes for name in node.parameters}
     rows = []

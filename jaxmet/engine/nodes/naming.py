@@ -79,9 +79,8 @@ def _name_layers(layers: Sequence[Cluster]) -> None:
         names[cluster] = weights[cluster][0] if crowded else module
     count = Counter(names.values())
     seen: Counter[str] = Counter()
-    for (
-        cluster
-    ) in layers:  # one weight used twice is :0 and :1, another's name has none
+    # One weight used twice is :0 and :1, another's name has none.
+    for cluster in layers:
         name = names[cluster]
         number = seen[name] if cluster in direct else seen[name] or None
         alone = count[name] == 1 or number is None

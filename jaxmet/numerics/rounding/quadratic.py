@@ -97,7 +97,7 @@ def best_weight(
 
     $W^* = W + (G + \lambda I)^{-1} (C - G) W$ minimises $L(\hat W) + \lambda|\hat W-W|^2$,
     which is $(\hat W - W^*)^T (G + \lambda I)(\hat W - W^*)$ and a constant. What an input
-    that is always zero reads is skipped. Without C it is W.
+    that is always zero reads stays unchanged. Without C it is W.
 
     Hubara et al., [Improving Post Training Neural Quantization: Layer-wise Calibration and
     Integer Programming](https://arxiv.org/abs/2006.10518), ICML 2021, the sequential case.

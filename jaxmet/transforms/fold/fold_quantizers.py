@@ -1,7 +1,7 @@
 r"""Grids through a fold: those of weights follow their gain, or quantize what is folded.
 
 With scales $s_o$ per channel, $Q_s(W)\,g = Q_{s|g|}(W g)$: a weight that was trained on its
-quantizer beside a norm stays on it when the norm's gain $g$ moves into it.
+grid beside a norm stays on it when the norm's gain $g$ moves into it.
 """
 
 import dataclasses
