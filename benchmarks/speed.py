@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from lite.network import EPSILON, FAMILY, LinenLite, blocks
-from lite.weights import find_weights, load_weights
+from lite.weights import weights_or_drawn
 
 import jaxmet as jm
 
@@ -91,10 +91,7 @@ class Bench:
         self.repeat, self.pixels = options.repeat, options.pixels
         self.argv = [f"--{n}={getattr(options, n)}" for n in ("batch", "pixels")]
         self.apply = LinenLite(VARIANT).apply
-        try:
-            params: Any = load_weights(find_weights("lite0"), VARIANT)
-        except FileNotFoundError:
-            params = drawn(self.images(1))
+        params = weights_or_drawn("lite0", self.images(1))
         self.graph = jm.trace(self.apply, params, self.images(1))
         self.apply, self.loaded = self.graph.apply, params
         self.params = params
@@ -336,25 +333,6 @@ def memory(compiled: Any) -> int:
     found = compiled.memory_analysis()
     sizes = (found.temp_size_in_bytes, found.argument_size_in_bytes)
     return sum(sizes) + found.output_size_in_bytes
-
-
-def drawn(images: np.ndarray) -> Any:
-    """Weights of unit gain, for who has no trained ones: time does not depend on them."""
-    shapes = jax.eval_shape(LinenLite(VARIANT).init, jax.random.key(0), images)
-    rng = np.random.default_rng(0)
-
-    def leaf(path: Any, shape: Any) -> np.ndarray:
-        name = path[-1].key
-        if name == "kernel":
-            gain = np.sqrt(2.0 / np.prod(shape.shape[:-1]))
-            return (gain * rng.normal(size=shape.shape)).astype(np.float32)
-        if name in ("var", "scale"):
-            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
-        return (0.1 * rng.normal(size=shape.shape)).astype(np.float32)
-
-    return jax.tree.map(
-        jax.numpy.asarray, jax.tree_util.tree_map_with_path(leaf, shapes)
-    )
 
 
 def torch_ways(params: Any, x: np.ndarray) -> dict[str, Callable[[], Any]]:

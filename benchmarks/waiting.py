@@ -22,7 +22,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from lite.network import FAMILY, LinenLite
-from lite.weights import find_weights, load_weights
+from lite.weights import drawn_weights, weights_or_drawn
 
 import jaxmet as jm
 
@@ -69,16 +69,10 @@ def main() -> None:
 
 
 def lite(options: argparse.Namespace) -> tuple[Apply, Any, np.ndarray]:
-    variant = FAMILY["lite0"]
-    apply = LinenLite(variant).apply
+    apply = LinenLite(FAMILY["lite0"]).apply
     shape = (options.images, options.pixels, options.pixels, 3)
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    try:
-        params: Any = load_weights(find_weights("lite0"), variant)
-    except FileNotFoundError:
-        like = jax.eval_shape(LinenLite(variant).init, jax.random.key(0), images[:1])
-        params = drawn(like)
-    return apply, params, images
+    return apply, weights_or_drawn("lite0", images[:1]), images
 
 
 def chain(count: int, options: argparse.Namespace) -> tuple[Apply, Any, np.ndarray]:
@@ -95,31 +89,18 @@ def chain(count: int, options: argparse.Namespace) -> tuple[Apply, Any, np.ndarr
     def apply(params: Any, x: jax.Array) -> jax.Array:
         for first, second in params["blocks"]:
             x = jax.nn.relu(x + convolved(second, jax.nn.relu(convolved(first, x))))
-        return jnp.mean(x, (1, 2)) @ params["last"]
+        return jnp.mean(x, (1, 2)) @ params["last"]["kernel"]
 
     one = {"kernel": jax.ShapeDtypeStruct((3, 3, width, width), "float32")}
     one |= {n: jax.ShapeDtypeStruct((width,), "float32") for n in NORM}
     blocks = [(dict(one), dict(one)) for _ in range(count)]
-    last = jax.ShapeDtypeStruct((width, 10), "float32")
+    last = {"kernel": jax.ShapeDtypeStruct((width, 10), "float32")}
     images = np.random.default_rng(0).normal(size=(options.images, 8, 8, width))
-    return apply, drawn({"blocks": blocks, "last": last}), images.astype(np.float32)
+    params = drawn_weights({"blocks": blocks, "last": last})
+    return apply, params, images.astype(np.float32)
 
 
 NORM = ("mean", "var", "scale", "bias")
-
-
-def drawn(like: Any, seed: int = 0) -> Any:
-    """A tree of these shapes: weights that keep a signal's size, norms near the identity."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: Any, spec: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        if "var" in name or "scale" in name:
-            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
-        rows = np.prod(spec.shape[:-1]) if len(spec.shape) > 1 else 100.0
-        return (rng.normal(size=spec.shape) / np.sqrt(rows)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def report(
@@ -191,7 +172,7 @@ def steps(
         ),
         "equalize 'noise', no data": lambda: jm.equalize(other(params), graph, **quiet),
         "equalize 'noise', data": lambda: jm.equalize(
-            other(folded), graph, batches, **quiet
+            other(folded), graph, batches=batches, **quiet
         ),
         "calibrate": lambda: jm.calibrate(other(folded), graph, batches, **quiet),
         "correct_bias": lambda: jm.correct_bias(

@@ -4,10 +4,11 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lite.network import FAMILY, Variant, blocks
+from lite.network import FAMILY, LinenLite, Variant, blocks
 from lite.torch_file import read_tensors
 
 Variables = dict[str, dict[str, Any]]
@@ -78,3 +79,28 @@ def load_weights(path: Path, variant: Variant = FAMILY["lite0"]) -> Variables:
             "variant? Name it with --variant."
         )
     return variables
+
+
+def drawn_weights(shapes: Any) -> Any:
+    """Weights of unit gain of these shapes, for timings: these do not depend on them."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path: Any, shape: Any) -> np.ndarray:
+        name = path[-1].key
+        if name == "kernel":
+            gain = np.sqrt(2.0 / np.prod(shape.shape[:-1]))
+            return (gain * rng.normal(size=shape.shape)).astype(np.float32)
+        if name in ("var", "scale"):
+            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
+        return (0.1 * rng.normal(size=shape.shape)).astype(np.float32)
+
+    return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(leaf, shapes))
+
+
+def weights_or_drawn(name: str, images: Any) -> Any:
+    """The trained variables of a variant where its package is installed, else drawn ones."""
+    try:
+        return load_weights(find_weights(name), FAMILY[name])
+    except FileNotFoundError:
+        init = LinenLite(FAMILY[name]).init
+        return drawn_weights(jax.eval_shape(init, jax.random.key(0), images))
