@@ -3,13 +3,21 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-
 from jaxmet.engine.graph.channels import Joined, Layout, Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.layers.eligibility import (
+    DERIVED_BIAS,
+    NOT_SELECTED,
+    of,
+    why_frozen,
+    why_looped,
+    why_outside,
+    why_shared,
+)
 from jaxmet.layers.norm_parameters import roles_of
+from jaxmet.numerics import xp
+from jaxmet.numerics.xp import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +70,8 @@ def plan_of(graph: Graph, node: Node) -> FoldPlan:
         plan = _after(graph, node, channels)
     if plan.why is not None:
         return FoldPlan(node, why=f"{before.why}; {plan.why}")
-    outside = [n for n in (node.name, *plan.products) if n not in graph.selected]
-    why = f"{listed(outside)} not selected" if outside else None
+    own = None if node.name in graph.selected else NOT_SELECTED
+    why = own or why_outside(graph, *plan.products)
     sizes = tuple(map(layout_size, channels))
     return dataclasses.replace(plan, sizes=sizes, why=why)
 
@@ -89,23 +97,10 @@ def _members(graph: Graph, node: Node, parameter: str, role: str = "") -> list[M
 
 def _unfit(node: Node, channels: tuple[Layout, ...] | None) -> str | None:
     """Why a norm cannot be folded into anything."""
-    norm = node.norm
-    assert norm is not None
-    if norm.over != "stored":
-        return {
-            "data": "a norm over the data",
-            "batch": "its statistics come from the batch",
-            "constant": "its statistics are constants",
-        }[norm.over]
-    if not norm.plain:
-        return "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
-    if inside := node.loops:
-        return f"inside a {inside[-1]}"
-    if node.shared:
-        return f"{node.shared[0]!r} is used elsewhere too"
-    if channels is None:
-        return "its parameters lie along different axes"
-    return None
+    assert node.norm is not None
+    why = node.norm.why_kept() or why_looped(node) or why_shared(node)
+    unlike = "its parameters lie along different axes"
+    return why or (unlike if channels is None else None)
 
 
 def _before(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
@@ -196,18 +191,8 @@ def _after(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
 
 def _stiff(product: Node) -> str | None:
     """Why a product cannot take a gain."""
-    name, weight = product.name, product.weight
-    if weight is None or weight.name is None:
-        return f"the weight of {name!r} is computed from parameters"
-    if weight.stacked:
-        return f"the weight of {name!r} is stacked"
-    if inside := product.loops:
-        return f"{name!r} runs inside a {inside[-1]}"
-    if product.shared:
-        return f"{product.shared[0]!r} is used elsewhere too"
-    if product.derived_bias:
-        return f"the bias of {name!r} is computed from parameters"
-    return None
+    derived = DERIVED_BIAS if product.derived_bias else None
+    return of(product.name, why_frozen(product) or derived)
 
 
 def _place(
@@ -229,7 +214,7 @@ def _place(
     return GainAxes(parameter, tuple(axis for (axis,) in hits))
 
 
-def spread(factor: jax.Array, place: GainAxes, shape: tuple[int, ...]) -> jax.Array:
+def spread(factor: Array, place: GainAxes, shape: tuple[int, ...]) -> Array:
     """A factor for each channel, with the rank of the parameter that it multiplies."""
     sizes = [1] * len(shape)
     if place.part is not None:
@@ -238,10 +223,10 @@ def spread(factor: jax.Array, place: GainAxes, shape: tuple[int, ...]) -> jax.Ar
         for axis, n in zip(place.axes, factor.shape, strict=True):
             sizes[axis] = n
         order = sorted(range(factor.ndim), key=lambda i: place.axes[i])
-        return jnp.transpose(factor, order).reshape(sizes)
+        return xp.transpose(factor, order).reshape(sizes)
     # The outputs of a group follow each other and read the same inputs.
     (axis,), outputs = place.axes, shape[place.out_axis]
-    each = jnp.repeat(factor.reshape(place.groups, -1), outputs // place.groups, axis=0)
+    each = xp.repeat(factor.reshape(place.groups, -1), outputs // place.groups, axis=0)
     sizes[place.out_axis] = outputs
     if axis < 0:
         return each.reshape(sizes)

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.fold_plans import plan_of
 from jaxmet.layers.norm_parameters import roles_of
+from jaxmet.numerics import xp
 from jaxmet.numerics.norm import is_one, norm_gain
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.checks import is_concrete
@@ -38,7 +37,7 @@ def folded_norm(node: Node, leaves: Mapping[str, Any]) -> bool:
         return False
     variance, scale = arrays["variance"], arrays.get("scale")
     stored = (variance.dtype, (variance if scale is None else scale).dtype)
-    variance = jnp.asarray(variance).astype(wide(variance.dtype))
-    scale = None if scale is None else jnp.asarray(scale).astype(variance.dtype)
+    variance = xp.asarray(variance).astype(wide(variance.dtype))
+    scale = None if scale is None else xp.asarray(scale).astype(variance.dtype)
     gain = norm_gain(variance, scale, node.norm.epsilon)
-    return bool(jnp.all(is_one(gain, stored)))
+    return bool(xp.all(is_one(gain, stored)))

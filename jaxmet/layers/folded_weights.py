@@ -3,26 +3,24 @@ r"""Weights as a fold would leave them: the gains that norms put into them, and 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.fold_plans import plan_of, spread
 from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
+from jaxmet.numerics import xp
 from jaxmet.numerics.norm import SMALLEST, norm_gain
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.leaves import dense, with_weight
 
 
-def gains_of(
-    graph: Graph, leaves: Mapping[str, Any], caller: str
-) -> dict[str, jax.Array]:
+def gains_of(graph: Graph, leaves: Mapping[str, Any], caller: str) -> dict[str, Array]:
     r"""By parameter, the gain $\gamma/\sqrt{\sigma^2+\varepsilon}$ that folding would put into it.
 
     No gradient goes through $\sigma^2$, which is data of a norm in training.
     """
-    found: dict[str, jax.Array] = {}
+    found: dict[str, Array] = {}
     for node in graph.nodes:
         if node.kind != "norm" or node.norm is None:
             continue
@@ -32,8 +30,8 @@ def gains_of(
             continue
         roles = {role: leaves[name] for role, name in roles_of(node.norm).items()}
         scale = roles.get("scale")
-        variance = lax.stop_gradient(jnp.asarray(dense(roles["variance"])))
-        scale = None if scale is None else jnp.asarray(dense(scale))
+        variance = lax.stop_gradient(xp.asarray(dense(roles["variance"])))
+        scale = None if scale is None else xp.asarray(dense(scale))
         weight = statistics_weight(node.norm, leaves, variance.dtype)
         variance = variance * weight
         gain = norm_gain(variance, scale, node.norm.epsilon).reshape(plan.sizes)
@@ -60,13 +58,13 @@ def folded_and_back(
         wide[name] = scaled(leaves[name], gain)
     rounded = quantize(wide)
     for name, gain in gains.items():
-        faint = jnp.abs(gain) < SMALLEST
-        back = scaled(rounded[name], 1.0 / jnp.where(faint, 1.0, gain))
+        faint = xp.abs(gain) < SMALLEST
+        back = scaled(rounded[name], 1.0 / xp.where(faint, 1.0, gain))
         rounded[name] = _where(faint, leaves[name], back)
     return rounded
 
 
-def _where(faint: jax.Array, leaf: Any, other: Any) -> Any:
-    kept = jnp.asarray(dense(leaf))
-    shape = jnp.broadcast_to(faint, kept.shape)
-    return with_weight(other, jnp.where(shape, kept, dense(other)))
+def _where(faint: Array, leaf: Any, other: Any) -> Any:
+    kept = xp.asarray(dense(leaf))
+    shape = xp.broadcast_to(faint, kept.shape)
+    return with_weight(other, xp.where(shape, kept, dense(other)))

@@ -12,21 +12,14 @@ import functools
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.axes.views import CASTS, moved, moved_back
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.eligibility import why_no_matrix
+from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense
-
-
-def why_no_matrix(node: Node) -> str | None:
-    """Why a layer is no such product, None where it is."""
-    if node.convolution is not None:
-        spread = node.convolution.batch_groups != 1
-        return "its batch is split into groups" if spread else None
-    return None if node.dot is not None else node.why_kept()
 
 
 def matrix_of(node: Node, weight: Any, lead: int = 0) -> Any:
@@ -164,13 +157,23 @@ def by_channel(node: Node, leaf: Any) -> Any:
 
     Inputs and outputs follow each other as along the axes of the parameter.
     """
-    weight, conv = node.weight, node.convolution
+    weight = node.weight
     assert weight is not None
-    array = jnp.asarray(dense(leaf))
+    array = xp.asarray(dense(leaf))
+    groups, number, made, window = channel_sizes(node, array.shape)
     ins, outs = weight.in_axes, weight.out_axes
     rest = [i for i in range(array.ndim) if i not in (*ins, *outs)]
+    array = xp.transpose(array, (*ins, *outs, *rest))
+    array = array.reshape(number, groups, made, window)
+    return xp.moveaxis(array.astype(wide(array.dtype)), 1, 0)
+
+
+def channel_sizes(node: Node, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """The shape that `by_channel` gives a weight of this shape."""
+    weight, conv = node.weight, node.convolution
+    assert weight is not None
     groups = conv.groups if conv is not None else 1
-    number, made = (math.prod(array.shape[i] for i in axes) for axes in (ins, outs))
-    array = jnp.transpose(array, (*ins, *outs, *rest))
-    array = array.reshape(number, groups, made // groups, -1)
-    return jnp.moveaxis(array.astype(wide(array.dtype)), 1, 0)
+    number, made = (
+        math.prod(shape[i] for i in axes) for axes in (weight.in_axes, weight.out_axes)
+    )
+    return groups, number, made // groups, math.prod(shape) // max(number * made, 1)

@@ -4,12 +4,12 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.channels import Joined, Layout, Span, layout_size
+from jaxmet.numerics import xp
 from jaxmet.numerics.moments import Moments
+from jaxmet.numerics.xp import Array
 
 Tensor = dict[int, Moments]  # by channel group
 
@@ -89,10 +89,10 @@ def join(layout: Layout, tensor: Mapping[int, Moments]) -> Moments | None:
     if most != 1 or np.any(places == none):
         return None
     every = zip(*here.values(), strict=True)
-    return Moments(*(_taken(jnp.concatenate(v), places) for v in every))
+    return Moments(*(_taken(xp.concatenate(v), places) for v in every))
 
 
-def spread(layout: Layout, vectors: Mapping[int, jax.Array]) -> jax.Array:
+def spread(layout: Layout, vectors: Mapping[int, Array]) -> Array:
     """Vectors of some groups along an axis, zero for everything else on it.
 
     Raises ValueError where a position follows channels of two of the groups.
@@ -100,14 +100,14 @@ def spread(layout: Layout, vectors: Mapping[int, jax.Array]) -> jax.Array:
     places, _, most = _followed(layout, {g: v.size for g, v in vectors.items()})
     if most > 1:
         raise ValueError(f"positions of {layout} follow several groups of channels")
-    nothing = jnp.zeros(1, next(iter(vectors.values())).dtype)
-    return _taken(jnp.concatenate([*vectors.values(), nothing]), places)
+    nothing = xp.zeros(1, next(iter(vectors.values())).dtype)
+    return _taken(xp.concatenate([*vectors.values(), nothing]), places)
 
 
-def _taken(values: jax.Array, places: np.ndarray) -> jax.Array:
+def _taken(values: Array, places: np.ndarray) -> Array:
     if np.array_equal(places, np.arange(values.size)):
         return values  # most axes: nothing to compile
-    return values.at[places].get(mode="promise_in_bounds")
+    return values[places]
 
 
 def how_often(layout: Layout) -> Counter[int]:

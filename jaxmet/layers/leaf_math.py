@@ -2,31 +2,30 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.leaves import dense, with_weight
 
 
 def replaced(leaf: Any, array: Any) -> Any:
     """The leaf with another array of its shape, in its own dtype."""
     old = dense(leaf)
-    return with_weight(leaf, jnp.asarray(array).reshape(old.shape).astype(old.dtype))
+    return with_weight(leaf, xp.asarray(array).reshape(old.shape).astype(old.dtype))
 
 
-def shifted(leaf: Any, change: jax.Array) -> Any:
+def shifted(leaf: Any, change: Array) -> Any:
     """The leaf plus `change`, one number for each of its entries in any shape."""
-    array = jnp.asarray(dense(leaf))
+    array = xp.asarray(dense(leaf))
     dtype = wide(array.dtype, change.dtype)
     return replaced(
         leaf, array.astype(dtype) + change.astype(dtype).reshape(array.shape)
     )
 
 
-def scaled(leaf: Any, factor: jax.Array, power: int = 1) -> Any:
+def scaled(leaf: Any, factor: Array, power: int = 1) -> Any:
     """The leaf times a whole power of `factor`, which has the leaf's rank."""
-    array = jnp.asarray(dense(leaf))
+    array = xp.asarray(dense(leaf))
     dtype = wide(array.dtype, factor.dtype)
     new, factor = array.astype(dtype), factor.astype(dtype)
     # step by step: factor ** power alone could overflow where the product does not

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.graph.node import Node, Norm
 from jaxmet.engine.nodes.scalar_function import compute
+from jaxmet.numerics import xp
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.leaves import dense
 
 
@@ -21,7 +22,7 @@ def roles_of(norm: Norm) -> dict[str, str]:
 
 def statistics_weight(
     norm: Norm, leaves: Mapping[str, Any], dtype: Any
-) -> jax.Array | float:
+) -> Array | float:
     """What a norm multiplies its stored mean and variance by.
 
     1, but for a running average that started from zero: that is divided by the sum of its
@@ -29,7 +30,7 @@ def statistics_weight(
     """
     if norm.debias is None:
         return 1.0
-    count = jnp.asarray(dense(leaves[norm.debias.count]), jnp.float32)
+    count = xp.asarray(dense(leaves[norm.debias.count]), np.float32)
     total = compute(norm.debias.formula, count)
     return (total if norm.debias.multiplies else 1.0 / total).astype(dtype)
 

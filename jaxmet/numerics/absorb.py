@@ -7,8 +7,10 @@ Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
 Correction](https://arxiv.org/abs/1906.04721), ICCV 2019, section 4.1.3.
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from jaxmet.numerics import xp
+from jaxmet.numerics.xp import Array
 
 
 def absorbed(
@@ -30,8 +32,8 @@ def absorbed(
     Returns:
         The constant of each channel, zero or more.
     """
-    low = mean - n_sigma * jnp.sqrt(variance)
-    return jnp.minimum(jnp.maximum(low, 0.0), upper)
+    low = mean - n_sigma * xp.sqrt(variance)
+    return xp.minimum(xp.maximum(low, 0.0), upper)
 
 
 def shift_after(
@@ -47,4 +49,4 @@ def shift_after(
         What each output loses.
     """
     by_group = c.reshape(weight.shape[:2])
-    return jnp.einsum("giow,gi->go", weight, by_group).reshape(-1)
+    return xp.einsum("giow,gi->go", weight, by_group).reshape(-1)

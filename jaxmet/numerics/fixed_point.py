@@ -35,8 +35,8 @@ def anderson(
     step: Callable[[jax.Array], tuple[jax.Array, Any]],
     start: Float[Array, " n"],
     *,
-    tolerance: float,
-    max_steps: int,
+    tolerance: Float[Array, ""] | float,
+    max_steps: Int[Array, ""] | int,
 ) -> FixedPoint:
     r"""A point with $\max_i |T(x)_i - x_i|$ below `tolerance`; `step` gives (T(x), about).
 

@@ -30,7 +30,7 @@ def lbfgs(
     lower: Float[Array, " n"],
     upper: Float[Array, " n"],
     *,
-    evaluations: int | Int[Array, ""],
+    evaluations: Int[Array, ""] | int,
     first_step: float = 0.3,
 ) -> Float[Array, " n"]:
     """A lower point of a smooth function within bounds, after so many evaluations.

@@ -6,13 +6,12 @@ The closed forms take a value to be normal, as the output of a batch norm nearly
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.scipy.stats import norm
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
+from jaxmet.numerics.xp import Array
 
 N_SIGMA = 4.0
 """How many standard deviations a normal value is taken to range on either side."""
@@ -46,7 +45,7 @@ class Measured(NamedTuple):
     @property
     def moments(self) -> Moments:
         """Mean and variance, with the range."""
-        count = jnp.maximum(self.number, 1.0)
+        count = xp.maximum(self.number, 1.0)
         return Moments(self.mean, self.spread / count, self.low, self.high)
 
 
@@ -63,24 +62,24 @@ def measure(
     """
     rows = _by_channel(x.astype(wide(x.dtype)), kept)
     if where is None:
-        mean = jnp.mean(rows, axis=1)
-        spread = jnp.sum(jnp.square(rows - mean[:, None]), axis=1)
-        count = jnp.full_like(mean, rows.shape[1])
-        return Measured(count, mean, spread, jnp.min(rows, 1), jnp.max(rows, 1))
-    own = _by_channel(jnp.broadcast_to(where, x.shape), kept)
-    count = jnp.sum(own, axis=1).astype(rows.dtype)
-    mean = jnp.sum(rows, axis=1, where=own) / jnp.maximum(count, 1.0)
-    spread = jnp.sum(jnp.square(rows - mean[:, None]), axis=1, where=own)
-    low = jnp.min(rows, axis=1, where=own, initial=jnp.inf)
+        mean = xp.mean(rows, axis=1)
+        spread = xp.sum(xp.square(rows - mean[:, None]), axis=1)
+        count = xp.full_like(mean, rows.shape[1])
+        return Measured(count, mean, spread, xp.min(rows, 1), xp.max(rows, 1))
+    own = _by_channel(xp.broadcast_to(where, x.shape), kept)
+    count = xp.sum(own, axis=1).astype(rows.dtype)
+    mean = xp.sum(rows, axis=1, where=own) / xp.maximum(count, 1.0)
+    spread = xp.sum(xp.square(rows - mean[:, None]), axis=1, where=own)
+    low = xp.min(rows, axis=1, where=own, initial=xp.inf)
     return Measured(
-        count, mean, spread, low, jnp.max(rows, axis=1, where=own, initial=-jnp.inf)
+        count, mean, spread, low, xp.max(rows, axis=1, where=own, initial=-xp.inf)
     )
 
 
-def _by_channel(x: jax.Array, kept: Sequence[int]) -> jax.Array:
+def _by_channel(x: Array, kept: Sequence[int]) -> Array:
     """(channels, everything else)."""
     rest = [i for i in range(x.ndim) if i not in kept]
-    x = jnp.transpose(x, (*kept, *rest))
+    x = xp.transpose(x, (*kept, *rest))
     x = x.reshape(*(x.shape[i] for i in range(len(kept))), -1)
     return x.reshape(-1, x.shape[-1])
 
@@ -100,14 +99,14 @@ def merge(one: Measured, two: Measured) -> Measured:
         The moments of all of them.
     """
     count = one.number + two.number
-    share = two.number / jnp.maximum(count, 1.0)
+    share = two.number / xp.maximum(count, 1.0)
     apart = two.mean - one.mean
     return Measured(
         count,
         one.mean + apart * share,
         one.spread + two.spread + apart * apart * one.number * share,
-        jnp.minimum(one.low, two.low),
-        jnp.maximum(one.high, two.high),
+        xp.minimum(one.low, two.low),
+        xp.maximum(one.high, two.high),
     )
 
 
@@ -122,7 +121,7 @@ def normal(mean: Channels, variance: Channels, n_sigma: float = N_SIGMA) -> Mome
     Returns:
         Mean, variance and range.
     """
-    reach = n_sigma * jnp.sqrt(variance)
+    reach = n_sigma * xp.sqrt(variance)
     return Moments(mean, variance, mean - reach, mean + reach)
 
 
@@ -143,21 +142,23 @@ def clipped(x: Moments, lower: Channels, upper: Channels) -> Moments:
     Returns:
         The moments after the clip.
     """
-    sigma = jnp.sqrt(jnp.maximum(x.variance, 1e-30))
+    sigma = xp.sqrt(xp.maximum(x.variance, 1e-30))
     alpha, beta = (lower - x.mean) / sigma, (upper - x.mean) / sigma
     a, b = _finite(lower), _finite(upper)
     # The difference of the smaller tails, which is exact where both bounds are far out.
-    below, above = norm.cdf(alpha), norm.cdf(-beta)
-    inside = jnp.where(
-        alpha > 0, norm.cdf(-alpha) - above, jnp.clip(norm.cdf(beta) - below, 0.0)
+    below, above = xp.normal_cdf(alpha), xp.normal_cdf(-beta)
+    inside = xp.where(
+        alpha > 0,
+        xp.normal_cdf(-alpha) - above,
+        xp.maximum(xp.normal_cdf(beta) - below, 0.0),
     )
-    f, g = norm.pdf(alpha), norm.pdf(beta)
+    f, g = xp.normal_pdf(alpha), xp.normal_pdf(beta)
     mean = a * below + b * above + x.mean * inside + sigma * (f - g)
     power = a * a * below + b * b * above + x.power * inside
     power = power + sigma * ((x.mean + a) * f - (x.mean + b) * g)
-    mean = jnp.clip(mean, lower, upper)
-    variance = jnp.maximum(power - mean * mean, 0.0)
-    low, high = (jnp.clip(end, lower, upper) for end in (x.low, x.high))
+    mean = xp.clip(mean, lower, upper)
+    variance = xp.maximum(power - mean * mean, 0.0)
+    low, high = (xp.clip(end, lower, upper) for end in (x.low, x.high))
     return Moments(mean, variance, low, high)
 
 
@@ -171,16 +172,16 @@ def leaky(x: Moments, slope: Channels) -> Moments:
     Returns:
         The moments after the leaky ReLU.
     """
-    zero, infinite = jnp.zeros_like(x.mean), jnp.full_like(x.mean, jnp.inf)
+    zero, infinite = xp.zeros_like(x.mean), xp.full_like(x.mean, xp.inf)
     up, down = clipped(x, zero, infinite), clipped(x, -infinite, zero)
     mean = up.mean + slope * down.mean
     power = up.power + slope * slope * down.power
     ends = (up.low + slope * down.low, up.high + slope * down.high)
-    variance = jnp.maximum(power - mean * mean, 0.0)
-    return Moments(mean, variance, jnp.minimum(*ends), jnp.maximum(*ends))
+    variance = xp.maximum(power - mean * mean, 0.0)
+    return Moments(mean, variance, xp.minimum(*ends), xp.maximum(*ends))
 
 
-def through(x: Moments, function: Callable[[jax.Array], jax.Array]) -> Moments:
+def through(x: Moments, function: Callable[[Array], Array]) -> Moments:
     r"""A normal value through any function of one number, by quadrature.
 
     $E f(\mu + \sigma t)$ by the trapezoidal rule over $|t| \le 8$, which gains digits
@@ -199,16 +200,16 @@ def through(x: Moments, function: Callable[[jax.Array], jax.Array]) -> Moments:
     t = np.linspace(-8.0, 8.0, 1025)
     share = np.exp(-t * t / 2)
     at, weight = (
-        jnp.asarray(v, x.mean.dtype).reshape(-1, *[1] * x.mean.ndim)
+        xp.asarray(v, x.mean.dtype).reshape(-1, *[1] * x.mean.ndim)
         for v in (t, share / share.sum())
     )
-    nodes = x.mean[None] + jnp.sqrt(x.variance)[None] * at
-    inside = function(jnp.clip(nodes, x.low[None], x.high[None]))
+    nodes = x.mean[None] + xp.sqrt(x.variance)[None] * at
+    inside = function(xp.clip(nodes, x.low[None], x.high[None]))
     values = function(nodes)
-    values = jnp.where(jnp.isfinite(values), values, inside)
-    mean = jnp.sum(weight * values, axis=0)
-    variance = jnp.sum(weight * jnp.square(values - mean[None]), axis=0)
-    return Moments(mean, variance, jnp.min(inside, axis=0), jnp.max(inside, axis=0))
+    values = xp.where(xp.isfinite(values), values, inside)
+    mean = xp.sum(weight * values, axis=0)
+    variance = xp.sum(weight * xp.square(values - mean[None]), axis=0)
+    return Moments(mean, variance, xp.min(inside, axis=0), xp.max(inside, axis=0))
 
 
 def affine(x: Moments, scale: float, shift: float) -> Moments:
@@ -223,7 +224,7 @@ def affine(x: Moments, scale: float, shift: float) -> Moments:
         The moments of the result.
     """
     ends = (x.low * scale + shift, x.high * scale + shift)
-    low, high = jnp.minimum(*ends), jnp.maximum(*ends)
+    low, high = xp.minimum(*ends), xp.maximum(*ends)
     return Moments(x.mean * scale + shift, x.variance * scale**2, low, high)
 
 
@@ -239,8 +240,8 @@ def added(one: Moments, two: Moments, n_sigma: float = N_SIGMA) -> Moments:
         The moments of the sum.
     """
     total = normal(one.mean + two.mean, one.variance + two.variance, n_sigma)
-    low = jnp.maximum(total.low, one.low + two.low)
-    return total._replace(low=low, high=jnp.minimum(total.high, one.high + two.high))
+    low = xp.maximum(total.low, one.low + two.low)
+    return total._replace(low=low, high=xp.minimum(total.high, one.high + two.high))
 
 
 def multiplied(one: Moments, two: Moments) -> Moments:
@@ -255,9 +256,9 @@ def multiplied(one: Moments, two: Moments) -> Moments:
     """
     variance = one.variance * two.power + two.variance * one.mean * one.mean
     ends = [a * b for a in (one.low, one.high) for b in (two.low, two.high)]
-    ends = jnp.stack(ends)
+    ends = xp.stack(ends)
     return Moments(
-        one.mean * two.mean, variance, jnp.min(ends, axis=0), jnp.max(ends, axis=0)
+        one.mean * two.mean, variance, xp.min(ends, axis=0), xp.max(ends, axis=0)
     )
 
 
@@ -275,12 +276,12 @@ def either(one: Moments, two: Moments) -> Moments:
     power = (one.power + two.power) / 2
     return Moments(
         mean,
-        jnp.maximum(power - mean * mean, 0.0),
-        jnp.minimum(one.low, two.low),
-        jnp.maximum(one.high, two.high),
+        xp.maximum(power - mean * mean, 0.0),
+        xp.minimum(one.low, two.low),
+        xp.maximum(one.high, two.high),
     )
 
 
-def _finite(bound: jax.Array) -> jax.Array:
+def _finite(bound: Array) -> Array:
     """The bound, or zero for an infinite one: what it multiplies vanishes there."""
-    return jnp.where(jnp.isfinite(bound), bound, 0.0)
+    return xp.where(xp.isfinite(bound), bound, 0.0)

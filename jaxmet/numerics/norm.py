@@ -12,7 +12,10 @@ section 3.2.
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
+
+from jaxmet.numerics import xp
+from jaxmet.numerics.xp import Array
 
 SMALLEST = 1e-30
 """A variance plus epsilon below this is not divided by, nor a gain below it moved."""
@@ -53,7 +56,7 @@ def norm_gain(variance: Channels, scale: Channels | None, epsilon: float) -> Cha
         The factor g of each channel.
     """
     root = unit_scale(variance, epsilon)
-    return (jnp.ones_like(root) if scale is None else scale) / root
+    return (xp.ones_like(root) if scale is None else scale) / root
 
 
 def unit_scale(variance: Channels, epsilon: float) -> Channels:
@@ -66,7 +69,7 @@ def unit_scale(variance: Channels, epsilon: float) -> Channels:
     Returns:
         The scale of each channel.
     """
-    return jnp.sqrt(variance + epsilon)
+    return xp.sqrt(variance + epsilon)
 
 
 def folded_statistics(
@@ -118,17 +121,17 @@ def gain_before(
     gain = norm_gain(variance * weight, scale, epsilon)
     _, spread = folded_statistics(mean, variance, gain)
     if scale is None:
-        spread = jnp.full_like(spread, (1 - epsilon) / weight)
+        spread = xp.full_like(spread, (1 - epsilon) / weight)
     spread, unit = _unit(spread, scale, epsilon, stored, weight)
     factor = _factor(gain, spread * weight, unit, epsilon, stored)
-    can = jnp.isfinite(factor) & jnp.isfinite(mean * factor) & jnp.isfinite(spread)
+    can = xp.isfinite(factor) & xp.isfinite(mean * factor) & xp.isfinite(spread)
     can &= spread * weight + epsilon >= SMALLEST
     moves = can & ~is_one(gain, stored)
     return Moved(
-        jnp.where(moves, factor, 1.0),
-        jnp.where(moves, mean * factor, mean),
-        jnp.where(moves, spread, variance),
-        None if scale is None or unit is None else jnp.where(moves, unit, scale),
+        xp.where(moves, factor, 1.0),
+        xp.where(moves, mean * factor, mean),
+        xp.where(moves, spread, variance),
+        None if scale is None or unit is None else xp.where(moves, unit, scale),
         bias,
         ~can,
     )
@@ -164,17 +167,17 @@ def gain_after(
     gain = norm_gain(variance * weight, scale, epsilon)
     _, unit = _unit(variance, scale, epsilon, stored, weight)
     factor = _factor(gain, variance * weight, unit, epsilon, stored)
-    shift = bias / jnp.where(factor == 0, 1.0, factor)
-    can = jnp.isfinite(factor) & jnp.isfinite(shift) & (jnp.abs(factor) >= SMALLEST)
+    shift = bias / xp.where(factor == 0, 1.0, factor)
+    can = xp.isfinite(factor) & xp.isfinite(shift) & (xp.abs(factor) >= SMALLEST)
     can &= variance * weight + epsilon >= SMALLEST
-    can &= jnp.abs(scale) > FAINT * jnp.abs(bias)
+    can &= xp.abs(scale) > FAINT * xp.abs(bias)
     moves = can & ~is_one(gain, stored)
     return Moved(
-        jnp.where(moves, factor, 1.0),
+        xp.where(moves, factor, 1.0),
         mean,
         variance,
-        None if unit is None else jnp.where(moves, unit, scale),
-        jnp.where(moves, shift, bias),
+        None if unit is None else xp.where(moves, unit, scale),
+        xp.where(moves, shift, bias),
         ~can,
     )
 
@@ -210,4 +213,4 @@ def _factor(
 def is_one(gain: Channels, stored: tuple[Any, Any]) -> Bool[Array, "..."]:
     """Whether a gain is one but for rounding, as it is when it has moved before."""
     last = max(float(jnp.finfo(dtype).eps) for dtype in stored)
-    return jnp.abs(gain - 1.0) <= max(4 * float(jnp.finfo(gain.dtype).eps), last)
+    return xp.abs(gain - 1.0) <= max(4 * float(jnp.finfo(gain.dtype).eps), last)

@@ -17,16 +17,26 @@ maxima of $\log s$: its logarithm is convex in $\log s$, and so is that of the s
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import logsumexp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float
 
+from jaxmet.numerics import xp
 from jaxmet.numerics.minimise import lbfgs
-from jaxmet.numerics.scaling import Layers, log_scales
+from jaxmet.numerics.packed import (
+    Packed,
+    largest_by_layer,
+    largest_by_output,
+    moved,
+    pack,
+    total_by_output,
+)
+from jaxmet.numerics.scaling import Layers, cut_back, filled, log_scales
+from jaxmet.numerics.xp import Array
 
 SHARPNESS = (4.0, 8.0, 16.0, 32.0)  # beyond, too many weights share one rounding error
 EVALUATIONS = 100  # at each
@@ -37,44 +47,33 @@ FAINTEST = -60.0  # log of what stands for nothing, beside the largest of its ki
 class NoisyLayers(NamedTuple):
     r"""Layers, and logarithms of what is known of them in original units.
 
-    `gains[k][l, g, i, o]` is $G_{io}$ of the layers of one shape, `high` and `low` how far
-    $x_i$ reaches above and below zero, `cost` is $C_i$. `weight_step` is
-    $-\log 12(2^{b-1}-1)^2$ of the weight and `input_step` $-\log 12(2^b-1)^2$ of the input,
-    -inf for what is not quantized. `per_channel` says which weights have one grid per output.
+    `gains` holds $G_{io}$, `high` and `low` how far $x_i$ reaches above and below zero, `cost`
+    is $C_i$. `weight_step` is $-\log 12(2^{b-1}-1)^2$ of the weight and `input_step`
+    $-\log 12(2^b-1)^2$ of the input, -inf for what is not quantized. `per_channel` says which
+    weights have one grid per output. Vectors are filled up as those of `Layers` are.
     """
 
     layers: Layers
-    gains: tuple[Float[Array, "_ _ _ _"], ...]
+    gains: Packed
     high: Float[Array, " ins"]
     low: Float[Array, " ins"]
     cost: Float[Array, " ins"]
-    weight_step: Float[np.ndarray, " layers"]
-    input_step: Float[np.ndarray, " layers"]
-    per_channel: Bool[np.ndarray, " layers"]
+    weight_step: Float[Array, " layers"]
+    input_step: Float[Array, " layers"]
+    per_channel: Bool[Array, " layers"]
+
+    @property
+    def apart(self) -> Array:
+        """Which outputs have a grid of their own."""
+        return self.per_channel[self.layers.output_layer]
 
 
 class Minimum(NamedTuple):
-    """Log scales, the log of the objective there, and where they started from."""
+    """Log scales, the log of the objective there, and at the points that were given."""
 
     x: Float[Array, " channels"]
     log_noise: Float[Array, ""]
-    log_noise_before: Float[Array, ""]
-
-
-class _Places(NamedTuple):
-    """Which group each input and output belongs to, and which layer each group."""
-
-    input_group: np.ndarray
-    output_group: np.ndarray
-    group_layer: np.ndarray
-
-    @property
-    def input_layer(self) -> np.ndarray:
-        return self.group_layer[self.input_group]
-
-    @property
-    def output_layer(self) -> np.ndarray:
-        return self.group_layer[self.output_group]
+    given: Float[Array, " points"]
 
 
 class _Shifts(NamedTuple):
@@ -90,37 +89,50 @@ class _Shifts(NamedTuple):
 class _Near(NamedTuple):
     """The gains of all layers as they are at some scales, in units of their largest."""
 
-    gains: tuple[jax.Array, ...]
+    gains: Packed
     ins: jax.Array
     makes: jax.Array
 
 
 def noisy(
     layers: Layers,
-    gains: Sequence[Float[Array, "_ _ _ _"]],
-    by_input: Sequence[Float[Array, " ins"]],
-    weight_step: Float[np.ndarray, " layers"],
-    input_step: Float[np.ndarray, " layers"],
-    per_channel: Bool[np.ndarray, " layers"],
+    gains: Sequence[Float[Array, "_ _ _"]],
+    by_input: Sequence[Sequence[Float[Array, " _"]]],
+    weight_step: Sequence[float],
+    input_step: Sequence[float],
+    per_channel: Sequence[bool],
 ) -> NoisyLayers:
     """The logarithms of gains, and of reach up and down and cost by input.
 
     Zero becomes next to nothing beside the largest value of its layer.
     """
-    at = _places(layers)
     faintest = float(np.exp(FAINTEST))
 
-    def log_or_faint(x: jax.Array, unit: jax.Array) -> jax.Array:
-        unit = jnp.where(unit > 0, unit, 1.0)
-        return jnp.log(jnp.maximum(x / unit, faintest)) + jnp.log(unit)
+    def log_or_faint(x: Array) -> Array:
+        unit = xp.max(x)
+        unit = xp.where(unit > 0, unit, 1.0)
+        return xp.log(xp.maximum(x / unit, faintest)) + xp.log(unit)
 
-    def of_input(x: jax.Array) -> jax.Array:
-        return log_or_faint(x, _largest(x, at.input_layer)[at.input_layer])
+    ins, number = layers.input_group.size, layers.group_layer.size
 
-    logs = [log_or_faint(g, jnp.max(g, (1, 2, 3), keepdims=True)) for g in gains]
-    high, low, cost = map(of_input, by_input)
+    def in_a_row(rows: Sequence[Array]) -> Array:
+        row = xp.concatenate([log_or_faint(x) for x in rows])
+        return xp.pad(row, (0, ins - row.size), constant_values=FAINTEST)
+
+    def of_layers(values: Sequence[float | bool], fill: float | bool) -> Any:
+        full = np.pad(values, (0, number - len(values)), constant_values=fill)
+        return full.astype(bool if full.dtype == bool else gains[0].dtype)
+
+    high, low, cost = map(in_a_row, by_input)
     return NoisyLayers(
-        layers, tuple(logs), high, low, cost, weight_step, input_step, per_channel
+        layers,
+        pack([log_or_faint(g) for g in gains], -xp.inf),
+        high,
+        low,
+        cost,
+        of_layers(weight_step, -xp.inf),
+        of_layers(input_step, -xp.inf),
+        of_layers(per_channel, False),
     )
 
 
@@ -134,133 +146,159 @@ def log_noise(noisy: NoisyLayers, x: Float[Array, " channels"]) -> Float[Array, 
     Returns:
         The log of the noise.
     """
-    return _exact(noisy, x, _tops(noisy, x))[0]
+    none = xp.zeros_like(x) > 0
+    found = minimise_noise(noisy, [x], none, lowest=x, highest=x, evaluations=0)
+    return found.log_noise
 
 
 def minimise_noise(
     noisy: NoisyLayers,
-    start: Float[Array, " channels"],
+    starts: Sequence[Float[Array, " channels"]],
     free: Bool[Array, " channels"],
     *,
     lowest: Float[Array, " channels"],
     highest: Float[Array, " channels"],
-    evaluations: int | Int[Array, ""] = EVALUATIONS,
+    evaluations: int = EVALUATIONS,
+    compare: Sequence[Float[Array, " channels"]] = (),
 ) -> Minimum:
-    r"""Log scales of little noise in `lowest … highest`, from `start`.
+    r"""Log scales of little noise in `lowest … highest`, from the best of some `starts`.
 
-    What is not `free` keeps its scale.
+    What is not `free` keeps its scale, which has to be the same in all of them.
 
     Maxima become $\frac1\beta\log\sum\exp\beta(\cdot)$ with growing $\beta$, and each such
     problem gets a few steps of L-BFGS; with no `evaluations` nothing moves. Sums over the many
     weights of a layer are products with matrices made once for each $\beta$, so a step costs
-    what the products of two matrices and a vector do.
+    what the products of two matrices and a vector do. The objective is convex in log s: where
+    the search begins decides only how soon it ends.
 
     Args:
         noisy: what the objective knows of the layers.
-        start: the first log scales.
+        starts: log scales to begin with.
         free: which channels may be scaled.
         lowest: the lower bounds of log scales.
         highest: the upper bounds.
-        evaluations: how often the objective is evaluated.
+        evaluations: how often the objective is evaluated at each sharpness; default 100.
+        compare: log scales at which the objective is wanted too; default none.
 
     Returns:
-        The log scales, and the log of the noise there and at the start.
+        The log scales, the log of the noise there, and at `compare` and at the starts.
     """
-    lowest, highest = (jnp.where(free, b, start) for b in (lowest, highest))
+    lowest, highest = (xp.where(free, b, starts[0]) for b in (lowest, highest))
+    points = xp.stack([filled(v, 0.0) for v in (*compare, *starts)])
+    counts = [0] * len(points) + [evaluations] * len(SHARPNESS) + [0]
+    sharpness = [1.0] * len(points) + [*SHARPNESS, SHARPNESS[-1]]
+    # Before the first turn that moves: which points are looked at, and which can be taken.
+    looked = [*range(len(points))] + [-1] * (len(SHARPNESS) + 1)
+    taken = [i >= len(compare) for i in range(len(points) + len(SHARPNESS) + 1)]
+    turns = _Turn(
+        xp.asarray(looked, np.int32),
+        xp.asarray(taken),
+        xp.asarray(sharpness, points.dtype),
+        xp.asarray(counts, np.int32),
+    )
+    bounds = (filled(v, 0.0) for v in (lowest, highest))
+    x, value, values = _minimised(noisy, points, *bounds, turns)
+    return Minimum(cut_back(x, free.size), value, values[: len(points)])
 
-    def stage(state: tuple[jax.Array, Minimum], now: tuple) -> tuple:
-        x, best = state
-        sharpness, allowed = now
+
+class _Turn(NamedTuple):
+    """One turn: which point it begins at (-1: the best, or where the last one ended)."""
+
+    point: Array
+    counts: Array  # whether what it looks at may be the answer
+    sharpness: Array
+    evaluations: Array
+
+
+class _Search(NamedTuple):
+    x: jax.Array
+    best: jax.Array
+    value: jax.Array  # of the best
+    moved: jax.Array  # whether any turn has moved
+
+
+@xp.compiled
+def _minimised(
+    noisy: NoisyLayers,
+    points: jax.Array,
+    lowest: jax.Array,
+    highest: jax.Array,
+    turns: _Turn,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best point, its value, and the value that each turn began with.
+
+    One loop for the points that are only looked at and for the search: the objective is large,
+    and is compiled once.
+    """
+
+    def turn(s: _Search, now: _Turn) -> tuple[_Search, jax.Array]:
+        x = jnp.where(s.moved, s.x, s.best)
+        x = jnp.where(now.point < 0, x, points[now.point])
         tops = _tops(noisy, x)
         value, shifts, near = _exact(noisy, x, tops)
-        first = jnp.isinf(best.log_noise_before)
-        before = jnp.where(first, value, best.log_noise_before)
-        wins = value < best.log_noise
-        here = Minimum(x, value, before)
-        best = best._replace(log_noise_before=before)
-        best = jax.tree.map(lambda a, b: jnp.where(wins, a, b), here, best)
-        reach = REACH / sharpness
+        wins = now.counts & (value < s.value)
+        best = jnp.where(wins, x, s.best)
+        reach = REACH / now.sharpness
         x = lbfgs(
-            _smooth(noisy, x, tops, shifts, near, sharpness),
+            _smooth(noisy, x, tops, shifts, near, now.sharpness),
             x,
             jnp.maximum(lowest, x - reach),
             jnp.minimum(highest, x + reach),
-            evaluations=allowed,
+            evaluations=now.evaluations,
         )
-        return (x, best), None
+        moved = s.moved | (now.evaluations > 0)
+        return _Search(x, best, jnp.where(wins, value, s.value), moved), value
 
-    # The last turn only looks at what the one before it found.
-    sharpness = jnp.asarray((*SHARPNESS, SHARPNESS[-1]), start.dtype)
-    allowed = jnp.asarray((1,) * len(SHARPNESS) + (0,)) * evaluations
-    unknown = jnp.full((), jnp.inf, start.dtype)
-    state = (start, Minimum(start, unknown, unknown))
-    (_, best), _ = jax.lax.scan(stage, state, (sharpness, allowed))
-    return best
+    first = points[-1]
+    none = _Search(first, first, jnp.full((), jnp.inf, first.dtype), jnp.bool_(False))
+    found, values = jax.lax.scan(turn, none, turns)
+    return found.best, found.value, values
 
 
-def _places(layers: Layers) -> _Places:
-    inputs, outputs, groups, group, layer = [], [], [], 0, 0
-    for stack in layers.log_ranges:
-        count, per_layer, ins, outs = stack.shape
-        numbers = group + np.arange(count * per_layer)
-        inputs.append(np.repeat(numbers, ins))
-        outputs.append(np.repeat(numbers, outs))
-        groups.append(np.repeat(layer + np.arange(count), per_layer))
-        group, layer = group + numbers.size, layer + count
-    return _Places(*map(np.concatenate, (inputs, outputs, groups)))
+def _sums(v: jax.Array, layer: Array, number: int) -> jax.Array:
+    return jax.ops.segment_sum(v, layer, number)
 
 
-def _sums(v: jax.Array, segments: np.ndarray) -> jax.Array:
-    number = int(segments[-1]) + 1
-    return jax.ops.segment_sum(v, segments, number, indices_are_sorted=True)
-
-
-def _largest(v: jax.Array, segments: np.ndarray) -> jax.Array:
-    number = int(segments[-1]) + 1
-    return jax.ops.segment_max(v, segments, number, indices_are_sorted=True)
+def _largest(v: jax.Array, layer: Array, number: int) -> jax.Array:
+    """The largest value of each layer, zero for a layer without any."""
+    found = jax.ops.segment_max(v, layer, number)
+    return jnp.where(jnp.isfinite(found), found, 0.0)
 
 
 def _tops(noisy: NoisyLayers, x: jax.Array) -> jax.Array:
     """For each output the log of the largest weight, in the scales of the inputs."""
-    layers = noisy.layers
-    each = layers.by_input(log_scales(x, layers.inputs))
-    tops = []
-    for r, ins in zip(layers.log_ranges, each, strict=True):
-        top = jnp.max(r + ins[..., None], axis=2)
-        largest = jnp.max(top, axis=(1, 2), keepdims=True)
-        floor = jnp.where(jnp.isfinite(largest), largest, 0.0) + FAINTEST
-        tops.append(jnp.maximum(top, floor).reshape(-1))
-    return jnp.concatenate(tops)
+    layers, number = noisy.layers, noisy.per_channel.size
+    ins, outs = log_scales(x, layers.inputs), layers.output_layer.size
+    top = largest_by_output(layers.log_ranges, layers.at, ins, outs)
+    floor = _largest(top, layers.output_layer, number) + FAINTEST
+    return jnp.maximum(top, floor[layers.output_layer])
 
 
 def _exact(
     noisy: NoisyLayers, x: jax.Array, tops: jax.Array
 ) -> tuple[jax.Array, _Shifts, _Near]:
     """The log of the objective, the largest exponents in it, and the gains."""
-    at = _places(noisy.layers)
-    ins, outs = (log_scales(x, i) for i in noisy.layers[1:3])
-    makes = jnp.where(noisy.per_channel[at.output_layer], tops, outs)
-    each = zip(
-        noisy.gains,
-        noisy.layers.by_input(ins),
-        noisy.layers.by_output(makes),
-        strict=True,
+    layers, number = noisy.layers, noisy.per_channel.size
+    ins, outs = (log_scales(x, i) for i in (layers.inputs, layers.outputs))
+    makes = jnp.where(noisy.apart, tops, outs)
+    gains = moved(noisy.gains, layers.at, -2 * ins, 2 * makes)
+    shift = largest_by_layer(gains, layers.at, layers.output_layer, number)
+    tiles = layers.output_layer[layers.at.columns[:, 0]]
+    entries = layers.output_layer[layers.at.entry_columns]
+    near = Packed(
+        jnp.exp(gains.tiles - shift[tiles][:, None, None]),
+        jnp.exp(gains.entries - shift[entries]),
     )
-    moved = [g + 2 * (o[:, :, None] - i[..., None]) for g, i, o in each]
-    shift = [jnp.max(g, (1, 2, 3)) for g in moved]
-    near = [
-        jnp.exp(g - v[:, None, None, None]) for g, v in zip(moved, shift, strict=True)
-    ]
     shifts = _Shifts(
-        gain=jnp.concatenate(shift),
-        cost=_largest(noisy.cost + 2 * ins, at.input_layer),
-        step=_largest(tops - outs, at.output_layer),
-        high=_largest(noisy.high - ins, at.input_layer),
-        low=_largest(noisy.low - ins, at.input_layer),
+        gain=shift,
+        cost=_largest(noisy.cost + 2 * ins, layers.input_layer, number),
+        step=_largest(tops - outs, layers.output_layer, number),
+        high=_largest(noisy.high - ins, layers.input_layer, number),
+        low=_largest(noisy.low - ins, layers.input_layer, number),
     )
     reach = jnp.logaddexp(shifts.high, shifts.low)
-    found = _Near(tuple(near), ins, makes)
-    total = _total(noisy, at, ins, makes, shifts.step, reach, shifts, found)
+    found = _Near(near, ins, makes)
+    total = _total(noisy, ins, makes, shifts.step, reach, shifts, found)
     return total, shifts, found
 
 
@@ -273,46 +311,37 @@ def _smooth(
     sharpness: jax.Array,
 ) -> Callable[[jax.Array], jax.Array]:
     """The objective with soft maxima, for scales near `x`."""
-    at, layers = _places(noisy.layers), noisy.layers
+    layers, number = noisy.layers, noisy.per_channel.size
     old = log_scales(x, layers.inputs)
-    matrices = [
-        jnp.exp(sharpness * (r + i[..., None] - top[:, :, None]))
-        for r, i, top in zip(
-            layers.log_ranges, layers.by_input(old), layers.by_output(tops), strict=True
-        )
-    ]
+    raised = moved(layers.log_ranges, layers.at, old, -tops)
+    matrices = jax.tree.map(lambda v: jnp.exp(sharpness * v), raised)
 
-    def soft(v: jax.Array, segments: np.ndarray, shift: jax.Array) -> jax.Array:
-        total = _sums(jnp.exp(sharpness * (v - shift[segments])), segments)
-        return shift + jnp.log(total) / sharpness
+    def soft(v: jax.Array, layer: Array, shift: jax.Array) -> jax.Array:
+        total = _sums(jnp.exp(sharpness * (v - shift[layer])), layer, number)
+        return shift + _log(total) / sharpness
 
     def function(new: jax.Array) -> jax.Array:
-        ins, outs = (log_scales(new, i) for i in layers[1:3])
-        moved = layers.by_input(jnp.exp(sharpness * (ins - old)))
-        total = _over_inputs(matrices, moved)
+        ins, outs = (log_scales(new, i) for i in (layers.inputs, layers.outputs))
+        grown = jnp.exp(sharpness * (ins - old))
+        total = total_by_output(matrices, layers.at, grown, outs.size)
         soft_tops = tops + jnp.log(total + 1e-30) / sharpness
-        step = soft(soft_tops - outs, at.output_layer, shifts.step)
-        high = soft(noisy.high - ins, at.input_layer, shifts.high)
-        low = soft(noisy.low - ins, at.input_layer, shifts.low)
+        step = soft(soft_tops - outs, layers.output_layer, shifts.step)
+        high = soft(noisy.high - ins, layers.input_layer, shifts.high)
+        low = soft(noisy.low - ins, layers.input_layer, shifts.low)
         reach = jnp.logaddexp(high, low)
-        makes = jnp.where(noisy.per_channel[at.output_layer], soft_tops, outs)
-        return _total(noisy, at, ins, makes, step, reach, shifts, near)
+        makes = jnp.where(noisy.apart, soft_tops, outs)
+        return _total(noisy, ins, makes, step, reach, shifts, near)
 
     return function
 
 
-def _over_inputs(
-    matrices: Sequence[jax.Array], vectors: Sequence[jax.Array]
-) -> jax.Array:
-    """Products of matrices (layers, groups, ins, outs) and vectors of inputs, in a row."""
-    pairs = zip(matrices, vectors, strict=True)
-    each = [jnp.einsum("lgio,lgi->lgo", m, v, precision="highest") for m, v in pairs]
-    return jnp.concatenate([one.reshape(-1) for one in each])
+def _log(x: jax.Array) -> jax.Array:
+    """log x, zero for what belongs to no layer."""
+    return jnp.log(jnp.where(x > 0, x, 1.0))
 
 
 def _total(
     noisy: NoisyLayers,
-    at: _Places,
     ins: jax.Array,
     makes: jax.Array,
     step: jax.Array,
@@ -325,12 +354,13 @@ def _total(
     `makes` is what multiplies the error of a weight on its way out: the scale of the output,
     or, with one grid per output, the largest weight.
     """
-    read = noisy.layers.by_input(jnp.exp(2 * (near.ins - ins)))
-    made = jnp.exp(2 * (makes - near.makes)) * _over_inputs(near.gains, read)
-    weights = jnp.log(_sums(made, at.output_layer)) + shifts.gain
+    layers, number = noisy.layers, noisy.per_channel.size
+    read = jnp.exp(2 * (near.ins - ins))
+    made = jnp.exp(2 * (makes - near.makes))
+    made = made * total_by_output(near.gains, layers.at, read, makes.size)
+    weights = _log(_sums(made, layers.output_layer, number)) + shifts.gain
     weights = weights + jnp.where(noisy.per_channel, 0.0, 2 * step)
-    lifted = jnp.exp(noisy.cost + 2 * ins - shifts.cost[at.input_layer])
-    inputs = jnp.log(_sums(lifted, at.input_layer)) + shifts.cost + 2 * reach
-    known = [noisy.weight_step, noisy.input_step]
-    steps = jnp.asarray(np.concatenate(known), weights.dtype)
-    return logsumexp(steps + jnp.concatenate([weights, inputs]))
+    lifted = jnp.exp(noisy.cost + 2 * ins - shifts.cost[layers.input_layer])
+    inputs = _log(_sums(lifted, layers.input_layer, number)) + shifts.cost + 2 * reach
+    weights, inputs = weights + noisy.weight_step, inputs + noisy.input_step
+    return logsumexp(jnp.concatenate([weights, inputs]))

@@ -7,14 +7,25 @@ cannot be rescaled; layers say by index which entries their inputs and outputs f
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
+from jaxmet.numerics import xp
 from jaxmet.numerics.fixed_point import anderson
+from jaxmet.numerics.packed import (
+    Packed,
+    Places,
+    largest_by_input,
+    largest_by_output,
+    pack,
+    places_of,
+    rounded_size,
+)
+from jaxmet.numerics.xp import Array
 
 
 class Carried(NamedTuple):
@@ -32,54 +43,127 @@ class Carried(NamedTuple):
 class Layers(NamedTuple):
     """The log ranges of weights, and the channels along them.
 
-    Weights of one shape are stacked: `log_ranges[k][l, g, i, o]` is the log of the largest
-    magnitude in the window between input i and output o of group g of a grouped product;
-    -inf for a window of zeros. `inputs` and `outputs` list the inputs and outputs of all
-    stacks in row-major order; the log scale of input j is the sum of `x[inputs[:, j]]`.
+    `log_ranges` holds the log of the largest magnitude in each window; -inf for a window of
+    zeros. The log scale of input j is the sum of `x[inputs[:, j]]`. Vectors are filled up to
+    one of few sizes with what belongs to the last layer, which does not exist, and follows
+    the last channel.
     """
 
-    log_ranges: tuple[Float[Array, "layers groups ins outs"], ...]
-    inputs: Int[np.ndarray, "factors ins"]
-    outputs: Int[np.ndarray, "factors outs"]
+    log_ranges: Packed
+    at: Places
+    inputs: Int[Array, "factors ins"]
+    outputs: Int[Array, "factors outs"]
+    input_group: Int[Array, " ins"]
+    group_layer: Int[Array, " groups"]
+    output_layer: Int[Array, " outs"]
     carried: Carried | None = None
 
-    def by_input(self, v: Float[Array, " ins"]) -> list[jax.Array]:
-        """What belongs to all inputs, in one array (layers, groups, ins) for each stack."""
-        return dealt(v, [r.shape[:3] for r in self.log_ranges])
-
-    def by_output(self, v: Float[Array, " outs"]) -> list[jax.Array]:
-        """What belongs to all outputs, in one array (layers, groups, outs) for each stack."""
-        return dealt(v, [(*r.shape[:2], r.shape[3]) for r in self.log_ranges])
+    @property
+    def input_layer(self) -> Array:
+        return self.group_layer[self.input_group]
 
 
 class Balance(NamedTuple):
-    """Log scales, log r1/r2 of every channel under them, and the sweeps it took."""
+    """Log scales, log r1/r2 of every channel under them, and the sweeps it took.
+
+    `alive` are the channels that something makes and something reads.
+    """
 
     x: Float[Array, " channels"]
     gap: Float[Array, " channels"]
+    alive: Bool[Array, " channels"]
     sweeps: Int[Array, ""]
 
 
-def dealt(
-    v: Float[Array, " all"], shapes: Sequence[tuple[int, ...]]
-) -> list[Float[Array, "..."]]:
-    """A row of values cut into arrays of these shapes."""
-    parts = jax.lax.split(v, [int(np.prod(shape)) for shape in shapes])
-    return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
+def layers_of(
+    log_ranges: Sequence[Float[Array, "_ _ _"]],
+    inputs: Sequence[Int[np.ndarray, "_ _ _"]],
+    outputs: Sequence[Int[np.ndarray, "_ _ _"]],
+    fixed: int,
+) -> Layers:
+    """All layers, packed.
+
+    Args:
+        log_ranges: for each layer the logs of the magnitudes, (groups, ins, outs).
+        inputs: for each layer the places of the channels of its inputs, (factors, groups, ins).
+        outputs: likewise of its outputs.
+        fixed: the place of what cannot be rescaled, after all channels.
+
+    Returns:
+        The layers, without what they carry.
+    """
+    last = rounded_size(fixed + 1) - 1
+    ins, outs = (
+        rounded_size(1 + sum(index[0].size for index in v)) for v in (inputs, outputs)
+    )
+    counts, each = ([index.shape[i] for index in inputs] for i in (1, 2))
+    made = [index[0].size for index in outputs]
+    numbers = np.arange(len(counts))
+    # As many layers as groups, so that one size serves both.
+    layer = group = rounded_size(sum(counts) + 1) - 1
+
+    def full(v: np.ndarray, size: int, fill: int) -> Any:
+        sides = [(0, 0)] * (v.ndim - 1) + [(0, size - v.shape[-1])]
+        return np.pad(v, sides, constant_values=fill).astype(np.int32)
+
+    def channels(indices: Sequence[np.ndarray], size: int) -> Any:
+        index = in_a_row(indices, fixed)
+        return full(np.where(index == fixed, last, index), size, last)
+
+    return Layers(
+        pack(log_ranges, -xp.inf),
+        places_of([r.shape for r in log_ranges], ins, outs),
+        channels(inputs, ins),
+        channels(outputs, outs),
+        full(np.repeat(np.arange(sum(counts)), np.repeat(each, counts)), ins, group),
+        full(np.repeat(numbers, counts), group + 1, layer),
+        full(np.repeat(numbers, made), outs, layer),
+    )
+
+
+def carrying(layers: Layers, carried: Carried) -> Layers:
+    """The layers with what their channels carry, of vectors that are not filled up."""
+    constant, size = carried
+    more = layers.input_group.size - size.size
+    size = xp.pad(size, (0, more), constant_values=-xp.inf)
+    return layers._replace(carried=Carried(filled(constant, -xp.inf), size))
+
+
+def in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
+    """Indices (factors, …) one after the other, in row-major order."""
+    depth = max(len(index) for index in indices)
+    flat = [index.reshape(len(index), -1) for index in indices]
+    short = [((0, depth - len(index)), (0, 0)) for index in indices]
+    padded = [
+        np.pad(i, width, constant_values=fixed)
+        for i, width in zip(flat, short, strict=True)
+    ]
+    return np.concatenate(padded, axis=1)
+
+
+def filled(v: Float[Array, " channels"], fill: float) -> Float[Array, " more"]:
+    """A vector of channels filled up before its last entry."""
+    more = rounded_size(v.size) - v.size
+    return xp.concatenate([v[:-1], np.full(more, fill, v.dtype), v[-1:]])
+
+
+def cut_back(v: Shaped[Array, " more"], size: int) -> Shaped[Array, " channels"]:
+    """The vector of this size that `filled` made longer."""
+    return xp.concatenate([v[: size - 1], v[-1:]])
 
 
 def log_scales(
-    x: Float[Array, " channels"], index: Int[np.ndarray, "factors *axes"]
+    x: Float[Array, " channels"], index: Int[Array, "factors *axes"]
 ) -> Float[Array, "*axes"]:
     """The log scale along axes whose channels stand at these places of `x`."""
     return jnp.sum(x[index], axis=0)
 
 
 def log_ranges(
-    weight: Float[Array, "layers groups ins outs window"],
-) -> Float[Array, "layers groups ins outs"]:
+    weight: Float[Array, "groups ins outs window"],
+) -> Float[Array, "groups ins outs"]:
     """The log of the largest magnitude in each window."""
-    return jnp.log(jnp.max(jnp.abs(weight), axis=4, initial=0.0))
+    return xp.log(xp.max(xp.abs(weight), axis=3, initial=0.0))
 
 
 def balance(
@@ -127,13 +211,27 @@ def balance(
     Returns:
         The log scales, the imbalance of each channel, and the number of sweeps.
     """
+    vectors = (filled(v, 0.0) for v in (start, lowest, highest))
+    x, gap, alive, sweeps = _balanced(layers, *vectors, tolerance, max_sweeps)
+    x, gap, alive = (cut_back(v, start.size) for v in (x, gap, alive))
+    return Balance(x, gap, alive, sweeps)
 
+
+@xp.compiled
+def _balanced(
+    layers: Layers,
+    start: jax.Array,
+    lowest: jax.Array,
+    highest: jax.Array,
+    tolerance: Array | float,
+    max_sweeps: Array | int,
+) -> tuple[jax.Array, ...]:
     def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gap = range_gap(layers, x)
+        gap = _gap(layers, x)
         return jnp.clip(x + gap / 2, lowest, highest), gap
 
     found = anderson(step, start, tolerance=tolerance / 2, max_steps=max_sweeps)
-    return Balance(*found)
+    return found.x, found.about, _alive(*_ranges(layers, start)), found.steps
 
 
 def range_gap(
@@ -148,31 +246,27 @@ def range_gap(
     Returns:
         The log of the ratio of both ranges, by channel.
     """
+    return balance(layers, x, lowest=x, highest=x, max_sweeps=1).gap
+
+
+def _gap(layers: Layers, x: jax.Array) -> jax.Array:
     r1, r2 = _ranges(layers, x)
-    live = jnp.isfinite(r1) & jnp.isfinite(r2)
-    gap = jnp.where(live, r1, 0.0) - jnp.where(live, r2, 0.0)
-    return gap.at[-1].set(0.0)
+    live = _alive(r1, r2)
+    return jnp.where(live, r1, 0.0) - jnp.where(live, r2, 0.0)
 
 
-def alive(layers: Layers, x: Float[Array, " channels"]) -> Bool[Array, " channels"]:
+def _alive(r1: jax.Array, r2: jax.Array) -> jax.Array:
     """Which channels something makes and something reads; the fixed entry does not count."""
-    r1, r2 = _ranges(layers, x)
     return (jnp.isfinite(r1) & jnp.isfinite(r2)).at[-1].set(False)
 
 
 def _ranges(layers: Layers, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """For each channel the log of the largest weight that makes it and that reads it."""
     ins, outs = log_scales(x, layers.inputs), log_scales(x, layers.outputs)
-    made = [
-        jnp.max(r + i[..., None], axis=2).reshape(-1)
-        for r, i in zip(layers.log_ranges, layers.by_input(ins), strict=True)
-    ]
-    read = [
-        jnp.max(r - o[:, :, None], axis=3).reshape(-1)
-        for r, o in zip(layers.log_ranges, layers.by_output(outs), strict=True)
-    ]
-    r1 = _largest(jnp.concatenate(made) - outs, layers.outputs, x)
-    r2 = _largest(jnp.concatenate(read) + ins, layers.inputs, x)
+    made = largest_by_output(layers.log_ranges, layers.at, ins, outs.size)
+    read = largest_by_input(layers.log_ranges, layers.at, -outs, ins.size)
+    r1 = _largest(made - outs, layers.outputs, x)
+    r2 = _largest(read + ins, layers.inputs, x)
     if layers.carried is not None:
         constant = layers.carried.constant - x - _log_read(layers, layers.carried, x)
         r1 = jnp.maximum(r1, constant)
@@ -185,20 +279,19 @@ def _log_read(layers: Layers, carried: Carried, x: jax.Array) -> jax.Array:
     Of a grouped product the group that reads most counts: what one reads that reads next
     to nothing says nothing of the steps of the layer's quantizers.
     """
-    sizes = layers.by_input(carried.size - log_scales(x, layers.inputs))
-    known = []
-    for size, r in zip(sizes, layers.log_ranges, strict=True):
-        top = jnp.max(size, axis=(1, 2), keepdims=True)
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
-        square = jnp.max(jnp.sum(jnp.exp(2 * (size - top)), axis=2), axis=1)
-        total = top[:, 0, 0] + jnp.log(jnp.where(square > 0, square, 1.0)) / 2
-        shape = (*r.shape[:2], r.shape[3])
-        known.append(jnp.broadcast_to(total[:, None, None], shape).reshape(-1))
-    found = _largest(jnp.concatenate(known), layers.outputs, x)
+    size = carried.size - log_scales(x, layers.inputs)
+    number = layers.group_layer.size  # of groups, and no fewer than there are layers
+    top = jax.ops.segment_max(size, layers.input_layer, number)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    square = jnp.exp(2 * (size - top[layers.input_layer]))
+    square = jax.ops.segment_sum(square, layers.input_group, number)
+    square = jax.ops.segment_max(square, layers.group_layer, number)
+    total = top + jnp.log(jnp.where(square > 0, square, 1.0)) / 2
+    found = _largest(total[layers.output_layer], layers.outputs, x)
     return jnp.where(jnp.isfinite(found), found, 0.0)
 
 
-def _largest(values: jax.Array, index: np.ndarray, x: jax.Array) -> jax.Array:
+def _largest(values: jax.Array, index: Array, x: jax.Array) -> jax.Array:
     """The largest value at each entry of `x`."""
     every = jnp.broadcast_to(values[None], index.shape)
     return jnp.full(x.shape, -jnp.inf, x.dtype).at[index].max(every)

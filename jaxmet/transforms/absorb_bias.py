@@ -10,20 +10,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.flow.bias_targets import BiasTargets
 from jaxmet.engine.graph.channels import Layout, Member
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.layers.eligibility import (
+    NO_BIAS,
+    NO_CARRIER,
+    SEVERAL_AXES,
+    check_floats,
+    check_named,
+    of,
+    skipped,
+    why_frozen,
+    why_looped,
+    why_outside,
+    why_shared,
+)
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import how_often, split, spread
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import MomentNetwork
+from jaxmet.layers.once import run_once
+from jaxmet.numerics import xp
 from jaxmet.numerics.absorb import absorbed, shift_after
 from jaxmet.numerics.moments import Moments
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import Compressed, is_compressed
 from jaxmet.tree.names import replace_leaves
@@ -98,12 +112,16 @@ def absorb_bias(
     plans = [plan for plan in plans if plan is not None]
     for plan in plans:
         _check(graph, plan, leaves)
-    work, rows = dict(leaves), []
-    network = MomentNetwork(graph, leaves)
-    for plan in plans:
-        rows.append(_absorb(plan, network, work, n_sigma))
-    changed = {k: v for k, v in work.items() if v is not leaves[k]}
-    result = replace_leaves(params, changed, caller=CALLER)
+    rows: list[dict[str, Any]] = []
+
+    def solve(leaves: Mapping[str, Any]) -> dict[str, Any]:
+        work = dict(leaves)
+        network = MomentNetwork(graph, leaves)
+        rows.extend(_absorb(plan, network, work, n_sigma) for plan in plans)
+        return {k: v for k, v in work.items() if v is not leaves[k]}
+
+    arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
+    result = replace_leaves(params, run_once(solve, arrays), caller=CALLER)
     return (result, _table(rows)) if with_report else result
 
 
@@ -196,22 +214,16 @@ def _unfit(graph: Graph, node: Node, rectifier: Node) -> str | None:
     """Why a norm cannot give anything through its rectifier."""
     norm, targets = node.norm, _targets(rectifier)
     assert norm is not None
-    if norm.over != "stored":
-        return "its norm stores no statistics"
-    if not norm.plain:
-        return "its norm is not (x − mean)·scale/√(variance + epsilon) + bias"
-    if norm.bias is None or norm.variance is None:
-        return "its norm has no bias"
-    if inside := (*node.loops, *rectifier.loops):
-        return f"it runs inside a {inside[0]}"
-    if node.shared:
-        return f"{node.shared[0]!r} is used elsewhere too"
+    none = NO_BIAS if norm.bias is None or norm.variance is None else None
+    kept = norm.why_kept() or none or why_looped(node) or why_shared(node)
+    if (why := of(node.name, kept) or why_looped(rectifier)) is not None:
+        return why
     if rectifier.inputs[0].moves:
         return f"{rectifier.inputs[0].moves[-1]} between it and its norm"
     if node.only_consumers != (rectifier.name,):
         return f"it is not alone in reading {node.name!r}"
-    if node.name not in graph.selected:
-        return f"{node.name} is not selected"
+    if (why := why_outside(graph, node.name)) is not None:
+        return why
     if targets is None or targets.stopped is not None:
         return targets.stopped if targets is not None else "nothing reads it"
     if rectifier.bounds is not None and rectifier.function == "clip":
@@ -223,25 +235,20 @@ def _unbounded(graph: Graph, clip: Node, norm: Node) -> str | None:
     """Why the upper bound of a clip cannot be less for some channels."""
     carrier = graph[clip.carrier] if clip.carrier is not None else None
     if carrier is None or carrier.weight is None or carrier.weight.name is None:
-        return "no single product can carry its bounds"
+        return NO_CARRIER
     out = _only(graph, carrier, "out", carrier.weight.name)
     mine = _only(graph, norm, "variance")
     if out is None or mine is None or out.layout != mine.layout:
-        return "its bounds would run along several axes"
+        return SEVERAL_AXES
     return None
 
 
 def _consumer(graph: Graph, norm: Node, product: Node) -> _Consumer | str:
     """How a product takes the constant, or why it does not."""
-    name, weight = product.name, product.weight
-    if name not in graph.selected:
-        return f"{name} is not selected"
-    if weight is None or weight.name is None:
-        return f"the weight of {name} is computed from parameters"
-    if product.shared or weight.stacked:
-        return f"the weight of {name} is stacked or used elsewhere too"
-    if inside := product.loops:
-        return f"{name} runs inside a {inside[0]}"
+    name = product.name
+    why = why_outside(graph, name) or of(name, why_frozen(product))
+    if why is not None:
+        return why
     if product.convolution is not None:
         if any(d != 1 for d in product.convolution.input_dilation):
             return f"{name} has a dilated input: its windows do not weigh alike"
@@ -263,15 +270,15 @@ def _consumer(graph: Graph, norm: Node, product: Node) -> _Consumer | str:
     )
     told = after.norm if after is not None else None
     if after is None or told is None or told.over != "stored" or not told.plain:
-        return f"{name} has no bias and no norm after it"
+        return f"{name}: {NO_BIAS}; no norm with stored statistics alone reads it"
     direct = after.inputs[0].moves == () and not after.shared
     out, at = _only(graph, product, "out"), _only(graph, after, "shift", told.mean)
     if not direct or out is None or at is None or out.layout != at.layout:
-        return f"{name} has no bias, and the norm after it is of other channels"
-    if after.name not in graph.selected:
-        return f"{after.name} is not selected"
+        return f"{name}: {NO_BIAS}; the norm after it is of other channels"
+    if (why := why_outside(graph, after.name)) is not None:
+        return f"{name}: {NO_BIAS}; {why}"
     if told.debias is not None:
-        return f"{name} has no bias, and the norm after it divides its mean by a count"
+        return f"{name}: {NO_BIAS}; the norm after it divides its mean by a count"
     assert told.mean is not None
     return _Consumer(product, members, told.mean, -1)
 
@@ -291,33 +298,16 @@ def _only(
 
 def _check(graph: Graph, plan: _Plan, leaves: Mapping[str, Any]) -> None:
     """Refuse what was asked for by name, and a tree that lacks what has to change."""
-    name = plan.rectifier.name
-    asked = {name, plan.norm.name} & graph.named
-    if plan.why is not None and asked:
-        raise ValueError(
-            f"jaxmet.{CALLER}: {asked.pop()!r} was asked for by name, and the channels of "
-            f"{name!r} cannot give anything: {plan.why}. Leave the name out of only(), or "
-            "select both sides."
-        )
+    name, norm = plan.rectifier.name, plan.norm.name
+    cure = "Leave the name out of only(), or select both sides."
+    given = {"others": (norm,), "cure": cure}
+    check_named(name, plan.why, graph, CALLER, "give anything", **given)
     if plan.why is not None:
         return
     norm = plan.of
     parameters = [norm.mean, norm.variance, norm.scale, norm.bias, plan.bounds]
     parameters += [p for r in plan.consumers for p in (r.parameter, r.place)]
-    for parameter in parameters:
-        if parameter is None:
-            continue
-        if parameter not in leaves:
-            raise ValueError(
-                f"jaxmet.{CALLER}: the tree has no {parameter!r}, which has to follow the "
-                f"channels of {name!r}. Pass the whole variables that the graph was traced "
-                "with ({'params': …, 'batch_stats': …}), not the trained parameters alone."
-            )
-        if not jnp.issubdtype(leaves[parameter].dtype, jnp.floating):
-            raise ValueError(
-                f"jaxmet.{CALLER}: {parameter!r} has dtype {leaves[parameter].dtype}. "
-                "Absorb before weights become integers."
-            )
+    check_floats(leaves, parameters, CALLER, name, "Absorb biases of")
 
 
 # Moving
@@ -329,18 +319,18 @@ def _absorb(
     """Change the leaves in `work`; what the report says of it."""
     row: dict[str, Any] = {"rectifier": plan.rectifier.name, "norm": plan.norm.name}
     if plan.why is not None:
-        return row | {"note": f"skipped: {plan.why}"}
+        return row | {"note": skipped(plan.why)}
     tensor = network.made_by(plan.norm)
     if isinstance(tensor, str):
-        return row | {"note": f"skipped: {tensor}"}
+        return row | {"note": skipped(tensor)}
     member = _only(network.graph, plan.norm, "variance")
     assert member is not None
     made = [Moments(*(v for v in tensor[g])) for g in _groups(member.layout)]
-    every = Moments(*(jnp.concatenate(v) for v in zip(*made, strict=True)))
+    every = Moments(*(xp.concatenate(v) for v in zip(*made, strict=True)))
     upper = _upper(plan, work, every.mean)
     c = absorbed(every.mean, every.variance, upper, n_sigma)
     if is_concrete(c):
-        row |= {"channels": int(jnp.sum(c > 0)), "largest": float(jnp.max(c))}
+        row |= {"channels": int(xp.sum(c > 0)), "largest": float(xp.max(c))}
         if not row["channels"]:
             return row | {"note": "nothing to absorb"}
     assert plan.of.bias is not None
@@ -361,19 +351,19 @@ def _groups(layout: Layout) -> list[int]:
     return list(how_often(layout))
 
 
-def _upper(plan: _Plan, work: Mapping[str, Any], like: jax.Array) -> jax.Array:
+def _upper(plan: _Plan, work: Mapping[str, Any], like: Array) -> Array:
     """The rectifier's upper bound, channel by channel."""
     bounds, stated = plan.rectifier.bounds, None
     if plan.bounds is not None and is_compressed(work[plan.bounds]):
         stated = work[plan.bounds].upper
     own = bounds[1] if bounds is not None else np.inf
     if stated is None:
-        return jnp.full_like(like, own)
-    return jnp.broadcast_to(jnp.asarray(stated).astype(like.dtype), like.shape)
+        return xp.full_like(like, own)
+    return xp.broadcast_to(xp.asarray(stated).astype(like.dtype), like.shape)
 
 
 def _take(
-    consumer: _Consumer, vectors: Mapping[int, jax.Array], work: dict[str, Any]
+    consumer: _Consumer, vectors: Mapping[int, Array], work: dict[str, Any]
 ) -> None:
     """Give one product what its inputs lost."""
     leaf = work[consumer.parameter]
@@ -384,9 +374,7 @@ def _take(
     if consumer.pads:
         leaf = _as_compressed(leaf)
         before = leaf.input_offset
-        held = (
-            jnp.zeros_like(lost) if before is None else jnp.asarray(before, lost.dtype)
-        )
+        held = xp.zeros_like(lost) if before is None else xp.asarray(before, lost.dtype)
         offset = held - lost
         work[consumer.parameter] = leaf.replace(input_offset=offset)
 
@@ -395,7 +383,7 @@ def _as_compressed(leaf: Any) -> Compressed:
     return leaf if is_compressed(leaf) else Compressed(leaf)
 
 
-def _held(leaf: Compressed, c: jax.Array) -> Any:
+def _held(leaf: Compressed, c: Array) -> Any:
     return c.dtype if leaf.upper is None else leaf.upper.dtype
 
 

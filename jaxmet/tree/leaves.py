@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxmet.tree.paths import path_name
 from jaxmet.tree.structures import (
@@ -174,6 +175,14 @@ def is_stated(leaf: Any) -> bool:
 def dense(leaf: Any) -> Any:
     """The array of a leaf, whatever else it states."""
     return leaf.weight if is_compressed(leaf) else leaf
+
+
+def as_before(new: np.ndarray, old: Any) -> jax.Array:
+    """A NumPy array as a JAX array, where the old one was put, if anywhere."""
+    known = isinstance(old, jax.Array) and not isinstance(old, Tracer)
+    same = known and new.shape == old.shape
+    where = old.sharding if same and getattr(old, "committed", True) else None
+    return jax.device_put(new, where)
 
 
 def with_weight(leaf: Any, array: Any) -> Any:

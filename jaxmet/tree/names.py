@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmet.tree.checks import shown
-from jaxmet.tree.leaves import flatten
+from jaxmet.tree.leaves import as_before, dense, flatten
 from jaxmet.tree.paths import has_collections, path_name, path_parts
 
 
@@ -49,7 +50,10 @@ def named_leaves(params: Any) -> dict[str, Any]:
 def replace_leaves(
     params: Any, leaves: Mapping[str, Any], *, caller: str = "replace_leaves"
 ) -> Any:
-    """The same tree with the named leaves exchanged."""
+    """The same tree with the named leaves exchanged.
+
+    NumPy arrays become JAX arrays, on the devices of those that they replace.
+    """
     old = named_leaves(params)
     for name in leaves:
         if name not in old:
@@ -57,7 +61,19 @@ def replace_leaves(
                 f"jaxmet.{caller}: there is no parameter {name!r}. "
                 f"{suggestion(name, old)}"
             )
-    return flatten(params)[2].unflatten((old | dict(leaves)).values())
+    new = {name: _placed(leaf, old[name]) for name, leaf in leaves.items()}
+    return flatten(params)[2].unflatten((old | new).values())
+
+
+def _placed(leaf: Any, old: Any) -> Any:
+    numbers = [isinstance(part, np.ndarray) for part in jax.tree.leaves(leaf)]
+    if not any(numbers):
+        return leaf
+
+    def put(part: Any) -> Any:
+        return as_before(part, dense(old)) if isinstance(part, np.ndarray) else part
+
+    return jax.tree.map(put, leaf)
 
 
 def match(glob: str, name: str) -> bool:

@@ -7,8 +7,9 @@ import pytest
 from jax import lax
 
 from jaxmet.engine.run.replay import evaluate
+from jaxmet.layers.eligibility import why_no_matrix
 from jaxmet.layers.inputs import rows_of
-from jaxmet.layers.layer import matrix_of, why_no_matrix
+from jaxmet.layers.layer import matrix_of
 from zoo import CASES
 
 

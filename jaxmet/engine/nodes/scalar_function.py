@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmet.engine.axes.views import VIEW_RULES
@@ -12,6 +13,9 @@ from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.nodes.pointwise import POINTWISE
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import Equation, Value, flatten
+from jaxmet.numerics.xp import Array
+
+PIECE = 2**14
 
 Step = tuple[str, tuple[int, ...], float]
 Formula = tuple[Step, ...]
@@ -45,8 +49,22 @@ def formula_between(
     return (*recipe.steps, ("the same", (last,), 0.0))
 
 
-def compute(formula: Formula, x: jax.Array) -> jax.Array:
-    """The formula's value for an array of any shape, in the array's precision."""
+def compute(formula: Formula, x: Array) -> Array:
+    """The formula's value for an array of any shape, in the array's precision.
+
+    Of a NumPy array piece by piece, each of one size: that is one small program a formula,
+    whatever shapes it is computed for.
+    """
+    if isinstance(x, jax.Array):
+        return _computed(x, formula)
+    pieces = -(-x.size // PIECE)
+    flat = np.zeros(pieces * PIECE, x.dtype)
+    flat[: x.size] = x.reshape(-1)
+    found = [np.asarray(_compiled(p, formula)) for p in flat.reshape(-1, PIECE)]
+    return np.concatenate([flat[:0], *found])[: x.size].reshape(x.shape)
+
+
+def _computed(x: jax.Array, formula: Formula) -> jax.Array:
     row: list[Any] = [x]
     for what, places, number in formula:
         given = [row[i] for i in places]
@@ -64,6 +82,8 @@ def compute(formula: Formula, x: jax.Array) -> jax.Array:
             row.append(getattr(lax, RENAMED.get(what, what))(*given))
     return row[-1]
 
+
+_compiled = jax.jit(_computed, static_argnames="formula")
 
 NUMBERS: dict[str, Any] = {"number": None, "integer": jnp.int32, "truth": jnp.bool_}
 CASTS: dict[str, Any] = {

@@ -6,18 +6,15 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import dtypes
 from jax.core import Tracer
 
+from jaxmet.numerics.xp import QUICK as QUICK
+
 CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 REMAT = ("remat2", "remat", "checkpoint")
-# For a program that runs once: compiling it well takes longer than running it badly.
-QUICK = {"xla_backend_optimization_level": 1} | (
-    {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-)
 Size = Any  # of an axis: an int, or a dimension that `jax.export` keeps symbolic
 
 

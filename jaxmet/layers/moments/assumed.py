@@ -1,11 +1,10 @@
 """Moments of networks whose norms do not tell them all: with inputs of an assumed size."""
 
-import jax.numpy as jnp
-
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import Tensor
 from jaxmet.layers.moments.moment_network import MomentNetwork, UnreachedError
+from jaxmet.numerics import xp
 from jaxmet.numerics.moments import Moments, normal
 
 
@@ -23,16 +22,16 @@ class UnitInputs(MomentNetwork):
         except UnreachedError:
             out = self.axis(node, "out")
             weight = by_channel(node, self.leaves[out.parameter])
-            power, consumer = jnp.ones((), weight.dtype), self.norms.get(node.name)
-            energy = jnp.sum(jnp.square(weight))
+            power, consumer = xp.ones((), weight.dtype), self.norms.get(node.name)
+            energy = xp.sum(xp.square(weight))
             variance = None
             if consumer is not None and consumer.norm is not None:
                 variance = self.vector(consumer.norm.variance)
             if variance is not None:
-                power = jnp.sum(variance).astype(weight.dtype)
-                power = power / jnp.where(energy > 0, energy, 1.0)
-            every = jnp.full(weight.shape[0] * weight.shape[1], power)
-            return normal(jnp.zeros_like(every), every, self.n_sigma)
+                power = xp.sum(variance).astype(weight.dtype)
+                power = power / xp.where(energy > 0, energy, 1.0)
+            every = xp.full(weight.shape[0] * weight.shape[1], power)
+            return normal(xp.zeros_like(every), every, self.n_sigma)
 
     def read(self, node: Node) -> Tensor | str:
         """What is known of the first value that a product reads, by channel group."""
@@ -52,7 +51,7 @@ class Constants(UnitInputs):
 
     def inputs(self, node: Node) -> Moments:
         """Zeros."""
-        return Moments(*(jnp.zeros_like(v) for v in super().inputs(node)))
+        return Moments(*(xp.zeros_like(v) for v in super().inputs(node)))
 
     def _norm(self, node: Node) -> Tensor:
         """A norm with stored statistics, applied to the constant that it reads."""
@@ -62,7 +61,7 @@ class Constants(UnitInputs):
         variance = self.vector(norm.variance)
         if variance is None:
             raise UnreachedError(f"the tree has no {norm.variance}")
-        zero, one = jnp.zeros_like(variance), jnp.ones_like(variance)
+        zero, one = xp.zeros_like(variance), xp.ones_like(variance)
         mean, scale, bias = (
             default if value is None else value
             for value, default in (
@@ -72,7 +71,7 @@ class Constants(UnitInputs):
             )
         )
         share = variance + norm.epsilon
-        gain = scale / jnp.sqrt(jnp.where(share > 0, share, 1.0))
+        gain = scale / xp.sqrt(xp.where(share > 0, share, 1.0))
         member = self.axis(node, "variance")
         shift = self.split(node, member, Moments(bias - mean * gain, zero, zero, zero))
         gains = self.split(node, member, Moments(gain, zero, zero, zero))

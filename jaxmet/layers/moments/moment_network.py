@@ -10,16 +10,15 @@ what it pools. No data is needed.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxmet.engine.graph.channels import Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
 from jaxmet.engine.nodes.scalar_function import compute
+from jaxmet.layers.eligibility import of, why_looped
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.layouts import Tensor, join, split
 from jaxmet.layers.norm_parameters import statistics_weight
+from jaxmet.numerics import xp
 from jaxmet.numerics.moments import (
     N_SIGMA,
     Moments,
@@ -33,6 +32,7 @@ from jaxmet.numerics.moments import (
     through,
 )
 from jaxmet.numerics.precision import wide
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.leaves import dense, is_compressed
 
 KEEPING = (
@@ -79,8 +79,8 @@ class MomentNetwork:
 
     def settle(self, node: Node) -> Tensor | str:
         """What is known of a node's result."""
-        if node.loops:
-            return f"{node.name} runs inside a {node.region[-1]}"
+        if (why := of(node.name, why_looped(node))) is not None:
+            return why
         try:
             told = self.told(node)
             if told is not None:
@@ -115,11 +115,11 @@ class MomentNetwork:
             raise UnreachedError(f"the channels of {node.name} are on no single axis")
         return found
 
-    def vector(self, name: str | None) -> jax.Array | None:
+    def vector(self, name: str | None) -> Array | None:
         """A parameter as a row of numbers."""
         if name is None or name not in self.leaves:
             return None
-        array = jnp.asarray(dense(self.leaves[name]))
+        array = xp.asarray(dense(self.leaves[name]))
         return array.reshape(-1).astype(wide(array.dtype))
 
     def operand(self, edge: Edge) -> Tensor:
@@ -196,13 +196,13 @@ class MomentNetwork:
             return f"{node.name} has fewer outputs than inputs"
         bias = self.vector(node.bias)
         mean = made.mean if bias is None else made.mean - bias.astype(made.mean.dtype)
-        inverse = jnp.linalg.pinv(jnp.swapaxes(jnp.sum(weight, axis=3), 1, 2))
-        mean = jnp.einsum(
+        inverse = xp.inverse(xp.swapaxes(xp.sum(weight, axis=3), 1, 2))
+        mean = xp.einsum(
             "gio,go->gi", inverse, mean.reshape(groups, outs), precision="highest"
         )
-        energy = jnp.sum(jnp.square(weight))
-        variance = jnp.sum(made.variance) / jnp.where(energy > 0, energy, 1.0)
-        return normal(mean.reshape(-1), jnp.full(groups * ins, variance), self.n_sigma)
+        energy = xp.sum(xp.square(weight))
+        variance = xp.sum(made.variance) / xp.where(energy > 0, energy, 1.0)
+        return normal(mean.reshape(-1), xp.full(groups * ins, variance), self.n_sigma)
 
     def _input(self, node: Node) -> Tensor:
         raise UnreachedError(f"{node.name} comes from outside")
@@ -211,9 +211,9 @@ class MomentNetwork:
         x, out = self.inputs(node), self.axis(node, "out")
         weight = by_channel(node, self.leaves[out.parameter])
         x = [v.reshape(weight.shape[:2]) for v in (x.mean, x.variance)]
-        total = lambda w, v: jnp.einsum("giow,gi->go", w, v, precision="highest")
+        total = lambda w, v: xp.einsum("giow,gi->go", w, v, precision="highest")
         mean = total(weight, x[0]).reshape(-1)
-        variance = total(jnp.square(weight), x[1]).reshape(-1)
+        variance = total(xp.square(weight), x[1]).reshape(-1)
         if node.convolution is not None:  # of a dilated input most places are empty
             for step in node.convolution.input_dilation:
                 mean, variance = mean / step, variance / step
@@ -243,19 +243,18 @@ class MomentNetwork:
         if variance is None:
             raise UnreachedError(f"the tree has no {norm.variance}")
         scale, bias = self.vector(norm.scale), self.vector(norm.bias)
-        bias = jnp.zeros_like(variance) if bias is None else bias
+        bias = xp.zeros_like(variance) if bias is None else bias
         variance = variance * statistics_weight(norm, self.leaves, variance.dtype)
         share = variance + norm.epsilon
-        share = jnp.where(share > 0, variance / jnp.where(share > 0, share, 1.0), 0.0)
+        share = xp.where(share > 0, variance / xp.where(share > 0, share, 1.0), 0.0)
         share = share if scale is None else share * scale * scale
         share = share * norm.factor**2
         return self.split(node, member, normal(bias, share, self.n_sigma))
 
     def _activation(self, node: Node) -> Tensor:
         tensor = self.only_operand(node)
-        infinite = jnp.float32(jnp.inf)
         if node.function == "relu":
-            return _each(tensor, lambda x: clipped(x, *_like(x, 0.0, infinite)))
+            return _each(tensor, lambda x: clipped(x, *_like(x, 0.0, xp.inf)))
         if node.function == "clip" and node.bounds is not None:
             return self.clip(node, tensor)
         if node.function == "prelu":
@@ -278,9 +277,9 @@ class MomentNetwork:
             size = next(iter(tensor.values())).mean.size
             if factor.size == size:
                 return _each(
-                    tensor, lambda x: leaky(x, jnp.asarray(factor, x.mean.dtype))
+                    tensor, lambda x: leaky(x, xp.asarray(factor, x.mean.dtype))
                 )
-        return _each(tensor, lambda x: leaky(x, *_like(x, jnp.mean(factor))))
+        return _each(tensor, lambda x: leaky(x, *_like(x, xp.mean(factor))))
 
     def clip(self, node: Node, tensor: Tensor) -> Tensor:
         """Through a clip, with the bounds that a leaf states in place of its own."""
@@ -293,11 +292,11 @@ class MomentNetwork:
             if leaf is not None and is_compressed(leaf):
                 stated = [leaf.lower, leaf.upper]
                 member = self.member(node.carrier, "out")
-        if member is None or stated == [None, None]:
+        if member is None or all(s is None for s in stated):
             return _each(tensor, lambda x: clipped(x, *_like(x, *bounds)))
         size = layout_size(member.layout)
         ends = [
-            jnp.broadcast_to(jnp.asarray(own if s is None else s), (size,))
+            xp.broadcast_to(xp.asarray(own if s is None else s), (size,))
             for s, own in zip(stated, bounds, strict=True)
         ]
         ends = [e.astype(wide(e.dtype)) for e in ends]
@@ -340,7 +339,7 @@ class MomentNetwork:
         shift = self.vector(member.parameter)
         if shift is None or node.function == "sub":
             raise UnreachedError(f"{node.name} subtracts a parameter")
-        zero = jnp.zeros_like(shift)
+        zero = xp.zeros_like(shift)
         by = self.split(node, member, Moments(shift, zero, shift, shift))
         return self.both(node, tensor, by, lambda a, b: added(a, b, self.n_sigma))
 
@@ -379,5 +378,5 @@ def _each(tensor: Tensor, function: Callable[[Moments], Moments]) -> Tensor:
     return {g: function(x) for g, x in tensor.items()}
 
 
-def _like(x: Moments, *numbers: Any) -> list[jax.Array]:
-    return [jnp.full_like(x.mean, number) for number in numbers]
+def _like(x: Moments, *numbers: Any) -> list[Array]:
+    return [xp.full_like(x.mean, number) for number in numbers]

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.layouts import Tensor
 from jaxmet.layers.moments.moment_network import MomentNetwork
 from jaxmet.layers.once import run_once
+from jaxmet.numerics import xp
 from jaxmet.numerics.moments import N_SIGMA, Moments
 
 
@@ -60,7 +58,7 @@ def unreached(graph: Graph, params: Any) -> dict[str, str]:
         every = {n.name: network.into(n) for n in graph.layers}
         found.update({name: x for name, x in every.items() if isinstance(x, str)})
 
-    jax.eval_shape(look, _arrays(params, graph))  # nothing is computed
+    run_once(look, _arrays(params, graph))
     return found
 
 
@@ -70,4 +68,4 @@ def _arrays(params: Any, graph: Graph) -> dict[str, Any]:
 
 
 def _in_a_row(tensor: Tensor) -> Moments:
-    return Moments(*(jnp.concatenate(v) for v in zip(*tensor.values(), strict=True)))
+    return Moments(*(xp.concatenate(v) for v in zip(*tensor.values(), strict=True)))

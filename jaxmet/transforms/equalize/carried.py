@@ -3,21 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxmet.layers.moments.assumed import Constants, UnitInputs
+from jaxmet.numerics import xp
 from jaxmet.numerics.scaling import Carried
-from jaxmet.transforms.equalize.channel_scales import Channels, ScaledWeight, Stack
+from jaxmet.numerics.xp import Array
+from jaxmet.transforms.equalize.channel_scales import (
+    Channels,
+    MergedWeight,
+    Same,
+    ScaledWeight,
+)
 
 
 def carried(
     channels: Channels,
     weights: Sequence[ScaledWeight],
-    every: Sequence[Stack],
+    merged: Sequence[MergedWeight],
     leaves: Mapping[str, Any],
     dtype: Any,
-) -> tuple[Carried, jax.Array]:
+) -> tuple[Carried, Array]:
     """Constants by channel, and what the layers of all stacks read; which are silent.
 
     A constant is what consumers would read if no layer read anything, and no more than
@@ -31,50 +35,53 @@ def carried(
         UnitInputs(channels.graph, leaves),
         Constants(channels.graph, leaves),
     )
-    # By group and joined at the end: XLA takes long over many updates of one array.
-    constant = [jnp.zeros(group.size, dtype) for group in channels.free]
-    silent = [jnp.ones(group.size, bool) for group in channels.free]
+    constant = [xp.zeros(group.size, dtype) for group in channels.free]
+    silent = [xp.ones(group.size, bool) for group in channels.free]
     for weight in weights:
         moments, alone = network.read(weight.node), fixed.read(weight.node)
         for place, group in enumerate(channels.free):
             if weight.node.name not in group.consumers:
                 continue
             if isinstance(moments, str) or group.index not in moments:
-                silent[place] = jnp.zeros(group.size, bool)
+                silent[place] = xp.zeros(group.size, bool)
                 continue
-            size = jnp.sqrt(moments[group.index].power).astype(dtype)
+            size = xp.sqrt(moments[group.index].power).astype(dtype)
             silent[place] &= size == 0
             if not isinstance(alone, str) and group.index in alone:
-                held = jnp.minimum(jnp.abs(alone[group.index].mean.astype(dtype)), size)
-                constant[place] = jnp.maximum(constant[place], held)
+                held = xp.minimum(xp.abs(alone[group.index].mean.astype(dtype)), size)
+                constant[place] = xp.maximum(constant[place], held)
     for tensor in fixed.known.values():
         for place, group in enumerate(channels.free):
             if isinstance(tensor, str) or group.index not in tensor:
                 continue
-            held = jnp.abs(tensor[group.index].mean.astype(dtype))
-            held = jnp.where(silent[place], held, 0.0)
-            constant[place] = jnp.maximum(constant[place], held)
+            held = xp.abs(tensor[group.index].mean.astype(dtype))
+            held = xp.where(silent[place], held, 0.0)
+            constant[place] = xp.maximum(constant[place], held)
     # The last entry is what cannot be rescaled.
-    constants = jnp.concatenate([*constant, jnp.zeros(1, dtype)])
-    quiet = jnp.concatenate([*silent, jnp.zeros(1, bool)])
-    sizes = [_sizes(stack, network, leaves, dtype) for stack in every]
-    return Carried(_log(constants), _log(jnp.concatenate(sizes))), quiet
+    constants = xp.concatenate([*constant, xp.zeros(1, dtype)])
+    quiet = xp.concatenate([*silent, xp.zeros(1, bool)])
+    sizes = [
+        _size(weight, one.ins, network, leaves, dtype)
+        for weight, one in zip(weights, merged, strict=True)
+    ]
+    return Carried(_log(constants), _log(xp.concatenate(sizes))), quiet
 
 
-def _sizes(
-    stack: Stack, network: UnitInputs, leaves: Mapping[str, Any], dtype: Any
-) -> jax.Array:
-    """The root mean square of the inputs of weights of one shape, over the window."""
-    rows = []
-    for weight in stack.weights:
-        shape = jax.eval_shape(weight.matrix, leaves[weight.parameter]).shape
-        known = network.into(weight.node)
-        power = jnp.ones(shape[:2], dtype)
-        if not isinstance(known, str) and known.mean.size == power.size:
-            power = known.power.reshape(shape[:2]).astype(dtype)
-        rows.append(power * shape[3])
-    return jnp.sqrt(stack.ins[0].total(jnp.stack(rows), 2)).reshape(-1)
+def _size(
+    weight: ScaledWeight,
+    same: Same,
+    network: UnitInputs,
+    leaves: Mapping[str, Any],
+    dtype: Any,
+) -> Array:
+    """The root mean square of the inputs of a weight, over the window."""
+    groups, ins, _, window = weight.sizes(leaves[weight.parameter])
+    known = network.into(weight.node)
+    power = xp.ones((groups, ins), dtype)
+    if not isinstance(known, str) and known.mean.size == power.size:
+        power = known.power.reshape(groups, ins).astype(dtype)
+    return xp.sqrt(same.total(power * window, 1)).reshape(-1)
 
 
-def _log(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1.0)), -jnp.inf)
+def _log(x: Array) -> Array:
+    return xp.where(x > 0, xp.log(xp.where(x > 0, x, 1.0)), -xp.inf)

@@ -5,19 +5,19 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.channels import Group, Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.layer import by_channel
+from jaxmet.layers.layer import by_channel, channel_sizes
 from jaxmet.layers.layouts import places_of
 from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.norm_parameters import statistics_weight
+from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
-from jaxmet.numerics.scaling import Layers, log_ranges
+from jaxmet.numerics.scaling import Layers, layers_of, log_ranges
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.leaves import Compressed, is_compressed
 
 POWERS = {"in": 1, "out": -1, "shift": -1, "variance": -2}
@@ -81,7 +81,11 @@ class ScaledWeight:
         """The name of the weight."""
         return (self.outs or self.ins)[0].parameter
 
-    def matrix(self, leaf: Any) -> jax.Array:
+    def sizes(self, leaf: Any) -> tuple[int, int, int, int]:
+        """The shape of its matrix."""
+        return channel_sizes(self.node, leaf.shape)
+
+    def matrix(self, leaf: Any) -> Array:
         """The weight with axes (groups, ins, outs, window)."""
         return by_channel(self.node, leaf)
 
@@ -115,103 +119,78 @@ def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
-    """Weights of one shape, whose axes can be reduced in the same way."""
-
-    weights: tuple[ScaledWeight, ...]
-    ins: tuple["Same", ...]
-    outs: tuple["Same", ...]
-
-    def matrix(self, leaves: Mapping[str, Any]) -> jax.Array:
-        """All of them, with axes (layers, groups, ins, outs, window)."""
-        each = [w.matrix(leaves[w.parameter]) for w in self.weights]
-        dtype = wide(*(m.dtype for m in each))
-        # Made once: many things are read off it, and compiled apart from it.
-        return jax.lax.optimization_barrier(jnp.stack([m.astype(dtype) for m in each]))
-
-
-def stacks(
-    weights: Sequence[ScaledWeight],
-    leaves: Mapping[str, Any],
-    whole: Sequence[str] = (),
-) -> list[Stack]:
-    """Weights by shape, which is quicker to compile; `whole` keep all their outputs."""
-    found: dict[Any, list[tuple[ScaledWeight, Same, Same]]] = {}
-    for weight in weights:
-        ins, outs = same_scale(weight.inputs), same_scale(weight.outputs)
-        if weight.node.name in whole:
-            outs = Same(weight.outputs, None)
-        of = [None if s.of is None else s.of.tobytes() for s in (ins, outs)]
-        shape = jax.eval_shape(weight.matrix, leaves[weight.parameter]).shape
-        found.setdefault((shape, *of), []).append((weight, ins, outs))
-    return [Stack(*zip(*same, strict=True)) for same in found.values()]
-
-
-def layers_of(
-    every: Sequence[Stack], matrices: Sequence[jax.Array], fixed: int
-) -> Layers:
-    """Log ranges of all weights and where their inputs and outputs stand."""
-    dtype = wide(*(m.dtype for m in matrices))
-    ranges = []
-    for stack, matrix in zip(every, matrices, strict=True):
-        log_range = stack.outs[0].largest(log_ranges(matrix), 3)
-        ranges.append(stack.ins[0].largest(log_range, 2).astype(dtype))
-    ins = [same.index for stack in every for same in stack.ins]
-    outs = [same.index for stack in every for same in stack.outs]
-    return Layers(tuple(ranges), in_a_row(ins, fixed), in_a_row(outs, fixed))
-
-
-def in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
-    """Indices (factors, …) one after the other, in row-major order."""
-    depth = max(len(index) for index in indices)
-    flat = [index.reshape(len(index), -1) for index in indices]
-    short = [((0, depth - len(index)), (0, 0)) for index in indices]
-    padded = [
-        np.pad(i, width, constant_values=fixed)
-        for i, width in zip(flat, short, strict=True)
-    ]
-    return np.concatenate(padded, axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Same:
     """Places along an axis that follow the same channels, taken as one."""
 
     index: np.ndarray  # (factors, groups, places left)
     of: np.ndarray | None  # for each old place the new one; None: all stay apart
 
-    def largest(self, x: jax.Array, axis: int) -> jax.Array:
+    def largest(self, x: Array, axis: int) -> Array:
         """The largest value at each place."""
-        return self._reduced(x, axis, jax.ops.segment_max, jnp.max)
+        return self._reduced(x, axis, "max", xp.max)
 
-    def total(self, x: jax.Array, axis: int) -> jax.Array:
+    def total(self, x: Array, axis: int) -> Array:
         """The sum of the values at each place."""
-        return self._reduced(x, axis, jax.ops.segment_sum, jnp.sum)
+        return self._reduced(x, axis, "add", xp.sum)
 
-    def _reduced(self, x: jax.Array, axis: int, some: Any, every: Any) -> jax.Array:
+    def _reduced(self, x: Array, axis: int, how: str, every: Any) -> Array:
         if self.of is None:
             return x
         if self.index.shape[2] == 1:
             return every(x, axis=axis, keepdims=True)
-        reduced = some(jnp.moveaxis(x, axis, 0), self.of, self.index.shape[2])
-        return jnp.moveaxis(reduced, 0, axis)
+        x, number = xp.moveaxis(x, axis, 0), self.index.shape[2]
+        reduced = xp.reduce_segments(x, self.of, number, how)
+        return xp.moveaxis(reduced, 0, axis)
+
+    @staticmethod
+    def along(index: np.ndarray) -> "Same":
+        """What of an axis (factors, groups, places) can be taken as one."""
+        if index.shape[1] != 1:
+            return Same(index, None)
+        unique, of = np.unique(index[:, 0], axis=1, return_inverse=True)
+        if unique.shape[1] == index.shape[2]:
+            return Same(index, None)
+        return Same(unique[:, None], of.reshape(-1))
 
 
-def same_scale(index: np.ndarray) -> Same:
-    """What of an axis (factors, groups, places) can be taken as one."""
-    if index.shape[1] != 1:
-        return Same(index, None)
-    unique, of = np.unique(index[:, 0], axis=1, return_inverse=True)
-    if unique.shape[1] == index.shape[2]:
-        return Same(index, None)
-    return Same(unique[:, None], of.reshape(-1))
+@dataclasses.dataclass(frozen=True)
+class MergedWeight:
+    """A weight whose inputs that follow the same channels are taken as one, and outputs."""
+
+    ins: Same
+    outs: Same
+
+    @staticmethod
+    def of(weight: ScaledWeight, *, whole: bool = False) -> "MergedWeight":
+        """With `whole` all outputs stay apart."""
+        outs = Same(weight.outputs, None) if whole else Same.along(weight.outputs)
+        return MergedWeight(Same.along(weight.inputs), outs)
+
+    def largest(self, x: Array) -> Array:
+        """The largest of values (groups, ins, outs) at each place."""
+        return self.ins.largest(self.outs.largest(x, 2), 1)
+
+    def total(self, x: Array) -> Array:
+        """Their sum at each place."""
+        return self.ins.total(self.outs.total(x, 2), 1)
 
 
-def rescaled(
-    channels: Channels, leaves: Mapping[str, Any], x: jax.Array
-) -> dict[str, Any]:
+def packed(
+    merged: Sequence[MergedWeight], matrices: Sequence[Array], fixed: int
+) -> Layers:
+    """Log ranges of all weights and where their inputs and outputs stand."""
+    dtype = wide(*(m.dtype for m in matrices))
+    ranges = [
+        one.largest(log_ranges(matrix)).astype(dtype)
+        for one, matrix in zip(merged, matrices, strict=True)
+    ]
+    ins, outs = [m.ins.index for m in merged], [m.outs.index for m in merged]
+    return layers_of(ranges, ins, outs, fixed)
+
+
+def rescaled(channels: Channels, leaves: Mapping[str, Any], x: Array) -> dict[str, Any]:
     """The leaves that change when channel i is divided by exp(x_i)."""
-    scale = jnp.exp(x)
+    scale = xp.exp(x)
     found: dict[str, Any] = {}
     done: set[tuple[str, int, str]] = set()
     for member in channels.graph.members:
@@ -237,26 +216,24 @@ def rescaled(
     return found
 
 
-def _offset_kept(leaf: Compressed, scales: jax.Array) -> Compressed:
+def _offset_kept(leaf: Compressed, scales: Array) -> Compressed:
     """A leaf whose inputs were divided by scales, as what pads them has to be."""
     if leaf.input_offset is None:
         return leaf
-    offset = jnp.asarray(leaf.input_offset)
+    offset = xp.asarray(leaf.input_offset)
     return leaf.replace(input_offset=offset / scales.astype(offset.dtype))
 
 
-def scales_along(channels: Channels, layout: Layout, scale: jax.Array) -> jax.Array:
+def scales_along(channels: Channels, layout: Layout, scale: Array) -> Array:
     """The scale of everything on an axis."""
     index = channels.index(layout)
     first = index[0, 0]
     if np.array_equal(index, np.arange(first, first + index.size)[None]):
-        return jax.lax.slice(scale, (first,), (first + index.size,))  # quick to compile
-    return jnp.prod(scale[index], axis=0)
+        return scale[first : first + index.size]
+    return xp.prod(scale[index], axis=0)
 
 
-def _factor(
-    channels: Channels, member: Member, scale: jax.Array, leaf: Any
-) -> jax.Array:
+def _factor(channels: Channels, member: Member, scale: Array, leaf: Any) -> Array:
     """The scales along a member's axis, in the rank of its leaf."""
     along = scales_along(channels, member.layout, scale)
     shape = [1] * leaf.ndim
@@ -265,7 +242,7 @@ def _factor(
         return along.reshape(shape)
     outs = leaf.shape[member.out_axis]
     each = along.reshape(member.groups, -1)
-    along = jnp.repeat(each, outs // member.groups, axis=0)  # (outs, inputs of a group)
+    along = xp.repeat(each, outs // member.groups, axis=0)  # (outs, inputs of a group)
     shape[member.out_axis] = outs
     if member.axis < 0:
         return along.reshape(shape)
@@ -279,15 +256,15 @@ def _gain_kept(
     member: Member,
     leaves: Mapping[str, Any],
     new: Mapping[str, Any],
-) -> jax.Array:
+) -> Array:
     """The scale that gives a norm its old gain with the new variance."""
     norm = channels.graph[member.node].norm
     assert norm is not None and norm.variance is not None
-    scale, old = jnp.asarray(leaves[member.parameter]), leaves[norm.variance]
+    scale, old = xp.asarray(leaves[member.parameter]), leaves[norm.variance]
     dtype = wide(scale.dtype)
     weight = statistics_weight(norm, leaves, dtype)
     before, after = (
-        jnp.sqrt(jnp.asarray(v).astype(dtype) * weight + norm.epsilon)
+        xp.sqrt(xp.asarray(v).astype(dtype) * weight + norm.epsilon)
         for v in (old, new.get(norm.variance, old))
     )
     shape = scale.shape
@@ -296,7 +273,7 @@ def _gain_kept(
 
 
 def with_bounds(
-    clip: Node, leaf: Any, factor: jax.Array, upper: float | None = None
+    clip: Node, leaf: Any, factor: Array, upper: float | None = None
 ) -> Compressed:
     """The leaf of a clip's carrier with the clip's bounds divided channel by channel.
 
@@ -310,12 +287,12 @@ def with_bounds(
         if given is None and (own == 0 or np.isinf(own)):
             return None
         given = own if given is None else given
-        return jnp.asarray(given, factor.dtype) / factor
+        return xp.asarray(given, factor.dtype) / factor
 
     low, high = clip.bounds
     new = stated.replace(
         lower=bound(stated.lower, low), upper=bound(stated.upper, high)
     )
     if upper is not None:
-        new = new.replace(upper=jnp.full_like(factor, upper))
+        new = new.replace(upper=xp.full_like(factor, upper))
     return new

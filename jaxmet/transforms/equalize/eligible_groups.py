@@ -4,11 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
-
 from jaxmet.engine.graph.channels import Group, indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.eligibility import (
+    NO_CARRIER,
+    NOT_SELECTED,
+    SEVERAL_AXES,
+    check_floats,
+    check_named,
+    of,
+    skipped,
+    why_outside,
+)
 from jaxmet.tree.checks import check_choices, check_numbers
 from jaxmet.tree.table import Table
 
@@ -48,9 +56,10 @@ class EligibleGroups:
     def table(self, outcomes: Mapping[int, dict[str, Any]], title: str) -> Table:
         """One row per group, then one per layer that has none."""
         rows = [_row(g) | outcomes[g.index] for g in self.free]
-        rows += [_row(g) | {"note": why} for g, why in self.left]
+        rows += [_row(g) | {"note": skipped(why)} for g, why in self.left]
         rows += [
-            {"group": n.name, "producers": n.name, "note": why} for n, why in self.alone
+            {"group": n.name, "producers": n.name, "note": skipped(why)}
+            for n, why in self.alone
         ]
         return Table({c: [row.get(c) for row in rows] for c in COLUMNS}, title)
 
@@ -83,21 +92,24 @@ def make_plan(graph: Graph, clip: str) -> EligibleGroups:
 def _why_left(graph: Graph, group: Group, clip: str) -> str | None:
     if group.frozen is not None:
         return group.frozen
-    for name in (*group.producers, *group.consumers):
-        if name not in graph.selected:
-            return f"{name} is not selected"
+    if (why := why_outside(graph, *group.producers, *group.consumers)) is not None:
+        return why
     for name in group.clips:
-        node = graph[name]
-        if clip == "skip":
-            return f"{name}: clip='skip'"
-        if name not in graph.selected:
-            return f"{name} is not selected"
-        if node.carrier is None:
-            return f"{name}: no single product can carry its bounds"
-        weight = graph[node.carrier].weight
-        if weight is None or len(weight.out_axes) != 1 or len(node.features) != 1:
-            return f"{name}: its bounds would run along several axes"
+        why = NOT_SELECTED if name not in graph.selected else None
+        why = "clip='skip'" if clip == "skip" else why or _why_unbounded(graph, name)
+        if why is not None:
+            return of(name, why)
     return None
+
+
+def _why_unbounded(graph: Graph, clip: str) -> str | None:
+    """Why no leaf can state the bounds of a clip channel by channel."""
+    node = graph[clip]
+    if node.carrier is None:
+        return NO_CARRIER
+    weight = graph[node.carrier].weight
+    one = weight is not None and len(weight.out_axes) == len(node.features) == 1
+    return None if one else SEVERAL_AXES
 
 
 def _why_alone(node: Node) -> str:
@@ -118,18 +130,21 @@ def check_options(clip: str, objective: str, max_scale: float) -> None:
         )
 
 
-def check_named(graph: Graph, plan: EligibleGroups) -> None:
+def check_plan(graph: Graph, plan: EligibleGroups) -> None:
     """Refuse what `only()` spelled out and nothing can be done for."""
     done = {name for g in plan.free for name in (*g.producers, *g.consumers)}
     for node in graph.layers:
-        if node.name not in graph.named or node.name in done:
+        if node.name in done:
             continue
         whys = [w for g, w in plan.left if node.name in (*g.producers, *g.consumers)]
         whys += [w for n, w in plan.alone if n.name == node.name]
-        raise ValueError(
-            f"jaxmet.equalize: {node.name!r} was asked for by name and no group of its "
-            f"channels can be rescaled: {'; '.join(whys)}. Name the layers on both sides "
-            "of the channels, or leave the name out of only()."
+        check_named(
+            node.name,
+            "; ".join(whys),
+            graph,
+            "equalize",
+            "be rescaled",
+            cure="Name the layers on both sides of its channels too, or leave it out.",
         )
 
 
@@ -137,17 +152,6 @@ def check_leaves(plan: EligibleGroups, leaves: Mapping[str, Any]) -> None:
     """Refuse a tree in which something that must follow is missing or an integer."""
     free = {g.index for g in plan.free}
     for member in plan.graph.members:
-        if not indices_of(member.layout) & free:
-            continue
-        leaf = leaves.get(member.parameter)
-        if leaf is None:
-            raise ValueError(
-                f"jaxmet.equalize: the tree has no {member.parameter!r}, which has to "
-                f"follow the scale of {member.node!r}. Pass the whole variables with "
-                "the norms' statistics, not the trained parameters alone."
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"jaxmet.equalize: {member.parameter!r} has dtype {leaf.dtype}. Equalize "
-                "the float tree, before its weights become integers."
-            )
+        if indices_of(member.layout) & free:
+            before = "Equalize"
+            check_floats(leaves, [member.parameter], "equalize", member.node, before)

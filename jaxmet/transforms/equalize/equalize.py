@@ -5,8 +5,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.channels import Group
@@ -15,17 +13,19 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import check_examples, key_of
 from jaxmet.layers.once import run_once
 from jaxmet.layers.placement import place
-from jaxmet.numerics.rounding_noise import log_noise, minimise_noise
-from jaxmet.numerics.scaling import Balance, Layers, alive, balance, range_gap
+from jaxmet.numerics import xp
+from jaxmet.numerics.rounding_noise import minimise_noise
+from jaxmet.numerics.scaling import Balance, Layers, balance, carrying, range_gap
+from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.carried import carried
 from jaxmet.transforms.equalize.channel_scales import (
     Channels,
+    MergedWeight,
     ScaledWeight,
     find_weights,
-    layers_of,
+    packed,
     rescaled,
     scales_along,
-    stacks,
     with_bounds,
 )
 from jaxmet.transforms.equalize.eligible_groups import (
@@ -33,8 +33,8 @@ from jaxmet.transforms.equalize.eligible_groups import (
     EligibleGroups,
     Objective,
     check_leaves,
-    check_named,
     check_options,
+    check_plan,
     make_plan,
 )
 from jaxmet.transforms.equalize.expected import expected
@@ -50,6 +50,10 @@ from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 
 MAX_SCALE = 1e6
+
+SWEEPS = 60
+"""Later sweeps find next to nothing: of the 20,000 channels of EfficientNet-Lite0 the ranges
+differ by 1.5 % (root mean square) after 60 and by 1.4 % after 200."""
 
 
 @overload
@@ -106,7 +110,7 @@ def equalize(
     that low bit-widths lose little; the function stays. Fold batch norms first.
 
     `objective='range'` makes the largest weight that makes a channel equal to the largest
-    that reads it, for all channels at once (Nagel et al., 2019, to convergence). A constant
+    that reads it, for all channels at once (Nagel et al., 2019, in at most 60 sweeps). A constant
     that a channel carries (a bias, the shift of a folded norm) counts as a weight that makes
     it, in units of what its layer reads: a channel whose weights are nearly zero is not blown
     up. What layers read follows from the norms' statistics, or from inputs of variance one.
@@ -163,7 +167,7 @@ def equalize(
     check_batch_functions("equalize", inputs, mask)
     graph, leaves = fitted(params, graph, "equalize")
     plan = make_plan(graph, clip)
-    check_named(graph, plan)
+    check_plan(graph, plan)
     check_leaves(plan, leaves)
     given, config = config, config_of(config, "equalize", per_channel=False)
     if given is not None:
@@ -171,13 +175,15 @@ def equalize(
     if not plan.free:
         report = plan.table({}, "Equalized: nothing")
         return (params, report) if with_report else params
-    key = key_of(key, "equalize")
+    key = key if key is None else key_of(key, "equalize")
     task = Task(plan, Channels(graph, plan.free), config, max_scale)
     seen = None
     if objective == "noise" and batches is not None:
         read = as_batches(batches, "equalize", inputs=inputs, mask=mask)
         check_examples(graph, params, read.first, {}, "equalize")
-        seen = measured(graph, params, task.weights, read, key, progress)
+        seen = measured(
+            graph, params, task.weights, read, key_of(key, "equalize"), progress
+        )
     arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     solve = task.by_ranges if objective == "range" else task.by_noise
     new, found = run_once(solve, arrays, seen)
@@ -188,19 +194,19 @@ def equalize(
 class Outcome(NamedTuple):
     """Log scales, log r1/r2 of every channel, and what else is to be reported."""
 
-    x: jax.Array
-    gap: jax.Array
-    sweeps: jax.Array
+    x: Array
+    gap: Array
+    sweeps: Array
     # Logs of the objective before, with 'range' and now
-    noise: tuple[jax.Array, ...] = ()
-    informed: jax.Array | None = None  # which channels the objective chose
+    noise: tuple[Array, ...] = ()
+    informed: Array | None = None  # which channels the objective chose
 
 
 class Bounds(NamedTuple):
     """The lowest and the highest log scale of every channel."""
 
-    lowest: jax.Array
-    highest: jax.Array
+    lowest: Array
+    highest: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +218,7 @@ class Task:
     config: QuantConfig
     max_scale: float
 
-    @property
+    @functools.cached_property
     def weights(self) -> tuple[ScaledWeight, ...]:
         """The weights along which anything is rescaled."""
         return find_weights(self.channels)
@@ -223,7 +229,7 @@ class Task:
         """The leaves that change, with equal ranges on both sides of every channel."""
         del seen
         found = self.balanced(*self.layers(old))
-        return self.applied(old, found.x), Outcome(*found)
+        return self.applied(old, found.x), Outcome(found.x, found.gap, found.sweeps)
 
     def by_noise(
         self, old: Mapping[str, Any], seen: dict[str, MeasuredInputs] | None
@@ -234,27 +240,30 @@ class Task:
         if known is None:
             observed = predicted(self.channels, old, self.weights)
             known = expected(self.channels, self.weights, old, observed)
-        informed = jnp.asarray(self.informed(known))
+        informed = xp.asarray(self.informed(known))
         noisy = noisy_layers(self.channels, self.weights, old, known, self.config)
         ranges = self.balanced(layers, bounds)
-        zero = jnp.zeros_like(ranges.x)
-        free = informed & alive(layers, zero)
-        mixed = jnp.where(free, zero, ranges.x)
-        value = functools.partial(log_noise, noisy)
-        before, level, other = jax.lax.map(value, jnp.stack([zero, ranges.x, mixed]))
-        # Convex in log s: where the search begins decides only how soon it ends.
-        start = jnp.where(level < other, ranges.x, mixed)
+        zero = xp.zeros_like(ranges.x)
+        free = informed & ranges.alive
+        mixed = xp.where(free, zero, ranges.x)
         best = minimise_noise(
-            noisy, start, free, lowest=bounds.lowest, highest=bounds.highest
+            noisy,
+            [mixed, ranges.x],
+            free,
+            lowest=bounds.lowest,
+            highest=bounds.highest,
+            compare=[zero],
         )
         x = self.common_factors(best.x, ranges.x, free, bounds)
-        noise = before, level, value(x)
+        before, _, level = best.given
+        # The factor that all channels of a group share does not change the noise.
+        noise = before, level, best.log_noise
         gap = range_gap(layers, x)
         return self.applied(old, x), Outcome(x, gap, ranges.sweeps, noise, informed)
 
     def common_factors(
-        self, x: jax.Array, ranges: jax.Array, free: jax.Array, bounds: Bounds
-    ) -> jax.Array:
+        self, x: Array, ranges: Array, free: Array, bounds: Bounds
+    ) -> Array:
         """The factor that all channels of a group share, taken from equal ranges.
 
         Rounding does not depend on it, unless other channels stand on an axis with these
@@ -270,31 +279,38 @@ class Task:
                 owners = np.unique(owner[row])
                 alone[owners] &= owners.size == 1
         size = np.bincount(owner)
-        apart = jax.ops.segment_sum(ranges - x, owner, size.size) / size.astype(x.dtype)
-        down = jax.ops.segment_max(bounds.lowest - x, owner, size.size)
-        up = jax.ops.segment_min(bounds.highest - x, owner, size.size)
-        apart = jnp.clip(apart, jnp.minimum(down, 0.0), jnp.maximum(up, 0.0))
-        whole = jax.ops.segment_min(free.astype(jnp.int32), owner, size.size) > 0
-        return x + jnp.where(whole & alone, apart, 0.0)[owner]
+        apart = xp.reduce_segments(ranges - x, owner, size.size, "add")
+        apart = apart / size.astype(x.dtype)
+        down = xp.reduce_segments(bounds.lowest - x, owner, size.size, "max")
+        up = xp.reduce_segments(bounds.highest - x, owner, size.size, "min")
+        apart = xp.clip(apart, xp.minimum(down, 0.0), xp.maximum(up, 0.0))
+        whole = xp.reduce_segments(free.astype(np.int32), owner, size.size, "min") > 0
+        return x + xp.where(whole & alone, apart, 0.0)[owner]
 
     def layers(self, old: Mapping[str, Any]) -> tuple[Layers, Bounds]:
         """Ranges of all weights, and between what log scales each channel stays."""
-        every = stacks(self.weights, old)
-        matrices = [s.matrix(old) for s in every]
-        layers = layers_of(every, matrices, self.channels.size)
-        dtype = layers.log_ranges[0].dtype
-        known, silent = carried(self.channels, self.weights, every, old, dtype)
+        merged = [MergedWeight.of(w) for w in self.weights]
+        matrices = [w.matrix(old[w.parameter]) for w in self.weights]
+        layers = packed(merged, matrices, self.channels.size)
+        dtype = layers.log_ranges.tiles.dtype
+        known, silent = carried(self.channels, self.weights, merged, old, dtype)
         # What reads a channel that carries nothing may shrink, not grow.
         of = headroom(self.channels, self.weights, old, self.max_scale, dtype)
-        highest = jnp.where(silent, jnp.minimum(of[1], 0.0), of[1])
-        return layers._replace(carried=known), Bounds(of[0], highest)
+        highest = xp.where(silent, xp.minimum(of[1], 0.0), of[1])
+        return carrying(layers, known), Bounds(of[0], highest)
 
     def balanced(self, layers: Layers, bounds: Bounds) -> Balance:
         """Equal ranges, from the tree as it is."""
-        start = jnp.zeros(self.channels.size + 1, layers.log_ranges[0].dtype)
-        return balance(layers, start, lowest=bounds.lowest, highest=bounds.highest)
+        start = xp.zeros(self.channels.size + 1, layers.log_ranges.tiles.dtype)
+        return balance(
+            layers,
+            start,
+            lowest=bounds.lowest,
+            highest=bounds.highest,
+            max_sweeps=SWEEPS,
+        )
 
-    def applied(self, old: Mapping[str, Any], x: jax.Array) -> dict[str, Any]:
+    def applied(self, old: Mapping[str, Any], x: Array) -> dict[str, Any]:
         """The leaves that change when channel i is divided by exp(x_i)."""
         new = rescaled(self.channels, old, x)
         for node in self.plan.clips:
@@ -352,7 +368,7 @@ class Task:
 
 
 def _bounded(
-    channels: Channels, clip: Node, leaves: Mapping[str, Any], x: jax.Array, mode: str
+    channels: Channels, clip: Node, leaves: Mapping[str, Any], x: Array, mode: str
 ) -> dict[str, Any]:
     """The carrier of a clip with the bounds that its channels have now."""
     weight = channels.graph[clip.carrier or ""].weight
@@ -362,6 +378,6 @@ def _bounded(
         for m in channels.graph.members
         if m.node == clip.carrier and m.role == "out" and m.parameter == weight.name
     )
-    factor = scales_along(channels, out.layout, jnp.exp(x))
+    factor = scales_along(channels, out.layout, xp.exp(x))
     upper = np.inf if mode == "relu" and clip.bounds[0] == 0 else None
     return {weight.name: with_bounds(clip, leaves[weight.name], factor, upper)}

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.channels import layout_size
+from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
+from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.channel_scales import POWERS, Channels, ScaledWeight
 from jaxmet.tree.leaves import dense
 
@@ -19,7 +20,7 @@ def headroom(
     leaves: Mapping[str, Any],
     limit: float,
     dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """The lowest and the highest log scale of each channel, within ±log(limit).
 
     Under them no leaf overflows, and the largest weight along a channel stays a normal
@@ -27,7 +28,7 @@ def headroom(
     the largest. What several scales multiply shares its room among them. It is float16
     that runs out of room; log scales up to that of 1e6 hardly fill any other dtype.
     """
-    bound = jnp.full(channels.size + 1, float(np.log(limit)), dtype)
+    bound = xp.full(channels.size + 1, float(np.log(limit)), dtype)
     places, lows, highs = [], [], []
     for index, power, share, above, below in _rooms(channels, weights, leaves):
         down, up = (below, above) if power > 0 else (above, below)
@@ -37,28 +38,27 @@ def headroom(
         lows.append(-_room(down, share, index, dtype).reshape(-1))
     if not places:
         return -bound, bound
-    # At once: XLA takes long over many updates of one array.
     every = np.concatenate(places)
-    lowest = (-bound).at[every].max(jnp.concatenate(lows))
-    return lowest, bound.at[every].min(jnp.concatenate(highs))
+    lowest = xp.put(-bound, every, xp.concatenate(lows), "max")
+    return lowest, xp.put(bound, every, xp.concatenate(highs), "min")
 
 
-def _room(room: jax.Array, share: int, index: np.ndarray, dtype: Any) -> jax.Array:
-    room = jnp.maximum(room, 0.0).astype(dtype) / share
-    return jnp.broadcast_to(room.reshape(-1), index.shape)
+def _room(room: Array, share: int, index: np.ndarray, dtype: Any) -> Array:
+    room = xp.maximum(room, 0.0).astype(dtype) / share
+    return xp.broadcast_to(room.reshape(-1), index.shape)
 
 
 def _rooms(
     channels: Channels, weights: Sequence[ScaledWeight], leaves: Mapping[str, Any]
-) -> list[tuple[np.ndarray, int, int, jax.Array, jax.Array]]:
+) -> list[tuple[np.ndarray, int, int, Array, Array]]:
     """Places (factors, n), the power of their scales, and logs of the room up and down."""
     found = []
     for weight in weights:
         leaf = leaves[weight.parameter]
-        largest = jnp.max(jnp.abs(weight.matrix(leaf)), axis=3, initial=0.0)
+        largest = xp.max(xp.abs(weight.matrix(leaf)), axis=3, initial=0.0)
         sides = (
-            (weight.inputs, POWERS["in"], jnp.max(largest, axis=2)),
-            (weight.outputs, POWERS["out"], jnp.max(largest, axis=1)),
+            (weight.inputs, POWERS["in"], xp.max(largest, axis=2)),
+            (weight.outputs, POWERS["out"], xp.max(largest, axis=1)),
         )
         rows = sum(len(index) for index, _, _ in sides)
         for index, power, size in sides:
@@ -68,19 +68,19 @@ def _rooms(
         if member.role not in ("shift", "variance") or not channels.touched(member):
             continue
         leaf, index = leaves[member.parameter], channels.index(member.layout)
-        size = jnp.abs(jnp.asarray(dense(leaf))).reshape(-1)
+        size = xp.abs(xp.asarray(dense(leaf))).reshape(-1)
         if size.size == layout_size(member.layout):
             above, _ = _margins(size.astype(wide(size.dtype)), leaf)
-            room = jnp.full_like(above, jnp.inf)  # a small shift may vanish
+            room = xp.full_like(above, xp.inf)  # a small shift may vanish
             found.append((index, POWERS[member.role], len(index), above, room))
     return found
 
 
-def _margins(size: jax.Array, leaf: Any) -> tuple[jax.Array, jax.Array]:
+def _margins(size: Array, leaf: Any) -> tuple[Array, Array]:
     """Logs of the factors by which values can grow and shrink; infinite for zeros."""
     info = jnp.finfo(leaf.dtype)
     size = size.reshape(-1)
-    log = jnp.log(jnp.where(size > 0, size, 1.0))
-    above = jnp.where(size > 0, float(np.log(float(info.max))) - log, jnp.inf)
-    below = jnp.where(size > 0, log - float(np.log(float(info.tiny))), jnp.inf)
+    log = xp.log(xp.where(size > 0, size, 1.0))
+    above = xp.where(size > 0, float(np.log(float(info.max))) - log, xp.inf)
+    below = xp.where(size > 0, log - float(np.log(float(info.tiny))), xp.inf)
     return above, below

@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.numerics import xp
 from jaxmet.numerics.rounding_noise import NoisyLayers, noisy
+from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.channel_scales import (
     Channels,
+    MergedWeight,
+    Same,
     ScaledWeight,
-    Stack,
-    layers_of,
-    stacks,
+    packed,
 )
 from jaxmet.transforms.equalize.measured import MeasuredInputs
 from jaxmet.tree.config import QuantConfig, Settings
@@ -39,47 +39,45 @@ def noisy_layers(
             "rescaled, so objective='noise' has nothing to choose by. Pass the config "
             "that the model will be quantized with, or objective='range'."
         )
-    whole = [name for name, (weight, _) in settings.items() if weight.per_channel]
-    every = stacks(known, leaves, whole)
-    layers = layers_of(every, [s.matrix(leaves) for s in every], channels.size)
-    order = [settings[w.node.name] for stack in every for w in stack.weights]
-    dtype = layers.log_ranges[0].dtype
-    inputs = [_by_input(stack, seen, settings, dtype) for stack in every]
+    order = [settings[w.node.name] for w in known]
+    merged = [
+        MergedWeight.of(w, whole=weight.per_channel)
+        for w, (weight, _) in zip(known, order, strict=True)
+    ]
+    matrices = [w.matrix(leaves[w.parameter]) for w in known]
+    layers = packed(merged, matrices, channels.size)
+    dtype = matrices[0].dtype
+    about = [seen[w.node.name] for w in known]
+    gains = [
+        m.total(one.gain.astype(dtype)) for m, one in zip(merged, about, strict=True)
+    ]
+    inputs = [
+        _by_input(m.ins, one, a.symmetric, dtype)
+        for m, one, (_, a) in zip(merged, about, order, strict=True)
+    ]
     return noisy(
         layers,
-        [_gains(stack, seen, dtype) for stack in every],
-        [jnp.concatenate(v) for v in zip(*inputs, strict=True)],
-        np.array([_log_step(w, 2.0 ** (w.bits - 1) - 1) for w, _ in order]),
-        np.array([_log_step(a, 2.0**a.bits - 1) for _, a in order]),
-        np.array([w.per_channel for w, _ in order]),
+        gains,
+        list(zip(*inputs, strict=True)),
+        [_log_step(w, 2.0 ** (w.bits - 1) - 1) for w, _ in order],
+        [_log_step(a, 2.0**a.bits - 1) for _, a in order],
+        [w.per_channel for w, _ in order],
     )
 
 
-def _gains(stack: Stack, seen: Mapping[str, MeasuredInputs], dtype: Any) -> jax.Array:
-    """Gains (layers, groups, ins, outs) of weights of one shape, taken together as they are."""
-    gain = jnp.stack([seen[w.node.name].gain.astype(dtype) for w in stack.weights])
-    return stack.ins[0].total(stack.outs[0].total(gain, 3), 2)
-
-
 def _by_input(
-    stack: Stack,
-    seen: Mapping[str, MeasuredInputs],
-    settings: Mapping[str, tuple[Settings, Settings]],
-    dtype: Any,
-) -> list[jax.Array]:
-    """Reach above and below zero and cost of the inputs of weights of one shape, in a row."""
-    same, shape = stack.ins[0], stack.weights[0].inputs.shape[1:]
-    rows = []
-    for weight in stack.weights:
-        one = seen[weight.node.name]
-        high, low = jnp.maximum(one.high, 0.0), jnp.maximum(-one.low, 0.0)
-        if settings[weight.node.name][1].symmetric:
-            high = low = jnp.maximum(high, low)
-        each = [v.reshape(shape).astype(dtype) for v in (high, low, one.cost)]
-        rows.append(each)
-    high, low, cost = (jnp.stack(v) for v in zip(*rows, strict=True))
-    reduced = (same.largest(high, 2), same.largest(low, 2), same.total(cost, 2))
-    return [v.reshape(-1) for v in reduced]
+    same: Same, seen: MeasuredInputs, symmetric: bool, dtype: Any
+) -> list[Array]:
+    """Reach above and below zero and cost of the inputs of a weight."""
+    high, low = xp.maximum(seen.high, 0.0), xp.maximum(-seen.low, 0.0)
+    if symmetric:
+        high = low = xp.maximum(high, low)
+    groups = same.index.shape[1]
+    high, low, cost = (
+        v.reshape(groups, -1).astype(dtype) for v in (high, low, seen.cost)
+    )
+    found = same.largest(high, 1), same.largest(low, 1), same.total(cost, 1)
+    return [v.reshape(-1) for v in found]
 
 
 def _settings(weight: ScaledWeight, config: QuantConfig) -> tuple[Settings, Settings]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.layers.layouts import join
 from jaxmet.layers.moments import MomentNetwork
+from jaxmet.numerics import xp
 from jaxmet.numerics.moments import Moments, normal
+from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.channel_scales import Channels, ScaledWeight
 
 
@@ -17,7 +17,7 @@ class Observed(NamedTuple):
     """Moments of a product's inputs, and the variance of its outputs."""
 
     inputs: Moments
-    variance: jax.Array
+    variance: Array
 
 
 def predicted(
@@ -46,8 +46,8 @@ def predicted(
     return found
 
 
-def _white(weight: ScaledWeight, leaf: Any, variance: jax.Array) -> Moments:
-    total = jnp.sum(jnp.square(weight.matrix(leaf)))
-    power = jnp.sum(variance) / jnp.where(total > 0, total, 1.0)
-    every = jnp.full(weight.inputs[0].size, power)
-    return normal(jnp.zeros_like(every), every)
+def _white(weight: ScaledWeight, leaf: Any, variance: Array) -> Moments:
+    total = xp.sum(xp.square(weight.matrix(leaf)))
+    power = xp.sum(variance) / xp.where(total > 0, total, 1.0)
+    every = xp.full(weight.inputs[0].size, power)
+    return normal(xp.zeros_like(every), every)

@@ -8,17 +8,19 @@ tree as the identity and a shift, with statistics that still are those of what i
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Norm
+from jaxmet.layers.eligibility import check_named, skipped
 from jaxmet.layers.fold_plans import FoldPlan, listed, plan_of, spread
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.layers.once import run_once
+from jaxmet.numerics import xp
 from jaxmet.numerics.norm import gain_after, gain_before
+from jaxmet.numerics.xp import Array
 from jaxmet.transforms.fold.fold_quantizers import fold_quantizers, pinned_weights
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import dense, with_weight
@@ -138,15 +140,11 @@ def _check(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -> None:
     name = plan.node.name
     if name in graph.selected:
         _check_statistics(graph, plan, leaves)
-    involved = {name, *plan.products}
-    if plan.why is None or not involved & graph.named:
-        return
-    cure = f"Leave it out: graph.without({name!r})."
-    if plan.products:
-        cure = f"Select both: graph.only({', '.join(map(repr, sorted(involved)))})."
-    raise ValueError(
-        f"jaxmet.{CALLER}: norm {name!r} cannot be folded: {plan.why}. {cure}"
-    )
+    cure, others = "", plan.products
+    if others:
+        both = ", ".join(map(repr, sorted({name, *others})))
+        cure = f"Select both: graph.only({both})."
+    check_named(name, plan.why, graph, CALLER, "be folded", others=others, cure=cure)
 
 
 def _check_statistics(graph: Graph, plan: FoldPlan, leaves: Mapping[str, Any]) -> None:
@@ -173,13 +171,13 @@ class _Work:
 
     def __init__(self, leaves: Mapping[str, Any]):
         self.leaves, self.values, self.dtypes = leaves, {}, {}
-        self.gains: dict[str, jax.Array] = {}
+        self.gains: dict[str, Array] = {}
         arrays = [leaf for leaf in leaves.values() if _is_array(leaf)]
         wide = any(leaf.dtype == np.float64 for leaf in arrays)
-        wide = wide and jnp.asarray(0.0).dtype == np.float64
+        wide = wide and xp.asarray(0.0).dtype == np.float64
         self.dtype = np.dtype(np.float64 if wide else np.float32)
 
-    def read(self, name: str) -> jax.Array:
+    def read(self, name: str) -> Array:
         """A parameter in the precision of the arithmetic."""
         if name not in self.values:
             leaf = self.leaves[name]
@@ -190,12 +188,12 @@ class _Work:
                     f"of {leaf.dtype}, into which no gain can be folded. Fold before "
                     "factorizing and before quantizing to integers."
                 )
-            array = jnp.asarray(array)
+            array = xp.asarray(array)
             self.dtypes[name] = array.dtype
             self.values[name] = array.astype(self.dtype)
         return self.values[name]
 
-    def write(self, name: str, value: jax.Array) -> None:
+    def write(self, name: str, value: Array) -> None:
         """The new value of a parameter, in any shape of its size."""
         self.values[name] = value.reshape(self.leaves[name].shape)
 
@@ -215,14 +213,14 @@ def _check_overflow(new: Mapping[str, Any]) -> None:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray)
+    return isinstance(leaf, Array)
 
 
-def _fold(work: _Work, plan: FoldPlan) -> jax.Array:
+def _fold(work: _Work, plan: FoldPlan) -> Array:
     """Move the gain of one norm; which channels keep it."""
     norm, roles = plan.norm, roles_of(plan.norm)
     old = {role: work.read(name).reshape(plan.sizes) for role, name in roles.items()}
-    none = jnp.zeros_like(old["variance"])
+    none = xp.zeros_like(old["variance"])
     given: dict[str, Any] = {"mean": none, "scale": None, "bias": none, **old}
     variance = roles["variance"]
     stored = work.dtypes[variance], work.dtypes[roles.get("scale", variance)]
@@ -235,28 +233,28 @@ def _fold(work: _Work, plan: FoldPlan) -> jax.Array:
         kernel = work.read(place.parameter)
         factor = spread(moved.factor, place, kernel.shape)
         work.write(place.parameter, kernel * factor)
-        gain = work.gains.get(place.parameter, jnp.ones_like(factor))
-        work.gains[place.parameter] = gain * factor
+        before = work.gains.get(place.parameter)
+        work.gains[place.parameter] = factor if before is None else before * factor
     return moved.kept
 
 
 # The report
 
 
-def _note(norm: Norm, kept: jax.Array) -> str | None:
+def _note(norm: Norm, kept: Array) -> str | None:
     notes = []
     if norm.scale is None:
         notes.append("no scale: its variance became 1 − epsilon")
-    if is_concrete(kept) and (count := int(jnp.sum(kept))):
+    if is_concrete(kept) and (count := int(xp.sum(kept))):
         notes.append(f"{count} of {kept.size} channels keep their gain")
     return "; ".join(notes) or None
 
 
-def _table(plans: Sequence[FoldPlan], kept: Mapping[str, jax.Array]) -> Table:
+def _table(plans: Sequence[FoldPlan], kept: Mapping[str, Array]) -> Table:
     rows = [
         (p.node.name, listed(p.products), p.side, _note(p.norm, kept[p.node.name]))
         if p.why is None
-        else (p.node.name, None, None, f"skipped: {p.why}")
+        else (p.node.name, None, None, skipped(p.why))
         for p in plans
     ]
     columns = zip(*rows, strict=True) if rows else ((),) * 4

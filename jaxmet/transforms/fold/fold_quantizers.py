@@ -7,9 +7,8 @@ grid beside a norm stays on it when the norm's gain $g$ moves into it.
 import dataclasses
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
+from jaxmet.numerics import xp
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 
@@ -22,7 +21,7 @@ def pinned_weights(quantizers: Quantizers | None) -> set[str]:
 
 
 def fold_quantizers(
-    quantizers: Quantizers, gains: Mapping[str, jax.Array], caller: str
+    quantizers: Quantizers, gains: Mapping[str, Array], caller: str
 ) -> Quantizers:
     """The quantizers with every pinned weight scale multiplied by the gain that moved."""
     weights = dict(quantizers.weights)
@@ -31,7 +30,7 @@ def fold_quantizers(
     return dataclasses.replace(quantizers, weights=weights)
 
 
-def _scaled(name: str, quantizer: Quantizer, gain: jax.Array, caller: str) -> Quantizer:
+def _scaled(name: str, quantizer: Quantizer, gain: Array, caller: str) -> Quantizer:
     scale, zero_point = quantizer.grid(None)
     fits = scale.ndim == gain.ndim and all(
         n in (1, m) for n, m in zip(gain.shape, scale.shape, strict=True)
@@ -44,10 +43,10 @@ def _scaled(name: str, quantizer: Quantizer, gain: jax.Array, caller: str) -> Qu
             "or skip the norm with graph.without."
         )
     low, high = quantizer.ends
-    zero_point = jnp.where(gain < 0, low + high - zero_point, zero_point)
-    zero_point = jnp.zeros_like(scale) if quantizer.symmetric else zero_point
+    zero_point = xp.where(gain < 0, low + high - zero_point, zero_point)
+    zero_point = xp.zeros_like(scale) if quantizer.symmetric else zero_point
     # A gain of zero leaves only zeros to quantize, which any scale does.
-    size = jnp.where(gain == 0, 1.0, jnp.abs(gain)).astype(scale.dtype)
+    size = xp.where(gain == 0, 1.0, xp.abs(gain)).astype(scale.dtype)
     held = quantizer.holding(scale * size, zero_point)
     least = quantizer.least
     return held if least is None else dataclasses.replace(held, least=least * size)

@@ -1,0 +1,140 @@
+"""Array functions that compute in NumPy on numbers and in `jax.numpy` on JAX arrays.
+
+What runs once on weights must not wait for XLA, which takes far longer to compile a program
+than NumPy takes to run it. Written with these functions one text serves both: on NumPy arrays
+nothing is traced or compiled, and with a `jax.Array` among the arguments (traced by a `jit`
+of the user's, or not) it is `jax.numpy`. Names and meanings are those that both libraries
+share, those of the [array API standard](https://data-apis.org/array-api/latest/), and a few
+that stand for `x.at[…]` and `jax.lax` at the end.
+
+NumPy warns of overflows and of divisions by zero, which JAX does not: call inside
+`numpy.errstate(all='ignore')`, as `layers.once.run_once` does.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes
+from jax.core import Tracer
+
+if TYPE_CHECKING:
+    Array = jax.Array  # NumPy's arrays do all that these do here
+else:
+    Array = jax.Array | np.ndarray | np.generic
+
+# For programs whose compiling takes longer than running them.
+QUICK = {"xla_backend_optimization_level": 1} | (
+    {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+)
+
+SHARED = frozenset(
+    "abs all broadcast_to clip concatenate einsum exp full full_like isfinite log "
+    "max maximum mean min minimum moveaxis ones ones_like pad prod repeat sqrt "
+    "square stack sum swapaxes transpose where zeros zeros_like".split()
+)
+inf = float("inf")
+
+
+def is_jax(*values: Any) -> bool:
+    """Whether any of these, or of the lists and tuples among them, is a JAX array."""
+    return any(
+        is_jax(*v) if isinstance(v, list | tuple) else isinstance(v, jax.Array)
+        for v in values
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in SHARED:
+        raise AttributeError(f"{__name__} has no function {name!r}")
+    in_jax, in_numpy = getattr(jnp, name), getattr(np, name)
+
+    def either(*args: Any, **options: Any) -> Any:
+        if is_jax(*args, *options.values()):
+            return in_jax(*args, **options)
+        options.pop("precision", None)  # of products, which NumPy has only one of
+        return in_numpy(*args, **options)
+
+    either.__name__ = name
+    globals()[name] = either  # looked up only once
+    return either
+
+
+def asarray(x: Any, dtype: Any = None) -> Any:
+    """An array; a Python number has the default dtype of JAX."""
+    if is_jax(x):
+        return jnp.asarray(x, dtype)
+    if dtype is None and not hasattr(x, "dtype"):
+        dtype = dtypes.canonicalize_dtype(np.asarray(x).dtype)
+    return np.asarray(x, dtype)
+
+
+def inverse(x: Any) -> Any:
+    """The pseudo-inverse of matrices."""
+    return jnp.linalg.pinv(x) if is_jax(x) else np.linalg.pinv(x)
+
+
+def normal_cdf(x: Any) -> Any:
+    """The distribution function of the standard normal distribution."""
+    if is_jax(x):
+        return jax.scipy.special.ndtr(x)
+    from scipy import special  # only where it is needed: it takes long to import
+
+    return special.ndtr(x)
+
+
+def normal_pdf(x: Any) -> Any:
+    """The density of the standard normal distribution."""
+    exp = jnp.exp if is_jax(x) else np.exp
+    return exp(-x * x / 2) * (1 / float(np.sqrt(2 * np.pi)))
+
+
+def put(x: Any, index: Any, values: Any, how: str = "set") -> Any:
+    """`x.at[index].set(values)`, or `add`, `max` or `min` in place of `set`."""
+    if is_jax(x, index, values):
+        return getattr(jnp.asarray(x).at[index], how)(values)
+    new = np.array(x)
+    if how == "set":
+        new[index] = values
+    else:
+        ufunc = {"add": np.add, "max": np.maximum, "min": np.minimum}[how]
+        ufunc.at(new, index, values)
+    return new
+
+
+def reduce_segments(x: Any, segments: np.ndarray, number: int, how: str) -> Any:
+    """By segment the sum ('add'), 'max' or 'min' of what lies along the first axis."""
+    start = {"add": 0.0, "max": -inf, "min": inf}[how]
+    if not is_jax(x) and not np.issubdtype(x.dtype, np.inexact) and how != "add":
+        limits = np.iinfo(x.dtype)
+        start = limits.min if how == "max" else limits.max
+    if is_jax(x):
+        reduce = {
+            "add": jax.ops.segment_sum,
+            "max": jax.ops.segment_max,
+            "min": jax.ops.segment_min,
+        }[how]
+        return reduce(x, segments, number)
+    return put(np.full((number, *x.shape[1:]), start, x.dtype), segments, x, how)
+
+
+def compiled(function: Callable) -> Callable:
+    """`jax.jit(function)` for loops that NumPy is slow at: it gives NumPy arrays for such.
+
+    For module-level functions of arrays whose shapes repeat: what is compiled stays.
+    """
+    program = jax.jit(function, compiler_options=QUICK)
+    inner = jax.jit(function)  # options are for a program of its own
+
+    @functools.wraps(function)
+    def either(*args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return inner(*args)
+        found = program(*args)
+        return found if is_jax(*leaves) else jax.device_get(found)
+
+    return either
