@@ -10,8 +10,15 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import accepting, key_of
 from jaxmet.layers.asked_ratios import asked_for
+from jaxmet.layers.eligibility import (
+    NOT_SELECTED,
+    of,
+    skipped,
+    why_looped,
+    why_no_matrix,
+)
 from jaxmet.layers.grams import ROWS, grams, unmasked
-from jaxmet.layers.layer import WeightMatrix, kernel_axes, why_no_matrix
+from jaxmet.layers.layer import WeightMatrix, kernel_axes
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
 from jaxmet.transforms.factors import (
     Shape,
@@ -211,7 +218,7 @@ def factorize(
     found, table = {}, []
     for node in graph.layers:
         if node.name not in wanted:
-            table.append({"layer": node.name, "note": _note(left.get(node.name))})
+            table.append({"layer": node.name, "note": skipped(left.get(node.name))})
             continue
         name, shape, rank = node.kernel, shapes[node.name], wanted[node.name]
         gram = seen[node.name].mean if node.name in seen else None
@@ -238,13 +245,9 @@ def factorize(
 def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
     """Why a layer's weight has no factors, None where it has."""
     weight = node.weight
-    if (why := node.why_kept()) is not None:
+    if (why := node.why_kept() or why_looped(node) or why_no_matrix(node)) is not None:
         return why
     assert weight is not None and weight.name is not None
-    if node.loops:
-        return f"inside a {node.loops[-1]}"
-    if (why := why_no_matrix(node)) is not None:
-        return why
     if node.convolution is not None and kernel_axes(node) is None:
         return "its kernel is reshaped before it is used"
     if node.dot is not None and node.dot.batched:
@@ -271,7 +274,7 @@ def _for_all_uses(
         ]
         strange = [use for use in uses if use not in graph.selected]
         if strange:
-            left[name] = f"its weight is that of {strange[0]!r}, which is not selected"
+            left[name] = f"its weight is also that of {of(strange[0], NOT_SELECTED)}"
             continue
         for use in uses:
             found[use] = max(rank, found.get(use, 0))
@@ -338,10 +341,6 @@ def _leaf(leaf: Any, first: Any, second: Any, shape: Shape) -> Compressed:
     return Compressed(
         LowRank(first, second, shape.method, shape.sizes, shape.in_axes, shape.out_axes)
     )
-
-
-def _note(why: str | None) -> str | None:
-    return f"skipped: {why}" if why else None
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:

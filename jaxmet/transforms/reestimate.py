@@ -1,6 +1,7 @@
 """Batch norms' statistics measured again: after training, pruning or rounding."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
 import jax
@@ -9,20 +10,25 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node, Norm
-from jaxmet.engine.run.replay import Run
-from jaxmet.engine.run.segments import Live, Segments, segments
+from jaxmet.engine.run.replay import Hook, Run
 from jaxmet.layers.arguments import check_keywords
+from jaxmet.layers.eligibility import (
+    NOT_SELECTED,
+    SEVERAL_AXES,
+    check_named,
+    skipped,
+    why_looped,
+    why_shared,
+)
 from jaxmet.layers.fake_quantized import (
-    fake_quantize_derived,
-    fake_quantize_output,
     fake_quantize_params,
 )
 from jaxmet.layers.grams import unmasked
-from jaxmet.layers.lockstep import Positions, Where
+from jaxmet.layers.lockstep import Copy, Live, Positions, Where
 from jaxmet.layers.norm_parameters import check_mode, check_stored, statistics_weight
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
-from jaxmet.tree.batches import as_batches, inputs_of
+from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_choices, check_flags, is_concrete
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
@@ -128,23 +134,32 @@ def reestimate_batch_norm(
     if quantizers is not None:
         check_are_quantizers(quantizers, CALLER)
     left = {n.name: why for n in _norms(graph) if (why := _unfit(graph, n, leaves))}
-    _check_named(graph, left)
+    for name, why in left.items():
+        check_named(name, why, graph, CALLER, "be measured")
     norms = [n for n in _norms(graph) if n.name not in left]
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
-    rows = [{"norm": n, "note": f"skipped: {why}"} for n, why in left.items()]
+    rows = [{"norm": n, "note": skipped(why)} for n, why in left.items()]
     if norms:
         quantizers = quantizers or Quantizers()
         # Weights do not change while norms are measured, so they are rounded once.
         rounded = fake_quantize_params(params, quantizers)
+        before = _before(graph, norms)
+        cuts = tuple(cut for cut in before.values() if cut is not None)
+        copy = Copy(
+            CALLER, graph, rounded, cuts, kwargs, store == "host", quantizers, both=True
+        )
+        positions = Positions(graph, rounded, before, kwargs)
+        for batch in read:
+            copy.read(batch)
+            positions.read(batch)
         stored: dict[str, Any] = {}
-        waiting = _Waiting(graph, norms, rounded, read, store, kwargs, quantizers)
-        for number, node in enumerate(tqdm(norms, desc=CALLER, disable=not progress)):
-            found = waiting.measured(rounded, number)
-            new, row = _stored(node, leaves, found)
-            if node.name in waiting.positions.lost:
-                why = unmasked(waiting.positions.lost[node.name])
+        for node in tqdm(norms, desc=CALLER, disable=not progress):
+            moments = _moments(copy, positions, before[node.name], node)
+            new, row = _stored(node, leaves, moments)
+            if node.name in positions.lost:
+                why = unmasked(positions.lost[node.name])
                 row["note"] = "; ".join(filter(None, (row.get("note"), why)))
-            rounded = replace_leaves(rounded, new, caller=CALLER)
+            copy.params = replace_leaves(copy.params, new, caller=CALLER)
             stored |= new
             rows.append(row)
         params = replace_leaves(params, stored, caller=CALLER)
@@ -163,133 +178,76 @@ def _unfit(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
     norm = node.norm
     assert norm is not None
     if node.name not in graph.selected:
-        return "not selected"
+        return NOT_SELECTED
     check_mode(node, CALLER)
-    if norm.over == "data":
-        return "a norm over the data"
-    if norm.over == "constant":
-        return "its statistics are constants that apply closes over"
-    if not norm.plain or norm.mean is None or norm.variance is None:
-        return "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
-    if inside := node.loops:
-        return f"it runs inside a {inside[-1]}"
-    if {norm.mean, norm.variance} & set(node.shared):
-        return "its statistics are used elsewhere too"
+    if (why := norm.why_kept()) is not None:
+        return why
+    if norm.mean is None or norm.variance is None:
+        return "it stores no mean" if norm.mean is None else "it stores no variance"
+    statistics = (norm.mean, norm.variance)
+    if (why := why_looped(node) or why_shared(node, statistics)) is not None:
+        return why
     check_stored(node, leaves, CALLER)
-    if len(node.features) > 1:
-        return "its statistics run along several axes"
-    return None
-
-
-def _check_named(graph: Graph, left: Mapping[str, str]) -> None:
-    for name in sorted(graph.named & left.keys()):
-        raise ValueError(
-            f"jaxmet.{CALLER}: norm {name!r} was asked for by name and cannot be measured: "
-            f"{left[name]}. Leave it out: graph.without({name!r})."
-        )
+    return SEVERAL_AXES if len(node.features) > 1 else None
 
 
 # Measuring
 
 
-class _Waiting:
-    """All batches, each with the values that wait before the next norm to be measured."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        norms: Sequence[Node],
-        params: Any,
-        batches: Any,
-        store: str,
-        kwargs: dict[str, Any],
-        quantizers: Quantizers,
-    ) -> None:
-        self.quantizers = quantizers
-        self.graph, self.kwargs, self.store = graph, kwargs, store
-        self.norms = [n.name for n in norms]
-        self.cuts = [_before(graph, name) for name in self.norms]
-        self.seen: dict[str, Measured] = {}
-        self.positions = Positions(graph, params, self.norms, kwargs)
-        self.where: Mapping[str, Where] = {}
-        self.programs: dict[Any, tuple[Segments, list[Any]]] = {}
-        self.live = [self.begun(params, batch) for batch in batches]
-
-    def begun(self, params: Any, batch: tuple[Any, ...]) -> tuple[Any, Live]:
-        """The kind of a batch, which has programs of its own, and its first values."""
-        self.positions.read(batch)
-        batch, _ = inputs_of(batch)
-        shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(batch)]
-        kind = (str(jax.tree.structure(batch)), tuple(shapes))
-        if kind not in self.programs:
-            pieces = segments(
-                self.graph,
-                params,
-                *batch,
-                cuts=list(dict.fromkeys(self.cuts)),
-                hook=self.hook,
-                **self.kwargs,
-            )
-            steps = [jax.jit(self.step(pieces, i)) for i in range(len(self.norms))]
-            self.programs[kind] = pieces, steps
-        return kind, self.kept(self.programs[kind][0].begin(*batch, **self.kwargs))
-
-    def hook(self, node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
-        if node.name in self.norms:
-            own = self.where.get(node.name)
-            where = None if own is None else own.operand
-            self.seen[node.name] = measure(operands[0], node.features, where=where)
-        operands = fake_quantize_derived(node, operands, self.quantizers)
-        return fake_quantize_output(node, run, run(*operands), self.quantizers), None
-
-    def step(self, pieces: Segments, number: int) -> Callable:
-        """From values before one norm's cut to those before the next, and its moments."""
-        names = [piece.name for piece in pieces]
-        last = names.index(self.cuts[number])
-        first = names.index(self.cuts[number - 1]) + 1 if number else 0
-
-        def run(
-            params: Any, live: Live, where: Mapping[str, Where]
-        ) -> tuple[Live, Measured]:
-            self.where = where
-            for i in range(first, last + 1):
-                live = pieces[i](params, live)
-            self.seen.clear()
-            pieces[last + 1](
-                params, live
-            )  # what the norm's moments do not need is dropped
-            found = self.seen[self.norms[number]]
-            self.seen.clear()
-            self.where = {}
-            return live, found
-
-        return run
-
-    def measured(self, params: Any, number: int) -> Measured:
-        """The moments of what one norm reads, over all batches."""
-        total: Measured | None = None
-        for i, (kind, live) in enumerate(self.live):
-            where = self.positions.batches[i]
-            live, found = self.programs[kind][1][number](params, live, where)
-            self.live[i] = kind, self.kept(live)
-            total = found if total is None else merge(total, found)
-        assert total is not None
-        return total
-
-    def kept(self, live: Live) -> Live:
-        concrete = all(is_concrete(x) for x in jax.tree.leaves(live))
-        return jax.device_get(live) if self.store == "host" and concrete else live
+def _before(graph: Graph, norms: Sequence[Node]) -> dict[str, str | None]:
+    """By norm the last node before it after which the program can be cut, if there is one."""
+    names = [n.name for n in graph.nodes if not n.loops]
+    before = dict(zip(names, [None, *names[:-1]], strict=True))
+    return {norm.name: before[norm.name] for norm in norms}
 
 
-def _before(graph: Graph, norm: str) -> str:
-    """The last node before a norm after which the program can be cut."""
-    before: Iterator[str] = (n.name for n in graph.nodes if not n.loops)
-    found = ""
-    for name in before:
-        if name == norm:
-            break
-        found = name
-    return found
+def _moments(copy: Copy, positions: Positions, cut: str | None, node: Node) -> Measured:
+    """The moments of what a norm reads, over all batches, which go on to the cut before it."""
+    piece = 0 if cut is None else copy.order.index(cut) + 1
+    programs: dict[Any, Any] = {}
+    total: Measured | None = None
+    for i, (kind, live) in enumerate(copy.lives):
+        own = copy.params, copy.quantizers
+        if piece:
+            live = copy.step(kind, piece - 1)(*own, live, None)
+            copy.put(i, live)
+        if kind not in programs:
+            measured = functools.partial(_measured, copy, kind, piece, node)
+            programs[kind] = jax.jit(measured)
+        where = positions.batches[i].get(node.name)
+        found = programs[kind](*own, live, where)
+        total = found if total is None else merge(total, found)
+    assert total is not None
+    return total
+
+
+def _measured(
+    copy: Copy,
+    kind: Any,
+    piece: int,
+    norm: Node,
+    params: Any,
+    quantizers: Any,
+    live: Live,
+    where: Where | None,
+) -> Measured:
+    """The moments of what a norm reads in one piece; what they do not need is dropped."""
+
+    def watch(own: Hook) -> Hook:
+        def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+            result, _ = own(node, run, operands)
+            if node.name != norm.name:
+                return result, None
+            counts = None if where is None else where.operand
+            read = operands[0]
+            if not jnp.issubdtype(read.dtype, jnp.floating):  # as pixels may be
+                read = read.astype(result.dtype)
+            return result, measure(read, node.features, where=counts)
+
+        return hook
+
+    observed = copy.observer(kind, piece, watch)
+    return observed(params, quantizers, live, None)[norm.name]
 
 
 # Storing

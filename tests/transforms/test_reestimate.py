@@ -130,7 +130,9 @@ def test_only_selected_norms_change_and_named_ones_must():
     assert left and all(note == "skipped: not selected" for note in left)
     apply, params, x, graph = case("dense_norm")
     assert jm.reestimate_batch_norm(params, graph, [x], **QUIET) is params
-    with pytest.raises(ValueError, match="'ln1' was asked for.*a norm over the data"):
+    with pytest.raises(
+        ValueError, match="'ln1' cannot be measured: a norm over the data"
+    ):
         jm.reestimate_batch_norm(params, graph.only("ln1"), [x], **QUIET)
 
 
@@ -191,3 +193,72 @@ def test_keyword_arguments_go_to_the_model_and_sharded_batches_are_one():
         )
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(split), strict=True):
             np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+
+
+def exposed(p, x):
+    """Two norms after one another and one beside them; what each reads comes out too."""
+    y = x @ p["a"] + p["b"][None]
+    h = jnp.maximum(affine(p["one"], y), 0)
+    z = h @ (p["part"]["v"] * p["part"]["g"][None])
+    w = jnp.maximum(h @ p["w"], 0) + y
+    return affine(p["two"], z) @ p["c"] + affine(p["three"], w), y, z, w
+
+
+@pytest.mark.parametrize("store", ["host", "device"])
+@pytest.mark.parametrize("bias", ["float", "int32"])
+def test_in_the_quantized_model_each_norm_reads_what_simulate_computes(bias, store):
+    params = numbers(1, a=(6, 5), b=(5,), w=(5, 5), c=(5, 5))
+    params |= {k: norm_leaves(5, i) for i, k in enumerate(("one", "two", "three"))}
+    params["part"] = numbers(2, v=(5, 5), g=(5,))
+    data = [jax.random.normal(jax.random.key(i), (n, 6)) for i, n in enumerate((9, 4))]
+    graph = jm.trace(exposed, params, data[0])
+    config = jm.QuantConfig(weight_bits=3, activation_bits=4, bias=bias)
+    quantizers = jm.calibrate(params, graph, data, config, **QUIET)
+    assert quantizers.derived == ("part",)
+    assert ("b" in quantizers.weights) == (bias == "int32")
+    given: Any = {"quantizers": quantizers, "store": store, **QUIET}
+    after = jm.reestimate_batch_norm(params, graph, data, **given)
+    run = jax.jit(jm.simulate(exposed, quantizers))
+    outs = [run(after, x)[1:] for x in data]
+    for i, name in enumerate(("one", "two", "three")):
+        read = np.concatenate([np.float64(out[i]) for out in outs])
+        mean, var = after[name]["mean"], after[name]["var"]
+        np.testing.assert_allclose(mean, read.mean(0), atol=1e-5 * read.std(0).max())
+        np.testing.assert_allclose(var, read.var(0), rtol=1e-4, atol=1e-6)
+    floats = jm.reestimate_batch_norm(params, graph, data, **QUIET)
+    assert np.abs(floats["two"]["mean"] - after["two"]["mean"]).max() > 1e-2
+
+
+def test_a_norm_of_the_input():
+    """It reads the input itself, which here are integers."""
+    params = {"norm": norm_leaves(6), **numbers(1, v=(6, 2))}
+    apply = lambda p, x: affine(p["norm"], jnp.float32(x)) @ p["v"]
+    x = jax.random.randint(KEY, (12, 6), 0, 255)
+    graph = jm.trace(apply, params, x)
+    after = jm.reestimate_batch_norm(params, graph, [x[:7], x[7:]], **QUIET)
+    np.testing.assert_allclose(after["norm"]["mean"], np.mean(x, 0), rtol=1e-5)
+    np.testing.assert_allclose(after["norm"]["var"], np.var(x, 0), rtol=1e-4)
+
+
+def test_norms_in_two_branches_of_one_value():
+    params = {k: norm_leaves(4, i) for i, k in enumerate(("one", "two"))}
+    params |= numbers(1, v=(4, 4), w=(4, 4))
+
+    def apply(p, x):
+        return (
+            affine(p["one"], x) @ p["v"] + affine(p["two"], x[:, ::-1] + 1.0) @ p["w"]
+        )
+
+    x = jax.random.normal(KEY, (12, 4))
+    graph = jm.trace(apply, params, x)
+    after = jm.reestimate_batch_norm(params, graph, [x[:7], x[7:]], **QUIET)
+    for name, read in (("one", x), ("two", x[:, ::-1] + 1.0)):
+        read = np.float64(read)
+        np.testing.assert_allclose(after[name]["mean"], read.mean(0), atol=1e-5)
+        np.testing.assert_allclose(after[name]["var"], read.var(0), rtol=1e-4)
+
+
+def test_a_batch_that_the_model_does_not_take_is_named():
+    _, params, x, graph = case("conv_bn_relu")
+    with pytest.raises(ValueError, match="jaxmet.reestimate_batch_norm: .*"):
+        jm.reestimate_batch_norm(params, graph, [x[..., :2]], **QUIET)

@@ -229,16 +229,11 @@ class _ChannelFinder:
     def norm(self, cluster: Cluster, node: Node) -> None:
         norm = node.norm
         assert norm is not None
-        if norm.over != "stored":
-            why = (
-                "constant statistics"
-                if norm.over == "constant"
-                else "a norm over the data"
-            )
+        if (why := norm.why_kept()) is not None:
             self.freeze(cluster.exit.axes, f"{node.name}: {why}")
             return
-        if not norm.plain or any(name not in compat.REMAT for name in node.region):
-            self.freeze(cluster.exit.axes, f"{node.name}: a norm of an unknown form")
+        if inside := [name for name in node.region if name not in compat.REMAT]:
+            self.freeze(cluster.exit.axes, f"{node.name}: inside a {inside[-1]}")
             return
         roles = {
             "mean": "shift",

@@ -182,7 +182,10 @@ def _shared(analysis: Analysis) -> dict[str, int]:
 def _with_ties(
     nodes: dict[Cluster, Node], shared: Mapping[str, int]
 ) -> dict[Cluster, Node]:
-    """The nodes, told of weights that only layers read, and products in one way."""
+    """The nodes, told of weights and biases that only layers read.
+
+    Of products those that read a weight in one way, and outside of loops.
+    """
     users: dict[str, list[Node]] = {}
     for node in nodes.values():
         name = node.weight.name if node.weight is not None else None
@@ -195,13 +198,15 @@ def _with_ties(
         and len({_reading(n) for n in mine if n.kind != "lookup"}) == 1
         and not any(n.loops for n in mine)
     }
+    added = Counter(n.bias for n in nodes.values() if not n.loops)
 
     def told(node: Node) -> Node:
-        if node.weight is None or node.weight.name not in tied:
+        spec = node.layer
+        if spec is None:
             return node
-        weight = dataclasses.replace(node.weight, tied=True)
-        assert isinstance(node.details, LayerSpec)
-        details = dataclasses.replace(node.details, weight=weight)
+        bias = spec.bias is not None and added[spec.bias] == shared.get(spec.bias)
+        weight = dataclasses.replace(spec.weight, tied=spec.weight.name in tied)
+        details = dataclasses.replace(spec, weight=weight, tied_bias=bias)
         return dataclasses.replace(node, details=details)
 
     return {cluster: told(node) for cluster, node in nodes.items()}
@@ -310,9 +315,9 @@ def _product(cluster: Cluster, shared: Mapping[str, int]) -> LayerSpec:
         _weight(cluster, leaf, out_axes, in_axes, shared),
         bias_leaf.value.name if bias_leaf else None,
         bias is not None and bias_leaf is None,
-        convolution,
-        dot,
-        in_features,
+        convolution=convolution,
+        dot=dot,
+        in_features=in_features,
     )
 
 

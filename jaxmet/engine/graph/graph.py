@@ -454,13 +454,18 @@ def bound(apply: Apply, kwargs: dict[str, Any]) -> Apply:
     static = {
         k: v for k, v in kwargs.items() if not any(is_array(a) for a in flatten(v)[1])
     }
-    if not static:
-        return apply
+    return WithArguments(apply, static) if static else apply
 
-    def with_arguments(params: Any, *inputs: Any, **more: Any) -> Any:
-        return apply(params, *inputs, **{**static, **more})
 
-    return with_arguments
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class WithArguments:
+    """A model with some keyword arguments filled in."""
+
+    model: Apply
+    static: Mapping[str, Any]
+
+    def __call__(self, params: Any, *inputs: Any, **more: Any) -> Any:
+        return self.model(params, *inputs, **{**self.static, **more})
 
 
 def _unread(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str], ...]:

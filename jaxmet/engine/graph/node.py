@@ -116,18 +116,31 @@ class Norm:
     factor: float = 1.0
     debias: Debias | None = None
 
+    def why_kept(self) -> str | None:
+        """Why it is no affine map that the tree states, None where it is."""
+        if self.over != "stored":
+            return {
+                "data": "a norm over the data",
+                "batch": "its statistics come from the batch",
+                "constant": "its statistics are constants",
+            }[self.over]
+        form = "not of the form (x − mean)·scale/√(variance + epsilon) + bias"
+        return None if self.plain else form
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What only a product, ragged product or lookup has.
 
     `bias` is the parameter that it adds, `derived_bias` says that what it adds is computed
-    from parameters. `in_features` are the axes of the first operand that it sums over.
+    from parameters, `tied_bias` that layers that add it are all that reads it. `in_features`
+    are the axes of the first operand that it sums over.
     """
 
     weight: Weight
     bias: str | None = None
     derived_bias: bool = False
+    tied_bias: bool = False
     convolution: Convolution | None = None
     dot: Dot | None = None
     in_features: tuple[int, ...] = ()
@@ -154,6 +167,11 @@ class Activation:
 MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
 SELECTS = "a mask or an index: rounding it would change what it selects"
 DIVIDES = "a divisor: rounded to zero it would make infinities"
+
+
+def used_elsewhere(parameter: str) -> str:
+    """Why a parameter may not be changed for one node alone."""
+    return f"{parameter!r} is used elsewhere too"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +287,7 @@ class Node:
         if weight.name is None:
             return "its weight is computed from parameters"
         if weight.shared and not weight.tied:
-            return f"its weight {weight.name!r} is used elsewhere too"
+            return used_elsewhere(weight.name)
         return (
             "its weight is stacked by a loop"
             if weight.stacked and not stacked

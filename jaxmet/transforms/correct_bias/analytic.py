@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
@@ -14,9 +13,18 @@ from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import MomentNetwork
 from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.layers.once import run_once
+from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
-from jaxmet.transforms.correct_bias.bias_parameters import BiasParameter, fits
+from jaxmet.numerics.xp import Array
+from jaxmet.transforms.correct_bias.bias_parameters import BiasParameter, why_unfit
 from jaxmet.transforms.correct_bias.sequential_correction import Found
+from jaxmet.transforms.correct_bias.shared_biases import (
+    best_shift,
+    layers_of,
+    positions_of,
+    skipped_together,
+)
+from jaxmet.tree.host_rounding import round_in_numpy
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
@@ -39,6 +47,8 @@ def correct_by_statistics(
     exact, leaves = named_leaves(reference), named_leaves(params)
     places = [p for p in places if p.why is None]
     left = {p.layer.name: _unfit(graph, p, exact, leaves) for p in places}
+    shared = [names for names in layers_of(places).values() if len(names) > 1]
+    positions = positions_of(graph, params, {n for names in shared for n in names})
     free = [p for p in places if left[p.layer.name] is None]
 
     def solve(exact: Leaves, leaves: Leaves) -> tuple[Leaves, dict[str, Found]]:
@@ -47,8 +57,9 @@ def correct_by_statistics(
             inputs = network.into(place.layer)
             if isinstance(inputs, str):
                 left[place.layer.name] = inputs
+        left.update(skipped_together(places, left))
         known = [p for p in free if left[p.layer.name] is None]
-        return _corrections(network, quantizers, known, leaves)
+        return _corrections(network, quantizers, known, leaves, positions)
 
     arrays = [
         {k: v for k, v in x.items() if hasattr(v, "dtype")} for x in (exact, leaves)
@@ -65,15 +76,14 @@ def _unfit(
     weight, norm = place.layer.weight, graph[place.at].norm
     assert weight is not None
     if weight.name is None:
-        return "its weight is computed from parameters"
+        return place.layer.why_kept()
     leaf = leaves[weight.name]
     if weight.name not in exact or tuple(exact[weight.name].shape) != tuple(leaf.shape):
         return f"the reference has no {weight.name!r} of this shape"
     if norm is not None and (norm.variance is None or norm.variance not in leaves):
         return f"the variance of {place.at!r} is no parameter"
-    if not fits(leaves[place.into].shape, [leaf.shape[i] for i in weight.out_axes]):
-        return f"{place.into!r} has not one number per channel"
-    return None
+    features = [leaf.shape[i] for i in weight.out_axes]
+    return why_unfit(place.into, leaves[place.into], features)
 
 
 def _corrections(
@@ -81,6 +91,7 @@ def _corrections(
     quantizers: Quantizers,
     places: Sequence[BiasParameter],
     leaves: Leaves,
+    positions: Mapping[str, int],
 ) -> tuple[dict[str, Any], dict[str, Found]]:
     """The new biases of layers whose mean inputs are known, and what was found."""
     found, new = {}, {}
@@ -94,13 +105,17 @@ def _corrections(
             made = join(out.layout, tensor)
             variance = None if made is None else made.variance
         found[place.layer.name] = Found(shift, variance)
-        new[place.into] = shifted(leaves[place.into], -shift)
+    for into, names in layers_of(places).items():
+        counts = [positions.get(name, 1) for name in names]
+        shift = best_shift([found[name].shift for name in names], counts)
+        new[into] = shifted(leaves[into], -shift)
+        found |= {name: found[name]._replace(shift=shift) for name in names}
     return new, found
 
 
 def _mean_error(
     network: MomentNetwork, quantizers: Quantizers, layer: Node, leaves: Leaves
-) -> jax.Array:
+) -> Array:
     r"""$\sum_i (\sum_{window} \hat W_{io} - W_{io}) E[x_i]$ for every output o.
 
     Of an input that is dilated, most places that a window meets are empty.
@@ -110,25 +125,28 @@ def _mean_error(
         not isinstance(inputs, str) and weight is not None and weight.name is not None
     )
     name = weight.name
-    rounded = by_channel(layer, quantizers.weights[name](dense(leaves[name])))
+    quantizer, array = quantizers.weights[name], dense(leaves[name])
+    numbers = isinstance(array, np.ndarray)
+    rounded = round_in_numpy(quantizer, array) if numbers else quantizer(array)
+    rounded = by_channel(layer, rounded)
     error = rounded - by_channel(layer, network.leaves[name]).astype(rounded.dtype)
-    error = jnp.sum(error, axis=3)  # (groups, ins, outs)
+    error = xp.sum(error, axis=3)  # (groups, ins, outs)
     mean = inputs.mean.reshape(error.shape[:2]).astype(error.dtype)
-    shift = jnp.einsum("gio,gi->go", error, mean, precision="highest").reshape(-1)
+    shift = xp.einsum("gio,gi->go", error, mean, precision="highest").reshape(-1)
     for step in layer.convolution.input_dilation if layer.convolution else ():
         shift = shift / step
     return shift
 
 
-def _gain(node: Node, leaves: Leaves) -> jax.Array:
+def _gain(node: Node, leaves: Leaves) -> Array:
     """What a norm with stored statistics multiplies by."""
     norm = node.norm
     assert norm is not None and norm.variance is not None
-    variance = jnp.asarray(dense(leaves[norm.variance])).reshape(-1)
+    variance = xp.asarray(dense(leaves[norm.variance])).reshape(-1)
     variance = variance.astype(wide(variance.dtype))
     variance = variance * statistics_weight(norm, leaves, variance.dtype)
-    gain = norm.factor * jax.lax.rsqrt(variance + norm.epsilon)
+    gain = norm.factor / xp.sqrt(variance + norm.epsilon)
     if norm.scale is None:
         return gain
-    scale = jnp.asarray(dense(leaves[norm.scale])).reshape(-1)
+    scale = xp.asarray(dense(leaves[norm.scale])).reshape(-1)
     return scale.astype(gain.dtype) * gain

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted, trace
 from jaxmet.layers.arguments import check_keywords
+from jaxmet.layers.eligibility import skipped
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.layers.matching import check_quantizers
@@ -84,7 +85,8 @@ def correct_bias(
     at a time, and the layers after it see the corrected output. The float model and the
     quantized one each run over the data once, in pieces that are compiled once; what is
     alive between two pieces is kept for all batches, in the device's memory or, with
-    `store='host'`, in the host's. `of='weights'` rounds weights alone, as the paper does;
+    `store='host'`, in the host's; where layers share a bias, both run to the last of these
+    layers twice. `of='weights'` rounds weights alone, as the paper does;
     `of='both'` quantizes activations too, a layer's own output after its mean is
     measured. `mask`, a function of a batch, says where its values count, as in
     `jm.calibrate`: padded tokens enter no mean.
@@ -97,9 +99,13 @@ def correct_bias(
     A layer without a bias gives its shift to the bias of the norm that alone reads it. That
     norm's bias remains the mean of what the tree computes in float; on the grids the mean is
     what it was before. So take data-free ranges and other data-free steps before this one.
-    Layers with neither, with weights that are shared or stacked, and those inside loops and
-    branches are skipped; the report says so, with the largest shift of each layer and
-    that in standard deviations of its channel.
+    A bias that several layers add is corrected for all of them together, by
+    $d = \sum_i n_i e_i / \sum_i n_i$ with $e_i$ the mean error of layer $i$ over $n_i$
+    positions (without data, those of the inputs that the model was traced with); all of
+    these layers must be selected and quantized. Layers with neither, with weights that are
+    stacked or that something else than a layer reads, and those inside loops and branches are
+    skipped; the report says so, with the largest shift of each layer and that in standard
+    deviations of its channel.
 
     `reference` is what counts as float: the tree from before rounding or adaptive rounding,
     or `(apply, params)` of another model with the same node names; by default `params`
@@ -209,7 +215,7 @@ def _report(places: Sequence[BiasParameter], found: dict[str, Found]) -> Table:
     for place in places:
         seen = found.get(place.layer.name, Found())
         why = place.why or seen.why
-        note = None if why is None else f"skipped: {why}"
+        note = skipped(why)
         done += why is None
         rows.append(
             {

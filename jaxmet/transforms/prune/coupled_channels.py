@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmet.engine.graph.channels import Group, Joined, Layout, Member, Span, indices_of
 from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.eligibility import of, why_looped, why_outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ def bundles_of(graph: Graph) -> list[CoupledChannels]:
             parent[max(a, index)] = min(a, index)
     fixed: dict[int, str] = {}
     depthwise = set()
-    loops = {n.name: n.loops for n in graph.nodes if n.loops}
+    looped = {n.name: why for n in graph.nodes if (why := of(n.name, why_looped(n)))}
     for member in graph.members:
-        for index in indices_of(member.layout) if member.node in loops else ():
-            fixed.setdefault(index, f"{member.node}: inside a {loops[member.node][-1]}")
+        for index in indices_of(member.layout) if member.node in looped else ():
+            fixed.setdefault(index, looped[member.node])
         if member.groups == 1 or member.role != "in":
             continue
         outs = [m for m in graph.members if m.node == member.node and m.role == "out"]
@@ -109,8 +110,7 @@ def _bundle(
         alone = group.fixed in ("no layer makes it", "no layer reads it")
         why = why or (None if alone else group.fixed)
     why = why or ("no layer reads it" if not consumers else None)
-    spared = [n for n in producers if n not in graph.selected]
-    why = why or (f"{spared[0]!r} is not selected" if spared else None)
+    why = why or why_outside(graph, *producers)
     return CoupledChannels(groups, producers, consumers, through, why)
 
 

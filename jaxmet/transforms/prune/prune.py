@@ -10,6 +10,7 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
+from jaxmet.layers.eligibility import skipped
 from jaxmet.layers.grams import ROWS, grams, unmasked
 from jaxmet.transforms.prune.coupled_channels import (
     CoupledChannels,
@@ -206,7 +207,7 @@ def prune(
         lone = [n for n in b.consumers if seen and n not in errors and b in chosen]
         whole = dict.fromkeys(n for i in b.indices for n in before.get(i, ()))
         return [
-            *([f"skipped: {why}"] if why else []),
+            *filter(None, [skipped(why)]),
             *(f"not refitted: {n!r} is no single matrix" for n in lone),
             *(f"{n!r}: {unmasked(lost[n])}" for n in b.consumers if n in lost),
             *(f"whole arrays before {n}" for n in whole),
