@@ -1,15 +1,17 @@
 """A float and a quantized copy of a model, run side by side from piece to piece."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Hook, Run, evaluate
-from jaxmet.engine.run.segments import Segment, Segments, segments
+from jaxmet.engine.run.segments import Segments, segments
+from jaxmet.engine.run.shared_programs import placed
 from jaxmet.layers.arguments import accepting
 from jaxmet.layers.fake_quantized import (
     fake_quantize_derived,
@@ -18,10 +20,14 @@ from jaxmet.layers.fake_quantized import (
 )
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import inputs_of
+from jaxmet.tree.checks import is_concrete
+from jaxmet.tree.host_rounding import round_in_numpy
+from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 Live = dict[str, Any]
-Finish = Callable[[Node, Any], Any]
+Step = Callable[[Any, Any, Live, Any], Any]
 
 
 @dataclasses.dataclass
@@ -29,7 +35,8 @@ class Copy:
     """One copy of a model, cut at the same nodes as the other, and where it stands.
 
     `lives` are the live values of each batch, `shift` is what is still to be taken from the
-    result of the last cut node, `finish` what is done to it after that.
+    result of the last cut node. `quantizers` are those of the values that the copy computes,
+    None where it computes them as the model does; with `both` those of activations.
     """
 
     caller: str
@@ -38,28 +45,28 @@ class Copy:
     cuts: tuple[str, ...]
     kwargs: dict[str, Any]
     host: bool = False
-    hook: Hook | None = None
-    finish: Finish | None = None
-    steps: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
-    pieces: dict[Any, list[Segment]] = dataclasses.field(default_factory=dict)
+    quantizers: Quantizers | None = None
+    both: bool = False
+    pieces: dict[Any, Segments] = dataclasses.field(default_factory=dict)
     order: list[str] = dataclasses.field(default_factory=list)
     lives: list[tuple[Any, Live]] = dataclasses.field(default_factory=list)
     shift: Any = None
+    steps: dict[Any, Step] = dataclasses.field(default_factory=dict)
 
     def read(self, batch: tuple[Any, ...]) -> None:
         """Begin with one batch; the first one of its shape makes the pieces for it."""
         batch, _ = inputs_of(batch)
         leaves, structure = jax.tree.flatten(batch)
         key = (structure, *((x.shape, str(x.dtype)) for x in leaves))
-        if key not in self.steps:
-            pieces = self._cut(batch)
-            self.order = [p.name for p in pieces if p.name is not None]
-            self.pieces[key] = list(pieces)
-            self.steps[key] = [pieces.begin, *self._steps(list(pieces))]
-        self.lives.append((key, self.steps[key][0](*batch, **self.kwargs)))
+        if key not in self.pieces:
+            self.pieces[key] = self._cut(batch)
+        pieces = self.pieces[key]
+        self.order = [p.name for p in pieces if p.name is not None]
+        live = pieces.begin(*batch, **self.kwargs)
+        self.lives.append((key, self._waiting(live)))
 
     def _cut(self, batch: tuple[Any, ...]) -> Segments:
-        options = {"cuts": self.cuts, "hook": self.hook, **self.kwargs}
+        options = {"cuts": self.cuts, **self.kwargs}
         graph, params = self.graph, self.params
         refused = accepting(
             batch,
@@ -72,42 +79,72 @@ class Copy:
         with refused:
             return segments(graph, params, *batch, **options)
 
-    def _steps(self, pieces: Sequence[Segment]) -> list[Any]:
-        before = [None, *(self.graph[name] for name in self.order)]
-        both = zip(pieces, before, strict=True)
-        return [jax.jit(self._step(p.__call__, n)) for p, n in both]
+    def put(self, batch: int, live: Live) -> None:
+        """Keep where a batch stands after its next piece."""
+        key, _ = self.lives[batch]
+        self.lives[batch] = key, self._waiting(live)
 
-    def advance(self, batch: int, piece: int) -> Any:
-        """Run one batch through its next piece: the result of the node that ends it."""
-        key, live = self.lives[batch]
-        live = self.steps[key][1 + piece](self.params, live, self.shift)
-        self.lives[batch] = key, jax.device_get(live) if self.host else live
-        return live[self.order[piece]] if piece < len(self.order) else None
+    def _waiting(self, live: Live) -> Live:
+        """The live values where they wait; traced ones are nowhere."""
+        on_host = self.host and all(map(is_concrete, live.values()))
+        return jax.device_get(live) if on_host else live
 
-    def observer(self, batch: int, piece: int, watch: Callable[[Hook], Hook]) -> Any:
-        """`f(params, live, shift)`: what a hook around this copy's own sees in a piece."""
-        own = self.pieces[self.lives[batch][0]][piece]
-        watched = dataclasses.replace(own, hook=watch(own.hook))
+    def step(self, key: Any, piece: int) -> Step:
+        """`f(params, quantizers, live, shift)`: the live values after a piece.
+
+        `key` is that of the batch. Copies with the same pieces trace it once.
+        """
+        if (key, piece) not in self.steps:
+
+            def run(params: Any, quantizers: Any, live: Live, shift: Any) -> Live:
+                hook = self._hook(quantizers)
+                own = self.pieces[key][piece]
+                own = own if hook is None else dataclasses.replace(own, hook=hook)
+                return own(params, self._begun(piece, quantizers, live, shift))
+
+            # Inlined: what it does not need of the parameters is seen from outside.
+            self.steps[key, piece] = jax.jit(run, inline=True)
+        return self.steps[key, piece]
+
+    def observer(self, key: Any, piece: int, watch: Callable[[Hook], Hook]) -> Step:
+        """The same, but what a hook around this copy's own sees in a piece."""
+
+        def run(params: Any, quantizers: Any, live: Live, shift: Any) -> Any:
+            own = self.pieces[key][piece]
+            watched = watch(self._hook(quantizers) or own.hook)
+            own = dataclasses.replace(own, hook=watched)
+            return own.run(params, self._begun(piece, quantizers, live, shift))[1]
+
+        return run
+
+    def _begun(self, piece: int, quantizers: Any, live: Live, shift: Any) -> Live:
+        """Live values with the shift taken from the result of the node before a piece."""
         before = self.graph[self.order[piece - 1]] if piece else None
-        step = self._step(watched.run, before)
-        return lambda *args: step(*args)[1]
+        if before is None or before.name not in live:
+            return live
+        result = live[before.name]
+        if shift is not None:
+            dtype = wide(result.dtype, shift.dtype)
+            result = (result.astype(dtype) - shift.astype(dtype)).astype(result.dtype)
+        if self.both:
+            run = Run(lambda: result)
+            result = fake_quantize_output(before, run, result, quantizers)
+        return {**live, before.name: result}
 
-    def _step(self, run: Callable, before: Node | None) -> Callable:
-        """A piece that first takes the shift from the result of the node before it."""
-        finish = self.finish
+    def _hook(self, quantizers: Quantizers | None) -> Hook | None:
+        if quantizers is None:
+            return None
+        cuts = set(self.cuts)
 
-        def step(params: Any, live: Live, shift: Any) -> Any:
-            if before is not None and before.name in live:
-                result = live[before.name]
-                if shift is not None:
-                    dtype = wide(result.dtype, shift.dtype)
-                    moved = result.astype(dtype) - shift.astype(dtype)
-                    result = moved.astype(result.dtype)
-                result = finish(before, result) if finish else result
-                live = {**live, before.name: result}
-            return run(params, live)
+        def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
+            result = run(*fake_quantize_derived(node, operands, quantizers))
+            # What ends a piece is corrected before it is quantized.
+            keep = not self.both or node.name in cuts
+            return (
+                result if keep else fake_quantize_output(node, run, result, quantizers)
+            ), None
 
-        return step
+        return hook
 
 
 def quantized_copy(
@@ -120,35 +157,35 @@ def quantized_copy(
 ) -> Copy:
     """The copy with rounded weights, and with `both` with activations quantized.
 
-    Where only parameters are rounded it runs the compiled pieces of the reference.
+    Where only parameters are rounded it has the pieces of the reference.
     """
     weights = {n: q for n, q in quantizers.weights.items() if q.product is None}
     rounded = dataclasses.replace(quantizers, weights=weights)
-    cuts = set(reference.cuts)
-
-    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
-        result = run(*fake_quantize_derived(node, operands, rounded))
-        # What ends a piece is corrected before it is quantized.
-        keep = not both or node.name in cuts
-        return (
-            result if keep else fake_quantize_output(node, run, result, rounded)
-        ), None
-
-    def finish(node: Node, result: Any) -> Any:
-        return fake_quantize_output(node, Run(lambda: result), result, rounded)
-
     copy = dataclasses.replace(
-        reference,
-        graph=graph,
-        params=jax.jit(fake_quantize_params)(params, rounded),
-        lives=[],
+        reference, graph=graph, params=_rounded(params, rounded), lives=[]
     )
     if both or rounded.derived or reference.graph is not graph:
-        finisher = finish if both else None
         return dataclasses.replace(
-            copy, steps={}, pieces={}, hook=hook, finish=finisher
+            copy, pieces={}, steps={}, quantizers=rounded, both=both
         )
     return copy
+
+
+def _rounded(params: Any, quantizers: Quantizers) -> Any:
+    """The tree with every quantized parameter on its grid."""
+    leaves = named_leaves(params)
+    held = {n: q for n, q in quantizers.weights.items() if n in leaves}
+    known = np.ndarray, jax.Array
+    arrays = [dense(leaves[n]) for n in held]
+    simple = all(is_concrete(a) and isinstance(a, known) for a in arrays)
+    if placed(params) or not simple:
+        return jax.jit(fake_quantize_params)(params, quantizers)
+    new = {}
+    for name, quantizer in held.items():
+        array = round_in_numpy(quantizer, np.asarray(dense(leaves[name])))
+        # jnp.asarray would compile a program for each shape
+        new[name] = with_weight(leaves[name], jax.device_put(array))
+    return replace_leaves(params, new)
 
 
 class Where(NamedTuple):

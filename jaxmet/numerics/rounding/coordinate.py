@@ -25,8 +25,6 @@ from jaxmet.numerics.rounding.levels import (
     LevelGrid,
     Steps,
     along_inputs,
-    nearest_levels,
-    steps_of,
 )
 from jaxmet.numerics.rounding.quadratic import damped_cholesky, quadratic
 from jaxmet.numerics.rounding.scales import refit_scales
@@ -91,63 +89,68 @@ def coordinate_descent(
         The rounded weight, its grid, both losses and the number of sweeps.
     """
     target = weight if target is None else target
-    problem = _Problem(target, gram, _ordered(gram, order))
-    steps = steps_of(grid, weight.shape[1])
-    nearest = nearest_levels(weight, steps)
-    before = problem.error(nearest, grid.scale)
-    levels, scale, turns = nearest, grid.scale, jnp.int32(0)
-    matrix = problem.matrix
+    ins, blocks = weight.shape[1], grid.scale.shape[1]
+    places = _ordered(gram, order)
+    back = jnp.argsort(places)[:, :ins, None]
+    natural = lambda v: jnp.take_along_axis(v, back, axis=1)
+    put = partial(_sorted, index=places, axis=1)
+    # One scale per channel needs no copy for each input.
+    rows = (lambda v: v) if blocks == 1 else (lambda v: put(along_inputs(v, ins)))
+    low, high = (jnp.asarray(end, grid.scale.dtype) for end in (grid.low, grid.high))
+    bounds = rows(low - grid.zero_point), rows(high - grid.zero_point)
+    matrix, goal = _sorted(put(gram), places, 2), put(target)
+    nearest = jnp.round(put(weight) / _no_zero(rows(grid.scale)))
+    nearest = jnp.clip(nearest, *bounds)
+    # The first turn is GPTQ's: a sweep with the factor, as turn -1.
+    factor = None
     if start == "gptq":
-        upper = jnp.swapaxes(damped_cholesky(matrix, damping), 1, 2)
-        levels = problem.swept(upper, nearest, grid)
-        gained = problem.error(levels, scale) < before
-        levels = jnp.where(gained[:, None], levels, nearest)
+        factor = jnp.swapaxes(damped_cholesky(matrix, damping), 1, 2)
+
+    def error(levels: jax.Array, scale: jax.Array) -> Float[Array, "groups outs"]:
+        return quadratic(goal - rows(scale) * levels, matrix)
+
+    before = error(nearest, grid.scale)
+
+    def begun(new: jax.Array, levels: jax.Array, scale: jax.Array) -> tuple:
+        gained = error(new, scale) < before
+        return jnp.where(gained[:, None], new, levels), scale, jnp.asarray(True)
+
+    def moved(new: jax.Array, levels: jax.Array, scale: jax.Array) -> tuple:
+        other = jnp.any(new != levels)
+        if not refit:
+            return new, scale, other
+        own = (new, scale, matrix, goal)
+        if blocks > 1:
+            own = (natural(new), scale, gram, target)
+        fitted = refit_scales(*own, shared)
+        other |= jnp.any(jnp.abs(fitted - scale) > SETTLED * scale)
+        return new, fitted, other
 
     def turn(state: tuple) -> tuple:
         levels, scale, _, turns = state
-        new = problem.swept(matrix, levels, grid._replace(scale=scale))
-        moved = jnp.any(new != levels)
-        if refit:
-            old, scale = scale, refit_scales(new, scale, gram, target, shared)
-            moved |= jnp.any(jnp.abs(scale - old) > SETTLED * old)
-        return new, scale, moved, turns + 1
+        steps = Steps(rows(scale), *bounds)
+        if factor is None:
+            new = _sweep(matrix, goal, levels, steps)
+            return *moved(new, levels, scale), turns + 1
+        # One sweep in the program for both matrices: it takes longest to compile.
+        new = _sweep(jnp.where(turns < 0, factor, matrix), goal, levels, steps)
+        return *lax.cond(turns < 0, begun, moved, new, levels, scale), turns + 1
 
-    state = (levels, scale, jnp.asarray(True), turns)
+    turns = jnp.int32(0 if factor is None else -1)
+    state = (nearest, grid.scale, jnp.asarray(True), turns)
     unfinished = lambda state: state[2] & (state[3] < sweeps)
     levels, scale, _, turns = lax.while_loop(unfinished, turn, state)
-    after = problem.error(levels, scale)
+    after = error(levels, scale)
     gained = _lower(after, before, shared if refit else ())
     scale = jnp.where(gained[:, None], scale, grid.scale)
-    levels = jnp.where(gained[:, None], levels, nearest)
-    rounded = along_inputs(scale, weight.shape[1]) * levels
+    levels = natural(jnp.where(gained[:, None], levels, nearest))
+    rounded = along_inputs(scale, ins) * levels
     loss = jnp.where(gained, after, before)
     return Rounded(rounded, grid._replace(scale=scale), loss, before, turns)
 
 
-class _Problem(NamedTuple):
-    """What is to be approached, in what form, and the inputs in the order of a sweep."""
-
-    target: jax.Array
-    gram: jax.Array
-    places: jax.Array
-
-    @property
-    def matrix(self) -> jax.Array:
-        """The Gram matrix in that order."""
-        return _sorted(_sorted(self.gram, self.places, 1), self.places, 2)
-
-    def error(self, levels: jax.Array, scale: jax.Array) -> Float[Array, "groups outs"]:
-        step = along_inputs(scale, levels.shape[1])
-        return quadratic(self.target - step * levels, self.gram)
-
-    def swept(self, matrix: jax.Array, levels: jax.Array, grid: LevelGrid) -> jax.Array:
-        """The levels after a sweep with the matrix, which stands in the order."""
-        ins = levels.shape[1]
-        given = (self.target, levels, *steps_of(grid, ins))
-        target, levels, *steps = (_sorted(v, self.places, 1) for v in given)
-        new = _sweep(matrix, target, levels, Steps(*steps))
-        back = jnp.argsort(self.places)[:, :ins, None]
-        return jnp.take_along_axis(new, back, axis=1)
+def _no_zero(step: jax.Array) -> jax.Array:
+    return jnp.where(step > 0, step, 1.0)
 
 
 def _lower(
@@ -180,37 +183,41 @@ def _sorted(v: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 def _sweep(matrix: Gram, target: Weight, levels: Weight, steps: Steps) -> Weight:
     """The levels after every input in turn, from the last, took its best ones.
 
-    What the inputs of a block change is put into the rest by one product of matrices.
+    What the inputs of a block change is put into the rest by one product of matrices. Steps
+    that are the same for all inputs have one row.
     """
     size = matrix.shape[1]
     number = math.ceil(size / BLOCK)
     length = size // number
     diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
     live = diagonal > DEAD * jnp.max(diagonal, axis=1, keepdims=True)
-    inverse = jnp.where(live, HOLD / jnp.where(live, diagonal, 1.0), 0.0)
-    pace = inverse[:, :, None] / jnp.where(steps.step > 0, steps.step, 1.0)
+    inverse = jnp.where(live, HOLD / jnp.where(live, diagonal, 1.0), 0.0)[:, :, None]
     product = partial(jnp.matmul, precision="highest")
+
+    def part(v: jax.Array, first: jax.Array, length: int, axis: int = 1) -> jax.Array:
+        if v.shape[axis] == 1:
+            return v
+        return lax.dynamic_slice_in_dim(v, first, length, axis)
 
     def block(turn: jax.Array, state: tuple) -> tuple:
         first = (number - 1 - turn) * length
-        cut = lambda v, axis=1: lax.dynamic_slice_in_dim(v, first, length, axis)
+        cut = lambda v, axis=1: part(v, first, length, axis)
         levels, error = state
         rows = cut(matrix)
         pull = product(rows, error)
-        inner, step, rate = cut(rows, 2), cut(steps.step), cut(pace)
-        lower, upper = cut(steps.lower), cut(steps.upper)
+        inner, pace, own = cut(rows, 2), cut(inverse), Steps(*map(cut, steps))
 
         def one(turn: jax.Array, state: tuple) -> tuple:
             i = length - 1 - turn
-            row = lambda v: lax.dynamic_slice_in_dim(v, i, 1, 1)
+            row = lambda v: part(v, i, 1)
             held, change = state
             now = row(pull) + product(row(inner), change)
+            step, lower, upper = map(row, own)
             old = row(held)
-            new = old + jnp.round(now * row(rate))
-            new = jnp.clip(new, row(lower), row(upper))
-            moved = row(step) * (old - new)
+            new = old + jnp.round(now * (row(pace) / _no_zero(step)))
+            new = jnp.clip(new, lower, upper)
             put = lambda v, u: lax.dynamic_update_slice_in_dim(v, u, i, 1)
-            return put(held, new), put(change, moved)
+            return put(held, new), put(change, step * (old - new))
 
         held = cut(levels)
         held, change = lax.fori_loop(0, length, one, (held, jnp.zeros_like(held)))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
@@ -219,7 +219,7 @@ def results(
             continue
         chosen, old = found[layer.node.name], weights[layer.parameter]
         leaves |= run.updated(layer, chosen)
-        grid = jnp.asarray(chosen.scale), jnp.asarray(chosen.zero_point)
+        grid = jax.device_put((chosen.scale, chosen.zero_point))
         weights[layer.parameter] = old.holding(*grid)
     new = replace_leaves(run.params, leaves, caller=run.caller)
     return new, dataclasses.replace(run.quantizers, weights=weights)

@@ -1,18 +1,23 @@
 """What the data tell of the inputs of some layers, in the float and in the quantized model."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Hook, Run
+from jaxmet.engine.run.shared_programs import Program, ProgramSequence, placed
 from jaxmet.layers.inputs import counted_rows
 from jaxmet.layers.lockstep import Copy, Where
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
 from jaxmet.transforms.rounding.rounded_layers import Layer
+from jaxmet.tree.leaves import flatten, is_compressed
+from jaxmet.tree.names import named_leaves
 
 
 class Inputs(NamedTuple):
@@ -25,9 +30,10 @@ class Inputs(NamedTuple):
 
 
 def merged(one: Inputs, two: Inputs) -> Inputs:
-    """What both have seen."""
+    """What both have seen, in NumPy."""
+    one, two = (jax.tree.map(np.asarray, v) for v in (one, two))
     total = one.number + two.number
-    share = two.number / jnp.maximum(total, 1.0)
+    share = two.number / np.maximum(total, total.dtype.type(1))
     mean = jax.tree.map(lambda a, b: a + (b - a) * share, one[1:], two[1:])
     return Inputs(total, *mean)
 
@@ -41,89 +47,136 @@ class InputRows(NamedTuple):
 
 
 class Look:
-    """One piece of both copies, run for what its layers read; one compilation a shape."""
+    """Runs both copies from wave to wave for what its layers read: one program for each.
+
+    A program first takes the values that are live to where the wave begins, with the weights
+    that were chosen before.
+    """
 
     def __init__(
         self,
         exact: Copy,
         noisy: Copy,
-        layers: Sequence[Layer],
-        offsets: Mapping[str, Any],
+        waves: Sequence[Sequence[Layer]],
         most: int | None,
         *,
         keep: bool,
     ) -> None:
-        self.exact, self.noisy, self.most, self.keep = exact, noisy, most, keep
-        self.layers = {layer.node.name: layer for layer in layers}
-        self.numbers = {name: i for i, name in enumerate(self.layers)}
-        self.offsets = offsets
-        self.steps: dict[Any, Any] = {}
-        self.key: Any = None
-        self.where: Mapping[str, Where] = {}
+        self.copies = exact, noisy
+        self.waves, self.most, self.keep = waves, most, keep
+        # Their names are looked up only where one may have an offset: that takes a while.
+        self.compressed = any(map(is_compressed, flatten(exact.params)[1]))
+        self.sequences: dict[Any, ProgramSequence] = {}
 
     def __call__(
-        self, batch: int, piece: int, key: jax.Array, where: Mapping[str, Where]
+        self, batch: int, number: int, key: jax.Array, where: Mapping[str, Where]
     ) -> tuple[dict[str, Inputs], dict[str, InputRows]]:
-        """Sums over the rows of one batch, and with `keep` the rows themselves."""
-        shape = self.exact.lives[batch][0]
-        if shape not in self.steps:
-            both = [
-                copy.observer(batch, piece, lambda hook: self.watch(hook))
-                for copy in (self.exact, self.noisy)
-            ]
-            self.steps[shape] = jax.jit(lambda *a: self.look(*both, *a))
-        lives = self.exact.lives[batch][1], self.noisy.lives[batch][1]
-        where = {n: w for n, w in where.items() if n in self.layers}
-        trees = self.exact.params, self.noisy.params
-        return self.steps[shape](*trees, *lives, key, where)
+        """Means over the rows of one batch, and with `keep` the rows themselves."""
+        shape, _ = self.copies[0].lives[batch]
+        given = self.given(batch, key)
+        masks = self.masks(number, where)
+        if shape not in self.sequences:
+            make = functools.partial(self.program, shape, given, where)
+            self.sequences[shape] = ProgramSequence(
+                make, len(self.waves), ahead=not placed(given, where)
+            )
+        lives, found, rows = self.sequences[shape][number](*given, masks)
+        for copy, live in zip(self.copies, lives, strict=True):
+            copy.put(batch, live)
+        return found, rows
+
+    def given(self, batch: int, key: jax.Array) -> tuple[Any, ...]:
+        """The arguments of the next program, but for the masks."""
+        trees = tuple(copy.params for copy in self.copies)
+        lives = tuple(copy.lives[batch][1] for copy in self.copies)
+        return trees, self.copies[1].quantizers, lives, key
+
+    def masks(self, number: int, where: Mapping[str, Where]) -> dict[str, Any]:
+        """Where the inputs of the layers of a wave count."""
+        names = (layer.node.name for layer in self.waves[number])
+        return {n: where[n].operand for n in names if n in where}
+
+    def program(
+        self,
+        shape: Any,
+        given: tuple[Any, ...],
+        where: Mapping[str, Where],
+        number: int,
+        before: Program | None,
+    ) -> Program:
+        """The program of a wave, for arguments like these."""
+        if before is not None:
+            given = *given[:2], before.shapes[0], given[3]
+        masks = self.masks(number, where)
+        look = functools.partial(self.look, shape, number)
+        return Program(look, *given, masks)
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        for sequence in self.sequences.values():
+            sequence.close()
 
     def look(
         self,
-        exact: Any,
-        noisy: Any,
-        params: Any,
-        rounded: Any,
-        live: Any,
-        noisy_live: Any,
+        shape: Any,
+        number: int,
+        trees: tuple[Any, Any],
+        quantizers: Any,
+        lives: tuple[Any, Any],
         key: jax.Array,
-        where: Mapping[str, Where],
-    ) -> tuple[dict[str, Inputs], dict[str, InputRows]]:
-        self.key, self.where = key, where
-        exact_rows = exact(params, live, None)
-        quantized_rows = noisy(rounded, noisy_live, None)
-        self.key, self.where = None, {}
+        masks: Mapping[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Inputs], dict[str, InputRows]]:
+        own = None, quantizers
+        if number:
+            steps = [copy.step(shape, number - 1) for copy in self.copies]
+            every = zip(steps, trees, own, lives, strict=True)
+            lives = tuple(step(tree, q, live, None) for step, tree, q, live in every)
+        watch = functools.partial(self.watch, number, trees[0], key, masks)
+        exact, quantized = (
+            copy.observer(shape, number, watch)(tree, q, live, None)
+            for copy, tree, q, live in zip(self.copies, trees, own, lives, strict=True)
+        )
         rows = {
-            n: InputRows(
-                quantized_rows[n][0], exact_rows[n][0], _as_one(exact_rows[n][1])
-            )
-            for n in self.layers
+            n: InputRows(quantized[n][0], exact[n][0], _as_one(exact[n][1]))
+            for n in (layer.node.name for layer in self.waves[number])
         }
-        return {n: _inputs(*r) for n, r in rows.items()}, rows if self.keep else {}
+        found = {n: _inputs(*r) for n, r in rows.items()}
+        return lives, found, rows if self.keep else {}
 
-    def watch(self, hook: Hook) -> Hook:
+    def watch(
+        self,
+        number: int,
+        params: Any,
+        key: jax.Array,
+        masks: Mapping[str, Any],
+        hook: Hook,
+    ) -> Hook:
         """The copy's own hook, and after it the rows that the layers read."""
+        numbers = {layer.node.name: i for i, layer in enumerate(self.waves[number])}
+        leaves = named_leaves(params) if self.compressed else {}
 
         def watching(node: Node, run: Run, operands: tuple[Any, ...]) -> Any:
             result, _ = hook(node, run, operands)
-            if node.name not in self.layers:
+            if node.name not in numbers:
                 return result, None
             assert node.weight is not None
             x, kernel = operands[0], operands[node.weight.operand]
-            where = self.where[node.name].operand if self.where else None
+            where = masks.get(node.name)
             if where is not None:
                 where = where[run.iteration]
             # Both copies draw the same rows, each layer others.
-            key = self.key
-            for part in (self.numbers[node.name], *run.iteration):
-                key = jax.random.fold_in(key, part)
+            own = key
+            for part in (numbers[node.name], *run.iteration):
+                own = jax.random.fold_in(own, part)
+            leaf: Any = leaves.get(node.kernel)
             rows, counts = counted_rows(
                 node,
                 x,
                 kernel.shape,
                 where=where,
-                offset=self.offsets.get(node.name),
+                offset=leaf.input_offset if is_compressed(leaf) else None,
                 most=self.most,
-                key=key,
+                key=own,
             )
             return result, (rows.astype(wide(rows.dtype)), counts)
 

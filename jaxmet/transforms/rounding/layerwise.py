@@ -1,6 +1,7 @@
 """Wave after wave: each layer is chosen for inputs that come from chosen layers."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -18,7 +18,7 @@ from jaxmet.engine.nodes.scalar_function import Formula, compute
 from jaxmet.engine.run.compressed import bounds_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.layer import WeightMatrix
-from jaxmet.layers.leaf_math import replaced, shifted
+from jaxmet.layers.leaf_math import replaced
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.rounding.input_statistics import InputRows, Inputs, Look, merged
@@ -31,15 +31,16 @@ from jaxmet.transforms.rounding.rounded_layers import (
     grid_of_leaf,
     sharing,
 )
+from jaxmet.transforms.rounding.size_classes import solve
 from jaxmet.transforms.rounding.solvers import (
     Kind,
     Problem,
     RoundingMethod,
     Solution,
-    solve,
 )
 from jaxmet.tree.batches import Batches, inputs_of
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.host_rounding import round_in_numpy
+from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -75,7 +76,6 @@ class LayerwiseRounding:
     key: jax.Array
     kwargs: dict[str, Any]
     apart: bool = False  # every layer sees float inputs
-    formulas: dict[Formula, Callable] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.leaves = named_leaves(self.params)
@@ -129,34 +129,42 @@ class LayerwiseRounding:
             self.noisy.read(given)
             self.positions.read(batch)
         self.noisy.order = exact.order
-        self.most = max(1, self.rows // max(1, number))
+        self.looking = Look(
+            exact,
+            self.noisy,
+            [wave.layers for wave in waves],
+            max(1, self.rows // max(1, number)),
+            keep=self.method.keeps_rows,
+        )
         return waves
 
     def go(
         self, waves: Sequence[Wave], checkpoint: Checkpoint, progress: bool
     ) -> dict[str, RoundedWeight]:
         """All waves; what each of their layers came to."""
+        try:
+            return self.run(waves, checkpoint, progress)
+        finally:
+            self.looking.close()
+
+    def run(
+        self, waves: Sequence[Wave], checkpoint: Checkpoint, progress: bool
+    ) -> dict[str, RoundedWeight]:
         found: dict[str, RoundedWeight] = {}
         total = sum(len(w.layers) for w in waves)
         with tqdm(total=total, desc=self.caller, disable=not progress) as bar:
             for number, wave in enumerate(waves):
                 kept = checkpoint.load(number)
                 chosen = [x.node.name for x in wave.layers if self.is_last(x)]
-                more = len(chosen) < len(wave.layers)  # layers that another waits for
-                data = self.look(number, wave) if kept is None or more else None
-                if kept is None and data is not None:
+                data = self.look(number, wave)
+                if kept is None:
                     new = self.choose(number, wave, *data, bar)
                     checkpoint.save(number, _flat(new))
                 else:
-                    assert kept is not None
                     new = {name: _unflat(kept, name) for name in chosen}
                     bar.update(len(wave.layers))
                 found |= new
                 self.put(wave, new)
-                if number + 1 < len(waves):
-                    for batch in range(len(self.exact.lives)):
-                        self.exact.advance(batch, number)
-                        self.noisy.advance(batch, number)
         return found
 
     def is_last(self, layer: Layer) -> bool:
@@ -168,23 +176,16 @@ class LayerwiseRounding:
     ) -> tuple[dict[str, Inputs], dict[str, list[InputRows]]]:
         """The inputs of a wave; of a weight's last layer those of all that have it."""
         keep = self.method.keeps_rows
-        offsets = {
-            layer.node.name: leaf.input_offset
-            for layer in wave.layers
-            if is_compressed(leaf := self.leaves[layer.parameter])
-            and leaf.input_offset is not None
-        }
         self.check_memory(wave, keep)
-        look = Look(self.exact, self.noisy, wave.layers, offsets, self.most, keep=keep)
         seen: dict[str, Inputs] = {}
         rows: dict[str, list[InputRows]] = {}
         drawing, _ = jax.random.split(jax.random.fold_in(self.key, number))
-        merge = jax.jit(merged)
         for batch in range(len(self.exact.lives)):
             where = self.positions.batches[batch]
-            found, own = look(batch, number, jax.random.fold_in(drawing, batch), where)
+            key = jax.random.fold_in(drawing, batch)
+            found, own = self.looking(batch, number, key, where)
             for name, one in found.items():
-                seen[name] = merge(seen[name], one) if name in seen else one
+                seen[name] = merged(seen[name], one) if name in seen else one
             for name, one in own.items():
                 rows.setdefault(name, []).append(one)
         self.check(seen)
@@ -192,7 +193,7 @@ class LayerwiseRounding:
             name, parameter = layer.node.name, layer.parameter
             if parameter in self.waiting:
                 before, earlier = self.waiting.pop(parameter)
-                seen[name] = merge(before, seen[name])
+                seen[name] = merged(before, seen[name])
                 rows[name] = [*earlier, *rows.get(name, [])]
             if not self.is_last(layer):
                 self.waiting[parameter] = seen[name], rows.get(name, [])
@@ -270,21 +271,20 @@ class LayerwiseRounding:
         how: Sharing = sharing(self.matrices[name], grid)
         weight = self.matrices[name].matrix(np.asarray(leaf))
         bias = self.bias_of(layer, weight.shape)
+        inputs = jax.tree.map(np.asarray, seen[name])
         problem = Problem(
-            jnp.asarray(weight),
-            jax.tree.map(
-                jnp.float32,
-                grid_in_blocks(self.matrices[name], grid, how),
-            ),
-            seen[name],
-            jnp.zeros((weight.shape[0], weight.shape[2]), weight.dtype)
+            weight,
+            jax.tree.map(np.float32, grid_in_blocks(self.matrices[name], grid, how)),
+            inputs,
+            np.zeros((weight.shape[0], weight.shape[2]), weight.dtype)
             if bias is None
-            else jnp.asarray(bias),
+            else bias,
+            inputs.mean.dtype.type(self.damping),
         )
         activation = None
         if rows:
             parts = [_that_count(one) for one in rows[name]]
-            both = [jnp.concatenate(v, axis=1) for v in zip(*parts, strict=True)]
+            both = [np.concatenate(v, axis=1) for v in zip(*parts, strict=True)]
             activation, bounds = self.activation(layer.node, problem.bias.shape, bias)
             problem = problem._replace(rows=tuple(both), bounds=bounds)
         kind = Kind(
@@ -292,7 +292,6 @@ class LayerwiseRounding:
             how.blocks,
             how.shared,
             centred=self.bias and bias is not None,
-            damping=self.damping,
             free=quantizer.follows or self.method.searches_pinned,
             activation=activation,
         )
@@ -331,10 +330,9 @@ class LayerwiseRounding:
                 np.broadcast_to(np.reshape(b if s is None else s, -1), math.prod(shape))
                 for s, b in pair
             ]
-            return None, tuple(jnp.float32(b.reshape(tuple(shape))) for b in bounds)
-        if formula not in self.formulas:
-            self.formulas[formula] = partial(compute, formula)
-        return self.formulas[formula], (None, None)
+            lower, upper = (np.float32(b.reshape(tuple(shape))) for b in bounds)
+            return None, (lower, upper)
+        return _computing(formula), (None, None)
 
     def read(self, layer: Layer, solution: Solution) -> RoundedWeight:
         """A solution in terms of the leaves; weights exactly on the grid of the leaf."""
@@ -347,10 +345,8 @@ class LayerwiseRounding:
         ins = self.matrices[name].sizes[1]
         weight = np.asarray(solution.weight)[:, :ins]
         weight = self.matrices[name].leaf(np.asarray(weight))
-        pinned = quantizer.holding(
-            jnp.asarray(grid.scale), jnp.asarray(grid.zero_point)
-        )
-        weight = np.asarray(pinned(jnp.asarray(weight.astype(exact.dtype))))
+        pinned = quantizer.holding(grid.scale, grid.zero_point)
+        weight = round_in_numpy(pinned, weight.astype(exact.dtype))
         curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
         sums = solution.loss, solution.nearest_loss, solution.inherited
         loss, plain, inherited = (np.asarray(v) for v in sums)
@@ -384,7 +380,11 @@ class LayerwiseRounding:
         if self.bias and self.bias_of(layer, shape) is not None:
             assert layer.node.bias is not None
             bias = self.leaves[layer.node.bias]
-            new[layer.node.bias] = shifted(bias, jnp.asarray(chosen.shift))
+            array = np.asarray(dense(bias))
+            dtype = wide(array.dtype, chosen.shift.dtype)
+            shift = chosen.shift.astype(dtype).reshape(array.shape)
+            moved = array.astype(dtype) + shift
+            new[layer.node.bias] = replaced(bias, moved)
         return new
 
 
@@ -393,8 +393,8 @@ def _filled(problem: Problem, more: int) -> Problem:
     if not more:
         return problem
 
-    def fill(x: jax.Array, *axes: int) -> jax.Array:
-        return jnp.pad(x, [(0, more if i in axes else 0) for i in range(x.ndim)])
+    def fill(x: Any, *axes: int) -> Any:
+        return np.pad(x, [(0, more if i in axes else 0) for i in range(x.ndim)])
 
     seen = problem.inputs
     return problem._replace(
@@ -408,14 +408,20 @@ def _filled(problem: Problem, more: int) -> Problem:
     )
 
 
-def _that_count(rows: InputRows) -> list[jax.Array]:
+@functools.lru_cache(maxsize=64)
+def _computing(formula: Formula) -> Callable:
+    """The same function for the same formula: what is compiled for it is found again."""
+    return partial(compute, formula)
+
+
+def _that_count(rows: InputRows) -> list[np.ndarray]:
     """The rows that count, (groups, rows, ins), of the quantized and of the float model."""
     *both, counts = rows
-    both = [v.reshape(-1, *v.shape[-2:]) for v in both]
+    both = [np.asarray(v).reshape(-1, *v.shape[-2:]) for v in both]
     if counts is None:
         return both
     which = np.flatnonzero(counts)
-    return [jnp.take(v, which, axis=1) for v in both]
+    return [v[:, which] for v in both]
 
 
 def free_memory() -> int | None:
@@ -435,7 +441,7 @@ def free_memory() -> int | None:
 def _tick(bar: Any, layers: int, share: float, loss: Any) -> None:
     bar.update(share * layers)
     if not bar.disable:
-        bar.set_postfix(loss=f"{float(loss):.3g}")
+        bar.set_postfix(loss=f"{float(np.asarray(loss).sum()):.3g}")
 
 
 def _flat(found: Mapping[str, RoundedWeight]) -> dict[str, np.ndarray]:

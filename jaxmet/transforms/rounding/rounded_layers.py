@@ -4,13 +4,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.layer import WeightMatrix, why_no_matrix
+from jaxmet.layers.eligibility import (
+    check_named,
+    why_looped,
+    why_no_matrix,
+    why_unquantized,
+)
+from jaxmet.layers.layer import WeightMatrix
 from jaxmet.numerics.rounding.levels import LevelGrid
+from jaxmet.tree.host_rounding import grid_in_numpy, repeated
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 
@@ -40,25 +46,18 @@ def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Laye
     """
     layers = tuple(Layer(layer, _unfit(layer, quantizers)) for layer in graph.layers)
     for layer in layers:
-        if layer.why is not None and layer.node.name in graph.named:
-            raise ValueError(
-                f"jaxmet.{caller}: the weight of {layer.node.name!r} cannot be chosen: "
-                f"{layer.why}. Leave it out: graph.without({layer.node.name!r})."
-            )
+        check_named(layer.node.name, layer.why, graph, caller, "be rounded")
     return layers
 
 
 def _unfit(layer: Node, quantizers: Quantizers) -> str | None:
-    if (why := why_no_matrix(layer) or layer.why_kept(stacked=True)) is not None:
+    why = why_no_matrix(layer) or layer.why_kept(stacked=True)
+    why = why or why_unquantized(layer, quantizers)
+    if why := why or why_looped(layer, ("while", "cond")):
         return why
     assert layer.weight is not None
-    weight = layer.weight
-    quantizer = quantizers.weights.get(layer.kernel)
-    if quantizer is None or not quantizer.active:
-        return "its weight is not quantized"
-    if inside := [region for region in layer.region if region in ("while", "cond")]:
-        return f"inside a {inside[-1]}"
-    if layer.region.count("scan") > 1 or ("scan" in layer.region) != weight.stacked:
+    stacked = layer.weight.stacked
+    if layer.region.count("scan") > 1 or ("scan" in layer.region) != stacked:
         return "its weight is used again and again in a loop"
     return None
 
@@ -74,22 +73,15 @@ class LeafGrid(NamedTuple):
     @staticmethod
     def of(quantizer: Quantizer, leaf: Any) -> "LeafGrid":
         """The grid as it is now."""
-        scale, zero_point = quantizer.grid(jnp.asarray(leaf))
-        zero_point = jnp.broadcast_to(zero_point, scale.shape)
+        scale, zero_point = grid_in_numpy(quantizer, np.asarray(leaf))
+        zero_point = np.broadcast_to(zero_point, scale.shape)
         low, high = map(float, quantizer.ends)
-        return LeafGrid(
-            np.asarray(scale), np.asarray(zero_point), (low, high), quantizer.block
-        )
+        return LeafGrid(scale, zero_point, (low, high), quantizer.block)
 
 
 def spread(v: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray:
     """What belongs to a leaf's channels or blocks, repeated to the shape of the leaf."""
-    if v.ndim:
-        for axis, (n, m) in enumerate(zip(v.shape, shape, strict=True)):
-            if n not in (1, m):
-                assert block is not None
-                v = np.repeat(v, block, axis=axis).take(range(m), axis=axis)
-    return np.broadcast_to(v, tuple(shape))
+    return np.broadcast_to(repeated(v, tuple(shape), block), tuple(shape))
 
 
 def gathered(v: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray:

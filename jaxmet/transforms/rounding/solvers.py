@@ -5,17 +5,20 @@ What every method gets (`Problem`, `Kind`), what it returns (`Solution`), and wh
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxmet.engine.program import compat
 from jaxmet.numerics.rounding.levels import LevelGrid, nearest
 from jaxmet.numerics.rounding.quadratic import (
     Products,
+    best_weight,
     bias_correction,
     centred,
+    damped,
     output_error,
 )
 from jaxmet.transforms.rounding.input_statistics import Inputs
@@ -31,7 +34,6 @@ class Kind(NamedTuple):
     `blocks` scales lie along the inputs, and one scale lies along all `shared` axes of the
     grid (None: scales are shared in a way that these axes do not state). With `centred` the
     bias takes what is constant of the error. `free` says whether the scales may change,
-    `damping` what share of the mean of its diagonal is added to the Gram matrix's diagonal,
     `activation` what alone reads the outputs.
     """
 
@@ -39,7 +41,6 @@ class Kind(NamedTuple):
     blocks: int
     shared: tuple[int, ...] | None
     centred: bool
-    damping: float
     free: bool = True
     activation: Callable[[jax.Array], jax.Array] | None = None
 
@@ -47,13 +48,15 @@ class Kind(NamedTuple):
 class Problem(NamedTuple):
     """A layer's weight, its grid and statistics of its inputs.
 
-    Rows and the bounds of what follows come with methods that keep rows.
+    `damping` is the share of the mean of its diagonal that is added to the Gram matrix's
+    diagonal. Rows and the bounds of what follows come with methods that keep rows.
     """
 
-    weight: jax.Array
+    weight: Any
     grid: LevelGrid
     inputs: Inputs
-    bias: jax.Array
+    bias: Any
+    damping: Any
     rows: tuple[jax.Array, jax.Array] | None = None
     bounds: tuple[jax.Array | None, jax.Array | None] = (None, None)
 
@@ -65,12 +68,12 @@ class Solution(NamedTuple):
     `curve` holds the loss of the optimisation after each chunk of steps.
     """
 
-    weight: jax.Array
+    weight: Any
     grid: LevelGrid
-    shift: jax.Array
-    loss: jax.Array
-    nearest_loss: jax.Array
-    inherited: jax.Array
+    shift: Any
+    loss: Any
+    nearest_loss: Any
+    inherited: Any
     curve: Any = None
 
 
@@ -80,12 +83,14 @@ class RoundingMethod(abc.ABC):
     A new method is one file of `methods/`, with an entry in the table of that folder.
     `keeps_rows` asks for the rows of inputs besides their Gram matrices, `rows` is how many
     of them are used by default, `searches_pinned` says that scales which are numbers
-    already are searched too.
+    already are searched too. With `pads` layers are filled with zeros up to a few sizes:
+    for methods that look at the weight and the Gram matrices alone.
     """
 
     keeps_rows: ClassVar[bool] = False
     rows: ClassVar[int] = 2**16
     searches_pinned: ClassVar[bool] = False
+    pads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def solve(
@@ -95,19 +100,6 @@ class RoundingMethod(abc.ABC):
 
         Calls `tick` with shares of the work that add up to one.
         """
-
-
-def solve(
-    problems: Sequence[Problem],
-    kind: Kind,
-    method: RoundingMethod,
-    key: jax.Array,
-    tick: Tick,
-) -> list[Solution]:
-    """Layers of one kind and shape, side by side."""
-    joined = jax.tree.map(lambda *v: jnp.stack(v), *problems)
-    found = method.solve(joined, kind, key, tick)
-    return [jax.tree.map(lambda v, i=i: v[i], found) for i in range(len(problems))]
 
 
 def per_layer(function: Callable) -> Callable:
@@ -133,6 +125,19 @@ def products_of(problem: Problem, kind: Kind) -> Products:
     return centred(products, inputs.mean, inputs.float_mean)
 
 
+@functools.partial(jax.jit, static_argnames=("kind",), compiler_options=compat.QUICK)
+@per_layer
+def quadratic_form(problem: Problem, *, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """The best real weights, and the damped Gram matrix that prices what differs from them.
+
+    A program of its own: two batched LAPACK calls side by side in one program can wait for
+    each other for ever on few CPU cores (jaxlib 0.10).
+    """
+    products = products_of(problem, kind)
+    target = best_weight(problem.weight, products, problem.damping)
+    return target, damped(products.gram, problem.damping)
+
+
 def at_least_nearest(
     problem: Problem, kind: Kind, best: jax.Array, rounded: jax.Array, grid: LevelGrid
 ) -> Solution:
@@ -142,8 +147,9 @@ def at_least_nearest(
     """
     products = products_of(problem, kind)
     weight, plain = problem.weight, nearest(problem.weight, problem.grid)
-    after = output_error(weight, rounded, products)
-    before = output_error(weight, plain, products)
+    each = jnp.stack([rounded, plain, best])  # one product in the program for all three
+    errors = jax.lax.map(lambda w: output_error(weight, w, products), each)
+    after, before, inherited = errors
     if kind.shared == () and kind.blocks == 1:
         gained = after < before
     else:
@@ -158,6 +164,5 @@ def at_least_nearest(
     if kind.centred:
         means = problem.inputs.mean, problem.inputs.float_mean
         shift = bias_correction(weight, rounded, *means)
-    inherited = output_error(weight, best, products)
     loss = jnp.where(gained, after, before)
     return Solution(rounded, grid, shift, loss, before, inherited)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmet.numerics.rounding.soft_rounding import (
     Schedule,
@@ -70,18 +71,19 @@ class Annealing(RoundingMethod):
         unit: jax.Array,
         tick: Tick,
         batch: int = 1,
-    ) -> tuple[State, jax.Array | None]:
+    ) -> tuple[State, np.ndarray | None]:
         """The state after all steps, and the loss after each chunk of them."""
         size = max(1, -(-self.iterations // CHUNKS))
         curve = []
         for first in range(0, self.iterations, size):
             steps = min(size, self.iterations - first)
+            given = state, problem, data, unit
             state, error = _stepped(
-                state, problem, data, kind=kind, method=self, steps=steps, batch=batch
+                *given, kind=kind, method=self, steps=steps, batch=batch
             )
-            curve.append(error * unit)
-            tick(steps / self.iterations, jnp.sum(curve[-1]))
-        return state, jnp.stack(curve, axis=1) if curve else None
+            curve.append(error)
+            tick(steps / self.iterations, error)
+        return state, np.stack(curve, axis=1) if curve else None
 
 
 @jax.jit
@@ -98,6 +100,7 @@ def _stepped(
     state: State,
     problem: Problem,
     data: Any,
+    unit: jax.Array,
     *,
     kind: Kind,
     method: Annealing,
@@ -118,4 +121,4 @@ def _stepped(
         batch=batch,
         activation=kind.activation,
     )
-    return state, jnp.sum(trace.error[-1])
+    return state, jnp.sum(trace.error[-1]) * unit

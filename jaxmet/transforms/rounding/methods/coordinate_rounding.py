@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jaxmet.engine.program import compat
 from jaxmet.numerics.rounding.coordinate import coordinate_descent
-from jaxmet.numerics.rounding.quadratic import best_weight, damped
 from jaxmet.transforms.rounding.methods.scale_search import CANDIDATES, searched
 from jaxmet.transforms.rounding.solvers import (
     Kind,
@@ -19,7 +17,7 @@ from jaxmet.transforms.rounding.solvers import (
     Tick,
     at_least_nearest,
     per_layer,
-    products_of,
+    quadratic_form,
 )
 from jaxmet.tree.checks import check_choices, check_counts
 
@@ -55,6 +53,7 @@ class Coordinate(RoundingMethod):
     sweeps: int = 20
     start: Start = "gptq"
     scales: Scales = "refit"
+    pads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts("Coordinate", least=0, sweeps=self.sweeps)
@@ -67,19 +66,29 @@ class Coordinate(RoundingMethod):
         """Layers of one kind and shape side by side."""
         del key
         found = descended(problem, kind=kind, method=self)
-        tick(1.0, jnp.sum(found.loss))
+        tick(1.0, found.loss)
         return found
+
+
+def descended(problem: Problem, *, kind: Kind, method: Coordinate) -> Solution:
+    """Layers side by side."""
+    form = quadratic_form(problem, kind=kind)
+    return _descended(problem, *form, kind=kind, method=method)
 
 
 @functools.partial(
     jax.jit, static_argnames=("kind", "method"), compiler_options=compat.QUICK
 )
 @per_layer
-def descended(problem: Problem, *, kind: Kind, method: Coordinate) -> Solution:
+def _descended(
+    problem: Problem,
+    target: jax.Array,
+    gram: jax.Array,
+    *,
+    kind: Kind,
+    method: Coordinate,
+) -> Solution:
     """Scales, the start, and the sweeps, of one layer."""
-    products = products_of(problem, kind)
-    target = best_weight(problem.weight, products, kind.damping)
-    gram = damped(products.gram, kind.damping)
     free = kind.free and kind.shared is not None and method.scales != "given"
     grid = problem.grid
     if free:

@@ -1,10 +1,9 @@
 """GPTQ: one pass over the inputs, each error made good by the weights still to come."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jaxmet.transforms.rounding.methods.coordinate_rounding import (
     Coordinate,
@@ -46,6 +45,7 @@ class Gptq(RoundingMethod):
     """
 
     scales: Scales = "given"
+    pads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choices("Gptq", scales=(self.scales, get_args(Scales)))
@@ -58,5 +58,5 @@ class Gptq(RoundingMethod):
         # GPTQ is what coordinate descent starts from.
         start = Coordinate(sweeps=0, start="gptq", scales=self.scales)
         found = descended(problem, kind=kind, method=start)
-        tick(1.0, jnp.sum(found.loss))
+        tick(1.0, found.loss)
         return found

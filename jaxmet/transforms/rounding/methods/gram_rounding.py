@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.numerics.rounding.levels import nearest
-from jaxmet.numerics.rounding.quadratic import best_weight, damped
 from jaxmet.numerics.rounding.soft_rounding import GramData, State, hard_weight
 from jaxmet.transforms.rounding.methods.annealing import Annealing, started
 from jaxmet.transforms.rounding.solvers import (
@@ -17,7 +16,7 @@ from jaxmet.transforms.rounding.solvers import (
     Tick,
     at_least_nearest,
     per_layer,
-    products_of,
+    quadratic_form,
 )
 
 
@@ -56,19 +55,17 @@ class Gram(Annealing):
     ) -> Solution:
         """Layers of one kind and shape side by side."""
         state, _ = started(problem, key)
-        data, unit = _data(problem, kind=kind, method=self)
+        form = quadratic_form(problem, kind=kind)
+        data, unit = _data(problem, *form, method=self)
         state, curve = self.optimised(state, problem, kind, data, unit, tick)
         return _finished(problem, data, state, kind=kind)._replace(curve=curve)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "method"))
+@functools.partial(jax.jit, static_argnames=("method",))
 @per_layer
 def _data(
-    problem: Problem, *, kind: Kind, method: Annealing
+    problem: Problem, target: jax.Array, gram: jax.Array, *, method: Annealing
 ) -> tuple[GramData, jax.Array]:
-    products = products_of(problem, kind)
-    target = best_weight(problem.weight, products, kind.damping)
-    gram = damped(products.gram, kind.damping)
     plain = nearest(problem.weight, problem.grid) - target
     level = jnp.sum(plain * jnp.matmul(gram, plain, precision="highest"))
     unit = method.unit(level, problem.weight.size)

@@ -109,7 +109,7 @@ def _finished(problem: Problem, data: RowData, state: State, *, kind: Kind) -> S
     """The hard weights, and losses in terms of the rows."""
     rounded = hard_weight(problem.weight, problem.grid, state.alpha)
     plain = nearest(problem.weight, problem.grid)
-    best = best_weight(problem.weight, products_of(problem, kind), kind.damping)
+    best = best_weight(problem.weight, products_of(problem, kind), problem.damping)
     after, before, inherited = (
         row_error(w, data._replace(unit=None), kind.activation, by_output=True)
         for w in (rounded, plain, best)

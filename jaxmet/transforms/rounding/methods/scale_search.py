@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jaxmet.engine.program import compat
 from jaxmet.numerics.rounding.levels import LevelGrid, nearest
-from jaxmet.numerics.rounding.quadratic import best_weight, damped
 from jaxmet.numerics.rounding.search import search_scales
 from jaxmet.transforms.rounding.solvers import (
     Kind,
@@ -19,7 +18,7 @@ from jaxmet.transforms.rounding.solvers import (
     Tick,
     at_least_nearest,
     per_layer,
-    products_of,
+    quadratic_form,
 )
 
 CANDIDATES = 20
@@ -31,14 +30,16 @@ class Search(RoundingMethod):
 
     candidates: int = CANDIDATES
     searches_pinned: ClassVar[bool] = True
+    pads: ClassVar[bool] = True
 
     def solve(
         self, problem: Problem, kind: Kind, key: jax.Array, tick: Tick
     ) -> Solution:
         """Layers of one kind and shape side by side."""
         del key
-        found = _rounded(problem, kind=kind, candidates=self.candidates)
-        tick(1.0, jnp.sum(found.loss))
+        form = quadratic_form(problem, kind=kind)
+        found = _rounded(problem, *form, kind=kind, candidates=self.candidates)
+        tick(1.0, found.loss)
         return found
 
 
@@ -46,12 +47,16 @@ class Search(RoundingMethod):
     jax.jit, static_argnames=("kind", "candidates"), compiler_options=compat.QUICK
 )
 @per_layer
-def _rounded(problem: Problem, *, kind: Kind, candidates: int) -> Solution:
-    products = products_of(problem, kind)
-    target = best_weight(problem.weight, products, kind.damping)
+def _rounded(
+    problem: Problem,
+    target: jax.Array,
+    gram: jax.Array,
+    *,
+    kind: Kind,
+    candidates: int,
+) -> Solution:
     grid = problem.grid
     if kind.free and kind.shared is not None:
-        gram = damped(products.gram, kind.damping)
         grid = searched(problem, kind, target, gram, candidates)
     plain = nearest(problem.weight, grid)
     return at_least_nearest(problem, kind, target, plain, grid)

@@ -1,0 +1,172 @@
+"""Compiled programs that every equal computation shares, from layer to layer and call to call.
+
+A function is traced for the shapes of its arguments, and what it does not need of them is left
+out. Two whose programs read the same are one: equal blocks of a model, and a second call
+with other numbers, compile nothing.
+"""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.extend.core import Literal
+
+from jaxmet.engine.program import compat
+
+KEPT = 1024  # programs that are remembered, those used last
+AHEAD = 8  # programs that are compiled before they are needed
+THREADS = max(2, min(4, os.cpu_count() or 1))
+# What an equation calls or where it runs is not in the text of the program.
+OWN = ("callback", "partitioning", "shard", "mesh")
+
+_known: OrderedDict[bytes, Callable] = OrderedDict()
+_lock = threading.Lock()
+
+
+class Program:
+    """A function of arrays for arguments of the shapes of these, which may be abstract."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        leaves, structure = jax.tree.flatten(arguments)
+        flat = lambda *leaves: function(*structure.unflatten(leaves))
+        closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+        jaxpr, constants = compat.open_jaxpr(closed)
+        self.results = jax.tree.structure(shape)
+        self.shapes = self.results.unflatten([_abstract(v.aval) for v in jaxpr.outvars])
+        self.order = _order(jaxpr)
+        steps, read = _needed(jaxpr)
+        places = {v: i for i, v in enumerate(jaxpr.invars)}
+        own = dict(zip(jaxpr.constvars, constants, strict=True))
+        # Closed-over arrays are data, too: the program does not depend on them.
+        self.arguments = tuple(places.get(v, -1) for v in read)
+        self.constants = [own.get(v) for v in read]
+        outputs = [jaxpr.outvars[i] for i in self.order]
+
+        def run(*values: Any) -> list[Any]:
+            known = dict(zip(read, values, strict=True))
+            get = lambda v: v.val if isinstance(v, Literal) else known[v]
+            for step in steps:
+                found = compat.bind(
+                    step.primitive, step.params, [*map(get, step.invars)]
+                )
+                known.update(zip(step.outvars, found, strict=True))
+            return [*map(get, outputs)]
+
+        self.given = [_abstract(v.aval) for v in read]
+        self.run = jax.jit(run)
+        if not any(map(_is_own, steps)):
+            self.run = _shared(self.run, self.given)
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        both = zip(self.arguments, self.constants, strict=True)
+        found = self.run(*(c if i < 0 else leaves[i] for i, c in both))
+        results = [None] * len(found)
+        for place, value in zip(self.order, found, strict=True):
+            results[place] = value
+        return self.results.unflatten(results)
+
+    def compile(self) -> None:
+        """Compile now, in any thread, what a call would compile."""
+        self.run.lower(*self.given).compile()  # type: ignore[attr-defined]
+
+
+def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
+    weak = getattr(aval, "weak_type", False)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
+
+
+def _needed(jaxpr: Any) -> tuple[list[Any], list[Any]]:
+    """The equations that the results need, and what they read, in the order of its first use.
+
+    Names and places of arguments say nothing then: equal blocks give equal programs.
+    """
+    wanted = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    steps = []
+    for step in reversed(jaxpr.eqns):
+        if step.effects or any(v in wanted for v in step.outvars):
+            steps.append(step)
+            wanted |= {v for v in step.invars if not isinstance(v, Literal)}
+    steps.reverse()
+    every = [v for s in steps for v in s.invars] + [*jaxpr.outvars]
+    first = dict.fromkeys(v for v in every if not isinstance(v, Literal))
+    outer = {*jaxpr.invars, *jaxpr.constvars}
+    return steps, [v for v in first if v in outer]
+
+
+def _order(jaxpr: Any) -> list[int]:
+    """The places of the results in the order in which they are made."""
+    made = {v: i for i, s in enumerate(jaxpr.eqns) for v in s.outvars}
+    place = lambda v: -1 if isinstance(v, Literal) else made.get(v, -1)
+    return sorted(range(len(jaxpr.outvars)), key=lambda i: place(jaxpr.outvars[i]))
+
+
+def _is_own(equation: Any) -> bool:
+    """Whether an equation is more than its text: functions of the host, places of arrays."""
+    if equation.effects or any(word in equation.primitive.name for word in OWN):
+        return True
+    both = (equation.params.get(f"{end}_shardings", ()) for end in ("in", "out"))
+    if any(type(s).__name__ != "UnspecifiedValue" for where in both for s in where):
+        return True
+    bodies = (compat.open_jaxpr(j)[0] for j in compat.sub_jaxprs(equation.params))
+    return any(_is_own(e) for body in bodies for e in body.eqns)
+
+
+def _shared(run: Any, given: Sequence[Any]) -> Callable:
+    """The function with the same program that was there first."""
+    text = run.lower(*given).as_text()
+    key = hashlib.sha256(text.encode()).digest()
+    with _lock:
+        run = _known.setdefault(key, run)
+        _known.move_to_end(key)
+        while len(_known) > KEPT:
+            _known.popitem(last=False)
+    return run
+
+
+def placed(*trees: Any) -> bool:
+    """Whether any array is where the user put it, which programs depend on, or is traced."""
+    leaves = jax.tree.leaves(trees)
+    return any(isinstance(x, Tracer) or getattr(x, "committed", False) for x in leaves)
+
+
+class ProgramSequence:
+    """Programs that are needed one after the other, compiled side by side before they are.
+
+    `make(number, before)` makes each from the one before it. With `ahead` threads compile
+    them; else each is compiled when it is called.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, Program | None], Program],
+        number: int,
+        *,
+        ahead: bool,
+    ) -> None:
+        self.make, self.number = make, number
+        self.programs: list[Program] = []
+        self.compiled: list[Future | None] = []
+        self.pool = ThreadPoolExecutor(THREADS) if ahead else None
+
+    def __getitem__(self, number: int) -> Program:
+        while len(self.programs) < min(self.number, number + 1 + AHEAD):
+            last = self.programs[-1] if self.programs else None
+            program = self.make(len(self.programs), last)
+            self.programs.append(program)
+            submitted = self.pool and self.pool.submit(program.compile)
+            self.compiled.append(submitted)
+        if (waited := self.compiled[number]) is not None:
+            waited.result()
+        return self.programs[number]
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
