@@ -13,10 +13,15 @@ def main() -> None:
         "two cores, mostly compiling. Writes jaxmet-report.html, and nothing else, where the "
         "extra 'plot' is installed.",
     )
-    parser.parse_args()
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="three rows: float, 8 bits, and weights of 4 bits; some twenty seconds, no report",
+    )
+    options = parser.parse_args()
     from jaxmet.demo.run import main as run_demo
 
-    run_demo()
+    run_demo(quick=options.quick)
 
 
 if __name__ == "__main__":

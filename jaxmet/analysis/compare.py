@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
+from jaxmet.engine.program import compat
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.programs import frozen, program, split_keywords
 from jaxmet.engine.run.replay import Counted, Run, counted_only, evaluate
 from jaxmet.layers.arguments import accepting, check_keywords
 from jaxmet.layers.fake_quantized import (
@@ -24,6 +28,7 @@ from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.batches import ONE, one_batch
 from jaxmet.tree.checks import check_concrete
+from jaxmet.tree.host_rounding import grid_of
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizer import Quantizer
@@ -98,24 +103,38 @@ def compare(
         for n in graph.nodes
         if n.name in graph.selected and _is_quantized(n, quantizers)
     }
-    keeping = jax.jit(evaluate(apply, _keeping(wanted)))
+    arrays, static = split_keywords(kwargs)
+    own = CALLER, frozenset(wanted), frozen(static)
+    keeping = program(
+        apply,
+        (*own, "float"),
+        partial(_keeping, wanted, static),
+        compiler_options=compat.QUICK,
+    )
     cure, traced = f"{ONE}.", graph.called[0]
     with accepting(inputs, CALLER, apply, tree, kwargs, traced=traced, cure=cure):
-        exact, floats = keeping(tree, *inputs, **kwargs)
+        exact, floats = keeping(tree, arrays, *inputs)
     if missing := sorted(wanted - set(floats)):
         raise ValueError(
             f"jaxmet.{CALLER}: the float model does not run {missing[0]!r}. Give a "
             "reference with the same node names, and inputs like those of the trace."
         )
-
-    def simulated(params: Any, floats: Any, *inputs: Any, **kwargs: Any) -> Any:
-        rounded = round_weights(params, quantizers)
-        run = evaluate(graph.apply, _measuring(quantizers, floats))
-        return *run(rounded, *inputs, **kwargs), _weight_use(params, quantizers)
-
-    noisy, seen, weights = jax.device_get(
-        jax.jit(simulated)(params, floats, *inputs, **kwargs)
+    # On the host where NumPy can: each weight would make the program larger.
+    leaves = named_leaves(params)
+    names = [name for name in quantizers.weights if name in leaves]
+    rounded = all(quantizers.on_host(name, leaves) is not None for name in names)
+    given = round_weights(params, quantizers) if rounded else params
+    measuring = program(
+        graph.apply,
+        (*own, "quantized", rounded),
+        partial(_measuring, static, rounded),
+        compiler_options=compat.QUICK,
     )
+    noisy, seen, weights = jax.device_get(
+        measuring(given, quantizers, floats, arrays, *inputs)
+    )
+    if rounded:
+        weights = _weight_use(leaves, quantizers, np)
     rows = [_row(n, seen[n.name], weights) for n in graph.nodes if n.name in seen]
     columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
     return Table(columns, title=_title(rows, _outputs(exact, noisy)))
@@ -150,15 +169,18 @@ class Use(NamedTuple):
     clipped: Any
 
 
-def _keeping(wanted: set[str]) -> Callable:
-    """A hook that keeps results, and what the node was given of parameters."""
+def _keeping(wanted: set[str], static: Mapping[str, Any], apply: Apply) -> Callable:
+    """The outputs, and of these nodes results and what they were given of parameters."""
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = run(*operands)
         kept = (result, operands[_data(node) :]) if node.name in wanted else None
         return counted_only(node, run, result), kept
 
-    return hook
+    def keeping(params: Any, arrays: Mapping[str, Any], *inputs: Any) -> Any:
+        return evaluate(apply, hook)(params, *inputs, **static, **arrays)
+
+    return keeping
 
 
 def _data(node: Node) -> int:
@@ -166,7 +188,23 @@ def _data(node: Node) -> int:
     return 1 if node.kind == "input" else len({e.operand for e in node.inputs})
 
 
-def _measuring(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
+def _measuring(static: Mapping[str, Any], rounded: bool, apply: Apply) -> Callable:
+    """The simulated outputs, what nodes lose, and how the grids of weights are used."""
+
+    def measuring(
+        params: Any, quantizers: Quantizers, floats: Any, arrays: Any, *inputs: Any
+    ) -> Any:
+        weights = {}
+        if not rounded:
+            weights = _weight_use(named_leaves(params), quantizers, jnp)
+            params = round_weights(params, quantizers)
+        run = evaluate(apply, _against(quantizers, floats))
+        return *run(params, *inputs, **static, **arrays), weights
+
+    return measuring
+
+
+def _against(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
     """A hook that simulates, and compares with what was kept."""
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -217,34 +255,60 @@ def _real(x: jax.Array) -> jax.Array:
 
 def _use(x: jax.Array, quantizer: Quantizer, where: Any = None) -> Use:
     """How much of its grid a tensor uses: the mean over its channels or blocks."""
-    low, high = quantizer.ends
     x = _real(x)
     scale, zero_point = (a.astype(x.dtype) for a in quantizer.grid(x))
-    axes = tuple(i for i in range(x.ndim) if scale.ndim == 0 or scale.shape[i] == 1)
-    shape = scale.shape if scale.ndim else (1,) * x.ndim
-    q = jnp.round(x / scale.reshape(shape)) + zero_point.reshape(shape)
-    clipped = ((q < low) | (q > high)).astype(x.dtype)
-    q = jnp.clip(q, low, high)
     if where is None:
-        levels = jnp.max(q, axes) - jnp.min(q, axes) + 1
-        return Use(jnp.mean(levels) / (high - low + 1), jnp.mean(clipped))
+        return _used(jnp, x, scale, zero_point, quantizer.ends)
+    low, high = quantizer.ends
+    q, axes = _on_grid(jnp, x, scale, zero_point)
+    clipped = ((q < low) | (q > high)).astype(x.dtype)
     where = jnp.broadcast_to(where, q.shape)
     number = jnp.maximum(jnp.sum(where).astype(x.dtype), 1.0)
-    ends = extremes(q, where, axes)
+    ends = extremes(jnp.clip(q, low, high), where, axes)
     levels = jnp.maximum(ends.high - ends.low + 1, 0.0)
     clipped = jnp.sum(clipped, where=where) / number
     return Use(jnp.mean(levels) / (high - low + 1), clipped)
 
 
-def _weight_use(params: Any, quantizers: Quantizers) -> dict[str, Use]:
+def _used(np_: Any, x: Any, scale: Any, zero_point: Any, ends: tuple[int, int]) -> Use:
+    """The same where all values count, by `numpy` or `jax.numpy`."""
+    low, high = ends
+    q, axes = _on_grid(np_, x, scale, zero_point)
+    clipped = ((q < low) | (q > high)).astype(x.dtype)
+    q = np_.clip(q, low, high)
+    levels = np_.max(q, axes) - np_.min(q, axes) + 1
+    return Use(np_.mean(levels) / (high - low + 1), np_.mean(clipped))
+
+
+def _on_grid(
+    np_: Any, x: Any, scale: Any, zero_point: Any
+) -> tuple[Any, tuple[int, ...]]:
+    """The integers that stand for values, before clipping, and the axes of one scale."""
+    axes = tuple(i for i in range(x.ndim) if scale.ndim == 0 or scale.shape[i] == 1)
+    shape = scale.shape if scale.ndim else (1,) * x.ndim
+    return np_.round(x / scale.reshape(shape)) + zero_point.reshape(shape), axes
+
+
+def _weight_use(
+    leaves: Mapping[str, Any], quantizers: Quantizers, np_: Any
+) -> dict[str, Use]:
     """How the grids of weights are used; blocks follow the weight, as do scales of None."""
     found = {}
-    leaves = named_leaves(params)
     for name, quantizer in quantizers.weights.items():
         fixed = not quantizer.follows and quantizer.block is None
-        if name in leaves and fixed and quantizer.active and quantizer.product is None:
-            leaf = leaves[name]
-            found[name] = _use(dense(leaf), quantizer)
+        if not (name in leaves and fixed and quantizer.active):
+            continue
+        if quantizer.product is not None:
+            continue
+        weight = dense(leaves[name])
+        if np_ is jnp:
+            found[name] = _use(weight, quantizer)
+            continue
+        weight = np.asarray(weight)
+        grid = grid_of(quantizer, weight)
+        assert grid is not None
+        scale, zero_point = (a.astype(weight.dtype) for a in grid)
+        found[name] = _used(np, weight, scale, zero_point, quantizer.ends)
     return found
 
 

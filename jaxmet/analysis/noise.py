@@ -1,5 +1,6 @@
 """What every quantizer adds to the error of the outputs, at every width, from one backward pass."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,10 @@ from jaxmet.analysis.cost import ALL
 from jaxmet.analysis.scored_quantizers import ScoredQuantizer, places
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
+from jaxmet.engine.program import compat
+from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.lift import lift
+from jaxmet.engine.run.programs import frozen, program, split_keywords
 from jaxmet.engine.run.replay import Run, counted_only, evaluate
 from jaxmet.layers.arguments import check_examples, check_keywords, key_of
 from jaxmet.layers.fake_quantized import quantizer_at
@@ -26,7 +30,7 @@ from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_counts, check_flags
 from jaxmet.tree.examples import some_examples
-from jaxmet.tree.leaves import dense
+from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers, grids
@@ -176,10 +180,10 @@ class _Sums(NamedTuple):
     `gains` are squared gradients of weights, and `energy` is that of the outputs.
     """
 
-    grids: dict[str, jax.Array]
-    gains: dict[str, jax.Array]
-    whole: jax.Array
-    energy: jax.Array
+    grids: dict[str, Any]
+    gains: dict[str, Any]
+    whole: Any
+    energy: Any
 
 
 def _sums(
@@ -192,40 +196,78 @@ def _sums(
     progress: bool,
 ) -> _Sums:
     leaves = named_leaves(params)
-    taps = {
-        _key(node, kind): Tap(
-            node.name, (2,), _split, _error(quantizers, kind), at, _halfway
-        )
+    spots = tuple(
+        (node.name, *spot)
         for node in graph.nodes
         if "while" not in node.region
-        for kind, at in _tapped(node, quantizers)
-    }
-    rounded = [n for n, q in quantizers.weights.items() if q.active and n in leaves]
-    owners = {tap: _owner(tap, quantizers) for tap in taps}
-    keys = dict.fromkeys([*(f"weight {n}" for n in rounded), *owners.values()])
-
-    def apply(params: Any, *inputs: Any) -> Any:
-        return graph.apply(params, *inputs, **kwargs)
-
-    gradients = projected_gradients(apply, taps, rounded)
-    run = evaluate(
-        apply,
-        lambda node, run, operands: (counted_only(node, run, run(*operands)), None),
+        for spot in _tapped(node, quantizers)
     )
+    rounded = tuple(
+        n for n, q in quantizers.weights.items() if q.active and n in leaves
+    )
+    changes, middle = _moved(params, quantizers, rounded)
+    halfway = replace_leaves(params, middle, caller=CALLER)
+    owners = {_owner(kind, name, quantizers): None for name, kind, _ in spots}
+    keys = dict.fromkeys([*(f"weight {n}" for n in rounded), *owners])
+    sums = _Sums(
+        {name: np.zeros(2, np.float32) for name in keys},
+        {n: np.zeros(c.shape, c.dtype) for n, c in changes.items()},
+        np.zeros((), np.float32),
+        np.zeros((), np.float32),
+    )
+    number = jax.tree.leaves(examples)[0].shape[0]
+    size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
+    arrays, static = split_keywords(kwargs)
+    total = program(
+        graph.apply,
+        (CALLER, spots, rounded, number, frozen(static)),
+        partial(_total, spots, rounded, number, static),
+        compiler_options=compat.QUICK,
+    )
+    with tqdm(total=number, desc=CALLER, disable=not progress) as bar:
+        for i in range(0, number, size):
+            part = jax.tree.map(lambda x, i=i: x[i : i + size], examples)
+            trees = params, halfway, changes, quantizers
+            sums = total(trees, sums, part, key, np.int32(i), arrays)
+            bar.update(size)
+    return jax.device_get(sums)
 
-    @jax.jit
-    def total(params: Any, sums: _Sums, examples: Any, signs: jax.Array) -> _Sums:
-        changes = _changes(params, round_weights(params, quantizers), rounded)
-        leaves = named_leaves(params)
-        middle = {n: _middle(leaves[n], change) for n, change in changes.items()}
-        halfway = replace_leaves(params, middle, caller=CALLER)
+
+def _total(
+    spots: Sequence[tuple[str, str, int | None]],
+    rounded: Sequence[str],
+    number: int,
+    static: Mapping[str, Any],
+    apply: Apply,
+) -> Callable:
+    """The sums over some examples, added to those before."""
+
+    def total(
+        trees: Any, sums: _Sums, examples: Any, key: Any, start: Any, arrays: Any
+    ) -> _Sums:
+        params, halfway, changes, quantizers = trees
+
+        def model(params: Any, *inputs: Any) -> Any:
+            return apply(params, *inputs, **static, **arrays)
+
+        taps = {
+            f"{kind} {name}": Tap(
+                name, (2,), _split, _error(quantizers, kind), at, _halfway
+            )
+            for name, kind, at in spots
+        }
+        owners = {
+            f"{kind} {name}": _owner(kind, name, quantizers) for name, kind, _ in spots
+        }
+        gradients = projected_gradients(model, taps, rounded)
+        run = evaluate(model, _counted)
 
         def one(sums: _Sums, drawn: tuple[Any, Any]) -> tuple[_Sums, None]:
             example, own = drawn
             energy = energies(run(params, *example)[0])
             unit = [jnp.ones(()) for _ in energy]
             by_tap, by_weight = gradients(halfway, unit, own, *example)
-            errors = {name: jnp.zeros(2) for name in keys}
+            errors = {name: jnp.zeros(2) for name in sums.grids}
             for name, owner in owners.items():
                 errors[owner] += by_tap[name]
             for n, g in by_weight.items():
@@ -239,32 +281,20 @@ def _sums(
             )
             return jax.tree.map(jnp.add, sums, new), None
 
+        size = jax.tree.leaves(examples)[0].shape[0]
+        # Drawn here, all of them: outside it would be programs of its own.
+        signs = lax.dynamic_slice_in_dim(jax.random.split(key, number), start, size)
         return lax.scan(one, sums, (examples, signs))[0]
 
-    sums = _Sums(
-        {name: jnp.zeros(2) for name in keys},
-        {n: jnp.zeros(leaves[n].shape, wide(leaves[n].dtype)) for n in rounded},
-        jnp.zeros(()),
-        jnp.zeros(()),
-    )
-    number = jax.tree.leaves(examples)[0].shape[0]
-    signs = jax.random.split(key, number)
-    size = max(k for k in range(1, max(1, number // 8) + 1) if number % k == 0)
-    with tqdm(total=number, desc=CALLER, disable=not progress) as bar:
-        for i in range(0, number, size):
-            part = jax.tree.map(lambda x, i=i: x[i : i + size], examples)
-            sums = total(params, sums, part, signs[i : i + size])
-            bar.update(size)
-    return sums
+    return total
+
+
+def _counted(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
+    return counted_only(node, run, run(*operands)), None
 
 
 def _halfway(x: jax.Array, errors: Any) -> jax.Array:
     return x + (sum(errors, jnp.zeros_like(errors[0])) / 2).astype(x.dtype)
-
-
-def _middle(leaf: Any, change: jax.Array) -> Any:
-    """The leaf half rounded."""
-    return shifted(leaf, change / 2)
 
 
 def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:
@@ -281,13 +311,8 @@ def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:
     return found
 
 
-def _key(node: Node, kind: str) -> str:
-    return f"{kind} {node.name}"
-
-
-def _owner(key: str, quantizers: Quantizers) -> str:
+def _owner(kind: str, name: str, quantizers: Quantizers) -> str:
     """The quantizer that lies there, its own or one that it shares."""
-    kind, name = key.split(" ", 1)
     return f"{kind} {quantizers.owner(name) if kind == 'activation' else name}"
 
 
@@ -326,22 +351,45 @@ def _weights(
     params: Any, quantizers: Quantizers, gains: Mapping[str, jax.Array]
 ) -> dict[str, list[float]]:
     """What weights add at each of WIDTHS, really rounded."""
-    names = list(gains)
-
-    @jax.jit
-    def total(params: Any, gains: Mapping[str, jax.Array]) -> jax.Array:
-        def at(bits: jax.Array) -> jax.Array:
-            ends = grids(quantizers, weight_bits=bits)
-            rounded = round_weights(params, quantizers, grids=ends)
-            changes = _changes(params, rounded, names)
-            return jnp.stack([jnp.sum(gains[n] * changes[n] ** 2) for n in names])
-
-        return lax.map(at, jnp.array(WIDTHS))
-
+    names = tuple(gains)
     if not names:
         return {}
-    widths = np.asarray(total(params, gains))
+    leaves = named_leaves(params)
+    if _are_on_host(leaves, quantizers, names):
+        widths = np.zeros((len(WIDTHS), len(names)))
+        for i, name in enumerate(names):
+            gain, old = np.asarray(gains[name]), np.asarray(dense(leaves[name]))
+            for row, bits in zip(widths, WIDTHS, strict=True):
+                change = quantizers.on_host(name, leaves, bits) - old
+                row[i] = np.sum(gain * change**2)
+    else:
+        widths = np.asarray(_widths(params, quantizers, gains, names))
     return {name: [*map(float, widths[:, i])] for i, name in enumerate(names)}
+
+
+def _are_on_host(
+    leaves: Mapping[str, Any], quantizers: Quantizers, names: Sequence[str]
+) -> bool:
+    """Whether NumPy can round these weights, for which nothing is compiled."""
+    return all(quantizers.on_host(name, leaves) is not None for name in names)
+
+
+@partial(jax.jit, static_argnames="names")
+def _widths(
+    params: Any,
+    quantizers: Quantizers,
+    gains: Mapping[str, jax.Array],
+    names: Sequence[str],
+) -> jax.Array:
+    """What weights add at each of WIDTHS, where only JAX can round them."""
+
+    def at(bits: jax.Array) -> jax.Array:
+        ends = grids(quantizers, weight_bits=bits)
+        rounded = round_weights(params, quantizers, grids=ends)
+        changes = _changes(params, rounded, names)
+        return jnp.stack([jnp.sum(gains[n] * changes[n] ** 2) for n in names])
+
+    return lax.map(at, jnp.array(WIDTHS))
 
 
 def _changes(params: Any, rounded: Any, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -355,6 +403,31 @@ def _changes(params: Any, rounded: Any, names: Sequence[str]) -> dict[str, jax.A
     return found
 
 
+def _moved(
+    params: Any, quantizers: Quantizers, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What rounding does to each of the named weights, and the weights half rounded."""
+    leaves = named_leaves(params)
+    if not _are_on_host(leaves, quantizers, names):
+        return _moved_by_jax(params, quantizers, names)
+    changes, middle = {}, {}
+    for name in names:
+        new, old = (
+            quantizers.on_host(name, leaves),
+            np.asarray(dense(leaves[name])),
+        )
+        changes[name] = new - old
+        middle[name] = with_weight(leaves[name], old + changes[name] / 2)
+    return changes, middle
+
+
+@partial(jax.jit, static_argnames="names")
+def _moved_by_jax(params: Any, quantizers: Quantizers, names: Sequence[str]) -> Any:
+    leaves = named_leaves(params)
+    changes = _changes(params, round_weights(params, quantizers), names)
+    return changes, {n: shifted(leaves[n], c / 2) for n, c in changes.items()}
+
+
 def _scaled(rounded: float, clipped: float, quantizer: Quantizer) -> Noise:
     """Rounding noise grows with the square of the step, clipping stays unchanged."""
 
@@ -364,7 +437,8 @@ def _scaled(rounded: float, clipped: float, quantizer: Quantizer) -> Noise:
 
     widths = []
     for bits in WIDTHS:
-        other = quantizer.set(bits=bits) if quantizer.product is None else quantizer
+        own = quantizer.product is None
+        other = dataclasses.replace(quantizer, bits=bits) if own else quantizer
         steps = step(other) / step(quantizer)
         widths.append(rounded * steps**2 + clipped)
     return Noise(rounded, clipped, widths)
@@ -410,7 +484,7 @@ def _check(found: Mapping[tuple[str, str], Noise], sums: _Sums) -> None:
                 "graph.without and its quantizer off."
             )
     # A weight whose values are grid points has a gradient, and no error at any width.
-    on_weights = [bool(np.any(gain > 0)) for gain in sums.gains.values()]
+    on_weights = [bool(np.any(np.asarray(g) > 0)) for g in sums.gains.values()]
     on_weights += [
         sum(noise.widths) > 0
         for (kind, name), noise in found.items()

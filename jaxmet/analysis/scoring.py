@@ -9,9 +9,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.program.calls import is_array
+from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.program.compat import held_after, only_new_garbage
 from jaxmet.engine.run.lift import lift
+from jaxmet.engine.run.programs import same_text, split_keywords
 from jaxmet.tree.checks import check_callable
 
 Score = Callable[[Callable[..., Any], Any], Any]
@@ -22,20 +23,25 @@ Runner = Callable[[Sequence[Setting]], Iterator[Any]]
 def runner(
     score: Score,
     params: Any,
+    graph: Graph,
     *,
-    apply_of: Callable[[Any], Callable[..., Any]],
+    apply_of: Callable[[Any, Any], Callable[..., Any]],
     params_of: Callable[[Any, Any], Any],
     traceable: bool,
     together: int = 1,
+    shared: Any = None,
 ) -> Runner:
     """The scores of some variants in turn, each a pair of settings: trees of arrays, or None.
 
-    The first says how to run, `apply_of(how)`, the second on what, `params_of(params, what)`.
-    Settings are data: nothing is compiled twice, whether the score can be traced or not.
+    The first says how to run, `apply_of(how, shared)`, the second on what,
+    `params_of(params, what)`. Settings, and what they share, are data: nothing is compiled
+    twice, whether the score can be traced or not, nor in a second call that traces to the same
+    program.
     `together` variants are computed at once, by `jax.vmap`, where it can.
     """
     if not traceable:
-        forward, changed = _compiled(apply_of), jax.jit(params_of)
+        forward = _compiled(graph.apply, apply_of, shared)
+        changed = same_text(graph.apply, params_of)
         as_it_is = Partial(forward, None)  # one object: who jits it compiles it once
         return lambda settings: (
             score(
@@ -45,21 +51,21 @@ def runner(
             for how, what in settings
         )
 
-    def scored(params: Any, setting: Any) -> Any:
+    def scored(params: Any, shared: Any, setting: Any) -> Any:
         how, what = setting
-        return score(apply_of(how), params_of(params, what))
+        return score(apply_of(how, shared), params_of(params, what))
 
     # Not a batch of one: its weights would make grouped convolutions.
     if together == 1:
-        one = jax.jit(scored)
-        return lambda settings: (one(params, setting) for setting in settings)
-    many = jax.jit(jax.vmap(scored, in_axes=(None, 0)))
+        one = same_text(graph.apply, scored)
+        return lambda settings: (one(params, shared, setting) for setting in settings)
+    many = same_text(graph.apply, jax.vmap(scored, in_axes=(None, None, 0)))
 
     def in_groups(settings: Sequence[Setting]) -> Iterator[Any]:
         for start in range(0, len(settings), together):
             now = list(settings[start : start + together])
             full = now + now[-1:] * (together - len(now))
-            yield from many(params, jax.tree.map(_in_rows, *full))[: len(now)]
+            yield from many(params, shared, jax.tree.map(_in_rows, *full))[: len(now)]
 
     return in_groups
 
@@ -68,25 +74,24 @@ def _in_rows(*rows: Any) -> jax.Array:
     return jnp.stack([jnp.asarray(row) for row in rows])
 
 
-def _compiled(apply_of: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+def _compiled(
+    apply: Apply, apply_of: Callable[[Any, Any], Callable[..., Any]], shared: Any
+) -> Callable[..., Any]:
     """The variant's model, compiled once for each set of static keyword arguments."""
     programs: dict[str, Callable[..., Any]] = {}
 
     def run(how: Any, params: Any, *inputs: Any, **kwargs: Any) -> Any:
-        arrays = {k: v for k, v in kwargs.items() if _is_data(v)}
-        static = {k: v for k, v in kwargs.items() if k not in arrays}
+        arrays, static = split_keywords(kwargs)
         if (key := repr(sorted(static.items()))) not in programs:
-            programs[key] = jax.jit(
-                lambda how, p, *x, **arrays: apply_of(how)(p, *x, **arrays, **static)
+            programs[key] = same_text(
+                apply,
+                lambda how, shared, p, x, arrays: apply_of(how, shared)(
+                    p, *x, **arrays, **static
+                ),
             )
-        return programs[key](how, params, *inputs, **arrays)
+        return programs[key](how, shared, params, inputs, arrays)
 
     return run
-
-
-def _is_data(value: Any) -> bool:
-    leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(map(is_array, leaves))
 
 
 def check_score(caller: str, score: Any) -> None:

@@ -95,12 +95,14 @@ def sensitivity(
     run = runner(
         score,
         params,
-        apply_of=lambda how: simulate(
+        graph,
+        apply_of=lambda how, quantizers: simulate(
             graph.apply, quantizers, grids=_grids(quantizers, quantizer_of, how)
         ),
         params_of=lambda params, _: params,
         traceable=traceable,
         together=together,
+        shared=quantizers,
     )
     scores = _scores(run, asked, progress)
     return _table(quantizer_of, every, scores)

@@ -1,14 +1,16 @@
 """The main job on the packaged network: what quantization costs, and what wins it back."""
 
 import importlib.util
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 import jaxmet as jm
 from jaxmet.demo import data as packaged
@@ -18,120 +20,163 @@ BATCH = 100
 SCORED = 128  # images a score of the compression
 REPORT = Path("jaxmet-report.html")
 REPORTED = "W8A8 per tensor, fold + equalize + correct"
+SMALL = "50 % MACs in float, fold + prune"
+NAMES = (
+    "float",
+    "W8A8 per tensor, fold",
+    "W8A8 per tensor, fold + equalize",
+    REPORTED,
+    "W8A8 per tensor, the same without data",
+    "W8A8 per channel, fold",
+    "W4A8 per tensor, fold",
+    "W4A8 per tensor, fold + equalize",
+    "W4A8 per channel, fold",
+    "W4A8 per channel, fold + correct",
+    "W4A8 per channel, fold + adaround",
+    SMALL,
+)
 
 
 class Variant(NamedTuple):
     """A tree, and how it is calibrated: `weights` keep the quantizers that were found for it."""
 
-    name: str
     params: Any
     config: jm.QuantConfig
     data: Any
     weights: jm.Quantizers | None = None
 
 
-def run(*, progress: bool = True, report: Path | None = None) -> jm.Table:
+QUICK = ("float", "W8A8 per channel, fold", "W4A8 per channel, fold")
+
+
+def run(
+    *,
+    progress: bool = True,
+    report: Path | None = None,
+    quick: bool = False,
+    show: Callable[[str], Any] | None = None,
+) -> jm.Table:
     """Quantize the demo's network in several ways and measure each on the test images.
 
     One row a variant: test accuracy in percent, the half-width of its 95 % interval
     (binomial, 1.96 √(p(1−p)/n)), the paired difference to float with its interval, and the
-    signal-to-noise ratio of the logits in dB. With `report`, a path, the page of one of the
-    variants is written there.
+    signal-to-noise ratio of the logits in dB. `show` is given each line of the table as soon
+    as it is known. With `report`, a path, the page of one of the variants is written there.
+    `quick` leaves out what takes long: there are the rows of `QUICK`, and no page.
     """
     calibration, images, labels = packaged.load()
-    apply, trained = Network().apply, packaged.weights()
-    graph = jm.trace(apply, trained, images[:1])
-    batches = jm.batched(calibration, batch_size=64)
-    folded = jm.fold_batch_norm(trained, graph)
-    equalized = jm.equalize(folded, graph, progress=progress)
-
-    variants = _variants(graph, folded, equalized, batches, progress=progress)
-    bar = tqdm(total=len(variants) + 2, desc="variants", disable=not progress)
+    trained = packaged.weights()
+    apply = Network().apply
+    names = QUICK if quick else NAMES
+    title = f"Fashion-MNIST, {len(labels)} test images, 95 % intervals"
+    rows: list[dict[str, Any]] = []
 
     @jax.jit
     def device(quantizers: jm.Quantizers, params: Any, images: Any) -> Any:
         return jm.simulate(apply, quantizers, weights=False)(params, images)
 
     float_logits = _logits(device, jm.Quantizers(), trained, images)
-    rows = [_row("float", float_logits, float_logits, labels)]
-    bar.update()
-    for name, params, config, data, weights in variants:
+
+    def add(name: str, logits: np.ndarray) -> None:
+        rows.append(_row(name, logits, float_logits, labels))
+        if show is not None:
+            lines = [title, _line(dict.fromkeys(rows[0]), names)] * (len(rows) == 1)
+            for line in (*lines, _line(rows[-1], names)):
+                show(line)
+
+    add("float", float_logits)
+    steps = _Steps(apply, trained, calibration, images, progress)
+    for name in names[1:]:
+        if name == SMALL:
+            small = _halved(steps, calibration)
+            add(name, _logits(device, jm.Quantizers(), small, images))
+            continue
+        params, config, data, weights = steps.variant(name)
         quantizers = jm.calibrate(
-            params, graph, data, config, weights=weights, progress=False
+            params, steps.graph, data, config, weights=weights, progress=False
         )
         coarse = jm.round_weights(params, quantizers)
-        logits = _logits(device, quantizers, coarse, images)
-        rows.append(_row(name, logits, float_logits, labels))
-        bar.update()
+        add(name, _logits(device, quantizers, coarse, images))
         if name == REPORTED and report is not None:
             scores = {r["variant"]: r["accuracy (%)"] for r in (rows[0], rows[-1])}
-            noise = jm.noise(params, graph, quantizers, batches, progress=False)
+            noise = jm.noise(
+                params, steps.graph, quantizers, steps.batches, progress=False
+            )
             jm.report(
                 report,
                 params,
-                graph,
+                steps.graph,
                 quantizers=quantizers,
                 batch=calibration[:BATCH],
-                before=folded,
+                before=steps.folded,
                 tables=[noise],
                 scores=scores,
                 title="jaxmet on Fashion-MNIST",
             )
-    small = _halved(folded, graph, calibration, batches, progress=progress)
-    logits = _logits(device, jm.Quantizers(), small, images)
-    rows.append(_row("50 % MACs in float, fold + prune", logits, float_logits, labels))
-    bar.update()
-    bar.close()
-    return jm.Table(
-        {key: [row[key] for row in rows] for key in rows[0]},
-        title=f"Fashion-MNIST, {len(labels)} test images, 95 % intervals",
-    )
+    return jm.Table({key: [row[key] for row in rows] for key in rows[0]}, title=title)
 
 
-def _variants(
-    graph: jm.Graph, folded: Any, equalized: Any, batches: Any, *, progress: bool
-) -> list[Variant]:
-    tensor, four = jm.QuantConfig(per_channel=False), jm.QuantConfig(weight_bits=4)
-    four_per_tensor = jm.QuantConfig(weight_bits=4, per_channel=False)
+def _line(row: dict[str, Any], names: Sequence[str]) -> str:
+    """A row as the table prints it; the head, where there are no values."""
+    widths = (max(map(len, (*names, "variant"))), *map(len, [*row][1:]))
+    cells = [key if value is None else value for key, value in row.items()]
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(padded).rstrip()
 
-    def corrected(params: Any, config: jm.QuantConfig, data: Any) -> Any:
-        quantizers = jm.calibrate(params, graph, data, config, progress=False)
-        return jm.correct_bias(params, graph, quantizers, data, progress=False)
 
-    def rounded(params: Any, config: jm.QuantConfig) -> tuple[Any, jm.Quantizers]:
-        quantizers = jm.calibrate(params, graph, batches, config, progress=False)
-        key = jax.random.key(0)
-        return jm.adaround(
-            params, graph, quantizers, batches, key=key, progress=progress
+class _Steps:
+    """The trees that variants share, each made when the first of them asks for it."""
+
+    def __init__(
+        self, apply: Any, trained: Any, calibration: Any, images: Any, progress: bool
+    ) -> None:
+        self.trained, self.progress = trained, progress
+        self.graph = jm.trace(apply, trained, images[:1])
+        self.batches = jm.batched(calibration, batch_size=64)
+
+    @cached_property
+    def folded(self) -> Any:
+        return jm.fold_batch_norm(self.trained, self.graph)
+
+    @cached_property
+    def equalized(self) -> Any:
+        return jm.equalize(self.folded, self.graph, progress=self.progress)
+
+    def variant(self, name: str) -> Variant:
+        """A variant by what its name says."""
+        bits, _, rest = name.partition(" ")
+        config = jm.QuantConfig(
+            weight_bits=int(bits[1]), per_channel=rest.startswith("per channel")
         )
+        blind = "without data" in name
+        data = None if blind else self.batches
+        done = "equalize" in name or blind
+        params, weights = self.equalized if done else self.folded, None
+        if "adaround" in name:
+            quantizers = self.calibrated(params, config, data)
+            params, weights = jm.adaround(
+                params,
+                self.graph,
+                quantizers,
+                data,
+                key=jax.random.key(0),
+                progress=self.progress,
+            )
+        elif "correct" in name or blind:
+            quantizers = self.calibrated(params, config, data)
+            params = jm.correct_bias(
+                params, self.graph, quantizers, data, progress=False
+            )
+        return Variant(params, config, data, weights)
 
-    adapted, weights = rounded(folded, four)
-    fixed, blind = (corrected(equalized, tensor, data) for data in (batches, None))
-    return [
-        Variant("W8A8 per tensor, fold", folded, tensor, batches),
-        Variant("W8A8 per tensor, fold + equalize", equalized, tensor, batches),
-        Variant(REPORTED, fixed, tensor, batches),
-        Variant("W8A8 per tensor, the same without data", blind, tensor, None),
-        Variant("W8A8 per channel, fold", folded, jm.QuantConfig(), batches),
-        Variant("W4A8 per tensor, fold", folded, four_per_tensor, batches),
-        Variant(
-            "W4A8 per tensor, fold + equalize", equalized, four_per_tensor, batches
-        ),
-        Variant("W4A8 per channel, fold", folded, four, batches),
-        Variant(
-            "W4A8 per channel, fold + correct",
-            corrected(folded, four, batches),
-            four,
-            batches,
-        ),
-        Variant("W4A8 per channel, fold + adaround", adapted, four, batches, weights),
-    ]
+    def calibrated(self, params: Any, config: Any, data: Any) -> jm.Quantizers:
+        return jm.calibrate(params, self.graph, data, config, progress=False)
 
 
-def _halved(
-    params: Any, graph: jm.Graph, images: jax.Array, batches: Any, *, progress: bool
-) -> Any:
+def _halved(steps: _Steps, images: jax.Array) -> Any:
     """Half of the multiplications, from those channels that the outputs miss least."""
+    params, graph, batches = steps.folded, steps.graph, steps.batches
+    progress = steps.progress
     images = images[:SCORED]
     wanted = jax.jit(graph.apply)(params, images)
 
@@ -185,15 +230,25 @@ def _half(values: np.ndarray) -> float:
     return float(196 * values.std() / np.sqrt(len(values)))
 
 
-def main() -> None:
-    """Run the demo, print its table, and write its report where pictures can be drawn."""
+def main(*, quick: bool = False) -> None:
+    """Run the demo, print its rows, and write its report where pictures can be drawn."""
     drawn = all(map(importlib.util.find_spec, ("altair", "vl_convert")))
-    print(run(report=REPORT if drawn else None))
-    print(
-        f"\njax {jax.__version__} on {jax.default_backend()}; images and network are inside "
-        "the package (jaxmet/demo)."
+    report = REPORT if drawn and not quick else None
+    start = time.perf_counter()
+    # Bars in a file would be lines of litter between the rows.
+    run(
+        report=report,
+        quick=quick,
+        progress=sys.stderr.isatty(),
+        show=partial(print, flush=True),
     )
-    if drawn:
+    print(
+        f"\n{time.perf_counter() - start:.0f} s; jax {jax.__version__} on "
+        f"{jax.default_backend()}; images and network are inside the package (jaxmet/demo)."
+    )
+    if quick:
+        print("Without --quick there are more rows: python -m jaxmet")
+    elif drawn:
         print(f"What was lost where, in pictures: {REPORT.resolve()}")
     else:
         print(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.eligibility import check_named
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.names import suggestion
 
@@ -32,10 +33,10 @@ def asked_for(
                 f"jaxmet.{caller}: there is no selected layer {name!r}. "
                 f"{suggestion(name, list(layers))}"
             )
-        if layers[name] and (name in named or name in graph.named):
-            raise ValueError(
-                f"jaxmet.{caller}: {name!r} cannot be compressed: {layers[name]}. Leave it out."
-            )
+        cure = "Leave it out." if name in named else ""
+        check_named(
+            name, layers[name], graph, caller, "be compressed", asked=named, cure=cure
+        )
     return {name: float(ratio) for name, ratio in asked.items()}
 
 

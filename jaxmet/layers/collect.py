@@ -1,6 +1,8 @@
 """Statistics of nodes over many batches: one compiled step, merged as it goes."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +12,8 @@ from jax import lax
 from tqdm.auto import tqdm
 
 from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.programs import frozen, program, split_keywords
 from jaxmet.engine.run.replay import Hook, evaluate
 from jaxmet.layers.arguments import accepting
 from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_of
@@ -28,65 +32,106 @@ def collect(
     caller: str,
     progress: bool = True,
     observer: Observer | None = None,
+    summary: Callable[[Any], Any] | None = None,
     lost: dict[str, str] | None = None,
+    key: Hashable | None = None,
     **kwargs: Any,
 ) -> Any:
     """Merge what a hook observes over all batches: `{node name: statistics}`.
 
     `merge(one, two)` is associative and takes the whole dict. Batched data runs through
     `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
-    batch compiles once more. `observer(hook)(params, *batch)` is what is merged, by default the
-    hook's statistics. A hook sees the number of its batch and, with a mask, where values
-    count; `lost` is told of nodes where that is not known, and why. Raises ValueError where
-    a batch runs other nodes than those that the graph was traced with.
+    batch compiles once more. What is merged is `summary` of the hook's statistics of a batch,
+    by default all of them, or `observer(hook)(params, *batch)`. A hook sees the number of its
+    batch and, with a mask, where values count; `lost` is told of nodes where that is not known,
+    and why. Raises ValueError where a batch runs other nodes than those that the graph was
+    traced with.
+
+    `key` says all that hook, merge and summary depend on, none of which may hold an array or a
+    model: with an equal one the programs are those of the call before. None: they are compiled
+    anew, as they are where an observer is given.
     """
-    seen: dict[str, None] = {}
-    unknown = {} if lost is None else lost
-
-    def watching(node, run, operands):
-        seen[node.name] = None
-        if run.lost is not None:
-            unknown[node.name] = run.lost
-        return hook(node, run, operands)
-
-    of_one = statistics_of(graph) if observer is None else observer
-    of_batch = of_one(watching)
-
-    def observe(params: Any, *batch: Any) -> Any:
-        return of_batch(params, *batch, **kwargs)
-
-    def chunk(params: Any, batch: Any) -> Any:
-        if jax.tree.leaves(batch)[0].shape[0] == 1:
-            return observe(params, *jax.tree.map(lambda x: x[0], batch))
-        every = lax.map(lambda one: observe(params, *one), batch)
-        size = jax.tree.leaves(batch)[0].shape[0]
-        total = jax.tree.map(lambda x: x[0], every)
-        for i in range(1, size):
-            total = merge(total, jax.tree.map(lambda x, i=i: x[i], every))
-        return total
-
-    step, merged = jax.jit(chunk), jax.jit(merge)
+    arrays, static = split_keywords(kwargs)
+    kept = key is not None and observer is None
+    own = (caller, key, frozen(static)) if kept else None
+    of_apply = partial(_summarized, summary)
+    one = of_apply if observer is None else lambda _: observer
+    step = partial(_step, one, hook, merge, static)
+    step = program(graph.apply, own and (*own, "step"), step)
+    merged = program(graph.apply, own and (*own, "merge"), lambda _: merge)
     total = None
     with tqdm(total=batches.length, desc=caller, disable=not progress) as bar:
         for part, count in _chunks(batches):
-            seen.clear()
             shapes = jax.tree.map(_without_axis, inputs_of(part)[0])
             traced = graph.called[0]
             with accepting(shapes, caller, graph.apply, params, kwargs, traced=traced):
-                found = step(params, part)
-            if seen:  # traced for this shape
-                _check_nodes(graph, seen, caller)
-            total = found if total is None else merged(total, found)
+                found = step(params, part, arrays)
+            _check_nodes(graph, found.nodes, caller)
+            if lost is not None:
+                lost.update(found.lost)
+            total = found.value if total is None else merged(total, found.value)
             bar.update(count)
     return total
 
 
-def statistics_of(graph: Graph) -> Observer:
-    """What a hook observes while the model runs on a batch."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Observed:
+    """What some batches showed, and what their trace did: that is static, for each program."""
+
+    value: Any
+    nodes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    lost: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
+
+
+def _step(
+    of_apply: Callable[[Apply], Observer],
+    hook: Hook,
+    merge: Merge,
+    static: dict[str, Any],
+    apply: Apply,
+) -> Callable:
+    """The statistics of batches along a leading axis, merged."""
+
+    def chunk(params: Any, batch: Any, arrays: dict[str, Any]) -> _Observed:
+        seen: dict[str, None] = {}
+        lost: dict[str, str] = {}
+
+        def watching(node, run, operands):
+            seen[node.name] = None
+            if run.lost is not None:
+                lost[node.name] = run.lost
+            return hook(node, run, operands)
+
+        of_batch = of_apply(apply)(watching)
+
+        def observe(*batch: Any) -> Any:
+            return of_batch(params, *batch, **static, **arrays)
+
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if size == 1:
+            total = observe(*jax.tree.map(lambda x: x[0], batch))
+        else:
+            every = lax.map(lambda one: observe(*one), batch)
+            total = jax.tree.map(lambda x: x[0], every)
+            for i in range(1, size):
+                total = merge(total, jax.tree.map(lambda x, i=i: x[i], every))
+        return _Observed(total, tuple(seen), tuple(lost.items()))
+
+    return chunk
+
+
+def _summarized(summary: Callable[[Any], Any] | None, apply: Apply) -> Observer:
+    """What is kept of the hook's statistics while the model runs on a batch."""
 
     def observer(hook: Hook) -> Callable:
-        run = evaluate(graph.apply, hook)
-        return lambda params, *batch, **kwargs: run(params, *batch, **kwargs)[1]
+        run = evaluate(apply, hook)
+
+        def observe(params: Any, *batch: Any, **kwargs: Any) -> Any:
+            statistics = run(params, *batch, **kwargs)[1]
+            return statistics if summary is None else summary(statistics)
+
+        return observe
 
     return observer
 
@@ -132,7 +177,7 @@ def _joined(*arrays: Any) -> Any:
     return np.stack(arrays) if on_host else jnp.stack(arrays)
 
 
-def _check_nodes(graph: Graph, seen: dict[str, None], caller: str) -> None:
+def _check_nodes(graph: Graph, seen: Iterable[str], caller: str) -> None:
     known = {n.name for n in graph.nodes}
     other = sorted(known ^ set(seen))
     if other:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ import numpy as np
 from jaxmet.engine.backend.cpu import computed_once
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.engine.run.replay import Counted, Hook, Run
-from jaxmet.layers.collect import Observer, collect, statistics_of
+from jaxmet.engine.run.replay import Counted, Run
+from jaxmet.layers.collect import collect
 from jaxmet.layers.placement import Placement
 from jaxmet.numerics.calibrators import best_range, values_of
 from jaxmet.numerics.grid import grid_ends
@@ -85,16 +86,18 @@ def observed_ranges(
     by_node = dict(placement.activations)
     for name, owner in placement.shared.items():
         by_node[name] = placement.activations[owner]
+    only_ends = {name: s.calibrator == "minmax" for name, s in by_node.items()}
     seen = collect(
         graph,
         params,
         batches,
-        _observed(by_node, samples),
-        _merge,
+        _observed(only_ends, samples),
+        merge_rows,
         caller="calibrate",
         progress=progress,
-        observer=_counting(graph),
+        summary=rows_of,
         lost=lost,
+        key=(tuple(only_ends.items()), samples),
         **kwargs,
     )
     return _chosen(_settle(graph, seen, placement), placement.activations)
@@ -105,16 +108,17 @@ def check_samples(samples: Any) -> None:
     check_counts("calibrate", optional=True, samples=samples)
 
 
-def _observed(by_node: Mapping[str, Settings], samples: int | None) -> Callable:
+def _observed(only_ends: Mapping[str, bool], samples: int | None) -> Callable:
+    """A hook at these nodes: the ends of all values, or their histogram too."""
+
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = run(*operands)
-        settings = by_node.get(node.name)
-        if settings is None:
+        if node.name not in only_ends:
             return result, None
         result = computed_once(result)
         wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
         values = result.astype(wide)
-        if settings.calibrator == "minmax":
+        if only_ends[node.name]:
             return result, extremes(values, run.counts)
         # Another batch is looked at in other positions.
         number = 0 if run.batch is None else run.batch
@@ -131,30 +135,19 @@ def extremes(values: jax.Array, where: Any = None, axis: Any = None) -> Extremes
     return Extremes(low, jnp.max(values, axis, where=where, initial=-jnp.inf))
 
 
-def _counting(graph: Graph) -> Observer:
+def rows_of(statistics: Mapping[str, Any]) -> dict[str, ObservedRows]:
     """What a batch shows, in rows; in few arrays for all nodes."""
-
-    def observer(hook: Hook) -> Callable:
-        run = statistics_of(graph)(hook)
-
-        def counted(params: Any, *batch: Any, **kwargs: Any) -> dict[str, ObservedRows]:
-            seen = {
-                name: _uncounted(v) for name, v in run(params, *batch, **kwargs).items()
-            }
-            kinds: dict[Any, dict[str, Any]] = {}
-            for name, value in seen.items():
-                kinds.setdefault((type(value), value.low.dtype), {})[name] = value
-            return {
-                f"{kind.__name__} {dtype}": ObservedRows(
-                    _in_rows(kind, [*found.values()]),
-                    tuple((name, v.low.shape) for name, v in found.items()),
-                )
-                for (kind, dtype), found in kinds.items()
-            }
-
-        return counted
-
-    return observer
+    kinds: dict[Any, dict[str, Any]] = {}
+    for name, found in statistics.items():
+        value = _uncounted(found)
+        kinds.setdefault((type(value), value.low.dtype), {})[name] = value
+    return {
+        f"{kind.__name__} {dtype}": ObservedRows(
+            _in_rows(kind, [*found.values()]),
+            tuple((name, v.low.shape) for name, v in found.items()),
+        )
+        for (kind, dtype), found in kinds.items()
+    }
 
 
 def _in_rows(kind: type, values: list[Any]) -> Extremes | Histogram:
@@ -167,7 +160,7 @@ def _in_rows(kind: type, values: list[Any]) -> Extremes | Histogram:
 def _flat(value: Any) -> Any:
     """One leading axis for all that loops gave."""
     ndim = np.ndim(value.low)
-    return jax.tree.map(lambda v: jnp.reshape(v, (-1, *v.shape[ndim:])), value)
+    return jax.tree.map(lambda v: v.reshape((-1, *v.shape[ndim:])), value)
 
 
 def _uncounted(found: Any) -> Any:
@@ -183,9 +176,11 @@ def _uncounted(found: Any) -> Any:
     return value._replace(low=low, high=high)
 
 
-def _merge(
+def merge_rows(
     one: dict[str, ObservedRows], two: dict[str, ObservedRows]
 ) -> dict[str, ObservedRows]:
+    """The rows of both sets of batches, which are of the same nodes."""
+
     def join(a: Any, b: Any) -> Any:
         if isinstance(a, Histogram):
             return merge(a, b)
@@ -236,8 +231,10 @@ def _settle(
 def _as_one(values: list[Any]) -> Any:
     """What several saw, and each in a loop, as if one had."""
     if isinstance(values[0], Histogram):
-        flat = [_flat(v) for v in values]
-        return merge_all(jax.tree.map(lambda *v: jnp.concatenate(v), *flat))
+        rows = _side_by_side(values)
+        if rows.low.size == 1:
+            return jax.tree.map(lambda v: v[0], rows)
+        return jax.device_get(_merge_all(rows))
     lows, highs = ([np.min(v[0]) for v in values], [np.max(v[1]) for v in values])
     return Extremes(np.min(lows), np.max(highs))
 
@@ -261,19 +258,32 @@ def _chosen(
     for (method, symmetric, _), names in searched.items():
         # All quantizers of a kind side by side, layers too: one program.
         layers = [np.size(found[n].low) for n in names]
-        flat = [_flat(found[n]) for n in names]
-        values = values_of(jax.tree.map(lambda *v: jnp.concatenate(v), *flat))
+        rows = _side_by_side([found[n] for n in names])
         given = np.repeat(
             [_given(activations[n], found[n]) for n in names], layers, axis=0
         )
-        given = (jnp.asarray(v, values.left.dtype) for v in given.T)
-        chosen = best_range(values, *given, method=method, symmetric=symmetric)
+        given = given.T.astype(rows.counts.dtype)
+        chosen = _best_ranges(rows, *given, method=method, symmetric=symmetric)
         cuts = np.cumsum(layers)[:-1]
         parts = zip(*(np.split(np.asarray(v), cuts) for v in chosen), strict=True)
         for name, ends in zip(names, parts, strict=True):
             low, high = (end.reshape(np.shape(found[name].low)) for end in ends)
             ranges[name] = low, high
     return ranges
+
+
+def _side_by_side(values: list[Any]) -> Histogram:
+    """Histograms of the host in rows."""
+    return jax.tree.map(lambda *v: np.concatenate(v), *map(_flat, values))
+
+
+# Operation by operation each would be a program of its own.
+_merge_all = jax.jit(merge_all)
+
+
+@partial(jax.jit, static_argnames=("method", "symmetric"))
+def _best_ranges(rows: Histogram, *given: Any, method: Any, symmetric: bool) -> Any:
+    return best_range(values_of(rows), *given, method=method, symmetric=symmetric)
 
 
 def _given(settings: Settings, value: Any) -> tuple[float, float, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
+from jaxmet.layers.eligibility import NOT_SELECTED
 from jaxmet.layers.folded_shift import folded_norm, norm_to_fold
 from jaxmet.layers.rule_targets import (
     Tensor,
@@ -100,7 +101,7 @@ def place(
         if node.in_float is not None:
             left[node.name] = node.in_float
         elif node.name not in graph.selected:
-            left[node.name] = "not selected"
+            left[node.name] = NOT_SELECTED
         elif not settings.quantize:
             left[node.name] = says_float(config, node.name, "activation")
         elif settings.bits == 32:
@@ -176,7 +177,7 @@ def _quantized(
 ) -> Iterator[WeightPlace]:
     for weight in weights:
         if not any(n.name in graph.selected for n in weight.nodes):
-            left[weight.name] = "not selected"
+            left[weight.name] = NOT_SELECTED
         elif not weight.settings.quantize:
             left[weight.name] = says_float(config, weight.names, "weight")
         elif weight.settings.bits == 32:

@@ -169,6 +169,7 @@ def _compute(
     return lax.convert_element_type(rounded, x.dtype)
 
 
+@functools.lru_cache(1024)  # a trace at each bind takes longer than all the rest
 def _abstract(compute: Any, *args: Any, **params: Any) -> Any:
     # What the implementation's own trace says, sharding and varying axes included.
     return jax.make_jaxpr(partial(compute, **params))(*args).out_avals[0]

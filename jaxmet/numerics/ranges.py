@@ -78,16 +78,51 @@ def grid_between(
     Returns:
         Scale and zero point, of the shape of the ranges.
     """
-    least = jnp.minimum(_float(minimum), 0.0)
-    most = jnp.maximum(_float(maximum), 0.0)
-    low, high = (jnp.asarray(end, least.dtype) for end in (low, high))
+    return _between(jnp, _float(minimum), _float(maximum), low, high, symmetric)
+
+
+def grid_on_host(
+    minimum: Any, maximum: Any, low: int, high: int, *, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """`grid_between` in NumPy, where no program is compiled; equal to the last bit or so.
+
+    Args:
+        minimum: the lower ends of ranges, any shape.
+        maximum: the upper ends, of the same shape.
+        low: the lowest integer.
+        high: the highest integer.
+        symmetric: whether zero is the middle of the grid.
+
+    Returns:
+        Scale and zero point, of the shape of the ranges.
+    """
+    minimum, maximum = np.asarray(minimum), np.asarray(maximum)
+    dtype = max((np.dtype(np.float32), minimum.dtype), key=lambda d: d.itemsize)
+    minimum, maximum = minimum.astype(dtype), maximum.astype(dtype)
+    scale, zero_point = _between(np, minimum, maximum, low, high, symmetric)
+    if symmetric and scale.ndim:  # as XLA divides arrays by a number
+        one = dtype.type(1)
+        scale = np.maximum(maximum, 0) * (one / dtype.type(high))
+        if low < 0:
+            below = np.minimum(minimum, 0) * (one / dtype.type(low))
+            scale = np.maximum(scale, below)
+        scale = np.maximum(scale, dtype.type(SCALE_FLOOR))
+    return np.asarray(scale, dtype), np.asarray(zero_point, dtype)
+
+
+def _between(
+    np_: Any, minimum: Any, maximum: Any, low: Any, high: Any, symmetric: bool
+) -> tuple[Any, Any]:
+    """The grid of ranges, by `numpy` or `jax.numpy`."""
+    least, most = np_.minimum(minimum, 0.0), np_.maximum(maximum, 0.0)
+    low, high = (np_.asarray(end, least.dtype) for end in (low, high))
     if symmetric:
-        below = jnp.where(low < 0, least / jnp.where(low < 0, low, -1.0), 0.0)
-        scale = jnp.maximum(jnp.maximum(most / high, below), SCALE_FLOOR)
-        return scale, jnp.zeros_like(scale)
+        below = np_.where(low < 0, least / np_.where(low < 0, low, -1.0), 0.0)
+        scale = np_.maximum(np_.maximum(most / high, below), SCALE_FLOOR)
+        return scale, np_.zeros_like(scale)
     # Divided first, since the width of an extreme range may not be a float.
-    scale = jnp.maximum(most / (high - low) - least / (high - low), SCALE_FLOOR)
-    return scale, jnp.clip(jnp.round(low - least / scale), low, high)
+    scale = np_.maximum(most / (high - low) - least / (high - low), SCALE_FLOOR)
+    return scale, np_.clip(np_.round(low - least / scale), low, high)
 
 
 def regrid(

@@ -9,16 +9,10 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.engine.run.replay import Hook, Run
-from jaxmet.layers.collect import Observer, collect, statistics_of
-from jaxmet.numerics.histogram import (
-    Histogram,
-    Tally,
-    histograms,
-    merge,
-    merge_all,
-    tally,
-)
+from jaxmet.engine.run.replay import Run
+from jaxmet.layers.collect import collect
+from jaxmet.layers.observed_ranges import merge_rows, rows_of
+from jaxmet.numerics.histogram import merge_all, tally
 from jaxmet.tree.batches import Batches
 
 SAMPLES = 2**16  # values of a node and batch that are counted
@@ -39,26 +33,25 @@ def activations(
     params: Any, graph: Graph, batches: Batches, names: Collection[str], caller: str
 ) -> dict[str, Counts]:
     """Counts and edges of the results of these nodes over all batches, layers together."""
-    layout: list[tuple[str, int]] = []
-    seen: Histogram = collect(
+    seen = collect(
         graph,
         params,
         batches,
         _tallied(names),
-        merge,
+        merge_rows,
         caller=caller,
         progress=False,
-        observer=_side_by_side(graph, layout),
+        summary=rows_of,
+        key=("counts", frozenset(names)),
     )
-    counts, edges = (np.asarray(v, np.float64) for v in (seen.counts, seen.edges))
-    found, start = {}, 0
-    for name, layers in layout:
-        rows = slice(start, start + layers)
-        found[name] = counts[start], edges[start]
-        if layers > 1:
-            one = merge_all(jax.tree.map(lambda v, rows=rows: v[rows], seen))
-            found[name] = np.asarray(one.counts, np.float64), np.asarray(one.edges)
-        start += layers
+    found = {}
+    for rows in seen.values():
+        for name, histogram in rows.by_node().items():
+            one = jax.tree.map(jnp.asarray, histogram)
+            one = merge_all(one) if one.low.ndim else one
+            found[name] = tuple(
+                np.asarray(v, np.float64) for v in (one.counts, one.edges)
+            )
     return found
 
 
@@ -70,23 +63,3 @@ def _tallied(names: Collection[str]) -> Callable:
         return result, tally(result.astype(jnp.float32), SAMPLES)
 
     return hook
-
-
-def _side_by_side(graph: Graph, layout: list[tuple[str, int]]) -> Observer:
-    """One histogram with one row per node and layer: few arrays for a whole model."""
-
-    def observer(hook: Hook) -> Callable:
-        run = statistics_of(graph)(hook)
-
-        def counted(params: Any, *batch: Any, **kwargs: Any) -> Histogram:
-            seen = {
-                k: v
-                for k, v in run(params, *batch, **kwargs).items()
-                if isinstance(v, Tally)
-            }
-            layout[:] = [(name, int(t.low.size)) for name, t in seen.items()]
-            return histograms(list(seen.values()))
-
-        return counted
-
-    return observer

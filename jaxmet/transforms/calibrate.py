@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +18,7 @@ from jaxmet.layers.observed_ranges import (
     observed_ranges,
 )
 from jaxmet.layers.placement import place
-from jaxmet.numerics.ranges import grid_between
+from jaxmet.numerics.ranges import grid_between, grid_on_host
 from jaxmet.transforms.data_free_ranges import WHY, data_free_ranges
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete
@@ -239,7 +240,9 @@ def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, 
 
 
 def _of_range(extremes: Range, s: Settings) -> Quantizer:
-    low, high = (jnp.asarray(e, jnp.float32) for e in extremes)
     quantizer = activation_quantizer(s, signed=is_signed(s, extremes[0]))
-    scale, zero_point = grid_between(low, high, *quantizer.ends, symmetric=s.symmetric)
-    return quantizer.holding(scale * quantizer.margin(quantizer.ends), zero_point)
+    between = grid_on_host if all(map(is_concrete, extremes)) else grid_between
+    grid = between(*extremes, *quantizer.ends, symmetric=s.symmetric)
+    scale, zero_point = (a.astype(np.float32) for a in grid)
+    scale = scale * np.float32(quantizer.margin(quantizer.ends))
+    return quantizer.holding(*map(jax.device_put, (scale, zero_point)))

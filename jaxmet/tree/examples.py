@@ -33,7 +33,7 @@ def some_examples(batches: Batches, number: int) -> Any:
     same = [one for one, s in zip(rows, shapes, strict=True) if s == shapes[0]]
     count = sum(jax.tree.leaves(one)[0].shape[0] for one in same)
     index = np.arange(min(count, number)) * count // min(count, number)
-    return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *same)
+    return jax.tree.map(lambda *x: _np_of(*x).concatenate(x)[index], *same)
 
 
 def _thinned(batches: Batches, number: int) -> list[tuple[Any, ...]]:
@@ -44,7 +44,9 @@ def _thinned(batches: Batches, number: int) -> list[tuple[Any, ...]]:
         size = jax.tree.leaves(batch)[0].shape[0]
         for i in range(-before % stride, size, stride):
             # A copy: a view would hold the whole batch.
-            kept.append(jax.tree.map(lambda x, i=i: jnp.array(x[i : i + 1]), batch))
+            kept.append(
+                jax.tree.map(lambda x, i=i: _np_of(x).array(x[i : i + 1]), batch)
+            )
         while len(kept) >= 2 * number:
             kept, stride = kept[::2], 2 * stride
         before += size
@@ -59,7 +61,12 @@ def chosen(batch: tuple[Any, ...], number: int) -> tuple[Any, float]:
     rows = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)}
     size = rows.pop()
     if rows or size == 0:
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], batch), 1.0
+        return jax.tree.map(lambda x: x[None], batch), 1.0
     number = min(number, size)
     index = np.arange(number) * size // number
-    return jax.tree.map(lambda x: jnp.asarray(x)[index][:, None], batch), 1 / size
+    return jax.tree.map(lambda x: x[index][:, None], batch), 1 / size
+
+
+def _np_of(*arrays: Any) -> Any:
+    """NumPy for what is on the host: it compiles nothing."""
+    return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp

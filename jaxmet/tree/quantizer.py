@@ -26,6 +26,7 @@ from jaxmet.numerics.learned_ranges import (
 )
 from jaxmet.numerics.ranges import grid_between, regrid
 from jaxmet.tree.checks import check_choices, check_flags, is_concrete
+from jaxmet.tree.host_rounding import stated_grid
 from jaxmet.tree.names import suggestion
 
 Learn = Literal["lsq", "minmax"]
@@ -136,6 +137,10 @@ class Quantizer:
         if self.headroom == 1:
             return 1
         low, high = ends
+        if isinstance(low, int) and isinstance(
+            high, int
+        ):  # no program for two integers
+            return float(self.headroom) if high - low > 2**15 else 1.0
         return jnp.where(jnp.asarray(high - low) > 2**15, float(self.headroom), 1.0)
 
     @property
@@ -206,7 +211,7 @@ class Quantizer:
             return grid
         scale, zero_point = grid
         change = self.margin(ends) / self.margin(self.ends)
-        return scale * change.astype(scale.dtype), zero_point
+        return scale * jnp.asarray(change, scale.dtype), zero_point
 
     def holding(self, scale: Any, zero_point: Any = None) -> "Quantizer":
         """A copy whose leaves state this grid, in the form that `learn` says."""
@@ -229,6 +234,10 @@ class Quantizer:
         if grid is None and (not self.enabled or self.bits == 32):
             return x
         x = jnp.asarray(x)
+        # Known numbers are constants of the program, to which no gradient goes.
+        known = stated_grid(self) if grid is None else None
+        if known is not None:
+            return fake_quant(x, *known, *self.ends, axis=self.axis, block=self.block)
         low, high = self.ends if grid is None else grid[:2]
         scale, zero_point = self.grid(x, grid)
         if self.learn == "lsq" and not self.follows:

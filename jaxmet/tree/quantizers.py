@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.ranges import SCALE_FLOOR
 from jaxmet.tree.checks import check_flags, is_concrete, kind_of
-from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.host_rounding import (
+    grid_of,
+    on_host,
+    round_on_host,
+    rounded,
+)
+from jaxmet.tree.leaves import as_before, dense, with_weight
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.quantizer import (
     Grid,
@@ -187,7 +194,11 @@ class Quantizers:
             open_ = q.follows and q.product is None and q.bits != 32
             if not open_ or name not in leaves:
                 return q
-            return q.holding(*q.grid(dense(leaves[name])))
+            array = on_host(dense(leaves[name]))
+            grid = None if array is None else grid_of(q, array)
+            if grid is None:
+                return q.holding(*q.grid(dense(leaves[name])))
+            return q.holding(*map(jax.device_put, grid))
 
         weights = {name: pinned(name, q) for name, q in self.weights.items()}
         return dataclasses.replace(self, weights=weights)
@@ -200,7 +211,13 @@ class Quantizers:
         for name, q in self.weights.items():
             if name not in params:
                 continue  # the model derives this weight: the hook quantizes it
-            if q.product is not None:
+            known = self.on_host(name, params) if grids is None else None
+            if known is not None and self._is_float(name):
+                continue
+            if known is not None:
+                known = as_before(known, dense(params[name]))
+                out[name] = with_weight(params[name], known)
+            elif q.product is not None:
                 out[name] = self._int32_bias(name, params, grids)
             else:
                 quantized = q(dense(params[name]), grids and grids.weights[name])
@@ -248,6 +265,57 @@ class Quantizers:
             if grid is not None:
                 rounded = jnp.where(grid.enabled, rounded, bias)
         return with_weight(params[name], rounded)
+
+    def _is_float(self, name: str) -> bool:
+        """Whether a weight or bias stays as it is."""
+        q = self.weights[name]
+        if q.product is None:
+            return not q.active
+        q_w, q_x = self.weights[q.product[0]], self.activation(q.product[1])
+        return (
+            q_x is None or q_x.follows or not (q.active and q_w.active and q_x.active)
+        )
+
+    def on_host(
+        self, name: str, params: Mapping[str, Any], bits: int | None = None
+    ) -> np.ndarray | None:
+        """A quantized weight in NumPy, with scales of another width of weights too.
+
+        None where only JAX can do it: for traced, sharded and half-precision leaves, and for
+        ranges that are searched for.
+        """
+        q = self.weights[name]
+        if q.product is None:
+            return round_on_host(q, dense(params[name]), bits)
+        weight, node = q.product
+        owner, q_w = self.owner(node), self.weights.get(weight)
+        if q_w is None or owner is None:
+            return None
+        read = (name, weight, *(other for other, _ in q.beside))
+        known = (on_host(dense(params[n])) for n in read if n in params)
+        arrays = [a for a in known if a is not None]
+        if len(arrays) < len(read):
+            return None
+        bias, array, *rest = arrays
+        if self._is_float(name):
+            return bias
+        of_w, of_x = grid_of(q_w, array, bits), grid_of(self.activations[owner], array)
+        if of_w is None or of_x is None:
+            return None
+        s_w, s_x = of_w[0], of_x[0].astype(of_w[0].dtype)
+        scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
+        scale = np.maximum(np.broadcast_to(scale, bias.shape), SCALE_FLOOR**2)
+        zero_point = np.zeros_like(scale)
+        if not rest:
+            return rounded(bias, (scale, zero_point), INT32_ENDS, None)
+        wider = max(arrays, key=lambda a: a.dtype.itemsize).dtype
+        terms = [
+            sign * a.astype(wider).reshape(bias.shape)
+            for a, (_, sign) in zip(rest, q.beside, strict=True)
+        ]
+        beside = functools.reduce(np.add, terms)
+        found = rounded(bias + beside, (scale, zero_point), INT32_ENDS, None)
+        return (found - beside).astype(bias.dtype)
 
     def _beside(
         self, name: str, params: Mapping[str, Any], bias: jax.Array
@@ -375,11 +443,11 @@ def grids(
         on, bits = of(name, on, True), of(name, bits, None)
         if not (hasattr(on, "dtype") or isinstance(on, int | float)):
             check_flags("grids", **{f"the switch of {name!r}": on})
-        on = jnp.logical_and(q.active, jnp.asarray(on))
+        known = isinstance(on, bool | int | float)
+        on = bool(on) and q.active if known else jnp.logical_and(q.active, on)
         if q.product is not None or bits is None:
             ends = q.ends if q.product is None else INT32_ENDS
-            low, high = (jnp.asarray(end, jnp.float32) for end in ends)
-            return Grid(low, high, on)
+            return _grid(*ends, on)
         if not (hasattr(bits, "dtype") or isinstance(bits, float)):
             check_bits(bits, caller="grids")
         elif is_concrete(bits) and np.isnan(bits):
@@ -387,6 +455,14 @@ def grids(
                 f"jaxmet.grids: the bits of {name!r} are {bits}. Give 2 to 16, or 32 for no "
                 "rounding: does the schedule divide by zero?"
             )
+        if isinstance(bits, int | float):
+            width = math.ceil(min(max(bits, 2), 17))
+            ends = ends_of_width(
+                min(width, 16),
+                signed=q.symmetric and q.signed,
+                narrow=q.narrow,
+            )
+            return _grid(*ends, on if width <= 16 else False)
         width = jnp.ceil(jnp.asarray(bits, jnp.float32))
         ends = ends_of_width(
             jnp.clip(width, 2, 16).astype(jnp.int32),
@@ -394,7 +470,7 @@ def grids(
             narrow=q.narrow,
         )
         low, high = (end.astype(jnp.float32) for end in ends)
-        return Grid(low, high, on & (width <= 16))
+        return Grid(low, high, jnp.logical_and(on, width <= 16))
 
     return Grids(
         {n: grid(n, q, weights, weight_bits) for n, q in quantizers.weights.items()},
@@ -403,6 +479,12 @@ def grids(
             for n, q in quantizers.activations.items()
         },
     )
+
+
+def _grid(low: float, high: float, on: Any) -> Grid:
+    """A grid of known ends: numbers of the host, for which nothing is compiled."""
+    on = np.bool_(on) if isinstance(on, bool) else on
+    return jax.device_put(Grid(np.float32(low), np.float32(high), on))
 
 
 def along_scale(bias: jax.Array, scale: jax.Array) -> jax.Array:
@@ -418,7 +500,7 @@ def along_scale(bias: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.max(bias).reshape((1,) * scale.ndim)
 
 
-def along_bias(scale: jax.Array, bias: jax.Array, name: str) -> jax.Array:
+def along_bias(scale: Any, bias: Any, name: str) -> Any:
     """A weight's or activation's scale in the axes of the bias of its product.
 
     Per channel it lies along the last axes; with one scale a stacked layer, along the

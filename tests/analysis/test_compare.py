@@ -229,25 +229,6 @@ def test_without_grids_there_is_nothing_to_say():
     assert len(jm.compare(params, graph, wide, x)) == 0
 
 
-def test_two_programs_are_compiled():
-    _, params, graph, x = plain(1)
-    quantizers = jm.Quantizers({"0/w": jm.Quantizer()})
-    programs = []
-
-    def listen(event, duration, **more):
-        del duration
-        if event.endswith("backend_compile_duration"):
-            programs.append(more)
-
-    jm.compare(params, graph, quantizers, x)  # small helpers are compiled by now
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jm.compare(params, graph, quantizers, x)
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert len(programs) == 2
-
-
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("per_channel", [False, True])

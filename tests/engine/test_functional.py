@@ -1,5 +1,8 @@
 """An nnx module as a pure function: what it computes, keeps, hands back and refuses."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +120,12 @@ def test_other_things_are_refused(thing):
         TypeError, match=r"jaxmet\.functional: .*not an nnx\.Module.*linen"
     ):
         jm.functional(thing)
+
+
+def test_what_most_do_not_need_is_not_imported() -> None:
+    heavy = "{'flax.nnx', 'altair', 'pandas', 'equinox', 'onnx', 'matplotlib'}"
+    line = f"import sys, jaxmet; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -485,7 +485,7 @@ def network_params():
     }
     params = {"a": {"w": f32(3, 3, 3, 6)}, "b": {"w": f32(3, 3, 6, 4)}}
     params |= {"a_norm": norm(6), "b_norm": norm(4)}
-    return params | {"head": {"w": f32(4, 2), "b": f32(2)}}, f32(4, 5, 5, 3)
+    return params | {"head": {"w": f32(4, 2), "b": f32(2)}}, f32(24, 5, 5, 3)
 
 
 def corrected(params, graph, x):

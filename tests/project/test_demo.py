@@ -62,14 +62,25 @@ def test_it_says_where_the_report_is_or_how_to_get_it(
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: drawn or None)
-    monkeypatch.setattr(
-        demo, "run", lambda report: asked.append(report) or jm.Table({"a": [1]})
-    )
+    monkeypatch.setattr(demo, "run", lambda **options: asked.append(options["report"]))
     demo.main()
     told = capsys.readouterr().out
     assert asked == [demo.REPORT if drawn else None]
     assert (str(tmp_path / "jaxmet-report.html") in told) is drawn
     assert ("pip install altair vl-convert-python" in told) is not drawn
+
+
+def test_rows_are_shown_as_the_table_prints_them():
+    rows = [
+        {"variant": name, "accuracy (%)": "92.40 ± 0.67", "change (points)": "–"}
+        for name in demo.NAMES
+    ]
+    printed = repr(jm.Table({key: [row[key] for row in rows] for key in rows[0]}))
+    head = dict.fromkeys(rows[0])
+    assert [demo._line(row, demo.NAMES) for row in (head, *rows)] == [
+        line.rstrip() for line in printed.splitlines()
+    ]
+    assert set(demo.QUICK) < set(demo.NAMES) and demo.REPORTED in demo.NAMES
 
 
 def decibels(table):
@@ -111,6 +122,23 @@ def test_the_readme_has_this_table(table):
         assert abs(points[0] - points[1]) < 0.5, name
         if sqnr != "–":
             assert abs(float(sqnr) - float(told[2])) < 1.5, name
+
+
+@slow
+def test_quick_shows_three_rows_as_they_finish(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "jaxmet", "--quick"],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (
+        done.returncode == 0 and done.stderr == ""
+    )  # no bars where there is no terminal
+    lines = [re.split(r"\s{2,}", line)[0] for line in done.stdout.splitlines()]
+    assert lines[2:5] == list(demo.QUICK) and list(tmp_path.iterdir()) == []
 
 
 def test_help_says_what_it_does(capsys, monkeypatch):

@@ -300,10 +300,11 @@ def test_what_does_not_wait_for_another_is_one_wave():
 def test_one_program_for_layers_of_one_shape(monkeypatch):
     """Side by side where they can be, one after the other without compiling again."""
     apply, params, x = deep()
-    before = coordinate_rounding.descended._cache_size()
+    programs = coordinate_rounding._descended._cache_size
+    before = programs()
     graph, q = prepared(apply, params, x)
     jm.adaround(params, graph, q, [(x,)], key=KEY, progress=False)
-    assert coordinate_rounding.descended._cache_size() == before + 1
+    assert programs() <= before + 1  # other tests may have compiled that size
 
     def heads(p, x):
         return [x @ w for w in p]

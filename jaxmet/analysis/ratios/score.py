@@ -159,7 +159,8 @@ def score_ratios(
     run = runner(
         score,
         params,
-        apply_of=lambda _: apply,
+        graph,
+        apply_of=lambda *_: apply,
         params_of=lambda params, amounts: with_amounts(params, layers, amounts),
         traceable=traceable,
         together=together,

@@ -1,20 +1,24 @@
 """The one file that knows flax: an nnx module as a pure function, leaves on disk."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx, serialization
+from flax import serialization
 
 from jaxmet.tree.leaves import Compressed, from_state, to_state
 
 
 def is_module(thing: Any) -> bool:
-    return isinstance(thing, nnx.Module)
+    nnx = sys.modules.get("flax.nnx")  # who has such a module has imported it
+    return nnx is not None and isinstance(thing, nnx.Module)
 
 
 def functional(module: Any) -> tuple[Callable, Any, Callable]:
     """See `jaxmet.functional`."""
+    from flax import nnx  # a quarter of a second, which users of linen need not wait
+
     if not isinstance(module, nnx.Module):
         raise TypeError(
             f"jaxmet.functional: got {type(module).__name__}, which is not an nnx.Module "

@@ -6,4 +6,6 @@ machine      binds equations one by one, hands nodes to the hook
 replay       `jm.evaluate`
 segments     `jm.segments`: the program cut after named nodes
 lift         `jm.lift`: trees with `Compressed` leaves
+shared_programs  compiled programs that equal computations share, compiled ahead in threads
+programs     compiled programs, kept as long as their model
 """

@@ -1,0 +1,144 @@
+"""What a second call compiles: nothing, for another tree of the same structure and shapes."""
+
+from functools import partial
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmet as jm
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+SIZES = (6, 6, 4)  # two layers of one shape
+
+
+def apply(params, x, *, scale=1.0):
+    for i in range(len(SIZES)):
+        x = x @ params[str(i)]["kernel"] + params[str(i)]["bias"][None]
+        x = jax.nn.relu(x) * jnp.asarray(scale, x.dtype)
+    return x
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    sizes = zip((5, *SIZES), SIZES, strict=False)
+    return {
+        str(i): {"kernel": draw(*n), "bias": draw(n[1])} for i, n in enumerate(sizes)
+    }
+
+
+@pytest.fixture
+def programs():
+    """The programs that were compiled since the list was cleared."""
+    found = []
+
+    def listen(event, duration, **more):
+        del duration
+        if event == COMPILED:
+            found.append(more)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.clear_event_listeners()
+
+
+def score(apply, params):
+    return -jnp.mean(jnp.square(apply(params, jnp.ones((4, 5)))))
+
+
+def score_on_host(apply, params):
+    return float(np.mean(np.asarray(apply(params, np.ones((4, 5), np.float32)))))
+
+
+quiet = {"progress": False}
+STEPS = {
+    "calibrate": lambda p, g, q, b: jm.calibrate(p, g, b, **quiet),
+    "calibrate, mse": lambda p, g, q, b: jm.calibrate(
+        p, g, b, jm.QuantConfig(activation_range="mse"), **quiet
+    ),
+    "calibrate, list": lambda p, g, q, b: jm.calibrate(p, g, list(b), **quiet),
+    "calibrate, keyword": lambda p, g, q, b: jm.calibrate(p, g, b, scale=2.0, **quiet),
+    "noise": lambda p, g, q, b: jm.noise(p, g, q, b, **quiet),
+    "compare": lambda p, g, q, b: jm.compare(p, g, q, next(iter(b))),
+    "sensitivity": lambda p, g, q, b: jm.sensitivity(p, g, q, score, **quiet),
+    "sensitivity, many": lambda p, g, q, b: jm.sensitivity(
+        p, g, q, score, together=3, **quiet
+    ),
+    "sensitivity, host": lambda p, g, q, b: jm.sensitivity(
+        p, g, q, score_on_host, **quiet
+    ),
+    "round_weights": lambda p, g, q, b: jm.round_weights(p, q),
+    "grids": lambda p, g, q, b: jm.grids(q, weight_bits=4),
+    "pin": lambda p, g, q, b: q.pin(p),
+    "cost": lambda p, g, q, b: jm.cost(p, g, np.ones((1, 5), np.float32)),
+    "plan": lambda p, g, q, b: jm.plan(p, g),
+}
+LIMITS = {
+    "grids": 0,
+    "round_weights": 0,
+    "pin": 0,
+    "cost": 0,
+    "plan": 0,
+    "calibrate": 2,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_second_call_compiles_nothing(name, programs) -> None:
+    model = partial(apply)  # as a new user's, which nothing was compiled for
+    images = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    batches, one, two = jm.batched(images, batch_size=4), tree(0), tree(1)
+    graph = jm.trace(model, one, images[:1])
+    quantizers = jm.calibrate(one, graph, batches, **quiet)
+    jax.random.key(0)
+    jax.clear_caches()
+    programs.clear()
+    STEPS[name](one, graph, quantizers, batches)
+    assert len(programs) <= LIMITS.get(name, 20)
+    others = jm.calibrate(two, graph, batches, **quiet)
+    programs.clear()
+    STEPS[name](two, graph, others, batches)
+    assert len(programs) == 0
+
+
+def test_a_second_trace_of_a_model_finds_its_programs(programs) -> None:
+    model = partial(apply)
+    images = np.ones((4, 5), np.float32)
+    for seed in range(2):
+        programs.clear()
+        graph = jm.trace(model, tree(seed), images[:1], scale=2.0)
+        jm.calibrate(tree(seed), graph, [images], **quiet)
+    assert len(programs) == 0
+
+
+def test_other_statics_are_other_programs() -> None:
+    model, images = partial(apply), np.ones((4, 5), np.float32)
+    graph = jm.trace(model, tree(0), images[:1])
+    ends = []
+    for scale in (1.0, 2.0, 1.0):
+        found = jm.calibrate(tree(0), graph, [images], scale=scale, **quiet)
+        ends.append(float(found.activations[graph.nodes[-2].name].scale))
+    assert ends[0] == ends[2] != ends[1]
+
+
+def test_a_score_whose_data_changed_is_scored_anew() -> None:
+    """The same function object, and other numbers in what it reads."""
+    model, images = partial(apply), np.ones((4, 5), np.float32)
+    graph = jm.trace(model, tree(0), images[:1])
+    quantizers = jm.calibrate(tree(0), graph, [images], **quiet)
+    data = {"x": images}
+
+    def score(apply, params):
+        return jnp.mean(apply(params, jnp.asarray(data["x"])))
+
+    run = lambda: jm.sensitivity(tree(0), graph, quantizers, score, **quiet)[
+        "only this"
+    ]
+    first = run()
+    data["x"] = 2 * images
+    second = run()
+    data["x"] = images
+    assert first != second and first == run()
