@@ -45,7 +45,6 @@ def test_programs(transform: str, compiled: list[float]) -> None:
     graph, function = jm.trace(apply, params, *inputs), TRANSFORMS[transform]
     host = jax.device_get(params)
     other = jax.device_put(jax.tree.map(lambda x: x * x.dtype.type(1.01), host))
-    jax.clear_caches()
     compiled.clear()
     function(params, graph)
     assert len(compiled) <= PROGRAMS.get(transform, 0)

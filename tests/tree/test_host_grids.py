@@ -61,7 +61,6 @@ def test_layers_of_many_sizes_share_a_program():
         found.append(event == "/jax/core/compile/backend_compile_duration")
 
     rng, quantizer = np.random.default_rng(0), jm.Quantizer(bits=5, axis=(1,))
-    jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     for outs in (3, 17, 300, 999):
         grid_in_numpy(quantizer, rng.normal(size=(9, outs)).astype(np.float32))
