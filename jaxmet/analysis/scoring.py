@@ -9,10 +9,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.program.compat import held_after, only_new_garbage
+from jaxmet.engine.run import shared_programs
 from jaxmet.engine.run.lift import lift
-from jaxmet.engine.run.programs import same_text, split_keywords
+from jaxmet.engine.run.programs import split_keywords
 from jaxmet.tree.checks import check_callable
 
 Score = Callable[[Callable[..., Any], Any], Any]
@@ -40,8 +40,8 @@ def runner(
     `together` variants are computed at once, by `jax.vmap`, where it can.
     """
     if not traceable:
-        forward = _compiled(graph.apply, apply_of, shared)
-        changed = same_text(graph.apply, params_of)
+        forward = _compiled(apply_of, shared)
+        changed = shared_programs.shared(params_of)
         as_it_is = Partial(forward, None)  # one object: who jits it compiles it once
         return lambda settings: (
             score(
@@ -57,9 +57,9 @@ def runner(
 
     # Not a batch of one: its weights would make grouped convolutions.
     if together == 1:
-        one = same_text(graph.apply, scored)
+        one = shared_programs.shared(scored)
         return lambda settings: (one(params, shared, setting) for setting in settings)
-    many = same_text(graph.apply, jax.vmap(scored, in_axes=(None, None, 0)))
+    many = shared_programs.shared(jax.vmap(scored, in_axes=(None, None, 0)))
 
     def in_groups(settings: Sequence[Setting]) -> Iterator[Any]:
         for start in range(0, len(settings), together):
@@ -75,7 +75,7 @@ def _in_rows(*rows: Any) -> jax.Array:
 
 
 def _compiled(
-    apply: Apply, apply_of: Callable[[Any, Any], Callable[..., Any]], shared: Any
+    apply_of: Callable[[Any, Any], Callable[..., Any]], shared: Any
 ) -> Callable[..., Any]:
     """The variant's model, compiled once for each set of static keyword arguments."""
     programs: dict[str, Callable[..., Any]] = {}
@@ -83,8 +83,7 @@ def _compiled(
     def run(how: Any, params: Any, *inputs: Any, **kwargs: Any) -> Any:
         arrays, static = split_keywords(kwargs)
         if (key := repr(sorted(static.items()))) not in programs:
-            programs[key] = same_text(
-                apply,
+            programs[key] = shared_programs.shared(
                 lambda how, shared, p, x, arrays: apply_of(how, shared)(
                     p, *x, **arrays, **static
                 ),

@@ -103,8 +103,7 @@ class Copy:
                 return own(params, self._begun(piece, quantizers, live, shift))
 
             # Inlined: what it does not need of the parameters is seen from outside.
-            old = jax.__version_info__ < (0, 11)  # later ones mix up the arguments
-            self.steps[key, piece] = jax.jit(run, inline=True) if old else run
+            self.steps[key, piece] = jax.jit(run, inline=True)
         return self.steps[key, piece]
 
     def observer(self, key: Any, piece: int, watch: Callable[[Hook], Hook]) -> Step:

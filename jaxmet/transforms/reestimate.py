@@ -209,7 +209,7 @@ def _moments(copy: Copy, positions: Positions, cut: str | None, node: Node) -> M
     for i, (kind, live) in enumerate(copy.lives):
         own = copy.params, copy.quantizers
         if piece:
-            live = jax.jit(copy.step(kind, piece - 1))(*own, live, None)
+            live = copy.step(kind, piece - 1)(*own, live, None)
             copy.put(i, live)
         if kind not in programs:
             measured = functools.partial(_measured, copy, kind, piece, node)

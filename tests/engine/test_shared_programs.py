@@ -130,3 +130,25 @@ def test_where_the_user_put_an_array():
     x = jnp.ones(3)
     assert not placed({"a": x, "b": np.ones(2), "c": 1.0})
     assert placed({"a": x, "b": jax.device_put(x, jax.devices()[0])})
+
+
+def test_inlined_functions_called_twice_and_arguments_that_only_they_leave_out():
+    rng = np.random.default_rng(0)
+    numbers = {n: rng.normal(size=3).astype(np.float32) for n in "abcd"}
+    inner = jax.jit(lambda p, q: {"s": p - q, "m": p * q, "p": p}, inline=True)
+    nested = jax.jit(lambda p, q: jnp.sin(p) if q is None else p, static_argnums=1)
+    cases = [
+        lambda v: inner(v["a"], v["b"])["s"],
+        lambda v: inner(v["c"], v["d"])["s"],
+        lambda v: inner(inner(v["a"], v["b"])["m"], v["c"])["s"],
+        lambda v: inner(inner(v["a"], v["b"])["s"], v["c"])["s"],
+        lambda v: [inner(v["d"], v["a"])["p"], inner(nested(v["b"], None), v["b"])],
+        lambda v: jax.jit(lambda p, q: p + 1)(v["c"], v["d"]),
+        lambda v: jax.jit(lambda p, q: q + 1)(v["c"], v["d"]),
+    ]
+    for case in cases:
+        found = Program(case, numbers)(numbers)
+        for got, wanted in zip(
+            jax.tree.leaves(found), jax.tree.leaves(case(numbers)), strict=True
+        ):
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)

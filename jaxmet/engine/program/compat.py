@@ -33,6 +33,14 @@ def call_body(params: dict[str, Any]) -> Any:
     raise KeyError(f"no body among {sorted(params)}")
 
 
+def inlined_body(equation: Any) -> tuple[Any, Sequence[Any]]:
+    """Body and constants of a `jax.jit(…, inline=True)`; newer releases inline it late."""
+    inline = equation.params.get("inline")
+    if inline is True or str(getattr(inline, "value", "")).startswith("jax"):
+        return open_jaxpr(call_body(equation.params))
+    return None, ()
+
+
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carried values of a scan."""
     if "num_consts" in params:

@@ -1,6 +1,5 @@
 """Compiled programs of a model, kept as long as the model: a second call compiles nothing."""
 
-import hashlib
 import types
 import weakref
 from collections import OrderedDict
@@ -11,7 +10,6 @@ import jax
 
 from jaxmet.engine.graph.graph import WithArguments
 from jaxmet.engine.program.calls import Apply, is_array
-from jaxmet.tree.checks import is_concrete
 
 KEPT = 64
 """So many programs of one model are kept, those that were used last."""
@@ -32,60 +30,13 @@ def program(
     full = (own, key, frozen(options))
     if owner is None or key is None or not _hashable(full):
         return jax.jit(make(apply), **options)
-    return _found(owner, full, lambda: jax.jit(make(weakly), **options))
-
-
-LARGEST = 2**26
-"""Bytes of constants in a program that is compared by its text."""
-
-
-def same_text(apply: Apply, function: Callable) -> Callable:
-    """`jax.jit(function)`, compiled once for all functions that trace to the same program.
-
-    For functions that close over a user's own code and data, such as a score: each is traced
-    and lowered, and nothing is compiled that was compiled before for the same model.
-    """
-    owner, plain = _owner(apply)[0], jax.jit(function)
-    if owner is None:
-        return plain
-    compiled: dict[Hashable, Callable] = {}
-
-    def run(*args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args)
-        if not all(is_array(x) and is_concrete(x) for x in leaves):
-            return plain(*args)
-        kind = tree, tuple(map(_kind, leaves))
-        if kind not in compiled:
-            compiled[kind] = _compiled(owner, kind, plain, args)
-        return compiled[kind](*args)
-
-    return run
-
-
-def _compiled(owner: Any, kind: Hashable, plain: Any, args: tuple) -> Callable:
-    traced = plain.trace(*args)
-    if sum(getattr(x, "nbytes", 0) for x in traced.jaxpr.consts) > LARGEST:
-        return plain
-    lowered = traced.lower()
-    text = hashlib.sha256(lowered.as_text().encode()).digest()
-    return _found(owner, ("text", text, kind), lowered.compile)
-
-
-def _kind(x: Any) -> Hashable:
-    """What a compiled program asks of an array."""
-    placed = (x.sharding, x.committed) if isinstance(x, jax.Array) else None
-    return x.shape, x.dtype, getattr(x, "weak_type", False), placed
-
-
-def _found(owner: Any, key: Hashable, make: Callable[[], Callable]) -> Callable:
-    """What is kept under a key, or made for it."""
     programs = _programs_of(owner)
-    if key not in programs:
-        programs[key] = make()
+    if full not in programs:
+        programs[full] = jax.jit(make(weakly), **options)
         if len(programs) > KEPT:
             programs.popitem(last=False)
-    programs.move_to_end(key)
-    return programs[key]
+    programs.move_to_end(full)
+    return programs[full]
 
 
 def _programs_of(owner: Any) -> OrderedDict[Hashable, Callable]:

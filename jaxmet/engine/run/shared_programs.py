@@ -9,15 +9,17 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxmet.engine.program import compat
+from jaxmet.engine.program.calls import is_array
+from jaxmet.tree.checks import is_concrete
 
 KEPT = 1024  # programs that are remembered, those used last
 AHEAD = 8  # programs that are compiled before they are needed
@@ -39,28 +41,29 @@ class Program:
         jaxpr, constants = compat.open_jaxpr(closed)
         self.results = jax.tree.structure(shape)
         self.shapes = self.results.unflatten([_abstract(v.aval) for v in jaxpr.outvars])
-        self.order = _order(jaxpr)
-        steps, read = _needed(jaxpr)
+        every, sources = _inlined(jaxpr)
+        self.order = _order(every, sources)
+        steps, read = _needed(jaxpr, every, sources)
         places = {v: i for i, v in enumerate(jaxpr.invars)}
         own = dict(zip(jaxpr.constvars, constants, strict=True))
         # Closed-over arrays are data, too: the program does not depend on them.
         self.arguments = tuple(places.get(v, -1) for v in read)
         self.constants = [own.get(v) for v in read]
-        outputs = [jaxpr.outvars[i] for i in self.order]
+        outputs = [sources[i] for i in self.order]
 
         def run(*values: Any) -> list[Any]:
             known = dict(zip(read, values, strict=True))
             get = lambda v: v.val if isinstance(v, Literal) else known[v]
             for step in steps:
-                found = compat.bind(
-                    step.primitive, step.params, [*map(get, step.invars)]
-                )
-                known.update(zip(step.outvars, found, strict=True))
+                own = step.equation
+                found = compat.bind(own.primitive, own.params, [*map(get, step.reads)])
+                known.update(zip(step.makes, found, strict=True))
             return [*map(get, outputs)]
 
         self.given = [_abstract(v.aval) for v in read]
-        self.run = jax.jit(run)
-        if not any(map(_is_own, steps)):
+        # An argument that only a call inside leaves out would be missing in the text.
+        self.run = jax.jit(run, keep_unused=True)
+        if not any(_is_own(s.equation) for s in steps):
             self.run = _shared(self.run, self.given)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -77,34 +80,89 @@ class Program:
         self.run.lower(*self.given).compile()  # type: ignore[attr-defined]
 
 
+def shared(function: Callable) -> Callable:
+    """`jax.jit(function)`, compiled once for all functions that trace to the same program.
+
+    For functions that close over a user's own code and data, such as a score: each is traced
+    and lowered, and nothing is compiled that was compiled before.
+    """
+    plain, programs = jax.jit(function), dict[Hashable, Program]()
+
+    def run(*arguments: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        if not all(is_array(x) and is_concrete(x) for x in leaves):
+            return plain(*arguments)
+        kind = (
+            tree,
+            *((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves),
+        )
+        if kind not in programs:
+            programs[kind] = Program(function, *arguments)
+        return programs[kind](*arguments)
+
+    return run
+
+
 def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
     weak = getattr(aval, "weak_type", False)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
 
-def _needed(jaxpr: Any) -> tuple[list[Any], list[Any]]:
-    """The equations that the results need, and what they read, in the order of its first use.
+class Step(NamedTuple):
+    """An equation, with what it reads and makes in the whole program."""
+
+    equation: Any
+    reads: list[Any]
+    makes: list[Any]
+
+
+def _inlined(jaxpr: Any) -> tuple[list[Step], list[Any]]:
+    """The steps of a program and where its results come from, calls to be inlined opened."""
+    steps: list[Step] = []
+
+    def walk(jaxpr: Any, known: dict[Any, Any]) -> list[Any]:
+        source = lambda v: v if isinstance(v, Literal) else known.get(v, v)
+        for equation in jaxpr.eqns:
+            reads = [*map(source, equation.invars)]
+            body, constants = compat.inlined_body(equation)
+            if body is not None and not constants:
+                found = walk(body, dict(zip(body.invars, reads, strict=True)))
+                known.update(zip(equation.outvars, found, strict=True))
+                continue
+            # Variables of a body that is called twice would be two values.
+            makes = [object() for _ in equation.outvars]
+            known.update(zip(equation.outvars, makes, strict=True))
+            steps.append(Step(equation, reads, makes))
+        return [*map(source, jaxpr.outvars)]
+
+    return steps, walk(jaxpr, {})
+
+
+def _needed(
+    jaxpr: Any, every: Sequence[Step], sources: Sequence[Any]
+) -> tuple[list[Step], list[Any]]:
+    """The steps that the results need, and what they read, in the order of its first use.
 
     Names and places of arguments say nothing then: equal blocks give equal programs.
     """
-    wanted = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    wanted = {v for v in sources if not isinstance(v, Literal)}
     steps = []
-    for step in reversed(jaxpr.eqns):
-        if step.effects or any(v in wanted for v in step.outvars):
+    for step in reversed(every):
+        if step.equation.effects or any(v in wanted for v in step.makes):
             steps.append(step)
-            wanted |= {v for v in step.invars if not isinstance(v, Literal)}
+            wanted |= {v for v in step.reads if not isinstance(v, Literal)}
     steps.reverse()
-    every = [v for s in steps for v in s.invars] + [*jaxpr.outvars]
-    first = dict.fromkeys(v for v in every if not isinstance(v, Literal))
+    read = [v for s in steps for v in s.reads] + [*sources]
+    first = dict.fromkeys(v for v in read if not isinstance(v, Literal))
     outer = {*jaxpr.invars, *jaxpr.constvars}
     return steps, [v for v in first if v in outer]
 
 
-def _order(jaxpr: Any) -> list[int]:
+def _order(steps: Sequence[Step], sources: Sequence[Any]) -> list[int]:
     """The places of the results in the order in which they are made."""
-    made = {v: i for i, s in enumerate(jaxpr.eqns) for v in s.outvars}
+    made = {v: i for i, s in enumerate(steps) for v in s.makes}
     place = lambda v: -1 if isinstance(v, Literal) else made.get(v, -1)
-    return sorted(range(len(jaxpr.outvars)), key=lambda i: place(jaxpr.outvars[i]))
+    return sorted(range(len(sources)), key=lambda i: place(sources[i]))
 
 
 def _is_own(equation: Any) -> bool:
