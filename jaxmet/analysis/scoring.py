@@ -1,6 +1,7 @@
 """A user's score of many variants of one network: one program where it can be traced."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ from jax.tree_util import Partial
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.program.compat import held_after, only_new_garbage
-from jaxmet.engine.run import shared_programs
 from jaxmet.engine.run.lift import lift
 from jaxmet.engine.run.programs import split_keywords
+from jaxmet.engine.run.shared_programs import shared as share_programs
+from jaxmet.engine.run.staged import StagedProgram
 from jaxmet.tree.checks import check_callable
+from jaxmet.tree.names import named_leaves, replace_leaves
 
 Score = Callable[[Callable[..., Any], Any], Any]
 Setting = tuple[Any, Any]
@@ -26,46 +29,58 @@ def runner(
     graph: Graph,
     *,
     apply_of: Callable[[Any, Any], Callable[..., Any]],
-    params_of: Callable[[Any, Any], Any],
     traceable: bool,
     together: int = 1,
     shared: Any = None,
+    leaves_of: Callable[[Any], dict[str, Any]] = lambda what: {},
+    changing: Collection[str] = (),
 ) -> Runner:
-    """The scores of some variants in turn, each a pair of settings: trees of arrays, or None.
+    """The scores of some variants in turn, each a pair of settings.
 
-    The first says how to run, `apply_of(how, shared)`, the second on what,
-    `params_of(params, what)`. Settings, and what they share, are data: nothing is compiled
-    twice, whether the score can be traced or not, nor in a second call that traces to the same
-    program.
-    `together` variants are computed at once, by `jax.vmap`, where it can.
+    The first says how to run, `apply_of(how, shared)`: a tree of arrays, or None. The second
+    says on what: `leaves_of(what)` are the leaves, of those that are `changing`, that are
+    others than in `params`. All of these arrays are data: nothing is compiled twice, whether the
+    score can be traced or not, nor in a second call that traces to the same program. What a
+    variant computes like the one before it is not computed again, so neighbours should differ
+    late in the network. `together` variants are computed at once, by `jax.vmap`, where the score
+    can be traced.
     """
+    tree = lambda what: replace_leaves(params, leaves_of(what))
     if not traceable:
         forward = _compiled(apply_of, shared)
-        changed = shared_programs.shared(params_of)
         as_it_is = Partial(forward, None)  # one object: who jits it compiles it once
         return lambda settings: (
-            score(
-                as_it_is if how is None else Partial(forward, how),
-                changed(params, what),
-            )
+            score(as_it_is if how is None else Partial(forward, how), tree(what))
             for how, what in settings
         )
 
-    def scored(params: Any, shared: Any, setting: Any) -> Any:
-        how, what = setting
-        return score(apply_of(how, shared), params_of(params, what))
-
     # Not a batch of one: its weights would make grouped convolutions.
     if together == 1:
-        one = shared_programs.shared(scored)
-        return lambda settings: (one(params, shared, setting) for setting in settings)
-    many = shared_programs.shared(jax.vmap(scored, in_axes=(None, None, 0)))
+        scored = lambda how, shared, params: score(apply_of(how, shared), params)
+
+        def in_turn(settings: Sequence[Setting]) -> Iterator[Any]:
+            rows = ((how, shared, tree(what)) for how, what in settings)
+            first = next(rows, None)
+            if first is None:
+                return
+            program = StagedProgram(scored, *first)
+            program.compile()
+            yield from program.rows(itertools.chain([first], rows))
+
+        return in_turn
+
+    leaves = {n: x for n, x in named_leaves(params).items() if n in changing}
+    one = lambda how, own, shared: score(
+        apply_of(how, shared), replace_leaves(params, own)
+    )
+    many = share_programs(jax.vmap(one, in_axes=(0, 0, None)))
 
     def in_groups(settings: Sequence[Setting]) -> Iterator[Any]:
         for start in range(0, len(settings), together):
             now = list(settings[start : start + together])
-            full = now + now[-1:] * (together - len(now))
-            yield from many(params, shared, jax.tree.map(_in_rows, *full))[: len(now)]
+            rows = [(how, leaves | leaves_of(what)) for how, what in now]
+            rows += rows[-1:] * (together - len(now))
+            yield from many(*jax.tree.map(_in_rows, *rows), shared)[: len(now)]
 
     return in_groups
 
@@ -83,7 +98,7 @@ def _compiled(
     def run(how: Any, params: Any, *inputs: Any, **kwargs: Any) -> Any:
         arrays, static = split_keywords(kwargs)
         if (key := repr(sorted(static.items()))) not in programs:
-            programs[key] = shared_programs.shared(
+            programs[key] = share_programs(
                 lambda how, shared, p, x, arrays: apply_of(how, shared)(
                     p, *x, **arrays, **static
                 ),

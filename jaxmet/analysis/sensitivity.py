@@ -90,8 +90,9 @@ def sensitivity(
     ]
     settings = _Settings(quantizer_of)
     asked = [settings.kind(*kinds) for kinds in ((), KINDS, KINDS[:1], KINDS[1:])]
-    for at, width in every:
-        asked += [settings.only(at, width), settings.but(at)]
+    # One after the other in the order of the network: what comes before is computed once.
+    asked += [settings.only(at, width) for at, width in every]
+    asked += [settings.but(at) for at, _ in every]
     run = runner(
         score,
         params,
@@ -99,7 +100,6 @@ def sensitivity(
         apply_of=lambda how, quantizers: simulate(
             graph.apply, quantizers, grids=_grids(quantizers, quantizer_of, how)
         ),
-        params_of=lambda params, _: params,
         traceable=traceable,
         together=together,
         shared=quantizers,
@@ -120,22 +120,31 @@ def _widths(bits: Any) -> list[int]:
     return [*dict.fromkeys(check_bits(b, caller=CALLER) for b in found)]
 
 
+Setting = tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]
+
+
 class _Settings:
-    """Which quantizers are on and how wide they are, as two arrays with one entry per quantizer."""
+    """Which quantizers are on and how wide they are, a number for each in two tuples."""
 
     def __init__(self, quantizer_of: Sequence[ScoredQuantizer]) -> None:
-        self.kinds = np.array([place.kind for place in quantizer_of])
-        self.bits = np.array([place.bits for place in quantizer_of], np.int32)
+        self.kinds = [place.kind for place in quantizer_of]
+        self.bits = [place.bits for place in quantizer_of]
 
-    def kind(self, *kinds: str) -> tuple[np.ndarray, np.ndarray]:
-        return np.isin(self.kinds, kinds), self.bits
+    def kind(self, *kinds: str) -> Setting:
+        return _setting([kind in kinds for kind in self.kinds], self.bits)
 
-    def only(self, at: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        here = np.arange(len(self.bits)) == at
-        return here, np.where(here, width, self.bits).astype(np.int32)
+    def only(self, at: int, width: int) -> Setting:
+        on = [i == at for i in range(len(self.bits))]
+        return _setting(
+            on, [width if here else b for here, b in zip(on, self.bits, strict=True)]
+        )
 
-    def but(self, at: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(len(self.bits)) != at, self.bits
+    def but(self, at: int) -> Setting:
+        return _setting([i != at for i in range(len(self.bits))], self.bits)
+
+
+def _setting(on: Sequence[bool], bits: Sequence[int]) -> Setting:
+    return tuple(map(np.asarray, on)), tuple(np.asarray(b, np.int32) for b in bits)
 
 
 def _grids(
@@ -186,7 +195,7 @@ def _table(
             but,
         )
         for (at, width), only, but in zip(
-            every, scores[4::2], scores[5::2], strict=True
+            every, scores[4 : 4 + len(every)], scores[4 + len(every) :], strict=True
         )
     ]
     rows += [

@@ -4,18 +4,20 @@ The rows $x$ of a layer's inputs hold $k$ entries of each of $I$ channels, the c
 last: entry $t I + i$ is tap $t$ of channel $i$. With $G = E\,x^T x$ and $C = E\,x^T y$ the
 best weights on a set S of channels are $W_S = G_{SS}^{-1} C_S$, and they leave
 $E\,|y|^2 - \mathrm{tr}\,C_S^T W_S$: every choice is judged without the data.
+
+All of it runs once, on numbers, and in NumPy: nothing is compiled.
 """
 
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray as Array
 
 from jaxmet.numerics.lasso import sparse
 from jaxmet.numerics.least_squares import of_size_one, solve
+from jaxmet.numerics.packed import rounded_size
 
 DAMPING = 1e-5
 
@@ -43,16 +45,15 @@ def by_magnitude(weight: Weight, channels: int) -> Float[Array, " {channels}"]:
     Returns:
         One score per channel.
     """
-    return jnp.sum(_split(weight, channels) ** 2, axis=(0, 2))
+    return np.sum(_split(weight, channels) ** 2, axis=(0, 2))
 
 
-@partial(jax.jit, static_argnames="channels")
 def by_block_obs(
     gram: Gram,
     cross: Weight,
     channels: int,
     *,
-    damping: float | Float[Array, ""] = DAMPING,
+    damping: float = DAMPING,
 ) -> Float[Array, " {channels}"]:
     r"""By how much the error grows if a channel goes and all others make good for it.
 
@@ -72,16 +73,16 @@ def by_block_obs(
     Returns:
         The growth of the squared error, one per channel.
     """
-    return _losses(_table(gram, cross, channels, damping), channels)
+    inverse, weight = _inverse(gram, cross, channels, damping)
+    return _losses(_diagonal(inverse, channels), _blocks(weight, channels))
 
 
-@partial(jax.jit, static_argnames="channels")
 def removal_order(
     gram: Gram,
     cross: Weight,
     channels: int,
     *,
-    damping: float | Float[Array, ""] = DAMPING,
+    damping: float = DAMPING,
 ) -> Int[Array, " {channels}"]:
     r"""The channels in the order in which they go, each time the one least missed.
 
@@ -99,35 +100,39 @@ def removal_order(
     Returns:
         The indices of all channels, the first to be removed first.
     """
-    table = _table(gram, cross, channels, damping)
-    taps = table.shape[0] // channels
-    identity = jnp.eye(taps, dtype=table.dtype)
-    product = partial(jnp.matmul, precision="highest")
+    inverse, weight = _inverse(gram, cross, channels, damping)
+    if not (np.isfinite(inverse).all() and np.isfinite(weight).all()):
+        return np.arange(channels)
+    taps = len(inverse) // channels
+    weight, own = _blocks(weight, channels), _diagonal(inverse, channels)
+    there, order = np.ones(channels, bool), np.zeros(channels, int)
+    # The inverse now is `inverse - taken @ taken.T`: only columns of it are ever needed.
+    taken = np.zeros_like(inverse)
+    for step in range(channels):
+        i = int(np.argmin(np.where(there, _losses(own, weight), np.inf)))
+        here, gone = slice(i * taps, (i + 1) * taps), slice(step * taps)
+        columns = inverse[:, here] - taken[:, gone] @ taken[here, gone].T
+        block = own[i]
+        pull = np.linalg.solve(block, weight[i])
+        weight -= (columns @ pull).reshape(weight.shape)
+        # block = L Lᵀ, and columns block⁻¹ columnsᵀ = new newᵀ
+        new = np.linalg.solve(_lower(block), columns.T).T
+        taken[:, step * taps : (step + 1) * taps] = new
+        new = new.reshape(channels, taps, taps)
+        own = own - new @ new.swapaxes(1, 2)
+        own[i] = np.eye(
+            taps
+        )  # zero but for rounding; the block is one that can be inverted
+        there[i], order[step] = False, i
+    return order
 
-    def remove(step: jax.Array, state: tuple) -> tuple:
-        table, there, order = state
-        i = jnp.argmin(jnp.where(there, _losses(table, channels), jnp.inf))
-        cut = lambda v, axis: lax.dynamic_slice_in_dim(v, i * taps, taps, axis)
-        put = lambda v, u, axis: lax.dynamic_update_slice_in_dim(v, u, i * taps, axis)
-        rows, columns = cut(table, 0), cut(table, 1)
-        pull = product(_inverses(cut(rows, 1)[None])[0], rows)
-        table = table - product(columns, pull)
-        # Zero but for rounding; the block is one that can be inverted.
-        table = put(table, jnp.zeros_like(columns), 1)
-        table = put(table, put(jnp.zeros_like(rows), identity, 1), 0)
-        return table, there.at[i].set(False), order.at[step].set(i.astype(order.dtype))
 
-    state = (table, jnp.ones(channels, bool), jnp.zeros(channels, jnp.int32))
-    return lax.fori_loop(0, channels, remove, state)[2]
-
-
-@partial(jax.jit, static_argnames="channels")
 def by_lasso(
     gram: Gram,
     cross: Weight,
     weight: Weight,
     channels: int,
-    keep: int | Int[Array, ""],
+    keep: int,
 ) -> Float[Array, " {channels}"]:
     r"""Scores whose `keep` largest are the channels that one factor each cannot replace.
 
@@ -149,30 +154,29 @@ def by_lasso(
     Returns:
         One score per channel; the `keep` largest are kept.
     """
-    alike = jnp.matmul(weight, weight.T, precision="highest")
+    alike = weight @ weight.T
     blocks = (gram * alike).reshape(-1, channels, gram.shape[0] // channels, channels)
-    reached = jnp.sum(_split(weight * cross, channels), axis=(0, 2))
-    size = _positive(jnp.max(jnp.abs(reached)))
-    beta = jnp.abs(sparse(jnp.sum(blocks, axis=(0, 2)) / size, reached / size, keep))
-    rest = by_magnitude(weight, channels)
-    rest = rest / _positive(2 * jnp.max(rest))
-    return jnp.where(beta > 0, 1 + beta / _positive(jnp.max(beta)), rest)
+    reached = np.sum(_split(weight * cross, channels), axis=(0, 2))
+    size = _positive(np.max(np.abs(reached)))
+    form = np.sum(blocks, axis=(0, 2)) / size
+    beta = np.abs(jax.device_get(sparse(*_filled_up(form, reached / size), keep)))
+    beta, rest = beta[:channels], by_magnitude(weight, channels)
+    rest = rest / _positive(2 * np.max(rest))
+    return np.where(beta > 0, 1 + beta / _positive(np.max(beta)), rest)
 
 
-@jax.jit
 def reconstruct(
     gram: Gram,
     cross: Weight,
     left: Bool[Array, " channels"],
     *,
     start: Weight | None = None,
-    damping: float | Float[Array, ""] = DAMPING,
+    damping: float = DAMPING,
 ) -> Reconstruction:
     r"""The least squares weights on the channels S that are left, zero on the others.
 
     $W_S = W^0_S + (G_{SS} + \lambda D)^{-1} (C_S - G_{SS} W^0_S)$ with D the diagonal of
     $G_{SS}$: what few rows do not see stays as in `start`, which is zero if not given.
-    `left` may be traced: shapes do not depend on it.
 
     He et al., [Channel Pruning for Accelerating Very Deep Neural
     Networks](https://arxiv.org/abs/1707.06168), ICCV 2017, section 3.1.
@@ -180,7 +184,7 @@ def reconstruct(
     Args:
         gram: the Gram matrix of the inputs.
         cross: their products with the outputs that should stay.
-        left: True for each channel that stays; may be traced.
+        left: True for each channel that stays.
         start: the weight until now; default None: zero.
         damping: how strongly `start` is kept where the inputs say little; default
             1e-5.
@@ -188,60 +192,79 @@ def reconstruct(
     Returns:
         The new weight, and what it explains of the energy of each output.
     """
-    rows = jnp.tile(left, gram.shape[0] // left.size)[:, None]
-    inner = jnp.where(rows & rows.T, gram, 0.0)
-    right = jnp.where(rows, cross, 0.0)
-    weight = jnp.zeros_like(right) if start is None else jnp.where(rows, start, 0.0)
-    product = partial(jnp.matmul, precision="highest")
-    weight = weight + solve(inner, right - product(inner, weight), damping)
-    gain = jnp.sum(weight * (2 * right - product(inner, weight)), axis=0)
+    rows = np.flatnonzero(np.tile(left, len(gram) // left.size))
+    inner: Any = gram[np.ix_(rows, rows)]
+    right = cross[rows]
+    kept: Any = np.zeros_like(right) if start is None else start[rows]
+    kept = kept + solve(inner, right - inner @ kept, damping)
+    gain = np.sum(kept * (2 * right - inner @ kept), axis=0)
+    weight = np.zeros_like(cross)
+    weight[rows] = kept
     return Reconstruction(weight, gain)
 
 
-def _table(
-    gram: Gram, cross: Weight, channels: int, damping: float | jax.Array
-) -> Float[Array, "ins both"]:
-    """The inverse and beside it the best weights, the taps of a channel together.
+def _inverse(
+    gram: Gram, cross: Weight, channels: int, damping: float
+) -> tuple[Gram, Weight]:
+    """The inverse and the best weights, the taps of a channel together, in float64.
 
     Both are those of inputs of size one, of which the losses are the same.
     """
-    size = gram.shape[0]
-    turn = jnp.arange(size).reshape(-1, channels).T.reshape(-1)
-    unit, scale = of_size_one(gram[turn][:, turn])
-    right = [jnp.eye(size, dtype=gram.dtype), cross[turn] / scale]
-    return solve(unit, jnp.concatenate(right, axis=1), damping)
+    turn = np.arange(len(gram)).reshape(-1, channels).T.reshape(-1)
+    # What rounding errors of the products need stays that of their own precision.
+    damping = max(damping, len(gram) * float(np.finfo(gram.dtype).eps))
+    gram, cross = gram.astype(np.float64), cross.astype(np.float64)
+    turned: Any = gram[np.ix_(turn, turn)]
+    unit, scale = of_size_one(turned)
+    right: Any = np.hstack([np.eye(len(gram)), cross[turn] / scale])
+    both = np.asarray(solve(unit, right, damping))
+    inverse = both[:, : len(gram)]
+    return (inverse + inverse.T) / 2, both[:, len(gram) :]
 
 
 def _losses(
-    table: Float[Array, "ins both"], channels: int
-) -> Float[Array, " {channels}"]:
+    own: Float[Array, "channels taps taps"], weight: Float[Array, "channels taps outs"]
+) -> Float[Array, " channels"]:
     """What the error grows by without each channel."""
-    size = table.shape[0]
-    blocks = (channels, size // channels)
-    own = jnp.einsum("iaib->iab", table[:, :size].reshape(*blocks, *blocks))
-    weight = table[:, size:].reshape(*blocks, -1)
-    solved = jnp.matmul(_inverses(own), weight, precision="highest")
-    return jnp.sum(weight * solved, axis=(1, 2))
+    if own.shape[1] == 1:  # a library's routine, called for each of thousands, is slow
+        return np.einsum("cko,cko->c", weight, weight) / own[:, 0, 0]
+    alike = weight @ weight.swapaxes(1, 2)
+    return np.einsum("cij,cij->c", alike, np.linalg.inv(own))
 
 
-def _inverses(blocks: Float[Array, "n k k"]) -> Float[Array, "n k k"]:
-    """The inverses of many small positive matrices, by Gauss and Jordan.
+def _lower(block: Float[Array, "taps taps"]) -> Float[Array, "taps taps"]:
+    """L with L Lᵀ = the block; by eigenvalues, of which rounding errors make some negative."""
+    try:
+        return np.linalg.cholesky(block)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(block)
+        least = np.finfo(values.dtype).tiny
+        upper: Any = np.linalg.qr((vectors * np.sqrt(np.maximum(values, least))).T, "r")
+        return upper.T
 
-    A library's routine, called for each of thousands, would take most of the time.
-    """
 
-    def eliminate(j: jax.Array, a: jax.Array) -> jax.Array:
-        column = a[:, :, j]
-        row = a[:, j].at[:, j].set(1.0) / column[:, j, None]
-        rest = a.at[:, :, j].set(0.0) - column[:, :, None] * row[:, None]
-        return rest.at[:, j].set(row)
+def _diagonal(inverse: Gram, channels: int) -> Float[Array, "channels taps taps"]:
+    """The blocks of the channels on the diagonal."""
+    taps = len(inverse) // channels
+    blocks = inverse.reshape(channels, taps, channels, taps)
+    return np.moveaxis(np.diagonal(blocks, axis1=0, axis2=2), -1, 0).copy()
 
-    return lax.fori_loop(0, blocks.shape[1], eliminate, blocks)
+
+def _blocks(weight: Weight, channels: int) -> Float[Array, "channels taps outs"]:
+    return weight.reshape(channels, -1, weight.shape[1])
 
 
 def _split(weight: Weight, channels: int) -> Float[Array, "taps channels outs"]:
     return weight.reshape(-1, channels, weight.shape[1])
 
 
-def _positive(v: jax.Array) -> jax.Array:
-    return jnp.where(v > 0, v, 1.0)
+def _filled_up(
+    form: Float[Array, "n n"], linear: Float[Array, " n"]
+) -> tuple[Float[Array, "m m"], Float[Array, " m"]]:
+    """Both with zeros up to one of few sizes: as many programs; zeros have no coefficient."""
+    more = rounded_size(len(linear)) - len(linear)
+    return np.pad(form, (0, more)), np.pad(linear, (0, more))
+
+
+def _positive(v: np.floating) -> np.floating:
+    return v if v > 0 else v.dtype.type(1)

@@ -34,7 +34,7 @@ QUICK = {"xla_backend_optimization_level": 1} | (
 SHARED = frozenset(
     "abs all broadcast_to clip concatenate diagonal einsum exp full full_like isfinite log "
     "max maximum mean min minimum moveaxis ones ones_like pad prod repeat sqrt "
-    "square stack sum swapaxes transpose where zeros zeros_like".split()
+    "square stack sum swapaxes take transpose where zeros zeros_like".split()
 )
 inf = float("inf")
 

@@ -178,10 +178,15 @@ def dense(leaf: Any) -> Any:
 
 
 def as_before(new: np.ndarray, old: Any) -> jax.Array:
-    """A NumPy array as a JAX array, where the old one was put, if anywhere."""
+    """A NumPy array as a JAX array, where the old one was put, if anywhere.
+
+    One of another shape is whole on each of the devices that the old one was split over.
+    """
     known = isinstance(old, jax.Array) and not isinstance(old, Tracer)
-    same = known and new.shape == old.shape
-    where = old.sharding if same and getattr(old, "committed", True) else None
+    where = old.sharding if known and getattr(old, "committed", True) else None
+    if where is not None and new.shape != old.shape and len(where.device_set) > 1:
+        mesh = getattr(where, "mesh", None)
+        where = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put(new, where)
 
 

@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
@@ -30,11 +29,11 @@ def compile_quickly():
 
 
 def only(kept):
-    return jnp.zeros(CHANNELS, bool).at[np.array(kept)].set(True)
+    return np.isin(np.arange(CHANNELS), kept)
 
 
 def narrow(x):
-    return jnp.asarray(x, jnp.float32)
+    return np.asarray(x, np.float32)
 
 
 def layer(seed, noise=0.0):
@@ -213,7 +212,7 @@ def test_the_penalty_is_the_one_that_leaves_so_many(seed):
             assert (
                 alive.sum() < keep < (bounded(gram, cross, 0.99 * penalty) != 0).sum()
             )
-        scores = by_lasso(*products(x, y), narrow(weight), CHANNELS, jnp.int32(keep))
+        scores = by_lasso(*products(x, y), narrow(weight), CHANNELS, keep)
         assert np.array_equal(scores > 1, alive)
         assert np.array_equal(
             np.argsort(scores[alive]), np.argsort(np.abs(beta[alive]))
@@ -286,14 +285,37 @@ def test_singular_inputs_leave_everything_finite(kind):
         assert np.isfinite(found.gain).all()
 
 
-def test_groups_are_mapped_over():
-    layers = [layer(seed, 0.1) for seed in range(2)]
-    gram, cross = (jnp.stack(v) for v in zip(*(products(x, y) for x, _, y in layers)))
-    weight = jnp.stack([narrow(w) for _, w, _ in layers])
-    for choose in (
-        lambda g, c, w: removal_order(g, c, CHANNELS),
-        lambda g, c, w: jnp.argsort(by_lasso(g, c, w, CHANNELS, 3)),
-    ):
-        together = jax.vmap(choose)(gram, cross, weight)
-        alone = [choose(*v) for v in zip(gram, cross, weight)]
-        assert np.array_equal(together, jnp.stack(alone))
+def test_the_inverse_that_is_never_written_down_again_is_that_of_what_is_left():
+    """Three dozen channels: losses from an inverse of the rows and columns that remain."""
+    rng = np.random.default_rng(0)
+    taps, channels = 3, 36
+    x = rng.normal(size=(400, taps * channels)) @ rng.normal(
+        size=2 * (taps * channels,)
+    )
+    y = x @ rng.normal(size=(taps * channels, 5))
+    gram, cross = narrow(x.T @ x / 400), narrow(x.T @ y / 400)
+    found = removal_order(gram, cross, channels, damping=1e-4)
+    size = np.sqrt(np.diagonal(gram)).astype(float)
+    unit = gram / np.outer(size, size) + 1e-4 * np.eye(len(gram))
+    right, left = cross / size[:, None], list(range(channels))
+    for i in found:
+        rows = np.array([t * channels + c for t in range(taps) for c in left])
+        inverse = np.linalg.inv(unit[np.ix_(rows, rows)])
+        weight, losses = inverse @ right[rows], []
+        for c in range(len(left)):
+            own = np.arange(taps) * len(left) + c
+            block = np.linalg.inv(inverse[np.ix_(own, own)])
+            losses.append(np.trace(weight[own].T @ block @ weight[own]))
+        at = left.index(i)
+        assert losses[at] <= min(losses) * (1 + 1e-6) + 1e-9
+        left.pop(at)
+
+
+def test_sizes_share_the_programs_of_the_lasso():
+    x, weight, y = layer(0, 0.1)
+    by_lasso(*products(x, y), narrow(weight), CHANNELS, 3)
+    before = sparse._cache_size()
+    ins = TAPS * 7
+    gram, cross = narrow(np.eye(ins)), narrow(np.ones((ins, OUTS)))
+    scores = by_lasso(gram, cross, narrow(np.ones((ins, OUTS))), 7, 3)
+    assert scores.shape == (7,) and sparse._cache_size() == before

@@ -1,7 +1,7 @@
-"""A compressed model in the original shapes, with what is left of each layer as data.
+"""A compressed model in the original shapes: one program runs every row of a table.
 
 Ranks cut the tail of a singular value decomposition off, counts of channels set the least
-wanted to zero: one program runs every row of a table.
+wanted to zero. The leaves of a row are made in NumPy.
 """
 
 import dataclasses
@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxmet.engine.graph.channels import Layout
+from jaxmet.engine.graph.channels import Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.grams import grams
+from jaxmet.layers.leaf_math import replaced
+from jaxmet.layers.once import run_once
 from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import (
@@ -42,7 +42,6 @@ from jaxmet.transforms.prune.select_channels import (
 )
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
 
 
 class Shares(NamedTuple):
@@ -84,17 +83,16 @@ class Low:
         held = self.shape.entries_of(amount) / self.shape.cost
         return {self.node.name: Shares(work, held)}
 
-    def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
+    @property
+    def names(self) -> set[str]:
+        """The leaves that change."""
+        return {self.node.kernel}
+
+    def changed(self, leaves: Mapping[str, Any], amount: int) -> dict[str, Any]:
+        """Those leaves with so much left."""
         leaf = leaves[self.node.kernel]
-        array = jnp.asarray(dense(leaf))
-
-        def cut() -> jax.Array:
-            return placed_matrix(masked(self.parts, amount), self.shape)
-
-        new = lax.cond(
-            amount < self.most, lambda: cut().astype(array.dtype), lambda: array
-        )
-        return leaves | {self.node.kernel: with_weight(leaf, new)}
+        matrix = placed_matrix(masked(self.parts, amount), self.shape)
+        return {self.node.kernel: replaced(leaf, matrix)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,43 +133,41 @@ class Narrow:
             found[name] = found.get(name, 1.0) * left
         return {name: Shares(left, left) for name, left in found.items()}
 
-    def changed(self, leaves: dict[str, Any], amount: jax.Array) -> dict[str, Any]:
-        row = jnp.searchsorted(jnp.asarray(self.counts.sum(axis=1)), amount)
-        counts = jnp.asarray(self.counts)[row]
-        lefts = [
-            _left(order, count)
-            for order, count in zip(self.orders, counts, strict=True)
-        ]
-        found = dict(leaves)
-        for consumer in self.consumers:
-            found |= self._refitted(consumer, lefts, found, amount)
-        for bundle, left in zip(self.bundles, lefts, strict=True):
+    @property
+    def names(self) -> set[str]:
+        """The leaves that change."""
+        refitted = {
+            n for c in self.consumers for n in (c.node.kernel, c.node.bias) if n
+        }
+        return refitted | {m.parameter for m, _, _ in self._axes}
+
+    @property
+    def _axes(self) -> list[tuple[Member, int, np.ndarray]]:
+        """What runs along channels of a bundle, its number, and which channel each entry is."""
+        found = []
+        for i, bundle in enumerate(self.bundles):
             for member in self.graph.members:
                 of = channel_along(member.layout, bundle.indices)
                 if member.groups == 1 and (of >= 0).any():
-                    leaf = found[member.parameter]
-                    new = _zeroed(jnp.asarray(dense(leaf)), left, of, member.axis)
-                    found[member.parameter] = with_weight(leaf, new)
+                    found.append((member, i, of))
         return found
 
-    def _refitted(
-        self,
-        consumer: ConsumerMatrix,
-        lefts: Sequence[jax.Array],
-        leaves: dict[str, Any],
-        amount: jax.Array,
-    ) -> dict[str, Any]:
-        along = jnp.ones(consumer.weight.shape[0], bool)
-        for bundle, left in zip(self.bundles, lefts, strict=True):
-            along &= _along(left, consumer.channels_of(bundle))
-
-        def refitted() -> dict[str, Any]:
-            return consumer.refitted(along, leaves)[0]
-
-        names = jax.eval_shape(refitted)
-        return lax.cond(
-            amount < self.most, refitted, lambda: {name: leaves[name] for name in names}
-        )
+    def changed(self, leaves: Mapping[str, Any], amount: int) -> dict[str, Any]:
+        """Those leaves with so much left."""
+        counts = self.counts[np.searchsorted(self.counts.sum(axis=1), amount)]
+        lefts = [*map(_left, self.orders, counts)]
+        found = {name: leaves[name] for name in self.names if name in leaves}
+        for consumer in self.consumers:
+            along = np.ones(consumer.weight.shape[0], bool)
+            for bundle, left in zip(self.bundles, lefts, strict=True):
+                along &= _along(left, consumer.channels_of(bundle))
+            found |= consumer.refitted(along, found)[0]
+        for member, i, of in self._axes:
+            leaf = found[member.parameter]
+            array = np.array(dense(leaf))
+            array[(slice(None),) * member.axis + (~_along(lefts[i], of),)] = 0
+            found[member.parameter] = with_weight(leaf, array)
+        return found
 
 
 def _counts(
@@ -183,38 +179,19 @@ def _counts(
     return tuple(kept_at(b.size, each[b.index], multiple) for b in bundles)
 
 
-def _left(order: np.ndarray, count: jax.Array) -> jax.Array:
+def _left(order: np.ndarray, count: int) -> np.ndarray:
     """Which channels are left when so many are, of those that go in this order."""
-    rank = np.empty(order.size, np.int32)
-    rank[order] = np.arange(order.size)
-    return jnp.asarray(rank) >= order.size - count
+    found = np.ones(order.size, bool)
+    found[order[: order.size - count]] = False
+    return found
 
 
-def _along(left: jax.Array, of: np.ndarray) -> jax.Array:
+def _along(left: np.ndarray, of: np.ndarray) -> np.ndarray:
     """Which entries of an axis are left, by the channel that each belongs to, -1 for none."""
-    return jnp.where(jnp.asarray(of) >= 0, left[np.maximum(of, 0)], True)
-
-
-def _zeroed(array: jax.Array, left: jax.Array, of: np.ndarray, axis: int) -> jax.Array:
-    """An array with zeros wherever a channel along an axis is not left."""
-    shape = [1] * array.ndim
-    shape[axis] = of.size
-    return jnp.where(_along(left, of).reshape(shape), array, jnp.zeros_like(array))
+    return np.where(of >= 0, left[np.maximum(of, 0)], True)
 
 
 MaskedLayer = Low | Narrow
-
-
-def with_amounts(
-    params: Any, layers: Mapping[str, MaskedLayer], amounts: Sequence[Any] | jax.Array
-) -> Any:
-    """The tree with so many ranks or channels of each layer."""
-    leaves = named_leaves(params)
-    found = dict(leaves)
-    for layer, amount in zip(layers.values(), amounts, strict=True):
-        found = layer.changed(found, amount)
-    changed = {n: leaf for n, leaf in found.items() if leaf is not leaves[n]}
-    return replace_leaves(params, changed, caller="score_ratios")
 
 
 def layers_of(
@@ -255,7 +232,9 @@ def layers_of(
         gram = None
         if node.name in seen:
             gram = gram_of_parameter(node, leaf, shape, seen[node.name].mean)
-        parts = spectrum_of(jnp.asarray(dense(leaf)), shape, gram)
+        parts = run_once(
+            lambda leaf, gram, s=shape: spectrum_of(leaf, s, gram), dense(leaf), gram
+        )
         found[node.name] = Low(node, shape, parts, known[node.name])
     return found, left
 

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.analysis.cost import ALL, cost
-from jaxmet.analysis.ratios.masked import MaskedLayer, layers_of, with_amounts
+from jaxmet.analysis.ratios.masked import MaskedLayer, layers_of
 from jaxmet.analysis.ratios.spending import BUDGETS
 from jaxmet.analysis.scoring import (
     Runner,
@@ -26,6 +26,7 @@ from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.checkpoint import Checkpoint, model_of
 from jaxmet.layers.grams import ROWS
+from jaxmet.layers.once import run_once
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.table import Table
@@ -131,6 +132,7 @@ def score_ratios(
         batches, CALLER, inputs=inputs, mask=mask, passes=2, abstract=True
     )
     traceable = is_traceable(score, graph, params, CALLER)
+    leaves = run_once(lambda leaves: leaves, leaves)
     layers, left = layers_of(
         params,
         graph,
@@ -161,9 +163,10 @@ def score_ratios(
         params,
         graph,
         apply_of=lambda *_: apply,
-        params_of=lambda params, amounts: with_amounts(params, layers, amounts),
         traceable=traceable,
         together=together,
+        leaves_of=lambda cell: _leaves_of(layers, leaves, cell),
+        changing=set().union(*(layer.names for layer in layers.values())),
     )
     scores = _scores(run, layers, cells, kept, progress=progress)
     return _table(params, leaves, graph, read.first, layers, cells, scores)
@@ -193,15 +196,11 @@ def _scores(
     every = list(dict.fromkeys([None, *((name, amount) for name, _, amount in cells)]))
     found = {i: kept.load(i) for i in range(len(every))}
     scores = {every[i]: float(row["score"]) for i, row in found.items() if row}
-    missing, names = [i for i, row in found.items() if not row], list(layers)
-    full = np.array([layer.most for layer in layers.values()], np.int32)
+    missing = [i for i, row in found.items() if not row]
     with tqdm(total=len(every), desc=CALLER, disable=not progress) as bar:
         bar.update(len(scores))
-        amounts = np.tile(full, (len(missing), 1))
-        for row, i in zip(amounts, missing, strict=True):
-            if (cell := every[i]) is not None:
-                row[names.index(cell[0])] = cell[1]
-        for i, came in zip(missing, run([(None, row) for row in amounts]), strict=True):
+        settings = [(None, every[i]) for i in missing]
+        for i, came in zip(missing, run(settings), strict=True):
             number = check_finite_score(
                 number_of(came, CALLER), _named(every[i]), CALLER
             )
@@ -209,6 +208,15 @@ def _scores(
             kept.save(i, {"score": np.float64(number)})
             bar.update()
     return scores
+
+
+def _leaves_of(
+    layers: Mapping[str, MaskedLayer], leaves: Mapping[str, Any], cell: Cell
+) -> dict[str, Any]:
+    """The leaves of a row that are not those of the network as it is."""
+    if cell is None or cell[1] >= layers[cell[0]].most:
+        return {}
+    return layers[cell[0]].changed(leaves, cell[1])
 
 
 def _named(cell: Cell) -> str:

@@ -40,31 +40,19 @@ class Program:
         closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
         jaxpr, constants = compat.open_jaxpr(closed)
         self.results = jax.tree.structure(shape)
-        self.shapes = self.results.unflatten([_abstract(v.aval) for v in jaxpr.outvars])
-        every, sources = _inlined(jaxpr)
+        self.shapes = self.results.unflatten([abstract(v.aval) for v in jaxpr.outvars])
+        every, sources = inlined(jaxpr, compat.inlined_body)
         self.order = _order(every, sources)
-        steps, read = _needed(jaxpr, every, sources)
+        steps, read = needed(jaxpr, every, sources)
         places = {v: i for i, v in enumerate(jaxpr.invars)}
         own = dict(zip(jaxpr.constvars, constants, strict=True))
         # Closed-over arrays are data, too: the program does not depend on them.
         self.arguments = tuple(places.get(v, -1) for v in read)
         self.constants = [own.get(v) for v in read]
         outputs = [sources[i] for i in self.order]
-
-        def run(*values: Any) -> list[Any]:
-            known = dict(zip(read, values, strict=True))
-            get = lambda v: v.val if isinstance(v, Literal) else known[v]
-            for step in steps:
-                own = step.equation
-                found = compat.bind(own.primitive, own.params, [*map(get, step.reads)])
-                known.update(zip(step.makes, found, strict=True))
-            return [*map(get, outputs)]
-
-        self.given = [_abstract(v.aval) for v in read]
-        # An argument that only a call inside leaves out would be missing in the text.
-        self.run = jax.jit(run, keep_unused=True)
-        if not any(_is_own(s.equation) for s in steps):
-            self.run = _shared(self.run, self.given)
+        self.given = [abstract(v.aval) for v in read]
+        share = not any(is_own(s.equation) for s in steps)
+        self.run = compiled_steps(steps, read, outputs, self.given, share=share)
 
     def __call__(self, *arguments: Any) -> Any:
         leaves = jax.tree.leaves(arguments)
@@ -103,7 +91,7 @@ def shared(function: Callable) -> Callable:
     return run
 
 
-def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
+def abstract(aval: Any) -> jax.ShapeDtypeStruct:
     weak = getattr(aval, "weak_type", False)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
@@ -116,15 +104,20 @@ class Step(NamedTuple):
     makes: list[Any]
 
 
-def _inlined(jaxpr: Any) -> tuple[list[Step], list[Any]]:
-    """The steps of a program and where its results come from, calls to be inlined opened."""
+def inlined(
+    jaxpr: Any, body_of: Callable[[Any], tuple[Any, Sequence[Any]]]
+) -> tuple[list[Step], list[Any]]:
+    """The steps of a program and where its results come from.
+
+    Calls of which `body_of` gives body and constants are opened, where there are none.
+    """
     steps: list[Step] = []
 
     def walk(jaxpr: Any, known: dict[Any, Any]) -> list[Any]:
         source = lambda v: v if isinstance(v, Literal) else known.get(v, v)
         for equation in jaxpr.eqns:
             reads = [*map(source, equation.invars)]
-            body, constants = compat.inlined_body(equation)
+            body, constants = body_of(equation)
             if body is not None and not constants:
                 found = walk(body, dict(zip(body.invars, reads, strict=True)))
                 known.update(zip(equation.outvars, found, strict=True))
@@ -138,7 +131,7 @@ def _inlined(jaxpr: Any) -> tuple[list[Step], list[Any]]:
     return steps, walk(jaxpr, {})
 
 
-def _needed(
+def needed(
     jaxpr: Any, every: Sequence[Step], sources: Sequence[Any]
 ) -> tuple[list[Step], list[Any]]:
     """The steps that the results need, and what they read, in the order of its first use.
@@ -165,7 +158,7 @@ def _order(steps: Sequence[Step], sources: Sequence[Any]) -> list[int]:
     return sorted(range(len(sources)), key=lambda i: place(sources[i]))
 
 
-def _is_own(equation: Any) -> bool:
+def is_own(equation: Any) -> bool:
     """Whether an equation is more than its text: functions of the host, places of arrays."""
     if equation.effects or any(word in equation.primitive.name for word in OWN):
         return True
@@ -173,7 +166,31 @@ def _is_own(equation: Any) -> bool:
     if any(type(s).__name__ != "UnspecifiedValue" for where in both for s in where):
         return True
     bodies = (compat.open_jaxpr(j)[0] for j in compat.sub_jaxprs(equation.params))
-    return any(_is_own(e) for body in bodies for e in body.eqns)
+    return any(is_own(e) for body in bodies for e in body.eqns)
+
+
+def compiled_steps(
+    steps: Sequence[Step],
+    read: Sequence[Any],
+    outputs: Sequence[Any],
+    given: Sequence[Any],
+    *,
+    share: bool,
+) -> Any:
+    """`jax.jit` of these steps on what they read, `given` in the abstract, and what they make."""
+
+    def run(*values: Any) -> list[Any]:
+        known = dict(zip(read, values, strict=True))
+        get = lambda v: v.val if isinstance(v, Literal) else known[v]
+        for step in steps:
+            own = step.equation
+            found = compat.bind(own.primitive, own.params, [*map(get, step.reads)])
+            known.update(zip(step.makes, found, strict=True))
+        return [*map(get, outputs)]
+
+    # An argument that only a call inside leaves out would be missing in the text.
+    compiled = jax.jit(run, keep_unused=True)
+    return _shared(compiled, given) if share else compiled
 
 
 def _shared(run: Any, given: Sequence[Any]) -> Callable:

@@ -12,6 +12,7 @@ from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.eligibility import skipped
 from jaxmet.layers.grams import ROWS, grams, unmasked
+from jaxmet.layers.once import run_once
 from jaxmet.transforms.prune.coupled_channels import (
     CoupledChannels,
     axes_of,
@@ -189,15 +190,25 @@ def prune(
             progress=progress,
             lost=lost,
         )
-    consumers = consumers_of(graph, names, leaves, seen)
-    masks: dict[int, np.ndarray] = {}
-    for bundle in chosen:
-        order = removal(graph, leaves, bundle, consumers, selection, keep[bundle.index])
-        stays = np.ones(bundle.size, bool)
-        stays[order[: bundle.size - keep[bundle.index]]] = False
-        masks |= dict.fromkeys(bundle.indices, stays)
-    work, errors = _refit(consumers, masks, leaves)
-    result = replace_leaves(params, removed(graph, work, masks), caller=CALLER)
+
+    def chose(
+        leaves: Mapping[str, Any], seen: Mapping[str, Any]
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any], dict[str, float]]:
+        consumers = consumers_of(graph, names, leaves, seen)
+        masks: dict[int, np.ndarray] = {}
+        for bundle in chosen:
+            count = keep[bundle.index]
+            order = removal(graph, leaves, bundle, consumers, selection, count)
+            stays = np.ones(bundle.size, bool)
+            stays[order[: bundle.size - count]] = False
+            masks |= dict.fromkeys(bundle.indices, stays)
+        work, errors = _refit(consumers, masks, leaves)
+        left = removed(graph, work, masks)
+        # All else stays the very array that it is.
+        return masks, {n: x for n, x in left.items() if x is not leaves[n]}, errors
+
+    masks, found, errors = run_once(chose, leaves, seen)
+    result = replace_leaves(params, found, caller=CALLER)
     if not with_report:
         return result
     before = whole_before(graph, result, masks)
@@ -238,7 +249,7 @@ def _refit(
     for name, consumer in consumers.items():
         found, error = consumer.refitted(consumer.left(masks), leaves)
         work |= found
-        errors[name] = float(error)
+        errors[name] = error
     return work, errors
 
 

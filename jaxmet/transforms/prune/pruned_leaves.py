@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.node import Node
+from jaxmet.numerics import xp
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.structures import Keep, Pruned
 
@@ -16,7 +16,7 @@ def pruned(leaf: Any, left: Mapping[int, np.ndarray], node: Node | None) -> Comp
     array, keep = dense(leaf), []
     for axis, mask in sorted(left.items()):
         where = np.flatnonzero(mask)
-        array = jnp.take(array, where, axis=axis, unique_indices=True)
+        array = xp.take(array, where, axis=axis)
         keep.append(Keep(axis, mask.size, tuple(map(int, where))))
     part = array
     if is_compressed(leaf):
@@ -35,6 +35,6 @@ def pruned(leaf: Any, left: Mapping[int, np.ndarray], node: Node | None) -> Comp
 
 
 def _cut(vector: Any, mask: np.ndarray | None) -> Any:
-    if vector is None or mask is None or jnp.ndim(vector) == 0:
+    if vector is None or mask is None or np.ndim(vector) == 0:
         return vector
-    return jnp.asarray(vector)[np.flatnonzero(mask)]
+    return xp.asarray(vector)[np.flatnonzero(mask)]

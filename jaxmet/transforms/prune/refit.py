@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.channels import Layout, Member
@@ -31,8 +30,6 @@ from jaxmet.tree.leaves import dense
 
 Selection = Literal["magnitude", "lasso", "obs"]
 SELECTIONS = get_args(Selection)
-
-product = functools.partial(jnp.matmul, precision="highest")
 
 
 def magnitudes(
@@ -66,10 +63,13 @@ class ConsumerMatrix:
 
     node: Node
     members: tuple[Member, ...]
-    weight: jax.Array  # (ins, outs)
+    weight: np.ndarray  # (ins, outs)
     index: np.ndarray  # (ins, outs)
     along: Mapping[int, np.ndarray]  # (ins,) each
-    gram: GramSums
+    centered: (
+        np.ndarray
+    )  # products of the inputs, less those of their means with a bias
+    mean: np.ndarray  # of the inputs
 
     @staticmethod
     def of(
@@ -77,7 +77,7 @@ class ConsumerMatrix:
     ) -> "ConsumerMatrix | None":
         """None for a layer that is not one product of a matrix that a parameter holds."""
         node, members = graph[name], read_by(graph, name)
-        kernel = jnp.asarray(dense(leaves[node.kernel]))
+        kernel = np.asarray(dense(leaves[node.kernel]))
         assert node.weight is not None
         matrix = WeightMatrix.of(node, leaves[node.kernel])
         if matrix is None or matrix.sizes[0] != 1:
@@ -89,9 +89,13 @@ class ConsumerMatrix:
         if any((e != e[:, :1]).any() for e in along.values()):
             return None
         rows = {axis: e[:, 0] for axis, e in along.items()}
-        return ConsumerMatrix(
-            node, members, weight.reshape(-1)[groups[0]], groups[0], rows, gram
-        )
+        number, sums, products = map(np.asarray, gram)
+        number = np.maximum(number, number.dtype.type(1))
+        mean, centered = sums[0] / number, products[0] / number
+        if node.bias is not None:
+            centered = centered - mean[:, None] * mean
+        weight = weight.reshape(-1)[groups[0]]
+        return ConsumerMatrix(node, members, weight, groups[0], rows, centered, mean)
 
     def channels_of(self, bundle: CoupledChannels) -> np.ndarray:
         """For each row of the matrix the channel of a bundle that it reads, −1 for none."""
@@ -110,16 +114,14 @@ class ConsumerMatrix:
         """How much each channel of a bundle is worth to this layer, as a share."""
         rows, channels, of = self.by_channel(bundle)
         weight, gram = self.weight[rows], self.centered[rows][:, rows]
-        cross = product(gram, weight)
+        cross = gram @ weight
         if selection == "lasso":
             share = max(1, round(keep / bundle.size * channels))
             found = by_lasso(gram, cross, weight, channels, share)
         else:
-            energy = jnp.sum(weight * cross)
-            found = by_block_obs(gram, cross, channels) / jnp.where(
-                energy > 0, energy, 1.0
-            )
-        return _gathered(np.asarray(found), of, bundle.size)
+            energy = np.sum(weight * cross)
+            found = by_block_obs(gram, cross, channels) / (energy if energy > 0 else 1)
+        return _gathered(found, of, bundle.size)
 
     def order(self, bundle: CoupledChannels) -> np.ndarray | None:
         """Its channels as they go one after the other, None if others are among them."""
@@ -127,8 +129,7 @@ class ConsumerMatrix:
         if channels != bundle.size or not np.array_equal(of, np.arange(channels)):
             return None
         gram = self.centered[rows][:, rows]
-        cross = product(gram, self.weight[rows])
-        return np.asarray(removal_order(gram, cross, channels))
+        return removal_order(gram, gram @ self.weight[rows], channels)
 
     def by_channel(self, bundle: CoupledChannels) -> tuple[np.ndarray, int, np.ndarray]:
         """The rows tap by tap of as many channels, and which channel of the bundle each is.
@@ -146,37 +147,28 @@ class ConsumerMatrix:
         rows = _by_tap(entry, number)
         return rows, number, own[rows[:number]]
 
-    @property
-    def centered(self) -> jax.Array:
-        """The products of the inputs, of what differs from their means where a bias is."""
-        mean, center = self.gram.mean[0], self.gram.center[0]
-        if self.node.bias is None:
-            return mean
-        return mean - center[:, None] * center[None]
-
     def refitted(
-        self, left: Any, leaves: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], jax.Array]:
+        self, left: np.ndarray, leaves: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], float]:
         """The leaves of this layer that make good for the rows gone, and the error.
 
         The error is that of the output over its energy, of its variance where a bias is.
-        `left` may be traced.
         """
         gram, weight = self.centered, self.weight
-        cross = product(gram, weight)
-        new = reconstruct(gram, cross, jnp.asarray(left), start=weight).weight
-        energy = jnp.sum(weight * cross)
-        error = jnp.sum((weight - new) * (cross - product(gram, new)))
-        share = jnp.sqrt(jnp.maximum(error, 0.0) / jnp.maximum(energy, 1e-30))
-        shift = product(self.gram.center[:1], weight - new)[0]
-        return self._leaves(new, shift, leaves), share
+        cross = gram @ weight
+        new = reconstruct(gram, cross, left, start=weight).weight
+        energy = np.sum(weight * cross)
+        error = np.sum((weight - new) * (cross - gram @ new))
+        share = float(np.sqrt(max(error, 0.0) / max(energy, 1e-30)))
+        return self._leaves(new, self.mean @ (weight - new), leaves), share
 
     def _leaves(
-        self, matrix: jax.Array, shift: jax.Array, leaves: Mapping[str, Any]
+        self, matrix: np.ndarray, shift: Any, leaves: Mapping[str, Any]
     ) -> dict[str, Any]:
         name, bias = self.node.kernel, self.node.bias
         old = dense(leaves[name])
-        flat = jnp.zeros(old.size, matrix.dtype).at[self.index].set(matrix)
+        flat = np.zeros(math.prod(old.shape), matrix.dtype)
+        flat[self.index] = matrix
         found = {name: replaced(leaves[name], flat)}
         if bias is not None and bias in leaves and bias not in self.node.shared:
             found[bias] = shifted(leaves[bias], shift)

@@ -1,0 +1,198 @@
+"""A program run for many settings of its arguments: what comes before a change is kept.
+
+A program is cut into stages. From one row of arguments to the next only those stages run again
+that come after the first that reads a changed argument, which for one layer of a network
+changed at a time is half of the work.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxmet.engine.program import compat
+from jaxmet.engine.run.shared_programs import (
+    THREADS,
+    Step,
+    abstract,
+    compiled_steps,
+    inlined,
+    is_own,
+    needed,
+)
+
+STAGES = 16
+SMALL = 64  # bytes: so much is compared by content
+
+Env = dict[Any, Any]
+
+
+class Stage(NamedTuple):
+    """A part of a program; `reads` and `makes` are variables of the whole."""
+
+    run: Any
+    given: list[Any]  # in the abstract
+    reads: list[Any]
+    makes: list[Any]
+    arguments: list[int]
+    needed_later: set[Any]
+
+
+class StagedProgram:
+    """A function of arrays for arguments of the shapes of these, which may be abstract."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        leaves, structure = jax.tree.flatten(arguments)
+        flat = lambda *leaves: function(*structure.unflatten(leaves))
+        closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+        jaxpr, constants = compat.open_jaxpr(closed)
+        self.results = jax.tree.structure(shape)
+        self.arguments = list(jaxpr.invars)
+        self.constants = dict(zip(jaxpr.constvars, constants, strict=True))
+        steps, self.sources = inlined(jaxpr, _body)
+        steps, _ = needed(jaxpr, steps, self.sources)
+        whole = any(is_own(step.equation) for step in steps)
+        steps = _late(steps, jaxpr)
+        parts = [steps] if whole or not steps else _cut(steps, set(self.arguments))
+        self.stages = self._stages(parts, share=not whole)
+
+    def _stages(self, parts: Sequence[list[Step]], *, share: bool) -> list[Stage]:
+        used = {v for v in self.sources if not isinstance(v, Literal)}
+        later = []
+        for part in reversed(parts):
+            later.append(set(used))
+            used |= {v for s in part for v in s.reads if not isinstance(v, Literal)}
+        number = {v: i for i, v in enumerate(self.arguments)}
+        kinds = {v: v.aval for v in (*self.arguments, *self.constants)}
+        for part in parts:
+            for step in part:
+                kinds |= dict(
+                    zip(
+                        step.makes, (v.aval for v in step.equation.outvars), strict=True
+                    )
+                )
+        found = []
+        for part, wanted in zip(parts, reversed(later), strict=True):
+            own = {v for s in part for v in s.makes}
+            every = (v for s in part for v in s.reads if not isinstance(v, Literal))
+            reads = [v for v in dict.fromkeys(every) if v not in own]
+            makes = [v for s in part for v in s.makes if v in wanted]
+            given = [abstract(kinds[v]) for v in reads]
+            run = compiled_steps(part, reads, makes, given, share=share)
+            arguments = [number[v] for v in reads if v in number]
+            found.append(Stage(run, given, reads, makes, arguments, wanted))
+        return found
+
+    def compile(self) -> None:
+        """Compile all stages, side by side."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            [*pool.map(lambda s: s.run.lower(*s.given).compile(), self.stages)]
+
+    def rows(self, every: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """The results for each of many rows of arguments, which come one ahead of their turn."""
+        rows = (jax.tree.leaves(row) for row in every)
+        now, kept = next(rows, None), None
+        while now is not None:
+            following = next(rows, None)
+            start, env = 0, dict[Any, Any](self.constants)
+            if kept is not None and self._same(kept[2], now) >= kept[0]:
+                start, env = kept[0], dict(kept[1])
+            split = 0 if following is None else self._same(now, following)
+            for i, stage in enumerate(self.stages[start:], start):
+                if start < i == split:
+                    kept = i, dict(env), now
+                own = dict(zip(self.arguments, now, strict=True))
+                read = [env[v] if v in env else own[v] for v in stage.reads]
+                env |= dict(zip(stage.makes, stage.run(*read), strict=True))
+                env = {v: x for v, x in env.items() if v in stage.needed_later}
+            own = dict(zip(self.arguments, now, strict=True)) | env
+            found = [v.val if isinstance(v, Literal) else own[v] for v in self.sources]
+            yield self.results.unflatten(found)
+            now = following
+
+    def _same(self, one: Sequence[Any], two: Sequence[Any]) -> int:
+        """How many stages read the same from both, before the first that does not."""
+        same = [_equal(a, b) for a, b in zip(one, two, strict=True)]
+        for i, stage in enumerate(self.stages):
+            if not all(same[argument] for argument in stage.arguments):
+                return i
+        return len(self.stages)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    known = isinstance(one, np.ndarray | np.generic)
+    small = known and isinstance(two, np.ndarray | np.generic) and one.nbytes <= SMALL
+    return one is two or (small and np.array_equal(one, two))
+
+
+def _body(equation: Any) -> tuple[Any, Sequence[Any]]:
+    """Body and constants of a call that says nothing of where it runs."""
+    if equation.primitive.name in compat.CALLS and not is_own(equation):
+        return compat.open_jaxpr(compat.call_body(equation.params))
+    return None, ()
+
+
+def _late(steps: Sequence[Step], jaxpr: Any) -> list[Step]:
+    """The steps, those that see no data right before the first that needs them.
+
+    All weights are rounded first of all, say: the first stage would read them all. Data are
+    arrays that a function closes over.
+    """
+    data = {v for v in jaxpr.constvars if v.aval.shape}
+    fixed = []
+    for step in steps:
+        sees = any(
+            np.ndim(v.val) > 0 if isinstance(v, Literal) else v in data
+            for v in step.reads
+        )
+        fixed.append(sees or bool(step.equation.effects))
+        if sees:
+            data |= set(step.makes)
+    place: dict[Any, int] = {}  # of the first step that reads a value
+    keys = [0] * len(steps)
+    for i in reversed(range(len(steps))):
+        least = min((place.get(v, len(steps)) for v in steps[i].makes), default=i)
+        keys[i] = i if fixed[i] else least
+        for v in steps[i].reads:
+            if not isinstance(v, Literal):
+                place[v] = min(place.get(v, len(steps)), keys[i])
+    # Those that one step needs come in their old order, and before it.
+    order = sorted(range(len(steps)), key=lambda i: (keys[i], fixed[i], i))
+    return [steps[i] for i in order]
+
+
+def _cut(steps: Sequence[Step], arguments: set[Any]) -> list[list[Step]]:
+    """So many parts of about the same work, each of which begins where arguments are read."""
+    work = np.cumsum([_work(step.equation) for step in steps])
+    parts: list[list[Step]] = [[]]
+    share, met = work[-1] / STAGES, set[Any]()
+    for step, done in zip(steps, work, strict=True):
+        new = {v for v in step.reads if not isinstance(v, Literal)} & arguments - met
+        met |= new
+        if new and parts[-1] and done >= share * len(parts):
+            parts.append([])
+        parts[-1].append(step)
+    return parts
+
+
+def _work(equation: Any) -> float:
+    """About how many operations an equation takes."""
+    sizes = [math.prod(v.aval.shape) for v in equation.outvars]
+    inner = [math.prod(v.aval.shape) for v in equation.invars]
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (summed, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return float(sizes[0] * math.prod(shape[i] for i in summed))
+    if name == "conv_general_dilated":
+        outs = equation.invars[1].aval.shape[params["dimension_numbers"].rhs_spec[0]]
+        return float(sizes[0] * inner[1] / outs)
+    bodies = [compat.open_jaxpr(j)[0] for j in compat.sub_jaxprs(params)]
+    if bodies:
+        rounds = params.get("length", 1)
+        return float(rounds) * sum(_work(e) for body in bodies for e in body.eqns)
+    return float(sum(sizes))
