@@ -53,7 +53,7 @@ def collect(
     """
     arrays, static = split_keywords(kwargs)
     kept = key is not None and observer is None
-    own = (caller, key, frozen(static)) if kept else None
+    own = (key, frozen(static)) if kept else None
     of_apply = partial(_summarized, summary)
     one = of_apply if observer is None else lambda _: observer
     step = partial(_step, one, hook, merge, static)

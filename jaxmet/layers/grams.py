@@ -12,6 +12,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.collect import collect
 from jaxmet.layers.inputs import counted_rows
+from jaxmet.numerics.drawn_order import seed_of
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
 
@@ -66,13 +67,11 @@ def grams(
             return result, None
         x, kernel = operands[0], operands[node.weight.operand]
         most = max(1, rows // max(1, x.shape[0]))
-        # a key of its own for batch, node and loop step: later batches add new positions
-        own = key
-        for part in (run.batch, numbers[node.name], *run.iteration):
-            own = jax.random.fold_in(own, part)
+        # of its own for batch, node and loop step: later batches add new positions
+        seed = seed_of(key, run.batch, numbers[node.name], *run.iteration)
         where = run.reads[0] if run.reads else None
         found, counts = counted_rows(
-            node, x, kernel.shape, where=where, most=most, key=own
+            node, x, kernel.shape, where=where, most=most, seed=seed
         )
         found = found.astype(wide(found.dtype))
         products = jnp.einsum("gri,grj->gij", found, found, precision="highest")
@@ -84,6 +83,9 @@ def grams(
     if not wanted:
         return {}
     merge = lambda a, b: jax.tree.map(jnp.add, a, b)
+    # The key is a constant of the program: its numbers say which.
+    random = str(key.dtype), np.asarray(jax.random.key_data(key)).tobytes()
+    own = rows, random, tuple((name, numbers[name]) for name in sorted(wanted))
     found = collect(
         graph,
         params,
@@ -93,6 +95,7 @@ def grams(
         caller=caller,
         progress=progress,
         lost=lost,
+        key=("grams", own),
     )
     for name, gram in found.items():
         if not np.all(np.isfinite(gram.center)):

@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxmet.engine.flow.token_mask_rules import LostError, windowed
 from jaxmet.engine.graph.node import Convolution, Dot, Node
+from jaxmet.numerics.drawn_order import drawn_order
 
 
 def rows_of(
@@ -19,15 +20,15 @@ def rows_of(
     *,
     offset: Any = None,
     most: int | None = None,
-    key: Any = None,
+    seed: Any = None,
 ) -> jax.Array:
     """What a product reads, (groups, rows, ins).
 
     With `most`, at most so many rows per example, which is an entry along axis 0 of x, are
-    drawn by `key`, of a convolution the same of all; `offset` is what its padding holds
+    drawn by `seed`, of a convolution the same of all; `offset` is what its padding holds
     instead of zero. The columns have the order of `matrix_of`.
     """
-    return counted_rows(node, x, kernel_shape, offset=offset, most=most, key=key)[0]
+    return counted_rows(node, x, kernel_shape, offset=offset, most=most, seed=seed)[0]
 
 
 def counted_rows(
@@ -38,7 +39,7 @@ def counted_rows(
     where: jax.Array | None = None,
     offset: Any = None,
     most: int | None = None,
-    key: Any = None,
+    seed: Any = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Rows, with zeros in those that do not count, and which of them count, (rows,).
 
@@ -46,7 +47,7 @@ def counted_rows(
     """
     if node.convolution is not None:
         rows, own = _windows(
-            node.convolution, x, kernel_shape, offset, most, key, where
+            node.convolution, x, kernel_shape, offset, most, seed, where
         )
     else:
         assert node.dot is not None
@@ -54,7 +55,7 @@ def counted_rows(
         meets = {d for d, _ in (*node.dot.summed, *node.dot.batched)}
         most = most if most is None or 0 in meets else most * x.shape[0]
         if most is not None and rows.shape[1] > most:
-            drawn = _draw(key, rows.shape[1], most, own)
+            drawn = drawn_order(seed, rows.shape[1], own)[:most]
             rows = jnp.take(rows, drawn, axis=1)
             own = None if own is None else jnp.take(own, drawn)
     if own is not None:
@@ -112,7 +113,7 @@ def _windows(
     kernel_shape: tuple[int, ...],
     offset: Any,
     most: int | None,
-    key: Any,
+    seed: Any,
     where: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     examples = tuple(x.shape[i] for i in (conv.input_axes[0], *conv.input_axes[2:]))
@@ -135,7 +136,8 @@ def _windows(
     total, channels = math.prod(counts), x.shape[-1]
     own = _window_counts(conv, where, examples, spans, counts)
     if most is not None and most < total:
-        drawn = _draw(key, total, most, None if own is None else jnp.any(own, axis=0))
+        first = None if own is None else jnp.any(own, axis=0)
+        drawn = drawn_order(seed, total, first)[:most]
         own = None if own is None else jnp.take(own, drawn, axis=1)
         places = _places(conv, counts, drawn, x.shape[1:-1])
         flat = x.reshape(x.shape[0], -1, channels)
@@ -184,13 +186,3 @@ def _shift(conv: Convolution, tap: tuple[int, ...], sizes: tuple[int, ...]) -> i
     for t, d, size in zip(tap, conv.kernel_dilation, sizes, strict=True):
         moved = moved * size + t * d
     return moved
-
-
-def _draw(
-    key: Any, total: int, number: int, first: jax.Array | None = None
-) -> jax.Array:
-    """So many different rows of all, those among the `first` before the others."""
-    order = jax.random.permutation(key, total)
-    if first is not None:
-        order = order[jnp.argsort(~first[order], stable=True)]
-    return order[:number].astype(jnp.int32)

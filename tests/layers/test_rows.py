@@ -10,6 +10,7 @@ from jaxmet.engine.run.replay import evaluate
 from jaxmet.layers.eligibility import why_no_matrix
 from jaxmet.layers.inputs import rows_of
 from jaxmet.layers.layer import matrix_of
+from jaxmet.numerics.drawn_order import seed_of
 from zoo import CASES
 
 
@@ -24,7 +25,7 @@ def seen(apply, params, *inputs, most=None):
                 jnp.zeros_like(v) if i not in (0, node.weight.operand) else v
                 for i, v in enumerate(operands)
             ]
-            rows = rows_of(node, x, w.shape, most=most, key=jax.random.key(0))
+            rows = rows_of(node, x, w.shape, most=most, seed=seed_of(jax.random.key(0)))
             found[node.name] = node, rows, matrix_of(node, w), run(*rest), rest
         return run(*operands), None
 

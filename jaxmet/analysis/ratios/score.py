@@ -21,7 +21,7 @@ from jaxmet.analysis.scoring import (
     runner,
 )
 from jaxmet.engine.graph.graph import Graph, fitted
-from jaxmet.engine.run.lift import lift
+from jaxmet.engine.run.lift import replayed
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.checkpoint import Checkpoint, model_of
@@ -157,7 +157,7 @@ def score_ratios(
     options = (method, ratios, multiple, rows, list(layers), key)
     told = (params, model_of(graph), data, options, score)
     kept = Checkpoint(checkpoint, CALLER, told)
-    apply = lift(graph.apply)
+    apply = replayed(graph.apply)
     run = runner(
         score,
         params,

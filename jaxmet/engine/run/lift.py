@@ -31,13 +31,24 @@ def lift(apply: Apply) -> Apply:
     >>> logits = jax.jit(jm.lift(model.apply))(jm.equalize(params, graph), images)
     """
     check_apply(apply, "lift")
+    again = replayed(apply)
 
     def lifted(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         if not any(is_compressed(leaf) for leaf in flatten(params, whole=True)[1]):
             return apply(params, *inputs, **kwargs)
-        return evaluate(apply, _idle)(params, *inputs, **kwargs)[0]
+        return again(params, *inputs, **kwargs)
 
     return lifted
+
+
+def replayed(apply: Apply) -> Apply:
+    """The same model from its equations, with what is faster on the platform: `engine.backend`."""
+    run = evaluate(apply, _idle)
+
+    def again(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return run(params, *inputs, **kwargs)[0]
+
+    return again
 
 
 def _idle(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:

@@ -13,6 +13,7 @@ from jaxmet.engine.run.replay import Hook, Run
 from jaxmet.engine.run.shared_programs import Program, ProgramSequence, placed
 from jaxmet.layers.inputs import counted_rows
 from jaxmet.layers.lockstep import Copy, Where
+from jaxmet.numerics.drawn_order import seed_of
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
 from jaxmet.transforms.rounding.rounded_layers import Layer
@@ -165,9 +166,7 @@ class Look:
             if where is not None:
                 where = where[run.iteration]
             # Both copies draw the same rows, each layer others.
-            own = key
-            for part in (numbers[node.name], *run.iteration):
-                own = jax.random.fold_in(own, part)
+            seed = seed_of(key, numbers[node.name], *run.iteration)
             leaf: Any = leaves.get(node.kernel)
             rows, counts = counted_rows(
                 node,
@@ -176,7 +175,7 @@ class Look:
                 where=where,
                 offset=leaf.input_offset if is_compressed(leaf) else None,
                 most=self.most,
-                key=own,
+                seed=seed,
             )
             return result, (rows.astype(wide(rows.dtype)), counts)
 
