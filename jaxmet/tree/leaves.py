@@ -180,8 +180,11 @@ def dense(leaf: Any) -> Any:
 def as_before(new: np.ndarray, old: Any) -> jax.Array:
     """A NumPy array as a JAX array, where the old one was put, if anywhere."""
     known = isinstance(old, jax.Array) and not isinstance(old, Tracer)
-    same = known and new.shape == old.shape
-    where = old.sharding if same and getattr(old, "committed", True) else None
+    fits = known and (
+        new.shape == old.shape
+        or (new.ndim == old.ndim and old.sharding.is_fully_replicated)
+    )
+    where = old.sharding if fits and getattr(old, "committed", True) else None
     return jax.device_put(new, where)
 
 
