@@ -12,6 +12,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.collect import collect
 from jaxmet.layers.inputs import counted_rows
+from jaxmet.numerics import xp
 from jaxmet.numerics.drawn_order import seed_of
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
@@ -30,12 +31,12 @@ class GramSums(NamedTuple):
     @property
     def mean(self) -> jax.Array:
         """E xᵀx."""
-        return self.products / jnp.maximum(self.number, 1.0)
+        return self.products / xp.maximum(self.number, 1.0)
 
     @property
     def center(self) -> jax.Array:
         """E x."""
-        return self.sums / jnp.maximum(self.number, 1.0)
+        return self.sums / xp.maximum(self.number, 1.0)
 
 
 def grams(
@@ -98,7 +99,7 @@ def grams(
         key=("grams", own),
     )
     for name, gram in found.items():
-        if not np.all(np.isfinite(gram.center)):
+        if not np.all(np.isfinite(gram.sums)):
             raise ValueError(
                 f"jaxmet.{caller}: what {name!r} reads holds NaN or infinity in some batch. "
                 "Look at the batches, and at the model's outputs for them."

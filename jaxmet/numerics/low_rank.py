@@ -18,10 +18,12 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Float, Int
 
+from jaxmet.numerics import xp
 from jaxmet.numerics.least_squares import solve
+from jaxmet.numerics.xp import Array
 
 DAMPING = 1e-6
 
@@ -37,7 +39,6 @@ class Spectrum(NamedTuple):
     right: Float[Array, "*g q n"]
 
 
-@jax.jit
 def spectrum(
     matrix: Float[Array, "*g m n"],
     gram: Float[Array, "*g m m"] | None = None,
@@ -62,16 +63,15 @@ def spectrum(
         core, across = matrix, None
         if matrix.shape[-2] < matrix.shape[-1]:
             # All of V then lies in the rows of M, also where the weighting would lose it.
-            across, upper = jnp.linalg.qr(_transposed(matrix))
+            across, upper = xp.qr(_transposed(matrix))
             core = _transposed(upper)
         weighted = core if gram is None else _root(gram, damping) @ core
-        _, values, right = jnp.linalg.svd(weighted, full_matrices=False)
+        _, values, right = xp.svd(weighted)
         left = core @ _transposed(right)
         right = right if across is None else right @ _transposed(across)
     return Spectrum(left, values, right)
 
 
-@partial(jax.jit, static_argnames="rank")
 def low_rank(
     matrix: Float[Array, "*g m n"],
     rank: int,
@@ -96,22 +96,22 @@ def low_rank(
     parts = spectrum(matrix, gram, damping=damping)
     left, right = parts.left[..., :rank], parts.right[..., :rank, :]
     # equal norms on both sides: neither factor is much larger than the other
-    share = jnp.sqrt(jnp.linalg.norm(left, axis=-2, keepdims=True))
-    left = left / jnp.where(share > 0, share, 1.0)
+    size = xp.sqrt(xp.sum(xp.square(left), axis=-2, keepdims=True))
+    share = xp.sqrt(size)
+    left = left / xp.where(share > 0, share, xp.ones_like(share))
     return left, right * _transposed(share)
 
 
-@jax.jit
 def masked(parts: Spectrum, rank: int | Int[Array, ""]) -> Float[Array, "*g m n"]:
     """The product of the factors of `low_rank`, for a rank that need not be known before."""
     left = parts.left
     # zeros instead of a slice: the rank may be traced, and shapes may not depend on it
-    used = jnp.arange(left.shape[-1]) < rank
+    used = np.arange(left.shape[-1]) < rank
     used = used.reshape((1,) * (left.ndim - 1) + used.shape)
-    return jnp.matmul(jnp.where(used, left, 0.0), parts.right, precision="highest")
+    kept = xp.where(used, left, xp.zeros_like(left))
+    return xp.matmul(kept, parts.right, precision="highest")
 
 
-@jax.jit
 def refit(
     gram: Float[Array, "*g k k"],
     target: Float[Array, "*g k n"],
@@ -138,16 +138,16 @@ def refit(
     Returns:
         The new second factor.
     """
-    product = partial(jnp.matmul, precision="highest")
+    product = partial(xp.matmul, precision="highest")
     pull = product(gram, basis)
     right = product(_transposed(pull), target - product(basis, start))
     found = start + solve(product(_transposed(basis), pull), right, damping)
 
-    def error(h: jax.Array) -> jax.Array:
+    def error(h: Array) -> Array:
         left = target - product(basis, h)
-        return jnp.sum(left * product(gram, left), axis=-2, keepdims=True)
+        return xp.sum(left * product(gram, left), axis=-2, keepdims=True)
 
-    return jnp.where(error(found) < error(start), found, start)
+    return xp.where(error(found) < error(start), found, start)
 
 
 def largest_rank(
@@ -181,14 +181,14 @@ def multiple_above(
     return above if above <= most and above * cost_of_rank_one < cost else None
 
 
-def _root(gram: jax.Array, damping: float | jax.Array) -> jax.Array:
+def _root(gram: Array, damping: float | Array) -> Array:
     r"""An R with $R^T R = G + \delta I$; a Gram matrix of zeros stands for one of size 1."""
-    size = jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-    size = jnp.where(size > 0, size, 1.0)
-    values, vectors = jnp.linalg.eigh(gram / size)
-    values = jnp.maximum(values, 0.0) + damping  # rounding errors make some negative
-    return jnp.sqrt(size) * jnp.sqrt(values)[..., None] * _transposed(vectors)
+    size = xp.mean(xp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    values, vectors = xp.eigh(gram / size)
+    values = xp.maximum(values, 0.0) + damping  # rounding errors make some negative
+    return xp.sqrt(size) * xp.sqrt(values)[..., None] * _transposed(vectors)
 
 
-def _transposed(v: jax.Array) -> jax.Array:
-    return jnp.swapaxes(v, -1, -2)
+def _transposed(v: Array) -> Array:
+    return xp.swapaxes(v, -1, -2)

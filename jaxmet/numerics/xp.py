@@ -13,6 +13,7 @@ NumPy warns of overflows and of divisions by zero, which JAX does not: call insi
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -33,7 +34,7 @@ QUICK = {"xla_backend_optimization_level": 1} | (
 
 SHARED = frozenset(
     "abs all broadcast_to clip concatenate diagonal einsum exp full full_like isfinite log "
-    "max maximum mean min minimum moveaxis ones ones_like pad prod repeat sqrt "
+    "matmul max maximum mean min minimum moveaxis ones ones_like pad prod repeat sqrt "
     "square stack sum swapaxes take transpose where zeros zeros_like".split()
 )
 inf = float("inf")
@@ -75,6 +76,36 @@ def asarray(x: Any, dtype: Any = None) -> Any:
 def inverse(x: Any) -> Any:
     """The pseudo-inverse of matrices."""
     return jnp.linalg.pinv(x) if is_jax(x) else np.linalg.pinv(x)
+
+
+def svd(x: Any) -> Any:
+    """U, S and the transpose of V of matrices, as many columns as the shorter side has."""
+    if is_jax(x):
+        return jnp.linalg.svd(x, full_matrices=False)
+    return _decomposed(partial(np.linalg.svd, full_matrices=False), x)
+
+
+def qr(x: Any) -> Any:
+    """Q and R of matrices, the reduced ones."""
+    return jnp.linalg.qr(x) if is_jax(x) else _decomposed(np.linalg.qr, x)
+
+
+def eigh(x: Any) -> Any:
+    """Eigenvalues and eigenvectors of symmetric matrices."""
+    return jnp.linalg.eigh(x) if is_jax(x) else _decomposed(np.linalg.eigh, x)
+
+
+def _decomposed(function: Callable, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """NaN where there is no decomposition, as in JAX; NumPy raises for all matrices."""
+    try:
+        if np.isfinite(x).all():  # LAPACK may not return for others
+            return tuple(function(x))
+    except np.linalg.LinAlgError:
+        pass
+    if x.ndim > 2:
+        parts = zip(*(_decomposed(function, one) for one in x), strict=True)
+        return tuple(map(np.stack, parts))
+    return tuple(np.full_like(v, np.nan) for v in function(np.zeros_like(x)))
 
 
 def normal_cdf(x: Any) -> Any:

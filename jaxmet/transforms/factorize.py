@@ -19,6 +19,8 @@ from jaxmet.layers.eligibility import (
 )
 from jaxmet.layers.grams import ROWS, grams, unmasked
 from jaxmet.layers.layer import WeightMatrix, kernel_axes
+from jaxmet.layers.once import run_once
+from jaxmet.numerics import xp
 from jaxmet.numerics.low_rank import largest_rank, multiple_above
 from jaxmet.transforms.factors import (
     Shape,
@@ -215,19 +217,26 @@ def factorize(
             progress=progress,
             lost=lost,
         )
+    chosen = [node for node in graph.layers if node.name in wanted]
+
+    def solve(leaves: Mapping[str, Any], seen: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            node.name: _factors(
+                node, leaves[node.kernel], shapes[node.name], wanted[node.name], seen
+            )
+            for node in chosen
+        }
+
+    kernels = {node.kernel: leaves[node.kernel] for node in chosen}
+    made = run_once(solve, kernels, seen)
     found, table = {}, []
     for node in graph.layers:
         if node.name not in wanted:
             table.append({"layer": node.name, "note": skipped(left.get(node.name))})
             continue
         name, shape, rank = node.kernel, shapes[node.name], wanted[node.name]
-        gram = seen[node.name].mean if node.name in seen else None
-        if gram is not None:
-            gram = gram_of_parameter(node, leaves[name], shape, gram)
-        first, second, error = factors_of(
-            jnp.asarray(dense(leaves[name])), shape, rank, gram
-        )
-        found[name] = _leaf(leaves[name], first, second, shape)
+        first, second, between, error = made[node.name]
+        found[name] = _leaf(leaves[name], first, second, between, shape)
         table.append(
             {
                 "layer": node.name,
@@ -323,16 +332,27 @@ def _rounded_up(rank: int, shape: Shape, multiple: int) -> int:
     return multiple_above(rank, one, shape.cost, shape.most, multiple) or rank
 
 
-def _leaf(leaf: Any, first: Any, second: Any, shape: Shape) -> Compressed:
-    """The factors with what the leaf stated, each part of it where it belongs.
+def _factors(
+    node: Node, leaf: Any, shape: Shape, rank: int, seen: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Both factors, what padding holds between them, and their error.
 
     What padding holds instead of zero, the first makes something of: that is what the
     padding before the second holds.
     """
+    gram = None
+    if node.name in seen:
+        gram = gram_of_parameter(node, leaf, shape, seen[node.name].mean)
+    first, second, error = factors_of(xp.asarray(dense(leaf)), shape, rank, gram)
+    offset = leaf.input_offset if is_compressed(leaf) else None
+    between = None if offset is None else made_of(offset, first, shape)
+    return first, second, between, error
+
+
+def _leaf(leaf: Any, first: Any, second: Any, between: Any, shape: Shape) -> Compressed:
+    """The factors with what the leaf stated, each part of it where it belongs."""
     if is_compressed(leaf):
-        between = None
         if leaf.input_offset is not None:
-            between = made_of(leaf.input_offset, first, shape)
             first = Compressed(first, input_offset=leaf.input_offset)
         if not (leaf.lower is leaf.upper is between is None):
             second = Compressed(

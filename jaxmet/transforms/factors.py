@@ -3,19 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.graph.operations import Work, works
 from jaxmet.layers.layer import WeightMatrix, kernel_axes
+from jaxmet.layers.once import run_once
+from jaxmet.numerics import xp
 from jaxmet.numerics.low_rank import Spectrum, low_rank, refit, spectrum
 from jaxmet.numerics.precision import wide
+from jaxmet.numerics.xp import Array
 from jaxmet.tree.leaves import dense
 
 
@@ -143,9 +143,7 @@ def _of_parameter(work: Work) -> dict[int, tuple[int, int]]:
     }
 
 
-def gram_of_parameter(
-    node: Node, leaf: Any, shape: Shape, gram: jax.Array
-) -> jax.Array:
+def gram_of_parameter(node: Node, leaf: Any, shape: Shape, gram: Array) -> Array:
     """The Gram matrix of the inputs in the order of the parameter's axes."""
     found = WeightMatrix.of(node, leaf)
     assert found is not None
@@ -157,10 +155,9 @@ def gram_of_parameter(
     return gram[:, back][:, :, back]
 
 
-@partial(jax.jit, static_argnames=("shape", "rank"))
 def factors_of(
-    weight: jax.Array, shape: Shape, rank: int, gram: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    weight: Array, shape: Shape, rank: int, gram: Array | None
+) -> tuple[Array, Array, Array]:
     """Both factors in the axes of the weight, and the relative error of what they make."""
     dtype = weight.dtype
     weight = weight.astype(wide(dtype))
@@ -171,99 +168,102 @@ def factors_of(
     target = full.reshape(groups, -1, outs)
     if gram is not None and others > 1:
         start = second.reshape(groups, rank, others, outs)
-        start = jnp.transpose(start, (0, 2, 1, 3)).reshape(groups, -1, outs)
+        start = xp.transpose(start, (0, 2, 1, 3)).reshape(groups, -1, outs)
         better = refit(gram, target, _basis(first, mine, others, ins), start)
         second = better.reshape(groups, others, rank, outs)
-        second = jnp.transpose(second, (0, 2, 1, 3)).reshape(groups, rank, -1)
-    made = jnp.matmul(first, second, precision="highest")
+        second = xp.transpose(second, (0, 2, 1, 3)).reshape(groups, rank, -1)
+    made = xp.matmul(first, second, precision="highest")
     made = made.reshape(groups, mine, ins, others, outs)
-    made = jnp.transpose(made, (0, 1, 3, 2, 4)).reshape(target.shape)
-    error = _energy(target - made, gram) / jnp.maximum(_energy(target, gram), 1e-30)
+    made = xp.transpose(made, (0, 1, 3, 2, 4)).reshape(target.shape)
+    error = _energy(target - made, gram) / xp.maximum(_energy(target, gram), 1e-30)
     one = _placed(first.reshape(groups, mine, ins, rank), shape, first=True)
     two = _placed(second.reshape(groups, rank, others, outs), shape, first=False)
-    return one.astype(dtype), two.astype(dtype), jnp.sqrt(error)
+    return one.astype(dtype), two.astype(dtype), xp.sqrt(error)
 
 
-def made_of(vector: Any, first: jax.Array, shape: Shape) -> jax.Array:
+def made_of(vector: Any, first: Array, shape: Shape) -> Array:
     """What the first factor makes of inputs that are the same all over its window."""
     order = (*shape.mine, *shape.others, *shape.in_axes, *shape.out_axes)
-    weight = jnp.transpose(first, order).reshape(
+    weight = xp.transpose(first, order).reshape(
         shape.size(shape.mine), shape.ins, shape.groups, -1
     )
-    inputs = jnp.asarray(vector).reshape(shape.groups, shape.ins).astype(weight.dtype)
-    return jnp.einsum("migr,gi->gr", weight, inputs, precision="highest").reshape(-1)
+    weight = weight.astype(wide(first.dtype))  # NumPy's einsum knows no bfloat16
+    inputs = xp.asarray(vector).reshape(shape.groups, shape.ins).astype(weight.dtype)
+    made = xp.einsum("migr,gi->gr", weight, inputs, precision="highest")
+    return made.reshape(-1).astype(first.dtype)
 
 
-def spectrum_of(weight: jax.Array, shape: Shape, gram: jax.Array | None) -> Spectrum:
+def spectrum_of(weight: Array, shape: Shape, gram: Array | None) -> Spectrum:
     """The decomposition that holds the products of the factors of all ranks."""
-    weight = weight.astype(wide(weight.dtype))
-    return spectrum(*_problem(_full(weight, shape), gram))
+
+    def solve(weight: Array, gram: Array | None) -> Spectrum:
+        weight = weight.astype(wide(weight.dtype))
+        return spectrum(*_problem(_full(weight, shape), gram))
+
+    return run_once(solve, weight, gram)
 
 
-def placed_matrix(matrix: jax.Array, shape: Shape) -> jax.Array:
+def placed_matrix(matrix: Array, shape: Shape) -> Array:
     """A product of factors with the axes of the weight, in its order."""
     mine, others = shape.size(shape.mine), shape.size(shape.others)
     sizes = (shape.groups, mine, shape.ins, others, shape.outs)
-    split = jnp.transpose(matrix.reshape(sizes), (1, 3, 2, 0, 4))
+    split = xp.transpose(matrix.reshape(sizes), (1, 3, 2, 0, 4))
     order = (*shape.mine, *shape.others, *shape.in_axes, *shape.out_axes)
     array = split.reshape([shape.sizes[i] for i in order])
-    return jnp.transpose(array, [order.index(i) for i in range(len(order))])
+    return xp.transpose(array, [order.index(i) for i in range(len(order))])
 
 
-def _problem(
-    full: jax.Array, gram: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
+def _problem(full: Array, gram: Array | None) -> tuple[Array, Array | None]:
     """The matrix that is cut, and the Gram matrix of what it reads."""
     groups, mine, others, ins, _ = full.shape
-    matrix = jnp.transpose(full, (0, 1, 3, 2, 4)).reshape(groups, mine * ins, -1)
+    matrix = xp.transpose(full, (0, 1, 3, 2, 4)).reshape(groups, mine * ins, -1)
     return matrix, None if gram is None else _inner(gram, mine, others, ins)
 
 
-def _full(weight: jax.Array, shape: Shape) -> jax.Array:
+def _full(weight: Array, shape: Shape) -> Array:
     """(groups, window of the first, window of the second, ins, outs)."""
     order = (*shape.mine, *shape.others, *shape.in_axes, *shape.out_axes)
     sizes = (shape.size(shape.mine), shape.size(shape.others), shape.ins)
-    split = jnp.transpose(weight, order).reshape(*sizes, shape.groups, shape.outs)
-    return jnp.moveaxis(split, 3, 0)
+    split = xp.transpose(weight, order).reshape(*sizes, shape.groups, shape.outs)
+    return xp.moveaxis(split, 3, 0)
 
 
-def _inner(gram: jax.Array, mine: int, others: int, ins: int) -> jax.Array:
+def _inner(gram: Array, mine: int, others: int, ins: int) -> Array:
     """The Gram matrix of what the first factor reads, over all places of its window."""
     blocks = gram.reshape(gram.shape[0], mine, others, ins, mine, others, ins)
-    return jnp.einsum("gyximxj->gyimj", blocks).reshape(
+    return xp.einsum("gyximxj->gyimj", blocks).reshape(
         gram.shape[0], mine * ins, mine * ins
     )
 
 
-def _basis(first: jax.Array, mine: int, others: int, ins: int) -> jax.Array:
+def _basis(first: Array, mine: int, others: int, ins: int) -> Array:
     """What the first factor makes of a whole window, for each place of the second's."""
     groups, _, rank = first.shape
-    apart = jnp.eye(others, dtype=first.dtype)
-    spread = jnp.einsum(
-        "gyir,xz->gyxizr", first.reshape(groups, mine, ins, rank), apart
-    )
+    apart = np.eye(others, dtype=first.dtype)
+    first = first.reshape(groups, mine, ins, rank)
+    spread = xp.einsum("gyir,xz->gyxizr", first, apart, precision="highest")
     return spread.reshape(groups, mine * others * ins, others * rank)
 
 
-def _energy(matrix: jax.Array, gram: jax.Array | None) -> jax.Array:
+def _energy(matrix: Array, gram: Array | None) -> Array:
     if gram is None:
-        return jnp.sum(matrix**2)
-    return jnp.sum(matrix * jnp.matmul(gram, matrix, precision="highest"))
+        return xp.sum(matrix**2)
+    return xp.sum(matrix * xp.matmul(gram, matrix, precision="highest"))
 
 
-def _placed(factor: jax.Array, shape: Shape, *, first: bool) -> jax.Array:
+def _placed(factor: Array, shape: Shape, *, first: bool) -> Array:
     """A factor with the axes of the weight, in its order."""
     sizes = list(shape.sizes)
     if first:  # (groups, mine, ins, rank) -> (mine, ins, groups * rank)
         groups, _, _, rank = factor.shape
         held, gone = (*shape.mine, *shape.in_axes), shape.others
-        factor = jnp.moveaxis(factor, 0, 2)
+        factor = xp.moveaxis(factor, 0, 2)
         channel, width, idle = shape.out_axes[-1], groups * rank, shape.out_axes[:-1]
         order = (*held, channel)
     else:  # (groups, rank, others, outs) -> (rank, others, groups * outs)
         _, rank, _, _ = factor.shape
         held, gone = (*shape.others, *shape.out_axes), shape.mine
-        factor = jnp.moveaxis(factor, 0, 2)
+        factor = xp.moveaxis(factor, 0, 2)
         channel, width, idle = shape.in_axes[-1], rank, shape.in_axes[:-1]
         order = (channel, *held)
     for axis in (*gone, *idle):
@@ -271,4 +271,4 @@ def _placed(factor: jax.Array, shape: Shape, *, first: bool) -> jax.Array:
     sizes[channel] = width
     order = (*order, *gone, *idle)
     shaped = factor.reshape([sizes[i] for i in order])
-    return jnp.transpose(shaped, [order.index(i) for i in range(len(order))])
+    return xp.transpose(shaped, [order.index(i) for i in range(len(order))])

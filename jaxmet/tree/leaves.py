@@ -184,9 +184,12 @@ def as_before(new: np.ndarray, old: Any) -> jax.Array:
     """
     known = isinstance(old, jax.Array) and not isinstance(old, Tracer)
     where = old.sharding if known and getattr(old, "committed", True) else None
-    if where is not None and new.shape != old.shape and len(where.device_set) > 1:
+    if where is not None and new.shape != old.shape:
         mesh = getattr(where, "mesh", None)
-        where = mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        if mesh is not None:
+            where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        elif len(where.device_set) > 1:
+            where = None
     return jax.device_put(new, where)
 
 

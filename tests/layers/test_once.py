@@ -21,6 +21,8 @@ TRANSFORMS: dict[str, Callable] = {
     "equalize, range": lambda p, g: jm.equalize(p, g, objective="range"),
     "equalize, noise": lambda p, g: jm.equalize(jm.fold_batch_norm(p, g), g),
     "absorb_bias": jm.absorb_bias,
+    "factorize, spatial": lambda p, g: jm.factorize(p, g, ratios=0.5),
+    "factorize, weight": lambda p, g: jm.factorize(p, g, ratios=0.5, method="weight"),
 }
 PROGRAMS = {"equalize, range": 1, "equalize, noise": 2}  # however many layers there are
 
@@ -72,6 +74,15 @@ def test_leaves_stay_on_their_devices(transform: str) -> None:
     for one, two in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
         assert isinstance(two, jax.Array)
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_factors_stay_on_the_device_of_their_weight() -> None:
+    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    graph, last = jm.trace(apply, params, *inputs), jax.devices()[-1]
+    every = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), Spec())
+    for place, devices in ((last, {last}), (every, every.device_set)):
+        small = jm.factorize(jax.device_put(params, place), graph, ratios=0.5)
+        assert all(x.devices() == devices for x in jax.tree.leaves(small))
 
 
 def test_numbers_come_as_numpy_and_traced_values_as_they_are() -> None:

@@ -1,16 +1,29 @@
 """Thin factors, against what float64 and full-size linear algebra say of the optimum."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.numerics.low_rank import largest_rank, low_rank, masked, refit, spectrum
+from jaxmet.layers.once import run_once
+from jaxmet.numerics import low_rank as traced
+from jaxmet.numerics.low_rank import largest_rank
 
 SHAPES = ((7, 5), (5, 7), (4, 1))
 POOR = ("dead", "few rows", "copies", "nothing", "tiny", "huge")
+
+
+def on_numbers(function):
+    """As transforms call it: in NumPy."""
+    return lambda *args, **options: run_once(partial(function, **options), *args)
+
+
+low_rank, masked, refit, spectrum = map(
+    on_numbers, (traced.low_rank, traced.masked, traced.refit, traced.spectrum)
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,6 +203,61 @@ def test_refit_keeps_its_start_where_nothing_can_be_solved():
     endless = narrow(gram_of(x)).at[1].set(jnp.inf)
     found = refit(endless, narrow(matrix), left, right)
     assert np.array_equal(found[1], right[1]) and (found[0] != right[0]).all()
+
+
+DEFICIENT = ("full", "deficient", "zero")
+
+
+@pytest.mark.parametrize("inputs", [None, "any", *POOR])
+@pytest.mark.parametrize("kind", DEFICIENT)
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 1)])
+def test_traced_arrays_give_what_numbers_give(shape, kind, inputs):
+    matrix, x = layer(shape)
+    if kind != "full":
+        matrix[0] = matrix[0][:, :1] @ matrix[0][:1] if kind == "deficient" else 0
+    x = poor(inputs, shape[0]) if inputs in POOR else x
+    matrix, gram = narrow(matrix), None if inputs is None else narrow(gram_of(x))
+    parts = spectrum(matrix, gram)
+    assert all(isinstance(part, np.ndarray) for part in parts)
+    assert {part.dtype for part in parts} == {np.dtype(np.float32)}
+    compiled = jax.jit(traced.spectrum)(matrix, gram)
+    least = 2e-3 if inputs in POOR else 1e-4  # square roots of rounding errors
+    size = compiled.values.max() + 1e-30
+    np.testing.assert_allclose(parts.values / size, compiled.values / size, atol=least)
+    for rank in {1, min(shape)}:
+        one = low_rank(matrix, rank, gram)
+        two = jax.jit(traced.low_rank, static_argnums=1)(matrix, rank, gram)
+        assert [v.shape for v in one] == [v.shape for v in two]
+        cut = jax.jit(traced.masked)(parts, jnp.int32(rank))
+        np.testing.assert_allclose(product(one), cut, atol=1e-5)
+        if inputs is None or rank == min(shape):
+            np.testing.assert_allclose(product(one), product(two), atol=1e-5)
+        else:
+            errors = [energy(matrix - product(v), wide(gram)) for v in (one, two)]
+            scale = energy(wide(matrix), wide(gram)).max() + 1e-30
+            np.testing.assert_allclose(*(e / scale for e in errors), atol=1e-5)
+        if gram is not None:
+            given = gram, matrix, *map(narrow, one)
+            both = refit(*given), jax.jit(traced.refit)(*given)
+            errors = [energy(matrix - one[0] @ h, wide(gram)) for h in both]
+            scale = energy(wide(matrix), wide(gram)).max() + 1e-30
+            np.testing.assert_allclose(*(e / scale for e in errors), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_factors_and_others_have(value):
+    matrix, x = layer((6, 8))
+    plain = low_rank(narrow(matrix), 3, narrow(gram_of(x)))
+    matrix[0, 2, 3] = value
+    matrix, gram = narrow(matrix), narrow(gram_of(x))
+    for found in (
+        low_rank(matrix, 3, gram),
+        jax.jit(traced.low_rank, static_argnums=1)(matrix, 3, gram),
+    ):
+        assert np.isnan(found[0][0]).all() and np.isnan(found[1][0]).all()
+        np.testing.assert_allclose(
+            found[0][1] @ found[1][1], plain[0][1] @ plain[1][1], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[tuple, dict[str, Any]]] = {
     "concatenate": (([ROW, ROW],), {}),
     "einsum": (("ij,j->i", X, ROW), {"precision": "highest"}),
     "full_like": ((X, 2.0), {}),
+    "matmul": ((X, X.T), {"precision": "highest"}),
     "max": ((X,), {"axis": 1, "initial": 0.0}),
     "maximum": ((X, 0.0), {}),
     "minimum": ((X, 0.0), {}),
@@ -26,6 +27,7 @@ CASES: dict[str, tuple[tuple, dict[str, Any]]] = {
     "repeat": ((ROW, 2), {"axis": 0}),
     "stack": (([ROW, ROW],), {}),
     "swapaxes": ((X, 0, 1), {}),
+    "take": ((X, np.array([1, 0]), 1), {}),
     "transpose": ((X, (1, 0)), {}),
     "where": ((X > 0, X, 1.0), {}),
 }
@@ -47,6 +49,44 @@ def test_both_libraries_say_the_same(name: str) -> None:
     assert one.dtype == two.dtype and one.shape == two.shape
     np.testing.assert_allclose(one, two, rtol=1e-6)
     np.testing.assert_allclose(two, three, rtol=1e-6)
+
+
+GROUPS = np.stack([X @ X.T, X[:, 1:], np.eye(2, dtype=np.float32)])
+GROUPS[1] += GROUPS[1].T
+DECOMPOSED = {
+    "svd": lambda u, s, v: u * s[..., None, :] @ v,
+    "qr": lambda q, r: q @ r,
+    "eigh": lambda s, v: v * s[..., None, :] @ v.mT,
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_decompositions(name: str) -> None:
+    """Of each matrix: one that has none gets NaN, and the others theirs."""
+    bad = GROUPS.copy()
+    bad[1, 0, 0] = np.nan
+    for x in (GROUPS, GROUPS[0], bad, bad[1]):
+        for v in (x, jnp.asarray(x)):
+            parts = getattr(xp, name)(v)
+            assert all(isinstance(part, type(v)) or xp.is_jax(v) for part in parts)
+            assert {part.dtype for part in parts} == {np.dtype(np.float32)}
+            good = np.isfinite(x).all((-1, -2))
+            found = np.asarray(DECOMPOSED[name](*parts))
+            np.testing.assert_allclose(found[good], x[good], atol=1e-5)
+            assert np.isnan(found[~good]).all()
+
+
+def test_a_decomposition_that_does_not_converge(monkeypatch: Any) -> None:
+    svd = np.linalg.svd
+
+    def stubborn(x: Any, **options: Any) -> Any:
+        if x[..., 0, 0].max() > 5:
+            raise np.linalg.LinAlgError("SVD did not converge")
+        return svd(x, **options)
+
+    monkeypatch.setattr(np.linalg, "svd", stubborn)
+    first = xp.svd(GROUPS)[1]
+    assert np.isnan(first[0]).all() and np.isfinite(first[1:]).all()
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -141,3 +142,31 @@ def test_a_score_whose_data_changed_is_scored_anew() -> None:
     second = run()
     data["x"] = images
     assert first != second and first == run()
+
+
+class Convolutions(nn.Module):
+    """Layers of as many shapes as there are sizes, and a dense one."""
+
+    sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for size in self.sizes:
+            x = nn.relu(nn.Conv(size, (3, 3), feature_group_count=2)(x))
+        return nn.Dense(self.sizes[-1] + 2)(jnp.mean(x, (1, 2)))
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_factorize_compiles_only_its_pass_over_data(method, programs) -> None:
+    x, counts = jax.random.normal(jax.random.key(0), (4, 6, 6, 8)), []
+    for sizes in ((10, 12), (14, 16, 18, 20)):
+        model = Convolutions(sizes)
+        params = jax.jit(model.init)(jax.random.key(1), x)
+        graph = jm.trace(model.apply, params, x)
+        programs.clear()
+        small = jm.factorize(params, graph, ratios=0.6, method=method)
+        assert len(jm.widths(small)) == len(sizes) + 1 and not programs
+        options = {"ratios": 0.6, "method": method, "batches": [x, x], **quiet}
+        jm.factorize(params, graph, **options)
+        counts.append(len(programs))
+    assert counts[1] <= counts[0] <= 10

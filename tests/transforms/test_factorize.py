@@ -1,5 +1,7 @@
 """Factorizing against published formulas, brute force and the function itself."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ import optax
 import pytest
 
 import jaxmet as jm
+from jaxmet.layers.once import run_once
+from jaxmet.numerics.low_rank import masked
+from jaxmet.transforms.factors import Shape, factors_of, placed_matrix, spectrum_of
 from jaxmet.tree.leaves import Compressed, densify
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.structures import Keep, Pruned
@@ -655,3 +660,57 @@ def test_factors_of_kernels_however_they_are_stored(stored, method):
     assert made.shape[2:] == (4, 6)
     cost = jm.cost(small, jm.trace(apply, small, x), x)
     assert sum(cost["macs"][:-1]) < sum(jm.cost(params, graph, x)["macs"][:-1])
+
+
+@pytest.mark.parametrize("method", ["spatial", "weight"])
+def test_traced_weights_have_the_factors_of_numbers(net, method):
+    _, params, _, graph = net
+    step = partial(jm.factorize, graph=graph, ratios=0.5, method=method)
+    one, two = (densify(f(params)) for f in (step, jax.jit(step)))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), one, two)
+
+
+SHAPES = {  # as (window of the first, of the second, ins, outs), groups
+    "wide": ((1, 1, 4, 30), 1),
+    "tall": ((3, 1, 12, 5), 1),
+    "window": ((3, 3, 6, 8), 1),
+    "groups": ((3, 2, 4, 12), 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("poor", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_factors_in_numpy_are_those_in_jax(kind, poor, with_gram, dtype):
+    (mine, others, ins, outs), groups = SHAPES[kind]
+    sizes, rng = SHAPES[kind][0], np.random.default_rng(5)
+    shape = Shape("spatial", sizes, (2,), (3,), (0,), (1,), groups)
+    weight = rng.normal(size=sizes)
+    if poor:
+        weight = weight[..., :1] * weight.mean((0, 1, 2))
+    weight, gram = jnp.asarray(weight, dtype), None
+    if with_gram:
+        rows = rng.normal(size=(groups, 200, mine * others * ins))
+        gram = jnp.asarray(np.swapaxes(rows, 1, 2) @ rows / 200, jnp.float32)
+    solve = lambda w, g: factors_of(w, shape, 2, g)
+    one, two = run_once(solve, weight, gram), jax.jit(solve)(weight, gram)
+    assert all(isinstance(v, np.ndarray | np.generic) for v in one)
+    assert [v.dtype for v in one] == [v.dtype for v in two]
+    assert [v.shape for v in one] == [v.shape for v in two]
+    product = lambda first, second, _: np.einsum(
+        "yaigr,axrgo->yxigo",
+        *(np.asarray(v, np.float32) for v in (first, second)),
+    )
+    split = lambda v: (
+        v[0].reshape(mine, 1, ins, groups, 2),
+        v[1].reshape(1, others, 2, groups, outs // groups),
+        v[2],
+    )
+    atol = 2e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(product(*split(one)), product(*split(two)), atol=atol)
+    np.testing.assert_allclose(one[2], two[2], atol=1e-3)
+    parts = spectrum_of(weight, shape, gram)
+    cut = lambda rank: placed_matrix(masked(parts, rank), shape)
+    assert isinstance(cut(2), np.ndarray) and cut(2).shape == sizes
+    np.testing.assert_allclose(cut(2), jax.jit(cut)(2), atol=1e-5)

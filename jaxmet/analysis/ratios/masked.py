@@ -16,7 +16,6 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.grams import grams
 from jaxmet.layers.leaf_math import replaced
-from jaxmet.layers.once import run_once
 from jaxmet.numerics.low_rank import Spectrum, masked
 from jaxmet.transforms.factorize import rank_at, unfit
 from jaxmet.transforms.factors import (
@@ -232,9 +231,7 @@ def layers_of(
         gram = None
         if node.name in seen:
             gram = gram_of_parameter(node, leaf, shape, seen[node.name].mean)
-        parts = run_once(
-            lambda leaf, gram, s=shape: spectrum_of(leaf, s, gram), dense(leaf), gram
-        )
+        parts = spectrum_of(dense(leaf), shape, gram)
         found[node.name] = Low(node, shape, parts, known[node.name])
     return found, left
 
