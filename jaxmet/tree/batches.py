@@ -373,14 +373,26 @@ def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
         if not is_concrete(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
             continue
         with jax.ensure_compile_time_eval():  # under jit the batches may be constants
-            finite = np.isfinite(x) if isinstance(x, np.ndarray) else jnp.isfinite(x)
-            # −∞ may be a mask of attention: who observes values refuses it elsewhere.
-            fine = bool((finite | (x == -np.inf)).all())
+            fine = _without_bad_values(x)
         if not fine:
             raise ValueError(
                 f"jaxmet.{function}: {name} of the first batch has NaN or infinite "
                 "values. Clean the data first."
             )
+
+
+def _without_bad_values(x: Any) -> bool:
+    """Whether all is finite or −∞, which may be a mask: who observes values refuses it there."""
+    if isinstance(x, jax.Array):
+        if {d.platform for d in x.devices()} != {"cpu"}:
+            return bool(_finite_or_mask(x))
+        x = np.asarray(x)  # no copy on CPU, and nothing to compile
+    return bool((np.isfinite(x) | (x == -np.inf)).all())
+
+
+@jax.jit
+def _finite_or_mask(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x) | (x == -jnp.inf))
 
 
 def _one_shot(function: str, what: str) -> str:
