@@ -55,11 +55,11 @@ from jaxmet.tree.config import QuantConfig as QuantConfig
 from jaxmet.tree.config import Rule as Rule
 from jaxmet.tree.files import load as load
 from jaxmet.tree.files import save as save
+from jaxmet.tree.grids import grids as grids
 from jaxmet.tree.leaves import Compressed as Compressed
 from jaxmet.tree.leaves import densify as densify
 from jaxmet.tree.quantizers import Quantizer as Quantizer
 from jaxmet.tree.quantizers import Quantizers as Quantizers
-from jaxmet.tree.quantizers import grids as grids
 from jaxmet.tree.structures import LowRank as LowRank
 from jaxmet.tree.structures import Pruned as Pruned
 from jaxmet.tree.table import Table as Table

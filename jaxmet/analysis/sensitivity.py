@@ -20,7 +20,8 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.numerics.grid import check_bits
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.checks import check_counts, check_flags
-from jaxmet.tree.quantizers import Grids, Quantizers, grids
+from jaxmet.tree.grids import Grids, grids
+from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 CALLER = "sensitivity"

@@ -11,8 +11,9 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.folded_weights import folded_and_back
+from jaxmet.tree.grids import Grids
 from jaxmet.tree.names import named_leaves, replace_leaves
-from jaxmet.tree.quantizers import Grids, Quantizer, Quantizers
+from jaxmet.tree.quantizers import Quantizer, Quantizers
 
 
 def quantizer_at(node: Node, run: Run, quantizers: Quantizers) -> Quantizer | None:

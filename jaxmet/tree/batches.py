@@ -384,7 +384,8 @@ def _refuse_bad_values(arguments: tuple[Any, ...], function: str) -> None:
 def _without_bad_values(x: Any) -> bool:
     """Whether all is finite or −∞, which may be a mask: who observes values refuses it there."""
     if isinstance(x, jax.Array):
-        if {d.platform for d in x.devices()} != {"cpu"}:
+        on_cpu = {d.platform for d in x.devices()} == {"cpu"}
+        if not (on_cpu and x.is_fully_addressable):
             return bool(_finite_or_mask(x))
         x = np.asarray(x)  # no copy on CPU, and nothing to compile
     return bool((np.isfinite(x) | (x == -np.inf)).all())

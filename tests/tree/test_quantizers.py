@@ -7,8 +7,10 @@ import optax
 import pytest
 
 import jaxmet as jm
+from jaxmet.tree.grids import grids
 from jaxmet.tree.leaves import Compressed
-from jaxmet.tree.quantizers import Grid, Quantizer, Quantizers, grids
+from jaxmet.tree.quantizer import Grid, Quantizer
+from jaxmet.tree.quantizers import Quantizers
 
 
 def f32(*values):
