@@ -43,7 +43,8 @@ def sensitivity(
     `score(apply, params)` is a number, higher is better; `apply(params, *inputs)` is the
     model with some of its quantizers on. Which ones, and how wide they are, is data: if the score
     can be traced one compiled program runs every row, if not (it loops over files) it is
-    called for every row on the host with an `apply` that is compiled once. So many rows as
+    called for every row on the host with an `apply` that is compiled once. What a traced score
+    computes before the quantizer is kept from row to row. So many rows as
     `together` says are computed at once (`jax.vmap`) where the score can be traced.
 
     One row per quantizer of the nodes that `graph` selects: `tensor` (a parameter, or the

@@ -62,7 +62,8 @@ def score_ratios(
     `score(apply, params)` is a number, higher is better; `apply(params, *inputs)` is the
     model. If it can be traced (a sum over arrays at hand) one compiled program runs every
     row; if not (it loops over files) it is called for every row on the host, with an
-    `apply` that is compiled once. Nothing is rebuilt either way: a row is the original
+    `apply` that is compiled once. What a traced score computes before the changed layer is
+    kept from row to row. Nothing is rebuilt either way: a row is the original
     network with singular values cut off ('spatial', 'weight'), which scores as the small one
     would but for what `factorize` wins back by refitting the second factor to the data, or
     with channels set to zero and their consumers refitted ('prune'), which scores as the small
