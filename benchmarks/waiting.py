@@ -163,6 +163,12 @@ def steps(
         factor = np.float32(1 + 1e-4 * next(calls))
         return jax.tree.map(lambda leaf: leaf * factor, tree)
 
+    few = images[:32]
+    wanted = jax.jit(apply)(params, few)
+
+    def score(run: Apply, params: Any) -> jax.Array:
+        return -jnp.mean(jnp.square(run(params, few) - wanted))
+
     quiet = {"progress": False}
     return {
         "trace": lambda: (jm.trace(apply, params, images[:1]), None)[1],
@@ -181,6 +187,15 @@ def steps(
         "noise": lambda: jm.noise(other(folded), graph, quantizers, batches, **quiet),
         "adaround, 4 bits": lambda: jm.adaround(
             other(folded), graph, coarse, batches, **quiet
+        ),
+        "factorize, half": lambda: jm.factorize(
+            other(folded), graph, 0.5, batches=batches, **quiet
+        ),
+        "prune, half": lambda: jm.prune(
+            other(folded), graph, 0.5, batches=batches, **quiet
+        ),
+        "sensitivity, 32 images": lambda: jm.sensitivity(
+            other(folded), graph, quantizers, score, **quiet
         ),
         "ptq, 8 bits": lambda: jm.ptq(apply, other(params), batches, **quiet)[:2],
     }
