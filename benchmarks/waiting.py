@@ -159,9 +159,9 @@ def steps(
     calls = iter(range(10**6))
 
     def other(tree: Any) -> Any:
-        """The same structure and shapes with other numbers."""
+        """The same structure and shapes with other numbers, made without a program."""
         factor = np.float32(1 + 1e-4 * next(calls))
-        return jax.tree.map(lambda leaf: leaf * factor, tree)
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x) * factor), tree)
 
     few = images[:32]
     wanted = jax.jit(apply)(params, few)
@@ -189,7 +189,7 @@ def steps(
             other(folded), graph, coarse, batches, **quiet
         ),
         "factorize, half": lambda: jm.factorize(
-            other(folded), graph, 0.5, batches=batches, **quiet
+            other(folded), graph, ratios=0.5, batches=batches, **quiet
         ),
         "prune, half": lambda: jm.prune(
             other(folded), graph, 0.5, batches=batches, **quiet

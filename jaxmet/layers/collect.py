@@ -31,7 +31,7 @@ def collect(
     *,
     caller: str,
     progress: bool = True,
-    observer: Observer | None = None,
+    observer: Callable[[Apply], Observer] | None = None,
     summary: Callable[[Any], Any] | None = None,
     lost: dict[str, str] | None = None,
     key: Hashable | None = None,
@@ -42,20 +42,18 @@ def collect(
     `merge(one, two)` is associative and takes the whole dict. Batched data runs through
     `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
     batch compiles once more. What is merged is `summary` of the hook's statistics of a batch,
-    by default all of them, or `observer(hook)(params, *batch)`. A hook sees the number of its
-    batch and, with a mask, where values count; `lost` is told of nodes where that is not known,
-    and why. Raises ValueError where a batch runs other nodes than those that the graph was
+    by default all of them, or `observer(model)(hook)(params, *batch)`. A hook sees the number of
+    its batch and, with a mask, where values count; `lost` is told of nodes where that is not
+    known, and why. Raises ValueError where a batch runs other nodes than those that the graph was
     traced with.
 
-    `key` says all that hook, merge and summary depend on, none of which may hold an array or a
-    model: with an equal one the programs are those of the call before. None: they are compiled
-    anew, as they are where an observer is given.
+    `key` says all that hook, merge, summary and observer depend on, none of which may hold an
+    array or a model: with an equal one the programs are those of the call before. None: they are
+    compiled anew.
     """
     arrays, static = split_keywords(kwargs)
-    kept = key is not None and observer is None
-    own = (key, frozen(static)) if kept else None
-    of_apply = partial(_summarized, summary)
-    one = of_apply if observer is None else lambda _: observer
+    own = None if key is None else (key, frozen(static))
+    one = partial(_summarized, summary) if observer is None else observer
     step = partial(_step, one, hook, merge, static)
     step = program(graph.apply, own and (*own, "step"), step)
     merged = program(graph.apply, own and (*own, "merge"), lambda _: merge)

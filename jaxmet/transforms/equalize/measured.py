@@ -1,5 +1,6 @@
 """What data tell of the products: ranges of their inputs, and what errors do to the outputs."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import counted_only, evaluate
 from jaxmet.layers.collect import collect
 from jaxmet.layers.gradients import by_channel, energies, projected_gradients, squared
@@ -61,26 +63,30 @@ def measured(
     wanted = {w.node.name: w for w in weights if not w.node.loops}
     leaves = graph.leaves(params, "equalize")
     wanted = {n: w for n, w in wanted.items() if _is_float(leaves[w.parameter])}
-    taps = {name: by_channel(name, w.inputs[0].size) for name, w in wanted.items()}
-    parameters = {w.parameter for w in wanted.values()}
+    sizes = {name: w.inputs[0].size for name, w in wanted.items()}
+    taps = {name: by_channel(name, size) for name, size in sizes.items()}
+    parameters = sorted({w.parameter for w in wanted.values()})
+    # The key is a constant of the program: its numbers say which.
+    random = str(key.dtype), np.asarray(jax.random.key_data(key)).tobytes()
 
     def hook(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = counted_only(node, run, run(*operands))
-        if node.name not in wanted:
+        if node.name not in sizes:
             return result, None
         where = run.reads[0] if run.reads else None
         return result, _extremes(operands[0], node.in_features, where)
 
-    gradients = projected_gradients(graph.apply, taps, parameters)
-
-    def squares(params: Any, units: Any, own: jax.Array, *one: Any) -> Any:
-        cost, gain = gradients(params, units, own, *one)
-        return cost, jax.tree.map(squared, gain)
-
     each = -(-IMAGES // batches.length) if batches.length else 8
 
-    def observer(hook: Any) -> Any:
-        run = evaluate(graph.apply, hook)
+    def observer(apply: Apply, hook: Any) -> Any:
+        run, gradients = (
+            evaluate(apply, hook),
+            projected_gradients(apply, taps, parameters),
+        )
+
+        def squares(params: Any, units: Any, own: jax.Array, *one: Any) -> Any:
+            cost, gain = gradients(params, units, own, *one)
+            return cost, jax.tree.map(squared, gain)
 
         def observe(params: Any, *batch: Any) -> _NoiseSums:
             outputs, ranges = run(params, *batch)
@@ -113,8 +119,10 @@ def measured(
         merge,
         caller="equalize",
         progress=progress,
-        observer=observer,
+        observer=lambda apply: partial(observer, apply),
+        key=("measured", tuple(sizes.items()), tuple(parameters), each, random),
     )
+    sums = jax.device_get(sums)
     _check(sums)
     found = {}
     for name, weight in wanted.items():
@@ -122,7 +130,7 @@ def measured(
             low, high = sums.low[name], sums.high[name]
             if not np.all(low <= high):  # none of its inputs counts
                 continue
-            gain = jnp.sum(weight.matrix(sums.gain[weight.parameter]), axis=3)
+            gain = np.sum(weight.matrix(sums.gain[weight.parameter]), axis=3)
             cost = sums.cost[name] / sums.number
             found[name] = MeasuredInputs(low, high, cost, gain / sums.number)
     return found

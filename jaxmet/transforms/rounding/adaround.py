@@ -129,7 +129,8 @@ def adaround(
         damping: what share of the mean of its diagonal is added to the diagonal of the Gram
             matrix, against the error of what few data do not show; default 0.2.
         rows: how many rows of a layer's inputs are used, from all batches together; default
-            65,536, and 16,384 for a method that keeps them.
+            None: 256 for each input of the layer, at most 65,536; 16,384 for a method that keeps
+            them.
         store: where activations between layers are kept, 'device' (the default) or 'host'.
         checkpoint: a folder; a run that was killed resumes after the last finished layer with
             bit-identical results.
@@ -164,8 +165,7 @@ def adaround(
     key = key_of(key, CALLER)
     check_choices(CALLER, of=(of, get_args(Rounded)), store=(store, get_args(Store)))
     check_numbers(CALLER, damping=(damping, 0))
-    rows = chosen.rows if rows is None else rows
-    check_counts(CALLER, rows=rows)
+    check_counts(CALLER, optional=True, rows=rows)
     check_flags(CALLER, bias=bias, progress=progress, with_report=with_report)
     layers = find_layers(graph, quantizers, CALLER)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)

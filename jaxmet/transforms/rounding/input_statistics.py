@@ -59,7 +59,7 @@ class Look:
         exact: Copy,
         noisy: Copy,
         waves: Sequence[Sequence[Layer]],
-        most: int | None,
+        most: Mapping[str, int],
         *,
         keep: bool,
     ) -> None:
@@ -174,7 +174,7 @@ class Look:
                 kernel.shape,
                 where=where,
                 offset=leaf.input_offset if is_compressed(leaf) else None,
-                most=self.most,
+                most=self.most[node.name],
                 seed=seed,
             )
             return result, (rows.astype(wide(rows.dtype)), counts)

@@ -58,6 +58,10 @@ class RoundedWeight(NamedTuple):
     curve: np.ndarray
 
 
+ROWS_PER_INPUT = 256
+"""Rows of neighbouring positions are alike: more of them cost time, and change no weight."""
+
+
 @dataclasses.dataclass
 class LayerwiseRounding:
     """One call: what is rounded, how, and both copies of the model."""
@@ -69,7 +73,7 @@ class LayerwiseRounding:
     layers: tuple[Layer, ...]
     method: RoundingMethod
     damping: float
-    rows: int
+    rows: int | None
     store: str
     both: bool
     bias: bool
@@ -79,6 +83,14 @@ class LayerwiseRounding:
 
     def __post_init__(self) -> None:
         self.leaves = named_leaves(self.params)
+
+    def rows_of(self, name: str) -> int:
+        """How many rows of a layer's inputs are used: for few inputs few say all there is."""
+        if self.rows is not None:
+            return self.rows
+        _, ins, _ = self.matrices[name].sizes
+        most = self.method.rows
+        return most if self.method.keeps_rows else min(most, ROWS_PER_INPUT * ins)
 
     @property
     def lost(self) -> dict[str, str]:
@@ -133,7 +145,7 @@ class LayerwiseRounding:
             exact,
             self.noisy,
             [wave.layers for wave in waves],
-            max(1, self.rows // max(1, number)),
+            {n: max(1, self.rows_of(n) // max(1, number)) for n in self.matrices},
             keep=self.method.keeps_rows,
         )
         return waves
@@ -237,7 +249,7 @@ class LayerwiseRounding:
             groups, ins, outs = self.matrices[layer.node.name].sizes
             needed += 4 * 3 * groups * ins * ins
             if keep:
-                needed += 4 * self.rows * groups * (2 * ins + outs)
+                needed += 4 * self.rows_of(layer.node.name) * groups * (2 * ins + outs)
         free = free_memory()
         if free is not None and needed > free:
             names = ", ".join(repr(layer.node.name) for layer in wave.layers)

@@ -30,7 +30,7 @@ def search_scales(
     *,
     candidates: int = ...,
     of: Read = ...,
-    rows: int = ...,
+    rows: int | None = ...,
     store: Store = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
@@ -48,7 +48,7 @@ def search_scales(
     *,
     candidates: int = ...,
     of: Read = ...,
-    rows: int = ...,
+    rows: int | None = ...,
     store: Store = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
@@ -65,7 +65,7 @@ def search_scales(
     *,
     candidates: int = CANDIDATES,
     of: Read = "weights",
-    rows: int = Search.rows,
+    rows: int | None = None,
     store: Store = "device",
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
@@ -100,7 +100,7 @@ def search_scales(
         candidates: how many shares of the range are tried; default 20.
         of: which model the inputs come from: 'weights' (the default), 'both' or 'float'.
         rows: how many rows of a layer's inputs are used, from all batches together; default
-            65,536.
+            None: 256 for each input of the layer, at most 65,536.
         store: where activations between layers are kept, 'device' (the default) or 'host'.
         key: the `jax.random.key` from which all random numbers come; default
             `jax.random.key(0)`.
@@ -128,7 +128,8 @@ def search_scales(
     check_keywords(kwargs, graph, params, CALLER)
     key = key_of(key, CALLER)
     check_choices(CALLER, of=(of, get_args(Read)), store=(store, get_args(Store)))
-    check_counts(CALLER, candidates=candidates, rows=rows)
+    check_counts(CALLER, candidates=candidates)
+    check_counts(CALLER, optional=True, rows=rows)
     check_flags(CALLER, progress=progress, with_report=with_report)
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     run = LayerwiseRounding(
