@@ -12,13 +12,14 @@ from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import output_masks
+from jaxmet.engine.run.shared_programs import shared
 from jaxmet.layers.arguments import accepting, key_of, refuse_options
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
-from jaxmet.transforms.simulate import simulate
+from jaxmet.transforms.simulate import round_weights, simulate
 from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.checks import check_flags
 from jaxmet.tree.config import QuantConfig, config_of
@@ -109,7 +110,7 @@ def ptq(
         "mask": mask,
         "progress": progress,
     }
-    exact = _float_model(reference, graph.apply, params)
+    ratio_of = _ratios(graph.apply, *_float_model(reference, graph.apply, params))
     rows: list[dict[str, Any]] = []
 
     def measure(
@@ -121,8 +122,7 @@ def ptq(
             again = as_batches(data, "ptq", inputs=inputs, mask=mask)
             title = f"measure {step}"
             bar = tqdm(again, total=again.length, desc=title, disable=not progress)
-            noisy = simulate(graph.apply, found), params
-            ratio = sqnr(exact, noisy, bar, output_masks(graph.apply))
+            ratio = ratio_of(found, params, bar)
         rows.append({"step": step, "SQNR (dB)": ratio, "note": what})
         return found
 
@@ -174,27 +174,27 @@ def _float_model(reference: Any, apply: Apply, params: Any) -> tuple[Apply, Any]
     return simulate(apply, Quantizers()), params if reference is None else reference
 
 
-def sqnr(
-    reference: tuple[Apply, Any],
-    other: tuple[Apply, Any],
-    batches: Any,
-    masks: Callable | None = None,
-) -> float:
-    """Signal-to-noise ratio of one model's outputs against another's, in dB.
+def _ratios(apply: Apply, reference: Apply, params: Any) -> Callable[..., float]:
+    """`f(quantizers, params, batches)`: the signal-to-noise ratio of the outputs in dB.
 
-    10·log10(Σ y² / Σ (y − ŷ)²), summed over batches and over all inexact outputs; `masks` says
-    of a batch with a mask where they count.
+    10·log10(Σ y² / Σ (y − ŷ)²), summed over batches and over all inexact outputs where they
+    count. Weights are rounded once, and quantizers are data: steps that leave trees of the same
+    form share a program.
     """
-    (apply, params), (noisy, noisy_params) = reference, other
+    masks = output_masks(apply)
 
-    @jax.jit
-    def powers(params: Any, noisy_params: Any, batch: tuple[Any, ...]) -> Any:
+    def wanted(params: Any, batch: tuple[Any, ...]) -> list[Any]:
+        return jax.tree.leaves(reference(params, *inputs_of(batch)[0]))
+
+    def powers(
+        outputs: list[Any], quantizers: Quantizers, params: Any, batch: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
         inputs, info = inputs_of(batch)
-        outputs = jax.tree.leaves(apply(params, *inputs))
-        found = jax.tree.leaves(noisy(noisy_params, *inputs))
+        noisy = simulate(apply, quantizers, weights=False)
+        found = jax.tree.leaves(noisy(params, *inputs))
         where: list[Any] = [None for _ in outputs]
-        if info.mask is not None and masks is not None:
-            where = masks(noisy_params, *batch)
+        if info.mask is not None:
+            where = masks(params, *batch)
         signal, noise = jnp.float32(0), jnp.float32(0)
         for y, z, w in zip(outputs, found, where, strict=True):
             if jnp.issubdtype(y.dtype, jnp.inexact):
@@ -203,10 +203,16 @@ def sqnr(
                 noise += jnp.sum(jnp.square(y - z), where=w)
         return signal, noise
 
-    total = np.zeros(2)
-    for batch in batches:
-        total += np.asarray(powers(params, noisy_params, tuple(batch)), np.float64)
-    return float(10 * np.log10(total[0] / max(total[1], np.finfo(np.float64).tiny)))
+    wanted_of, powers_of = shared(wanted), shared(powers)
+
+    def ratio(quantizers: Quantizers, tree: Any, batches: Any) -> float:
+        rounded, total = round_weights(tree, quantizers), np.zeros(2)
+        for batch in map(tuple, batches):
+            found = powers_of(wanted_of(params, batch), quantizers, rounded, batch)
+            total += np.asarray(found, np.float64)
+        return float(10 * np.log10(total[0] / max(total[1], np.finfo(np.float64).tiny)))
+
+    return ratio
 
 
 def _summary(report: Table, outcome: str) -> str:
