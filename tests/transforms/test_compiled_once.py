@@ -143,6 +143,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("config", "damping"),
     [("channels", 0.01), ("tensor", 0.2), ("asymmetric", 0.2), ("blocks", 0.01)],

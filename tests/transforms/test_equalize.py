@@ -244,6 +244,7 @@ def test_scrambled_networks_get_equal_ranges_back(name: str) -> None:
             assert (new[key].shape, new[key].dtype) == (leaf.shape, leaf.dtype)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name", ["grouped", "concatenation", "inverted_residual", "resnet"]
 )
