@@ -132,3 +132,18 @@ def test_functions_of_the_host_see_every_row():
     [*program.rows(rows)]
     jax.effects_barrier()
     assert len(seen) == len(rows)
+
+
+@pytest.mark.parametrize("where", ["literal", "constant", "argument"])
+def test_results_that_no_stage_makes_are_jax_arrays(where):
+    number = np.float32(2.5).reshape(())
+    forms = {
+        "literal": lambda x: jnp.float32(2.5),
+        "constant": lambda x: jnp.asarray(np.full(3, 2.5, np.float32)),
+        "argument": lambda x: x,
+    }
+    run = forms[where]
+    (found,) = StagedProgram(run, number).rows([(number,)])
+    assert isinstance(found, jax.Array)
+    assert found.dtype == run(number).dtype
+    np.testing.assert_array_equal(found, run(number))
