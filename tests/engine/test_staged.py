@@ -147,3 +147,12 @@ def test_results_that_no_stage_makes_are_jax_arrays(where):
     assert isinstance(found, jax.Array)
     assert found.dtype == run(number).dtype
     np.testing.assert_array_equal(found, run(number))
+
+
+def test_zeros_of_another_sign_are_a_change():
+    w = jnp.ones((4, 4))
+    run = lambda zero, a, b: jnp.sum(jnp.copysign(1.0, zero) * (a @ w) @ b)
+    signs = [np.float32(0.0), np.float32(0.0), np.float32(-0.0)]
+    rows = [(zero, w, (i + 1) * w) for i, zero in enumerate(signs)]
+    found = [float(v) for v in StagedProgram(run, *rows[0]).rows(rows)]
+    assert found == [float(run(*row)) for row in rows]
