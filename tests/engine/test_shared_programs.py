@@ -152,3 +152,11 @@ def test_inlined_functions_called_twice_and_arguments_that_only_they_leave_out()
             jax.tree.leaves(found), jax.tree.leaves(case(numbers)), strict=True
         ):
             np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_generators_of_random_numbers_that_the_text_does_not_name():
+    data = jax.random.key_data(jax.random.key(0, impl="rbg"))
+    for impl in ("rbg", "unsafe_rbg"):
+        wrapped = lambda d, impl=impl: jax.random.wrap_key_data(d, impl=impl)
+        found = Program(wrapped, data)(data)
+        assert found.dtype == wrapped(data).dtype

@@ -132,3 +132,27 @@ def test_functions_of_the_host_see_every_row():
     [*program.rows(rows)]
     jax.effects_barrier()
     assert len(seen) == len(rows)
+
+
+@pytest.mark.parametrize("where", ["literal", "constant", "argument"])
+def test_results_that_no_stage_makes_are_jax_arrays(where):
+    number = np.float32(2.5).reshape(())
+    forms = {
+        "literal": lambda x: jnp.float32(2.5),
+        "constant": lambda x: jnp.asarray(np.full(3, 2.5, np.float32)),
+        "argument": lambda x: x,
+    }
+    run = forms[where]
+    (found,) = StagedProgram(run, number).rows([(number,)])
+    assert isinstance(found, jax.Array)
+    assert found.dtype == run(number).dtype
+    np.testing.assert_array_equal(found, run(number))
+
+
+def test_zeros_of_another_sign_are_a_change():
+    w = jnp.ones((4, 4))
+    run = lambda zero, a, b: jnp.sum(jnp.copysign(1.0, zero) * (a @ w) @ b)
+    signs = [np.float32(0.0), np.float32(0.0), np.float32(-0.0)]
+    rows = [(zero, w, (i + 1) * w) for i, zero in enumerate(signs)]
+    found = [float(v) for v in StagedProgram(run, *rows[0]).rows(rows)]
+    assert found == [float(run(*row)) for row in rows]

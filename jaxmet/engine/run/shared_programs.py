@@ -196,7 +196,9 @@ def compiled_steps(
 def _shared(run: Any, given: Sequence[Any]) -> Callable:
     """The function with the same program that was there first."""
     text = run.lower(*given).as_text()
-    key = hashlib.sha256(text.encode()).digest()
+    # Random keys of any generator are integers in the text.
+    kinds = [str(x.dtype) for x in (*given, *run.eval_shape(*given))]
+    key = hashlib.sha256("\n".join((*kinds, text)).encode()).digest()
     with _lock:
         run = _known.setdefault(key, run)
         _known.move_to_end(key)
