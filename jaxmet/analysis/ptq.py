@@ -12,7 +12,7 @@ from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import output_masks
-from jaxmet.engine.run.shared_programs import shared
+from jaxmet.engine.run.shared_programs import share_programs
 from jaxmet.layers.arguments import accepting, key_of, refuse_options
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
@@ -203,7 +203,7 @@ def _ratios(apply: Apply, reference: Apply, params: Any) -> Callable[..., float]
                 noise += jnp.sum(jnp.square(y - z), where=w)
         return signal, noise
 
-    wanted_of, powers_of = shared(wanted), shared(powers)
+    wanted_of, powers_of = share_programs(wanted), share_programs(powers)
 
     def ratio(quantizers: Quantizers, tree: Any, batches: Any) -> float:
         rounded, total = round_weights(tree, quantizers), np.zeros(2)

@@ -35,24 +35,16 @@ class Program:
     """A function of arrays for arguments of the shapes of these, which may be abstract."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
-        leaves, structure = jax.tree.flatten(arguments)
-        flat = lambda *leaves: function(*structure.unflatten(leaves))
-        closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-        jaxpr, constants = compat.open_jaxpr(closed)
-        self.results = jax.tree.structure(shape)
-        self.shapes = self.results.unflatten([abstract(v.aval) for v in jaxpr.outvars])
-        every, sources = inlined(jaxpr, compat.inlined_body)
-        self.order = _order(every, sources)
-        steps, read = needed(jaxpr, every, sources)
-        places = {v: i for i, v in enumerate(jaxpr.invars)}
-        own = dict(zip(jaxpr.constvars, constants, strict=True))
+        traced = Traced.of(function, arguments, compat.inlined_body)
+        self.results, self.shapes = traced.results, traced.shapes
+        self.order = _order(traced.steps, traced.sources)
+        places = {v: i for i, v in enumerate(traced.arguments)}
         # Closed-over arrays are data, too: the program does not depend on them.
-        self.arguments = tuple(places.get(v, -1) for v in read)
-        self.constants = [own.get(v) for v in read]
-        outputs = [sources[i] for i in self.order]
-        self.given = [abstract(v.aval) for v in read]
-        share = not any(is_own(s.equation) for s in steps)
-        self.run = compiled_steps(steps, read, outputs, self.given, share=share)
+        self.arguments = tuple(places.get(v, -1) for v in traced.read)
+        self.constants = [traced.constants.get(v) for v in traced.read]
+        outputs = [traced.sources[i] for i in self.order]
+        self.given = [abstract(v.aval) for v in traced.read]
+        self.run = compiled_steps(traced.steps, traced.read, outputs, self.given)
 
     def __call__(self, *arguments: Any) -> Any:
         leaves = jax.tree.leaves(arguments)
@@ -68,7 +60,7 @@ class Program:
         self.run.lower(*self.given).compile()  # type: ignore[attr-defined]
 
 
-def shared(function: Callable) -> Callable:
+def share_programs(function: Callable) -> Callable:
     """`jax.jit(function)`, compiled once for all functions that trace to the same program.
 
     For functions that close over a user's own code and data, such as a score: each is traced
@@ -104,13 +96,45 @@ class Step(NamedTuple):
     makes: list[Any]
 
 
-def inlined(
+class Traced(NamedTuple):
+    """What a function computes: the steps that its results need, and what they read.
+
+    Variables are those of the jaxpr for arguments and constants, in `read` in the order of
+    their first use. Names and places of arguments say nothing then: equal blocks give equal
+    programs.
+    """
+
+    arguments: list[Any]
+    constants: dict[Any, Any]
+    steps: list[Step]
+    read: list[Any]
+    sources: list[Any]  # a variable or a Literal for each result
+    results: Any  # their structure
+    shapes: Any
+
+    @staticmethod
+    def of(
+        function: Callable,
+        arguments: Sequence[Any],
+        body_of: Callable[[Any], tuple[Any, Sequence[Any]]],
+    ) -> "Traced":
+        """For arguments like these; calls that have a body without constants are opened."""
+        leaves, structure = jax.tree.flatten(arguments)
+        flat = lambda *leaves: function(*structure.unflatten(leaves))
+        closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+        jaxpr, constants = compat.open_jaxpr(closed)
+        every, sources = _inlined(jaxpr, body_of)
+        own = dict(zip(jaxpr.constvars, constants, strict=True))
+        steps, read = _needed(every, sources, {*jaxpr.invars, *own})
+        results = jax.tree.structure(shape)
+        shapes = results.unflatten([abstract(v.aval) for v in jaxpr.outvars])
+        return Traced([*jaxpr.invars], own, steps, read, sources, results, shapes)
+
+
+def _inlined(
     jaxpr: Any, body_of: Callable[[Any], tuple[Any, Sequence[Any]]]
 ) -> tuple[list[Step], list[Any]]:
-    """The steps of a program and where its results come from.
-
-    Calls of which `body_of` gives body and constants are opened, where there are none.
-    """
+    """The steps of a program, and where its results come from."""
     steps: list[Step] = []
 
     def walk(jaxpr: Any, known: dict[Any, Any]) -> list[Any]:
@@ -131,13 +155,10 @@ def inlined(
     return steps, walk(jaxpr, {})
 
 
-def needed(
-    jaxpr: Any, every: Sequence[Step], sources: Sequence[Any]
+def _needed(
+    every: Sequence[Step], sources: Sequence[Any], outer: set[Any]
 ) -> tuple[list[Step], list[Any]]:
-    """The steps that the results need, and what they read, in the order of its first use.
-
-    Names and places of arguments say nothing then: equal blocks give equal programs.
-    """
+    """The steps that the results need, and what they read from outside."""
     wanted = {v for v in sources if not isinstance(v, Literal)}
     steps = []
     for step in reversed(every):
@@ -147,7 +168,6 @@ def needed(
     steps.reverse()
     read = [v for s in steps for v in s.reads] + [*sources]
     first = dict.fromkeys(v for v in read if not isinstance(v, Literal))
-    outer = {*jaxpr.invars, *jaxpr.constvars}
     return steps, [v for v in first if v in outer]
 
 
@@ -174,8 +194,6 @@ def compiled_steps(
     read: Sequence[Any],
     outputs: Sequence[Any],
     given: Sequence[Any],
-    *,
-    share: bool,
 ) -> Any:
     """`jax.jit` of these steps on what they read, `given` in the abstract, and what they make."""
 
@@ -190,7 +208,8 @@ def compiled_steps(
 
     # An argument that only a call inside leaves out would be missing in the text.
     compiled = jax.jit(run, keep_unused=True)
-    return _shared(compiled, given) if share else compiled
+    own = any(is_own(step.equation) for step in steps)
+    return compiled if own else _shared(compiled, given)
 
 
 def _shared(run: Any, given: Sequence[Any]) -> Callable:

@@ -5,6 +5,7 @@ that come after the first that reads a changed argument, which for one layer of 
 changed at a time is half of the work.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +20,14 @@ from jaxmet.engine.program import compat
 from jaxmet.engine.run.shared_programs import (
     THREADS,
     Step,
+    Traced,
     abstract,
     compiled_steps,
-    inlined,
     is_own,
-    needed,
 )
 
 STAGES = 16
 SMALL = 64  # bytes: so much is compared by content
-
-Env = dict[Any, Any]
 
 
 class Stage(NamedTuple):
@@ -43,25 +41,27 @@ class Stage(NamedTuple):
     needed_later: set[Any]
 
 
+class Kept(NamedTuple):
+    """What was known before a stage of a row: values by their variables."""
+
+    stage: int
+    env: dict[Any, Any]
+    row: list[Any]
+
+
 class StagedProgram:
     """A function of arrays for arguments of the shapes of these, which may be abstract."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
-        leaves, structure = jax.tree.flatten(arguments)
-        flat = lambda *leaves: function(*structure.unflatten(leaves))
-        closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-        jaxpr, constants = compat.open_jaxpr(closed)
-        self.results = jax.tree.structure(shape)
-        self.arguments = list(jaxpr.invars)
-        self.constants = dict(zip(jaxpr.constvars, constants, strict=True))
-        steps, self.sources = inlined(jaxpr, _body)
-        steps, _ = needed(jaxpr, steps, self.sources)
-        whole = any(is_own(step.equation) for step in steps)
-        steps = _late(steps, jaxpr)
-        parts = [steps] if whole or not steps else _cut(steps, set(self.arguments))
-        self.stages = self._stages(parts, share=not whole)
+        traced = Traced.of(function, arguments, _body)
+        self.arguments, self.constants = traced.arguments, traced.constants
+        self.results, self.sources = traced.results, traced.sources
+        steps = _late(traced.steps, {*self.constants})
+        whole = not steps or any(is_own(step.equation) for step in steps)
+        parts = [steps] if whole else _cut(steps, {*self.arguments})
+        self.stages = self._stages(parts)
 
-    def _stages(self, parts: Sequence[list[Step]], *, share: bool) -> list[Stage]:
+    def _stages(self, parts: Sequence[list[Step]]) -> list[Stage]:
         used = {v for v in self.sources if not isinstance(v, Literal)}
         later = []
         for part in reversed(parts):
@@ -69,13 +69,9 @@ class StagedProgram:
             used |= {v for s in part for v in s.reads if not isinstance(v, Literal)}
         number = {v: i for i, v in enumerate(self.arguments)}
         kinds = {v: v.aval for v in (*self.arguments, *self.constants)}
-        for part in parts:
-            for step in part:
-                kinds |= dict(
-                    zip(
-                        step.makes, (v.aval for v in step.equation.outvars), strict=True
-                    )
-                )
+        for step in (s for part in parts for s in part):
+            both = zip(step.makes, step.equation.outvars, strict=True)
+            kinds |= {made: v.aval for made, v in both}
         found = []
         for part, wanted in zip(parts, reversed(later), strict=True):
             own = {v for s in part for v in s.makes}
@@ -83,7 +79,7 @@ class StagedProgram:
             reads = [v for v in dict.fromkeys(every) if v not in own]
             makes = [v for s in part for v in s.makes if v in wanted]
             given = [abstract(kinds[v]) for v in reads]
-            run = compiled_steps(part, reads, makes, given, share=share)
+            run = compiled_steps(part, reads, makes, given)
             arguments = [number[v] for v in reads if v in number]
             found.append(Stage(run, given, reads, makes, arguments, wanted))
         return found
@@ -91,7 +87,7 @@ class StagedProgram:
     def compile(self) -> None:
         """Compile all stages, side by side."""
         with ThreadPoolExecutor(THREADS) as pool:
-            [*pool.map(lambda s: s.run.lower(*s.given).compile(), self.stages)]
+            list(pool.map(lambda s: s.run.lower(*s.given).compile(), self.stages))
 
     def rows(self, every: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """The results for each of many rows of arguments, which come one ahead of their turn."""
@@ -99,19 +95,22 @@ class StagedProgram:
         now, kept = next(rows, None), None
         while now is not None:
             following = next(rows, None)
-            start, env = 0, dict[Any, Any](self.constants)
-            if kept is not None and self._same(kept[2], now) >= kept[0]:
-                start, env = kept[0], dict(kept[1])
+            own = dict(zip(self.arguments, now, strict=True))
+            start, env = 0, self.constants
+            if kept is not None and self._same(kept.row, now) >= kept.stage:
+                start, env = kept.stage, kept.env
             split = 0 if following is None else self._same(now, following)
             for i, stage in enumerate(self.stages[start:], start):
                 if start < i == split:
-                    kept = i, dict(env), now
-                own = dict(zip(self.arguments, now, strict=True))
+                    kept = Kept(i, env, now)
                 read = [env[v] if v in env else own[v] for v in stage.reads]
-                env |= dict(zip(stage.makes, stage.run(*read), strict=True))
-                env = {v: x for v, x in env.items() if v in stage.needed_later}
-            own = dict(zip(self.arguments, now, strict=True)) | env
-            found = [v.val if isinstance(v, Literal) else own[v] for v in self.sources]
+                made = zip(stage.makes, stage.run(*read), strict=True)
+                known = itertools.chain(env.items(), made)
+                env = {v: x for v, x in known if v in stage.needed_later}
+            known = own | env
+            found = [
+                v.val if isinstance(v, Literal) else known[v] for v in self.sources
+            ]
             # What no stage makes may still be one of NumPy.
             yield self.results.unflatten(map(jnp.asarray, found))
             now = following
@@ -140,13 +139,13 @@ def _body(equation: Any) -> tuple[Any, Sequence[Any]]:
     return None, ()
 
 
-def _late(steps: Sequence[Step], jaxpr: Any) -> list[Step]:
+def _late(steps: Sequence[Step], constants: set[Any]) -> list[Step]:
     """The steps, those that see no data right before the first that needs them.
 
     All weights are rounded first of all, say: the first stage would read them all. Data are
     arrays that a function closes over.
     """
-    data = {v for v in jaxpr.constvars if v.aval.shape}
+    data = {v for v in constants if v.aval.shape}
     fixed = []
     for step in steps:
         sees = any(
@@ -170,7 +169,7 @@ def _late(steps: Sequence[Step], jaxpr: Any) -> list[Step]:
 
 
 def _cut(steps: Sequence[Step], arguments: set[Any]) -> list[list[Step]]:
-    """So many parts of about the same work, each of which begins where arguments are read."""
+    """At most STAGES parts of about the same work; each begins where arguments are read."""
     work = np.cumsum([_work(step.equation) for step in steps])
     parts: list[list[Step]] = [[]]
     share, met = work[-1] / STAGES, set[Any]()
