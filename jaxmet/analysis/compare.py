@@ -13,7 +13,7 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import Apply
-from jaxmet.engine.run.programs import frozen, program, split_keywords
+from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Counted, Run, counted_only, evaluate
 from jaxmet.layers.arguments import accepting, check_keywords
 from jaxmet.layers.fake_quantized import (
@@ -104,7 +104,7 @@ def compare(
         if n.name in graph.selected and _is_quantized(n, quantizers)
     }
     arrays, static = split_keywords(kwargs)
-    own = CALLER, frozenset(wanted), frozen(static)
+    own = CALLER, frozenset(wanted), static
     keeping = program(
         apply,
         (*own, "float"),

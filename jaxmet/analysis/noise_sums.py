@@ -14,7 +14,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import Apply
-from jaxmet.engine.run.programs import frozen, program, split_keywords
+from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Run, counted_only, evaluate
 from jaxmet.layers.fake_quantized import quantizer_at
 from jaxmet.layers.gradients import Tap, energies, projected_gradients, squared
@@ -76,7 +76,7 @@ def noise_sums(
     arrays, static = split_keywords(kwargs)
     total = program(
         graph.apply,
-        (CALLER, spots, rounded, number, frozen(static)),
+        (CALLER, spots, rounded, number, static),
         partial(_total, spots, rounded, number, static),
         compiler_options=compat.QUICK,
     )

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.program.calls import Apply
-from jaxmet.engine.run.programs import frozen, program, split_keywords
+from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Hook, evaluate
 from jaxmet.layers.arguments import accepting
 from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_of
@@ -47,12 +47,12 @@ def collect(
     known, and why. Raises ValueError where a batch runs other nodes than those that the graph was
     traced with.
 
-    `key` says all that hook, merge, summary and observer depend on, none of which may hold an
-    array or a model: with an equal one the programs are those of the call before. None: they are
-    compiled anew.
+    `key` says all that hook, merge, summary and observer depend on, none of which may hold a
+    model, or an array but a random key: with an equal one the programs are those of the call
+    before. None: they are compiled anew.
     """
     arrays, static = split_keywords(kwargs)
-    own = None if key is None else (key, frozen(static))
+    own = None if key is None else (key, static)
     one = partial(_summarized, summary) if observer is None else observer
     step = partial(_step, one, hook, merge, static)
     step = program(graph.apply, own and (*own, "step"), step)

@@ -84,9 +84,7 @@ def grams(
     if not wanted:
         return {}
     merge = lambda a, b: jax.tree.map(jnp.add, a, b)
-    # The key is a constant of the program: its numbers say which.
-    random = str(key.dtype), np.asarray(jax.random.key_data(key)).tobytes()
-    own = rows, random, tuple((name, numbers[name]) for name in sorted(wanted))
+    places = {name: numbers[name] for name in wanted}
     found = collect(
         graph,
         params,
@@ -96,7 +94,7 @@ def grams(
         caller=caller,
         progress=progress,
         lost=lost,
-        key=("grams", own),
+        key=("grams", rows, key, places),
     )
     for name, gram in found.items():
         if not np.all(np.isfinite(gram.sums)):

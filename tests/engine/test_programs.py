@@ -4,6 +4,7 @@ import functools
 import gc
 import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,3 +90,15 @@ def test_keys_tell_flags_from_numbers() -> None:
     assert frozen({"a": True}) != frozen({"a": 1})
     assert frozen({"a": [1, 2], "b": {3}}) == frozen({"b": {3}, "a": [1, 2]})
     assert frozen([1]) != frozen((1,))
+
+
+def test_random_keys_are_told_apart_by_their_numbers() -> None:
+    keys = jax.random.key(3), jax.random.key(3), jax.random.key(4)
+    one, same, other = (frozen(("k", key)) for key in keys)
+    assert one == same != other
+    assert frozen(jax.random.key(3, impl="rbg")) != frozen(
+        jax.random.key(3, impl="unsafe_rbg")
+    )
+    model = Model()
+    found = [program(model.apply, ("k", key), squared) for key in keys]
+    assert found[0] is found[1] is not found[2]

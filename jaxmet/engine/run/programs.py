@@ -7,9 +7,12 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmet.engine.graph.graph import WithArguments
+from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import Apply, is_array
+from jaxmet.tree.checks import is_concrete
 
 KEPT = 64
 """So many programs of one model are kept, those that were used last."""
@@ -22,12 +25,13 @@ def program(
 ) -> Callable:
     """`jax.jit(make(apply), **options)`: the one from before, for the same model and key.
 
-    The key says all that `make` depends on but the model. Arrays are arguments of what it
-    returns, nothing that it closes over. Programs live as long as the model, which they do not
-    keep alive. None as the key, or one without a hash: a new program.
+    The key says all that `make` depends on but the model; containers and random keys in it are
+    compared by content. Other arrays are arguments of what it returns, nothing that it closes
+    over. Programs live as long as the model, which they do not keep alive. None as the key, or
+    one without a hash: a new program.
     """
     owner, own, weakly = _owner(apply)
-    full = (own, key, frozen(options))
+    full = (own, frozen(key), frozen(options))
     if owner is None or key is None or not _hashable(full):
         return jax.jit(make(apply), **options)
     programs = _programs_of(owner)
@@ -77,7 +81,10 @@ class _Unhashable:
 
 
 def frozen(value: Any) -> Any:
-    """A value as a part of a key: 1 and True differ, containers are compared by content."""
+    """A value as a part of a key: 1 and True differ.
+
+    Containers and random keys are compared by content.
+    """
     if isinstance(value, Mapping):
         items = [(frozen(k), frozen(v)) for k, v in value.items()]
         return type(value), frozenset(items) if all(map(_hashable, items)) else items
@@ -85,6 +92,9 @@ def frozen(value: Any) -> Any:
         return type(value), tuple(map(frozen, value))
     if isinstance(value, set | frozenset):
         return type(value), frozenset(value)
+    if isinstance(value, jax.Array) and compat.is_key(value) and is_concrete(value):
+        numbers = np.asarray(jax.random.key_data(value))
+        return str(value.dtype), numbers.shape, numbers.tobytes()
     return (type(value), value) if _hashable(value) else _Unhashable()
 
 

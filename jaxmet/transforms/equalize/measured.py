@@ -66,8 +66,6 @@ def measured(
     sizes = {name: w.inputs[0].size for name, w in wanted.items()}
     taps = {name: by_channel(name, size) for name, size in sizes.items()}
     parameters = sorted({w.parameter for w in wanted.values()})
-    # The key is a constant of the program: its numbers say which.
-    random = str(key.dtype), np.asarray(jax.random.key_data(key)).tobytes()
 
     def hook(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = counted_only(node, run, run(*operands))
@@ -79,10 +77,8 @@ def measured(
     each = -(-IMAGES // batches.length) if batches.length else 8
 
     def observer(apply: Apply, hook: Any) -> Any:
-        run, gradients = (
-            evaluate(apply, hook),
-            projected_gradients(apply, taps, parameters),
-        )
+        run = evaluate(apply, hook)
+        gradients = projected_gradients(apply, taps, parameters)
 
         def squares(params: Any, units: Any, own: jax.Array, *one: Any) -> Any:
             cost, gain = gradients(params, units, own, *one)
@@ -120,7 +116,7 @@ def measured(
         caller="equalize",
         progress=progress,
         observer=lambda apply: partial(observer, apply),
-        key=("measured", tuple(sizes.items()), tuple(parameters), each, random),
+        key=("measured", sizes, parameters, each, key),
     )
     sums = jax.device_get(sums)
     _check(sums)
