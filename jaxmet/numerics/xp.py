@@ -13,7 +13,6 @@ NumPy warns of overflows and of divisions by zero, which JAX does not: call insi
 
 import functools
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -82,7 +81,7 @@ def svd(x: Any) -> Any:
     """U, S and the transpose of V of matrices, as many columns as the shorter side has."""
     if is_jax(x):
         return jnp.linalg.svd(x, full_matrices=False)
-    return _decomposed(partial(np.linalg.svd, full_matrices=False), x)
+    return _decomposed(functools.partial(np.linalg.svd, full_matrices=False), x)
 
 
 def qr(x: Any) -> Any:

@@ -1,5 +1,7 @@
 """Rows of arguments run only what a change reaches, and give what the whole program gives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,12 @@ def test_what_comes_before_a_change_is_not_run_again(counted):
     assert sum(runs) < 0.65 * len(rows) * len(runs)
 
 
+@functools.cache
+def compiled():
+    x = np.random.default_rng(1).normal(size=(3, WIDTH)).astype("f")
+    return StagedProgram(network(x), *drawn())
+
+
 @given(st.lists(st.tuples(st.integers(-1, LAYERS - 1), st.integers(0, 2)), min_size=1))
 def test_rows_in_any_order(changes):
     x = np.random.default_rng(1).normal(size=(3, WIDTH)).astype("f")
@@ -86,13 +94,8 @@ def test_rows_in_any_order(changes):
         else:
             rows.append((weights, gains))
     rows = [jax.tree.map(lambda a: np.asarray(a, np.float32), row) for row in rows]
-    for found, row in zip(PROGRAM.rows(rows), rows, strict=True):
+    for found, row in zip(compiled().rows(rows), rows, strict=True):
         np.testing.assert_allclose(found["sum"], run(*row)["sum"], rtol=1e-4)
-
-
-PROGRAM = StagedProgram(
-    network(np.random.default_rng(1).normal(size=(3, WIDTH)).astype("f")), *drawn()
-)
 
 
 @pytest.mark.parametrize("form", ["jit", "scan", "nothing closed over", "constant"])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.channels import Layout, Member
+from jaxmet.engine.graph.channels import Layout
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.grams import grams
@@ -28,14 +28,16 @@ from jaxmet.transforms.factors import (
 )
 from jaxmet.transforms.prune.coupled_channels import (
     CoupledChannels,
+    axes_of,
     bundles_of,
     channel_along,
     refused,
 )
-from jaxmet.transforms.prune.refit import ConsumerMatrix
+from jaxmet.transforms.prune.refit import ConsumerMatrix, refit_consumers
 from jaxmet.transforms.prune.select_channels import (
     consumers_of,
     kept_at,
+    left_of,
     ratios_of,
     removal,
 )
@@ -138,35 +140,29 @@ class Narrow:
         refitted = {
             n for c in self.consumers for n in (c.node.kernel, c.node.bias) if n
         }
-        return refitted | {m.parameter for m, _, _ in self._axes}
-
-    @property
-    def _axes(self) -> list[tuple[Member, int, np.ndarray]]:
-        """What runs along channels of a bundle, its number, and which channel each entry is."""
-        found = []
-        for i, bundle in enumerate(self.bundles):
-            for member in self.graph.members:
-                of = channel_along(member.layout, bundle.indices)
-                if member.groups == 1 and (of >= 0).any():
-                    found.append((member, i, of))
-        return found
+        return refitted | {*self._axes([np.zeros(b.size, bool) for b in self.bundles])}
 
     def changed(self, leaves: Mapping[str, Any], amount: int) -> dict[str, Any]:
         """Those leaves with so much left."""
         counts = self.counts[np.searchsorted(self.counts.sum(axis=1), amount)]
-        lefts = [*map(_left, self.orders, counts)]
+        lefts = [*map(left_of, self.orders, counts)]
+        consumers = {c.node.name: c for c in self.consumers}
         found = {name: leaves[name] for name in self.names if name in leaves}
-        for consumer in self.consumers:
-            along = np.ones(consumer.weight.shape[0], bool)
-            for bundle, left in zip(self.bundles, lefts, strict=True):
-                along &= _along(left, consumer.channels_of(bundle))
-            found |= consumer.refitted(along, found)[0]
-        for member, i, of in self._axes:
-            leaf = found[member.parameter]
-            array = np.array(dense(leaf))
-            array[(slice(None),) * member.axis + (~_along(lefts[i], of),)] = 0
-            found[member.parameter] = with_weight(leaf, array)
+        found, _ = refit_consumers(consumers, self._masks(lefts), found)
+        for name, axes in self._axes(lefts).items():
+            array = np.array(dense(found[name]))
+            for axis, left in axes.items():
+                array[(slice(None),) * axis + (~left,)] = 0
+            found[name] = with_weight(found[name], array)
         return found
+
+    def _masks(self, lefts: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        """What is left of each group, for what is of each bundle."""
+        both = zip(self.bundles, lefts, strict=True)
+        return {i: left for bundle, left in both for i in bundle.indices}
+
+    def _axes(self, lefts: Sequence[np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
+        return axes_of(self.graph.members, self._masks(lefts))
 
 
 def _counts(
@@ -176,18 +172,6 @@ def _counts(
     names = {name for b in bundles for name in b.consumers}
     each = ratios_of(graph, bundles, dict.fromkeys(names, ratio))
     return tuple(kept_at(b.size, each[b.index], multiple) for b in bundles)
-
-
-def _left(order: np.ndarray, count: int) -> np.ndarray:
-    """Which channels are left when so many are, of those that go in this order."""
-    found = np.ones(order.size, bool)
-    found[order[: order.size - count]] = False
-    return found
-
-
-def _along(left: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Which entries of an axis are left, by the channel that each belongs to, -1 for none."""
-    return np.where(of >= 0, left[np.maximum(of, 0)], True)
 
 
 MaskedLayer = Low | Narrow

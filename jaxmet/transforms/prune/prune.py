@@ -22,10 +22,16 @@ from jaxmet.transforms.prune.coupled_channels import (
 )
 from jaxmet.transforms.prune.prune_report import report, whole_before
 from jaxmet.transforms.prune.pruned_leaves import pruned
-from jaxmet.transforms.prune.refit import SELECTIONS, ConsumerMatrix, Selection, read_by
+from jaxmet.transforms.prune.refit import (
+    SELECTIONS,
+    Selection,
+    read_by,
+    refit_consumers,
+)
 from jaxmet.transforms.prune.select_channels import (
     consumers_of,
     kept_at,
+    left_of,
     ratios_of,
     removal,
 )
@@ -199,10 +205,8 @@ def prune(
         for bundle in chosen:
             count = keep[bundle.index]
             order = removal(graph, leaves, bundle, consumers, selection, count)
-            stays = np.ones(bundle.size, bool)
-            stays[order[: bundle.size - count]] = False
-            masks |= dict.fromkeys(bundle.indices, stays)
-        work, errors = _refit(consumers, masks, leaves)
+            masks |= dict.fromkeys(bundle.indices, left_of(order, count))
+        work, errors = refit_consumers(consumers, masks, leaves)
         left = removed(graph, work, masks)
         # All else stays the very array that it is.
         return masks, {n: x for n, x in left.items() if x is not leaves[n]}, errors
@@ -237,20 +241,6 @@ def removed(
         for name, left in axes_of(graph.members, masks).items()
     }
     return {n: leaf for n, leaf in leaves.items() if n not in found} | found
-
-
-def _refit(
-    consumers: Mapping[str, ConsumerMatrix],
-    masks: Mapping[int, np.ndarray],
-    leaves: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Leaves in which the consumers make good for what they lose, and what they cannot."""
-    work, errors = dict(leaves), {}
-    for name, consumer in consumers.items():
-        found, error = consumer.refitted(consumer.left(masks), leaves)
-        work |= found
-        errors[name] = error
-    return work, errors
 
 
 def _selection(selection: Selection | None, batches: Any) -> Selection:

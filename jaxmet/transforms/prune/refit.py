@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 
 from jaxmet.engine.graph.channels import Layout, Member
@@ -58,7 +59,8 @@ class ConsumerMatrix:
     """A layer as a matrix, where it stands in the parameter, and what the data say of its inputs.
 
     `index` are the places of the matrix in the flattened parameter; `along` has, by axis of
-    the parameter that runs along channels, which entry of it each row reads.
+    the parameter that runs along channels, which entry of it each row reads. `centered` are
+    mean products of the inputs, where there is a bias of what differs from their `center`.
     """
 
     node: Node
@@ -66,10 +68,8 @@ class ConsumerMatrix:
     weight: np.ndarray  # (ins, outs)
     index: np.ndarray  # (ins, outs)
     along: Mapping[int, np.ndarray]  # (ins,) each
-    centered: (
-        np.ndarray
-    )  # products of the inputs, less those of their means with a bias
-    mean: np.ndarray  # of the inputs
+    centered: np.ndarray  # (ins, ins)
+    center: np.ndarray  # (ins,)
 
     @staticmethod
     def of(
@@ -89,13 +89,12 @@ class ConsumerMatrix:
         if any((e != e[:, :1]).any() for e in along.values()):
             return None
         rows = {axis: e[:, 0] for axis, e in along.items()}
-        number, sums, products = map(np.asarray, gram)
-        number = np.maximum(number, number.dtype.type(1))
-        mean, centered = sums[0] / number, products[0] / number
+        gram = jax.device_get(gram)
+        center, centered = gram.center[0], gram.mean[0]
         if node.bias is not None:
-            centered = centered - mean[:, None] * mean
+            centered = centered - center[:, None] * center
         weight = weight.reshape(-1)[groups[0]]
-        return ConsumerMatrix(node, members, weight, groups[0], rows, centered, mean)
+        return ConsumerMatrix(node, members, weight, groups[0], rows, centered, center)
 
     def channels_of(self, bundle: CoupledChannels) -> np.ndarray:
         """For each row of the matrix the channel of a bundle that it reads, −1 for none."""
@@ -160,7 +159,7 @@ class ConsumerMatrix:
         energy = np.sum(weight * cross)
         error = np.sum((weight - new) * (cross - gram @ new))
         share = float(np.sqrt(max(error, 0.0) / max(energy, 1e-30)))
-        return self._leaves(new, self.mean @ (weight - new), leaves), share
+        return self._leaves(new, self.center @ (weight - new), leaves), share
 
     def _leaves(
         self, matrix: np.ndarray, shift: Any, leaves: Mapping[str, Any]
@@ -173,6 +172,19 @@ class ConsumerMatrix:
         if bias is not None and bias in leaves and bias not in self.node.shared:
             found[bias] = shifted(leaves[bias], shift)
         return found
+
+
+def refit_consumers(
+    consumers: Mapping[str, ConsumerMatrix],
+    masks: Mapping[int, np.ndarray],
+    leaves: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Leaves in which the consumers make good for what they lose, and what they cannot."""
+    work, errors = dict(leaves), {}
+    for name, consumer in consumers.items():
+        found, errors[name] = consumer.refitted(consumer.left(masks), leaves)
+        work |= found
+    return work, errors
 
 
 def _by_tap(own: np.ndarray, number: int) -> np.ndarray:

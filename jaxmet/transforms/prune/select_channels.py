@@ -75,3 +75,10 @@ def removal(
         else:
             scores += consumer.scores(bundle, selection, keep)
     return np.argsort(scores, kind="stable")
+
+
+def left_of(order: np.ndarray, count: int) -> np.ndarray:
+    """Which channels are left when so many are, of those that go in this order."""
+    found = np.ones(order.size, bool)
+    found[order[: order.size - count]] = False
+    return found

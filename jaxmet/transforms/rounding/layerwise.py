@@ -59,7 +59,7 @@ class RoundedWeight(NamedTuple):
 
 
 ROWS_PER_INPUT = 256
-"""Rows of neighbouring positions are alike: more of them cost time, and change no weight."""
+"""Rows of neighbouring positions are alike: more of them cost time, and tell little."""
 
 
 @dataclasses.dataclass
