@@ -90,7 +90,7 @@ class ConsumerMatrix:
             return None
         rows = {axis: e[:, 0] for axis, e in along.items()}
         gram = jax.device_get(gram)
-        center, centered = gram.center[0], gram.mean[0]
+        center, centered = map(np.asarray, (gram.center[0], gram.mean[0]))
         if node.bias is not None:
             centered = centered - center[:, None] * center
         weight = weight.reshape(-1)[groups[0]]
