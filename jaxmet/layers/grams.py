@@ -11,14 +11,15 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.collect import collect
-from jaxmet.layers.inputs import counted_rows
+from jaxmet.layers.inputs import counted_rows, most_rows
+from jaxmet.layers.layer import matrix_sizes
 from jaxmet.numerics import xp
 from jaxmet.numerics.drawn_order import seed_of
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.batches import Batches
 
-ROWS = 65_536
-"""How many rows of a layer's inputs are looked at in a batch, by default."""
+PER_INPUT = 64
+"""How many rows of a batch are looked at for each input of a layer, by default."""
 
 
 class GramSums(NamedTuple):
@@ -47,7 +48,7 @@ def grams(
     *,
     caller: str,
     key: jax.Array,
-    rows: int = ROWS,
+    rows: int | None = None,
     progress: bool = True,
     lost: dict[str, str] | None = None,
 ) -> dict[str, GramSums]:
@@ -55,9 +56,10 @@ def grams(
 
     Layers with one weight have one, over the inputs of all of them.
 
-    `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken, drawn
-    from all positions of each example that count: by a key of its own for each batch, node
-    and round of a loop. `lost` is told of layers of which it is not known which rows count.
+    `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken (by default
+    as many as `most_rows` says), drawn from all positions of each example that count: by a key
+    of its own for each batch, node and round of a loop. `lost` is told of layers of which it
+    is not known which rows count.
     """
     wanted = set(layers)
     numbers = {name: i for i, name in enumerate(n.name for n in graph.nodes)}
@@ -67,7 +69,8 @@ def grams(
         if node.name not in wanted or node.weight is None:
             return result, None
         x, kernel = operands[0], operands[node.weight.operand]
-        most = max(1, rows // max(1, x.shape[0]))
+        ins = matrix_sizes(node, kernel.shape)[1]
+        most = most_rows(rows, ins, PER_INPUT)
         # of its own for batch, node and loop step: later batches add new positions
         seed = seed_of(key, run.batch, numbers[node.name], *run.iteration)
         where = run.reads[0] if run.reads else None
@@ -79,7 +82,10 @@ def grams(
         number = jnp.asarray(found.shape[1], found.dtype)
         if counts is not None:
             number = jnp.sum(counts).astype(found.dtype)
-        return result, GramSums(number, jnp.sum(found, axis=1), products)
+        # a product too: XLA:CPU would copy all rows once more for a sum along them
+        ones = jnp.ones((*found.shape[:2], 1), found.dtype)
+        sums = jnp.einsum("gri,grj->gij", found, ones, precision="highest")
+        return result, GramSums(number, sums[..., 0], products)
 
     if not wanted:
         return {}

@@ -12,6 +12,17 @@ from jaxmet.engine.flow.token_mask_rules import LostError, windowed
 from jaxmet.engine.graph.node import Convolution, Dot, Node
 from jaxmet.numerics.drawn_order import drawn_order
 
+ROWS = 65_536
+
+
+def most_rows(rows: int | None, ins: int, each: int) -> int:
+    """How many rows of a layer with `ins` inputs are looked at: `rows`, if told.
+
+    Otherwise `each` of them for each input: rows of neighbouring positions are alike, so for
+    few inputs few say all there is, and more cost time (of a depthwise layer most of all).
+    """
+    return min(ROWS, each * ins) if rows is None else rows
+
 
 def rows_of(
     node: Node,
@@ -24,9 +35,9 @@ def rows_of(
 ) -> jax.Array:
     """What a product reads, (groups, rows, ins).
 
-    With `most`, at most so many rows per example, which is an entry along axis 0 of x, are
-    drawn by `seed`, of a convolution the same of all; `offset` is what its padding holds
-    instead of zero. The columns have the order of `matrix_of`.
+    With `most`, at most so many rows are drawn by `seed`, of a convolution the same positions
+    of all examples and one at least; `offset` is what its padding holds instead of zero. The
+    columns have the order of `matrix_of`.
     """
     return counted_rows(node, x, kernel_shape, offset=offset, most=most, seed=seed)[0]
 
@@ -52,8 +63,6 @@ def counted_rows(
     else:
         assert node.dot is not None
         rows, own = _dot_rows(node.dot, x), _dot_counts(node.dot, x.shape, where)
-        meets = {d for d, _ in (*node.dot.summed, *node.dot.batched)}
-        most = most if most is None or 0 in meets else most * x.shape[0]
         if most is not None and rows.shape[1] > most:
             drawn = drawn_order(seed, rows.shape[1], own)[:most]
             rows = jnp.take(rows, drawn, axis=1)
@@ -135,7 +144,8 @@ def _windows(
     ]
     total, channels = math.prod(counts), x.shape[-1]
     own = _window_counts(conv, where, examples, spans, counts)
-    if most is not None and most < total:
+    most = total if most is None else max(1, most // max(1, examples[0]))
+    if most < total:
         first = None if own is None else jnp.any(own, axis=0)
         drawn = drawn_order(seed, total, first)[:most]
         own = None if own is None else jnp.take(own, drawn, axis=1)

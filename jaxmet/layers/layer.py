@@ -35,6 +35,13 @@ def matrix_of(node: Node, weight: Any, lead: int = 0) -> Any:
     return weight.reshape(-1, *weight.shape[-2:])
 
 
+def matrix_sizes(node: Node, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(groups, ins, outs) of a weight of this shape, as the product's equation reads it."""
+    _, (groups, *sizes), swapped = _plan(node, shape)
+    ins, outs = reversed(sizes) if swapped else sizes
+    return groups, ins, outs
+
+
 def _plan(
     node: Node, shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, int, int], bool]:

@@ -17,7 +17,7 @@ from jaxmet.layers.eligibility import (
     why_looped,
     why_no_matrix,
 )
-from jaxmet.layers.grams import ROWS, grams, unmasked
+from jaxmet.layers.grams import grams, unmasked
 from jaxmet.layers.layer import WeightMatrix, kernel_axes
 from jaxmet.layers.once import run_once
 from jaxmet.numerics import xp
@@ -54,7 +54,7 @@ def factorize(
     method: Method = ...,
     batches: Any = ...,
     multiple: int = ...,
-    rows: int = ...,
+    rows: int | None = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
@@ -71,7 +71,7 @@ def factorize(
     method: Method = ...,
     batches: Any = ...,
     multiple: int = ...,
-    rows: int = ...,
+    rows: int | None = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
@@ -87,7 +87,7 @@ def factorize(
     method: Method = "spatial",
     batches: Any = None,
     multiple: int = 1,
-    rows: int = ROWS,
+    rows: int | None = None,
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
@@ -141,7 +141,8 @@ def factorize(
         batches: data that decides which factors change the output least; default None: the
             factors nearest to the weight.
         multiple: ranks or channel counts are rounded up to a multiple of this; default 1.
-        rows: how many rows of each layer's inputs are used per batch at most; default 65,536.
+        rows: how many rows of each layer's inputs are used per batch at most; default None:
+            64 for each input of the layer, at most 65,536.
         key: the `jax.random.key` from which all random numbers come; default
             `jax.random.key(0)`.
         inputs: a function that picks the inputs of the model from a batch; default None: the
@@ -164,7 +165,8 @@ def factorize(
     """
     graph, leaves = fitted(params, graph, CALLER)
     check_choices(CALLER, method=(method, METHODS))
-    check_counts(CALLER, multiple=multiple, rows=rows)
+    check_counts(CALLER, multiple=multiple)
+    check_counts(CALLER, optional=True, rows=rows)
     check_flags(CALLER, progress=progress, with_report=with_report)
     check_batch_functions(CALLER, inputs, mask)
     if (ranks is None) == (ratios is None):

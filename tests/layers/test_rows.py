@@ -96,7 +96,7 @@ def test_rows_that_are_drawn_are_some_of_all():
         )
 
     ((_, every, _, _, _),) = seen(conv, {"w": w}, x).values()
-    ((_, some, _, _, _),) = seen(conv, {"w": w}, x, most=5).values()
+    ((_, some, _, _, _),) = seen(conv, {"w": w}, x, most=11).values()
     assert some.shape == (1, 10, 27) and every.shape == (1, 36, 27)
     place = [
         np.flatnonzero((np.asarray(every[0]) == r).all(1)) for r in np.asarray(some[0])
@@ -107,12 +107,17 @@ def test_rows_that_are_drawn_are_some_of_all():
     dense = seen(lambda p, x: x @ p["w"], {"w": w[0, 0]}, x[:, 0])
     ((_, every, _, _, _),) = dense.values()
     ((_, some, _, _, _),) = seen(
-        lambda p, x: x @ p["w"], {"w": w[0, 0]}, x[:, 0], most=2
+        lambda p, x: x @ p["w"], {"w": w[0, 0]}, x[:, 0], most=4
     ).values()
     assert {tuple(r) for r in np.asarray(some[0])} < {
         tuple(r) for r in np.asarray(every[0])
     }
     assert len({tuple(r) for r in np.asarray(some[0])}) == 4
+    # examples along another axis than the first: as many rows
+    ((_, turned, _, _, _),) = seen(
+        lambda p, x: p["w"].T @ x, {"w": w[0, 0]}, x[:, 0].reshape(-1, 3).T, most=4
+    ).values()
+    np.testing.assert_array_equal(turned, some)
 
 
 def test_padding_holds_the_offset():

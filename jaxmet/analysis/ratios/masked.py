@@ -183,7 +183,7 @@ def layers_of(
     leaves: Mapping[str, Any],
     method: str,
     read: Batches,
-    rows: int,
+    rows: int | None,
     *,
     ratios: Sequence[float],
     multiple: int,

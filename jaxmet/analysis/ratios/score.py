@@ -25,7 +25,6 @@ from jaxmet.engine.run.lift import replayed
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.checkpoint import Checkpoint, model_of
-from jaxmet.layers.grams import ROWS
 from jaxmet.layers.once import run_once
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
@@ -49,7 +48,7 @@ def score_ratios(
     method: Method = "spatial",
     ratios: Sequence[float] = RATIOS,
     multiple: int = 1,
-    rows: int = ROWS,
+    rows: int | None = None,
     together: int = 1,
     checkpoint: Any = None,
     key: Any = None,
@@ -97,7 +96,8 @@ def score_ratios(
         method: 'spatial' (the default), 'weight' or 'prune'.
         ratios: the ratios to score, each in (0, 1); default 0.1, 0.2, … 0.9.
         multiple: ranks or channel counts are rounded up to a multiple of this; default 1.
-        rows: how many rows of each layer's inputs are used per batch at most; default 65,536.
+        rows: how many rows of each layer's inputs are used per batch at most; default None:
+            64 for each input of the layer, at most 65,536.
         together: how many rows are computed at once (`jax.vmap`), where the score can be
             traced; default 1.
         checkpoint: a folder; a run that was killed resumes after its last finished row; default
@@ -124,7 +124,8 @@ def score_ratios(
     """
     graph, leaves = fitted(params, graph, CALLER)
     check_choices(CALLER, method=(method, METHODS))
-    check_counts(CALLER, multiple=multiple, together=together, rows=rows)
+    check_counts(CALLER, multiple=multiple, together=together)
+    check_counts(CALLER, optional=True, rows=rows)
     check_flags(CALLER, progress=progress)
     check_score(CALLER, score)
     ratios = _checked(ratios)

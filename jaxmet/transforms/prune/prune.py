@@ -11,7 +11,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.eligibility import skipped
-from jaxmet.layers.grams import ROWS, grams, unmasked
+from jaxmet.layers.grams import grams, unmasked
 from jaxmet.layers.once import run_once
 from jaxmet.transforms.prune.coupled_channels import (
     CoupledChannels,
@@ -54,7 +54,7 @@ def prune(
     selection: Selection | None = ...,
     coupled: bool = ...,
     multiple: int = ...,
-    rows: int = ...,
+    rows: int | None = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
@@ -71,7 +71,7 @@ def prune(
     selection: Selection | None = ...,
     coupled: bool = ...,
     multiple: int = ...,
-    rows: int = ...,
+    rows: int | None = ...,
     key: Any = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
@@ -87,7 +87,7 @@ def prune(
     selection: Selection | None = None,
     coupled: bool = True,
     multiple: int = 1,
-    rows: int = ROWS,
+    rows: int | None = None,
     key: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
@@ -140,7 +140,8 @@ def prune(
             with data.
         coupled: whether channels that several layers produce may go; default True.
         multiple: ranks or channel counts are rounded up to a multiple of this; default 1.
-        rows: how many rows of each layer's inputs are used per batch at most; default 65,536.
+        rows: how many rows of each layer's inputs are used per batch at most; default None:
+            64 for each input of the layer, at most 65,536.
         key: the `jax.random.key` from which all random numbers come; default
             `jax.random.key(0)`.
         inputs: a function that picks the inputs of the model from a batch; default None: the
@@ -164,7 +165,8 @@ def prune(
     """
     graph, leaves = fitted(params, graph, CALLER)
     selection = _selection(selection, batches)
-    check_counts(CALLER, multiple=multiple, rows=rows)
+    check_counts(CALLER, multiple=multiple)
+    check_counts(CALLER, optional=True, rows=rows)
     check_flags(CALLER, coupled=coupled, progress=progress, with_report=with_report)
     key = key_of(key, CALLER)
     check_batch_functions(CALLER, inputs, mask)

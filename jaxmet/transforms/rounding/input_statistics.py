@@ -1,6 +1,7 @@
 """What the data tell of the inputs of some layers, in the float and in the quantized model."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,8 +51,9 @@ class InputRows(NamedTuple):
 class Look:
     """Runs both copies from wave to wave for what its layers read: one program for each.
 
-    A program first takes the values that are live to where the wave begins, with the weights
-    that were chosen before.
+    `most` says how many rows of a layer are read, `shares` how many of them in a batch of each
+    shape: as large a part as it holds of all examples. A program first takes the values that
+    are live to where the wave begins, with the weights that were chosen before.
     """
 
     def __init__(
@@ -60,11 +62,12 @@ class Look:
         noisy: Copy,
         waves: Sequence[Sequence[Layer]],
         most: Mapping[str, int],
+        shares: Mapping[Any, float],
         *,
         keep: bool,
     ) -> None:
         self.copies = exact, noisy
-        self.waves, self.most, self.keep = waves, most, keep
+        self.waves, self.most, self.shares, self.keep = waves, most, shares, keep
         # Their names are looked up only where one may have an offset: that takes a while.
         self.compressed = any(map(is_compressed, flatten(exact.params)[1]))
         self.sequences: dict[Any, ProgramSequence] = {}
@@ -132,7 +135,8 @@ class Look:
             steps = [copy.step(shape, number - 1) for copy in self.copies]
             every = zip(steps, trees, own, lives, strict=True)
             lives = tuple(step(tree, q, live, None) for step, tree, q, live in every)
-        watch = functools.partial(self.watch, number, trees[0], key, masks)
+        share = self.shares[shape]
+        watch = functools.partial(self.watch, number, share, trees[0], key, masks)
         exact, quantized = (
             copy.observer(shape, number, watch)(tree, q, live, None)
             for copy, tree, q, live in zip(self.copies, trees, own, lives, strict=True)
@@ -147,6 +151,7 @@ class Look:
     def watch(
         self,
         number: int,
+        share: float,
         params: Any,
         key: jax.Array,
         masks: Mapping[str, Any],
@@ -174,7 +179,7 @@ class Look:
                 kernel.shape,
                 where=where,
                 offset=leaf.input_offset if is_compressed(leaf) else None,
-                most=self.most[node.name],
+                most=math.ceil(self.most[node.name] * share),
                 seed=seed,
             )
             return result, (rows.astype(wide(rows.dtype)), counts)

@@ -17,6 +17,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.nodes.scalar_function import Formula, compute
 from jaxmet.engine.run.compressed import bounds_of
 from jaxmet.layers.checkpoint import Checkpoint
+from jaxmet.layers.inputs import most_rows
 from jaxmet.layers.layer import WeightMatrix
 from jaxmet.layers.leaf_math import replaced
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
@@ -58,8 +59,8 @@ class RoundedWeight(NamedTuple):
     curve: np.ndarray
 
 
-ROWS_PER_INPUT = 256
-"""Rows of neighbouring positions are alike: more of them cost time, and tell little."""
+PER_INPUT = 256
+"""How many rows of all batches are looked at for each input of a layer, by default."""
 
 
 @dataclasses.dataclass
@@ -85,12 +86,9 @@ class LayerwiseRounding:
         self.leaves = named_leaves(self.params)
 
     def rows_of(self, name: str) -> int:
-        """How many rows of a layer's inputs are used: for few inputs few say all there is."""
-        if self.rows is not None:
-            return self.rows
-        _, ins, _ = self.matrices[name].sizes
-        most = self.method.rows
-        return most if self.method.keeps_rows else min(most, ROWS_PER_INPUT * ins)
+        """How many rows of a layer's inputs are used."""
+        rows = self.method.rows if self.rows is None else self.rows
+        return most_rows(rows, self.matrices[name].sizes[1], PER_INPUT)
 
     @property
     def lost(self) -> dict[str, str]:
@@ -131,13 +129,14 @@ class LayerwiseRounding:
         self.exact = exact
         names = [layer.node.name for wave in waves for layer in wave.layers]
         self.positions = Positions(self.graph, self.params, names, self.kwargs)
-        number = 0
+        number, sizes = 0, {}
         for batch in batches:
             given, _ = inputs_of(batch)
-            number += max(
+            size = max(
                 (x.shape[0] for x in jax.tree.leaves(given) if x.ndim), default=1
             )
             exact.read(given)  # first: it names a batch that the model does not accept
+            number, sizes[exact.lives[-1][0]] = number + size, size
             self.noisy.read(given)
             self.positions.read(batch)
         self.noisy.order = exact.order
@@ -145,7 +144,8 @@ class LayerwiseRounding:
             exact,
             self.noisy,
             [wave.layers for wave in waves],
-            {n: max(1, self.rows_of(n) // max(1, number)) for n in self.matrices},
+            {n: self.rows_of(n) for n in self.matrices},
+            {shape: size / max(1, number) for shape, size in sizes.items()},
             keep=self.method.keeps_rows,
         )
         return waves

@@ -82,13 +82,13 @@ class RoundingMethod(abc.ABC):
 
     A new method is one file of `methods/`, with an entry in the table of that folder.
     `keeps_rows` asks for the rows of inputs besides their Gram matrices, `rows` is how many
-    of them are used by default, `searches_pinned` says that scales which are numbers
-    already are searched too. With `pads` layers are filled with zeros up to a few sizes:
-    for methods that look at the weight and the Gram matrices alone.
+    of them are used by default (None: as many as `most_rows` says), `searches_pinned` says
+    that scales which are numbers already are searched too. With `pads` layers are filled with
+    zeros up to a few sizes: for methods that look at the weight and the Gram matrices alone.
     """
 
     keeps_rows: ClassVar[bool] = False
-    rows: ClassVar[int] = 2**16
+    rows: ClassVar[int | None] = None
     searches_pinned: ClassVar[bool] = False
     pads: ClassVar[bool] = False
 

@@ -60,7 +60,7 @@ class Adam(Annealing):
 
     batch: int = 256
     keeps_rows: ClassVar[bool] = True
-    rows: ClassVar[int] = 2**14
+    rows: ClassVar[int | None] = 2**14
 
     def __post_init__(self) -> None:
         super().__post_init__()
