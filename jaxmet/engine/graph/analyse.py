@@ -132,7 +132,7 @@ def analyse(call: Call) -> Analysis:
         named = cluster.exit in live and cluster.exit.inexact
         (middle if named else hidden).append(cluster)
     clusters = [*starts, *middle, *ends]
-    name_all(clusters, starts)
+    name_all(clusters, starts, leaves.keys())
     return Analysis(call, region, leaves, atoms, inputs, clusters, hidden, shape)
 
 
