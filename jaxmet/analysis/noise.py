@@ -19,10 +19,15 @@ from jaxmet.analysis.noise_sums import (
     noise_sums,
 )
 from jaxmet.analysis.scored_quantizers import ScoredQuantizer, places
+from jaxmet.engine.graph.analyse import keeps_examples_apart
 from jaxmet.engine.graph.graph import Graph, fitted
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.lift import lift
+from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.layers.arguments import check_examples, check_keywords, key_of
-from jaxmet.tree.batches import as_batches
+from jaxmet.layers.gradients import energies
+from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.checks import check_counts, check_flags
 from jaxmet.tree.examples import some_examples
 from jaxmet.tree.quantizer import Quantizer
@@ -30,6 +35,7 @@ from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 
 EXAMPLES = 128
+SAME = 1e-3  # a relative difference of energies that may be rounding
 
 
 class Noise(NamedTuple):
@@ -77,11 +83,13 @@ def noise(
     at padded tokens are no part of the energy and of the error.
 
     The model runs on one example at a time. Where it makes one result of a whole batch, whose
-    shape does not grow with the batch, or has a batch norm in training mode, the first batch
-    is the example, and `examples` counts draws of signs.
+    shape does not grow with the batch, has a batch norm in training mode, or gives an example
+    other outputs in a batch than alone, the first batch is the example, and `examples` counts
+    draws of signs.
 
     Where much is clipped, or at few bits, errors are too large for gradients: `compare` and
-    `sensitivity` measure what this predicts. Two programs are compiled.
+    `sensitivity` measure what this predicts. Two programs are compiled, and another one where
+    the equations leave open whether examples depend on each other.
 
     Args:
         params: the parameter tree, whatever the model takes first; not changed.
@@ -117,7 +125,8 @@ def noise(
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     of_one, of_batch = check_examples(graph, params, read.first, kwargs, CALLER)
     _check_outputs(of_one)
-    if _is_one_example(graph, read.first, of_one, of_batch):
+    whole = _is_one_example(graph, read.first, of_one, of_batch)
+    if whole or _examples_meet(graph, params, read.first, kwargs):
         some = _repeated(read.first_batch, examples)
     else:
         some = some_examples(read, examples)
@@ -155,6 +164,38 @@ def _is_one_example(
         n.norm is not None and n.norm.over == "batch" for n in graph.nodes
     )
     return several and (shapes[0] == shapes[1] or in_training)
+
+
+def _examples_meet(
+    graph: Graph, params: Any, batch: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the outputs of an example depend on others of its batch.
+
+    Where axes leave that open, the energy of a batch is compared with that of its examples.
+    """
+    batch, _ = inputs_of(batch)
+    if len({x.shape[:1] for x in jax.tree.leaves(batch)}) != 1:
+        return False
+    if keeps_examples_apart(call_of(graph.apply, params, batch, dict(kwargs))):
+        return False
+    arrays, static = split_keywords(kwargs)
+    both = program(graph.apply, (CALLER, "apart", static), partial(_energies, static))
+    together, apart = both(params, batch, arrays)
+    pairs = zip(jax.device_get(together), jax.device_get(apart), strict=True)
+    return not all(np.isclose(b, a, rtol=SAME, atol=0.0) for a, b in pairs)
+
+
+def _energies(static: Mapping[str, Any], apply: Apply) -> Callable:
+    """The energy of the outputs of a batch, and that of its examples one by one."""
+
+    def both(params: Any, batch: tuple[Any, ...], arrays: Any) -> tuple[Any, Any]:
+        def energy(*inputs: Any) -> list[jax.Array]:
+            return energies(lift(apply)(params, *inputs, **static, **arrays))
+
+        one = lambda x: energy(*jax.tree.map(lambda a: a[None], x))
+        return energy(*batch), jax.tree.map(jnp.sum, jax.lax.map(one, batch))
+
+    return both
 
 
 def _repeated(batch: tuple[Any, ...], number: int) -> Any:

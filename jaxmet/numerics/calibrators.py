@@ -51,7 +51,14 @@ GAMMA = 3.0
 
 
 def is_percentile(value: Any) -> bool:
-    """Whether a share of the values, in percent, leaves something between two ends."""
+    """Whether a share of the values, in percent, leaves something between two ends.
+
+    Args:
+        value: anything; a number counts in percent of all values.
+
+    Returns:
+        True for a number above 50 and up to 100, no bool.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and 50 < value <= 100
 
@@ -98,12 +105,32 @@ C = TypeVar("C", bound=Calibrator)
 
 
 def calibrator_of(method: RangeMethod) -> Calibrator:
-    """The function of a name, or the function itself."""
+    """The function of a name, or the function itself.
+
+    Args:
+        method: a name of `CALIBRATORS`, or a function `(values, target) -> (low, high)`.
+
+    Returns:
+        The function.
+
+    Raises:
+        KeyError: for a name that `CALIBRATORS` does not have.
+    """
     return method if callable(method) else CALIBRATORS[method]
 
 
 def check_calibrator(method: Any, caller: str, name: str) -> None:
-    """Raise unless this is a name, or a function that runs on a histogram."""
+    """Raise unless this is a name, or a function that runs on a histogram.
+
+    Args:
+        method: what was given as a calibrator.
+        caller: the function that was called, for the message.
+        name: the argument that holds it, for the message.
+
+    Raises:
+        ValueError: for an unknown name, for what is neither name nor function or has no hash, and
+            for a function that does not run on a histogram.
+    """
     if isinstance(method, str) and method in CALIBRATORS:
         return
     cure = (
@@ -126,14 +153,28 @@ def check_calibrator(method: Any, caller: str, name: str) -> None:
 
 
 def calibrator_name(method: Any) -> str:
-    """How a calibrator is shown."""
+    """How a calibrator is shown.
+
+    Args:
+        method: a name or a function.
+
+    Returns:
+        The name, that of the function, or its `repr` if it has none.
+    """
     return (
         method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     )
 
 
 def values_of(h: Histogram) -> Values:
-    """A histogram as pieces, cut at the ends of the data: a constant has no width."""
+    """A histogram as pieces, cut at the ends of the data: a constant has no width.
+
+    Args:
+        h: a histogram; leading axes are histograms side by side.
+
+    Returns:
+        The bins as `Values`, float arrays (*layers, bins).
+    """
     ends = jnp.clip(h.edges, h.low[..., None], h.high[..., None])
     at_zero = h.edges[..., :-1] == 0
     rounded = h.counts - jnp.where(at_zero, h.zeros[..., None], 0.0)
@@ -141,7 +182,15 @@ def values_of(h: Histogram) -> Values:
 
 
 def values_in(x: Float[Array, "n"], method: RangeMethod) -> Values:
-    """Few values stand for themselves; many, and all for a binned calibrator, by bins."""
+    """Few values stand for themselves; many, and all for a binned calibrator, by bins.
+
+    Args:
+        x: the values, a float array (n,).
+        method: the calibrator that will read them, a name or a function.
+
+    Returns:
+        `Values`: one piece per value up to 2,048 values, else one piece per bin.
+    """
     if x.size > BINS or getattr(calibrator_of(method), "binned", False):
         return values_of(histogram(x))
     x = jnp.sort(x)
@@ -246,7 +295,14 @@ def _best_range(*args: jax.Array, method: Any, symmetric: bool) -> Extremes:
 
 
 def binned(calibrator: C) -> C:
-    """Mark a calibrator that needs bins of one width, however few the values are."""
+    """Mark a calibrator that needs bins of one width, however few the values are.
+
+    Args:
+        calibrator: a function `(values, target) -> (low, high)`.
+
+    Returns:
+        The same function, marked.
+    """
     setattr(calibrator, "binned", True)  # noqa: B010
     return calibrator
 
@@ -271,7 +327,15 @@ def _whole(values: Values) -> Extremes:
 
 
 def smallest_to_largest(values: Values, target: Target) -> Extremes:
-    """'minmax': everything, however far out."""
+    """'minmax': everything, however far out.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        target: not used.
+
+    Returns:
+        The lower and the upper end of the range, two scalars.
+    """
     del target
     return _whole(values)
 
@@ -281,12 +345,28 @@ def smallest_to_largest(values: Values, target: Target) -> Extremes:
 
 @_in_own_unit
 def percentile(values: Values, target: Target) -> Extremes:
-    """'percentile': what leaves a share `tail` of the values beyond either end."""
+    """'percentile': what leaves a share `tail` of the values beyond either end.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        target: of which `tail` is used: the share beyond either end, from 0 to 0.5.
+
+    Returns:
+        The lower and the upper end of the range, two scalars.
+    """
     return percentile_range(values, target.tail)
 
 
 def percentile_range(values: Values, tail: Scalar) -> Extremes:
-    """The range with a share of at most `tail` of all values beyond either end."""
+    """The range with a share of at most `tail` of all values beyond either end.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        tail: the share beyond either end, a scalar from 0 to 0.5.
+
+    Returns:
+        The lower and the upper end of the range, two scalars.
+    """
     beyond = tail * jnp.sum(values.number)
     flipped = (-values.right[::-1], -values.left[::-1], values.number[::-1])
     return -_upper(*flipped, beyond), _upper(*values[:3], beyond)
@@ -307,13 +387,29 @@ def _upper(
 
 @_in_own_unit
 def mse(values: Values, target: Target) -> Extremes:
-    """'mse': where the mean squared error is least."""
+    """'mse': where the mean squared error is least.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        target: the quantizer that the range is for: its ends, and whether it is symmetric.
+
+    Returns:
+        The lower and the upper end of the range, two scalars.
+    """
     return _search(partial(_noise, values, target.ends, 1.0), *_whole(values), target)
 
 
 @_in_own_unit
 def sqnr(values: Values, target: Target) -> Extremes:
-    """'sqnr': the best of AIMET's candidates, with clipping weighted three times."""
+    """'sqnr': the best of AIMET's candidates, with clipping weighted three times.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        target: the quantizer that the range is for: its ends, and whether it is symmetric.
+
+    Returns:
+        The lower and the upper end of the range, two scalars.
+    """
     price = partial(_noise, values, target.ends, GAMMA)
     ranges = sqnr_candidates(*_whole(values), target.ends, target.symmetric)
     best = _cheapest(price, ranges, target)
@@ -323,7 +419,18 @@ def sqnr(values: Values, target: Target) -> Extremes:
 def noise(
     values: Values, scale: Scalar, zero_point: Scalar, ends: Ends
 ) -> tuple[Scalar, Scalar]:
-    """Mean squared error of values on a grid, inside it by rounding and by clipping."""
+    """Mean squared error of values on a grid, inside it by rounding and by clipping.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        scale: the step of the grid, a positive scalar.
+        zero_point: the integer that stands for zero, a scalar.
+        ends: the lowest and the highest integer.
+
+    Returns:
+        Two scalars: the mean squared error of what lies inside the grid, and that of what is
+        clipped.
+    """
     least, most = (scale * (end - zero_point) for end in ends)
     a, b = values.left, values.right
     wide = b > a
@@ -362,6 +469,15 @@ def sqnr_candidates(
     $k/16$, $k = 1 \dots 17$, of the one that covers everything, each at 21 offsets, cut to
     the observed range (one wider on both sides is no candidate and repeats the observed
     range), and that itself: 358.
+
+    Args:
+        least: the smallest value, a scalar.
+        most: the largest value, a scalar.
+        ends: the lowest and the highest integer.
+        symmetric: whether the grid has no zero point.
+
+    Returns:
+        The lower and the upper ends of the candidates, (101,) or (358,) each.
     """
     if symmetric:
         # From wide to narrow: of equals the widest wins.
@@ -387,7 +503,15 @@ def sqnr_candidates(
 @binned
 @_in_own_unit
 def entropy(values: Values, target: Target) -> Extremes:
-    """'entropy': where the histogram changes least."""
+    """'entropy': where the histogram changes least.
+
+    Args:
+        values: the histogram as `Values`: bins by their ends, and how many values each holds.
+        target: the quantizer that the range is for: its ends, and whether it is symmetric.
+
+    Returns:
+        The lower and the upper end of the range, two scalars.
+    """
     price = partial(divergence, values, target.ends)
     return _search(price, *_whole(values), target)
 
@@ -401,6 +525,15 @@ def divergence(values: Values, ends: Ends, scale: Scalar, zero_point: Scalar) ->
     than a bin would seem to lose nothing: infinity.
 
     Migacz, 8-bit Inference with TensorRT, GPU Technology Conference 2017.
+
+    Args:
+        values: the histogram as `Values`, in bins of one width.
+        ends: the lowest and the highest integer.
+        scale: the step of the grid, a positive scalar.
+        zero_point: the integer that stands for zero, a scalar.
+
+    Returns:
+        The divergence in nats, a scalar; infinity for a step narrower than a bin.
     """
     count = values.rounded
     level = jnp.round((values.left + values.right) / 2 / scale) + zero_point

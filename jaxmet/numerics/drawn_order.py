@@ -20,7 +20,7 @@ def seed_of(key: Any, *numbers: Any) -> Seed:
 
     Args:
         key: the key, of whatever generator.
-        numbers: integers, which may be traced.
+        *numbers: integers, which may be traced.
 
     Returns:
         An unsigned integer.

@@ -9,11 +9,14 @@ def check_bits(bits: Any, *, caller: str = "grid_ends", name: str = "bits") -> i
 
     Args:
         bits: the width, an integer.
-        caller: the function that errors name.
-        name: the argument that errors name.
+        caller: the function that errors name; default 'grid_ends'.
+        name: the argument that errors name; default 'bits'.
 
     Returns:
         The width as a Python integer.
+
+    Raises:
+        ValueError: for another width, and for what is no integer.
     """
     try:
         number = operator.index(bits)
@@ -40,6 +43,9 @@ def grid_ends(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, in
 
     Returns:
         The lowest and the highest integer.
+
+    Raises:
+        ValueError: for a width that no grid has.
     """
     return ends_of_width(check_bits(bits), signed=signed, narrow=narrow)
 

@@ -50,7 +50,16 @@ class Histogram(NamedTuple):
 def bin_width(
     low: Float[Array, "*layers"], high: Float[Array, "*layers"], bins: int = BINS
 ) -> Float[Array, "*layers"]:
-    """The smallest power of two whose bins cover low … high and zero."""
+    """The smallest power of two whose bins cover low … high and zero.
+
+    Args:
+        low: the smallest values, a float array (*layers).
+        high: the largest values, of the same shape.
+        bins: how many bins there are; default 2,048.
+
+    Returns:
+        The width of the bins of each layer, (*layers).
+    """
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     # Halves, since the width of an extreme range may not be a float.
     width = _power_of_two(high / 2 - low / 2) * 2.0 ** (2 - math.ceil(math.log2(bins)))
@@ -95,6 +104,18 @@ def tally(
     with the `number` 0, 1, 2 … each goes on where the one before stopped, so that together
     they count all positions equally often, give or take one. The ends are exact. Only values
     `where` it is True count; where none does the ends are +∞ and −∞.
+
+    Args:
+        x: the values, a float array of any shape.
+        samples: how many values are counted at most; default None: all.
+        bins: how many bins there are; default 2,048.
+        where: a boolean array that broadcasts to the shape of `x`, True where a value counts;
+            default None: all count.
+        number: how many arrays were tallied before this one; default 0.
+
+    Returns:
+        Counts as int32, one bin more than `bins` for exact zeros; how many values each stands
+        for; and both ends.
     """
     if where is not None:
         where = jnp.broadcast_to(where, x.shape).reshape(-1)
@@ -142,6 +163,12 @@ def histograms(tallies: Sequence[Tally]) -> Histogram:
 
     Where values stand for others, the ends are counted once more for themselves: they are
     values that the rest may not know of.
+
+    Args:
+        tallies: tallies with as many bins each; their leading axes are flattened.
+
+    Returns:
+        The histograms side by side, one row per tally.
     """
     tallies = [
         t._replace(counts=t.counts.reshape(-1, t.counts.shape[-1])) for t in tallies
@@ -163,7 +190,15 @@ def histograms(tallies: Sequence[Tally]) -> Histogram:
 
 
 def stride_of(size: int, samples: int | None) -> int:
-    """The stride at which at most `samples` of `size` values are counted."""
+    """The stride at which at most `samples` of `size` values are counted.
+
+    Args:
+        size: how many values there are.
+        samples: how many are counted at most; None: all.
+
+    Returns:
+        The stride; 1 where all values are counted.
+    """
     if samples is None or size <= samples:
         return 1
     stride = -(-size // samples)

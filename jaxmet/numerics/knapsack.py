@@ -60,10 +60,13 @@ def optimal(
         scores: the score of each option of each layer.
         costs: its cost; infinite where there is no such option.
         budget: the largest cost of all together.
-        limit: how many partial choices are kept at most.
+        limit: how many partial choices are kept at most; default 20,000.
 
     Returns:
         The option of each layer, score and cost, and how much more could be reached.
+
+    Raises:
+        ValueError: where the cheapest options of all layers cost more than the budget.
     """
     there = np.isfinite(costs) & np.isfinite(scores)
     least = np.where(there, costs, np.inf).min(axis=1)
@@ -93,7 +96,15 @@ def optimal(
 
 
 def too_tight(least: float | int, budget: float | int) -> str:
-    """What to say when nothing is within the budget."""
+    """What to say when nothing is within the budget.
+
+    Args:
+        least: the smallest cost that was reached.
+        budget: the largest cost that was allowed, in the same unit.
+
+    Returns:
+        A clause for an error message.
+    """
     return f"no choice costs {budget:.6g} or less: the smallest cost reached is {least:.6g}"
 
 

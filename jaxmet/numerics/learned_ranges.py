@@ -27,6 +27,12 @@ def positive(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     r"""$|s|$, kept between 2⁻⁶⁰ and 2¹⁰⁰; its derivative is the sign, 1 at zero.
 
     NaN stays NaN.
+
+    Args:
+        scale: scales, a float array of any shape.
+
+    Returns:
+        Positive scales of the same shape and dtype.
     """
     return jnp.clip(jnp.abs(scale), SCALE_FLOOR, SCALE_CEILING)
 
@@ -41,7 +47,15 @@ def _(primals: Any, tangents: Any) -> Any:
 def gradient_times(
     x: Float[Array, "*shape"], factor: Numbers
 ) -> Float[Array, "*shape"]:
-    """`x`, with its gradient multiplied by `factor`."""
+    """`x`, with its gradient multiplied by `factor`.
+
+    Args:
+        x: a float array of any shape.
+        factor: a number, or an array that broadcasts to the shape of `x`.
+
+    Returns:
+        `x` itself.
+    """
     del factor
     return x
 
@@ -53,14 +67,31 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def lsq_factor(sharing: int, high: Numbers) -> Float[Array, ""]:
-    r"""$1/\sqrt{N\,h}$ for `sharing` values on a grid whose highest integer is `high`."""
+    r"""$1/\sqrt{N\,h}$ for `sharing` values on a grid whose highest integer is `high`.
+
+    Args:
+        sharing: N, how many values share the scale; at least 1 is used.
+        high: h, the highest integer of the grid.
+
+    Returns:
+        The factor, a float32 scalar.
+    """
     return lax.rsqrt(jnp.float32(max(sharing, 1)) * jnp.asarray(high, jnp.float32))
 
 
 def zero_point_on(
     zero_point: Float[Array, "*shape"], low: Numbers, high: Numbers
 ) -> Float[Array, "*shape"]:
-    """The nearest integer of the grid, with the gradient of the identity."""
+    """The nearest integer of the grid, with the gradient of the identity.
+
+    Args:
+        zero_point: zero points, a float array of any shape.
+        low: the lowest integer of the grid.
+        high: the highest integer of the grid.
+
+    Returns:
+        Whole numbers from `low` to `high`, of the same shape and dtype.
+    """
     low, high = (jnp.asarray(end, zero_point.dtype) for end in (low, high))
     return through(zero_point, jnp.clip(jnp.round(zero_point), low, high))
 
@@ -77,6 +108,15 @@ def grid_of_learned_range(
     most and $M$ at least zero, and $z$ kept on the grid. Symmetric (`minimum` of `None`):
     $\Delta = |M|/h$. Gradients go through as if nothing had been clipped or rounded. These
     are the parameters of AIMET's range learning.
+
+    Args:
+        minimum: m, the lower ends, a float array; None for a symmetric grid.
+        maximum: M, the upper ends, a float array of the same shape.
+        low: l, the lowest integer of the grid.
+        high: h, the highest integer of the grid.
+
+    Returns:
+        Scale and zero point, of the shape of `maximum`.
     """
     low, high = (jnp.asarray(end, maximum.dtype) for end in (low, high))
     if minimum is None:

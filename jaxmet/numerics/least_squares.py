@@ -69,7 +69,14 @@ def _solved_on_host(unit: np.ndarray, right: np.ndarray, damping: float) -> np.n
 def of_size_one(
     gram: Float[Array, "*g n n"],
 ) -> tuple[Float[Array, "*g n n"], Float[Array, "*g n 1"]]:
-    """The products of the inputs over their sizes, and the sizes; 1 where one is zero."""
+    """The products of the inputs over their sizes, and the sizes; 1 where one is zero.
+
+    Args:
+        gram: the Gram matrices of inputs, a float array (*g, n, n).
+
+    Returns:
+        The scaled matrices, (*g, n, n), with ones on the diagonal, and the sizes, (*g, n, 1).
+    """
     size = xp.sqrt(xp.diagonal(gram, axis1=-2, axis2=-1))[..., None]
     size = xp.where(size > 0, size, xp.ones_like(size))
     unit = gram / size / xp.swapaxes(size, -1, -2)

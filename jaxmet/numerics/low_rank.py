@@ -103,7 +103,15 @@ def low_rank(
 
 
 def masked(parts: Spectrum, rank: int | Int[Array, ""]) -> Float[Array, "*g m n"]:
-    """The product of the factors of `low_rank`, for a rank that need not be known before."""
+    """The product of the factors of `low_rank`, for a rank that need not be known before.
+
+    Args:
+        parts: the factors of `low_rank`, in the order of their importance.
+        rank: how many columns of the first factor count; it may be traced.
+
+    Returns:
+        The product, a float array (*g, m, n).
+    """
     left = parts.left
     # zeros instead of a slice: the rank may be traced, and shapes may not depend on it
     used = np.arange(left.shape[-1]) < rank
@@ -162,6 +170,16 @@ def largest_rank(
     It is rounded up to a multiple where the factors then still cost less than the whole and
     the rank is one that there is; else down to a multiple; below the first multiple it
     stays unchanged. AIMET rounds up always.
+
+    Args:
+        ratio: the cost of the factors over that of the whole, above 0.
+        cost_of_rank_one: the cost of factors of rank one, in any unit (parameters, MACs).
+        cost: the cost of the whole, in the same unit.
+        most: the largest rank that there is.
+        multiple: what the rank should be a multiple of; default 1.
+
+    Returns:
+        The rank, from 1 to `most`.
     """
     exact = ratio * cost / cost_of_rank_one
     rank = min(max(math.floor(exact * (1 + 1e-12)), 1), most)  # 0.29 * 100 is not 29
@@ -176,7 +194,18 @@ def multiple_above(
     most: int,
     multiple: int,
 ) -> int | None:
-    """A rank up to a multiple, None where there is none or it saves nothing."""
+    """A rank up to a multiple, None where there is none or it saves nothing.
+
+    Args:
+        rank: the rank that is rounded up, at least 1.
+        cost_of_rank_one: the cost of factors of rank one, in any unit (parameters, MACs).
+        cost: the cost of the whole, in the same unit.
+        most: the largest rank that there is.
+        multiple: what the rank should be a multiple of.
+
+    Returns:
+        The multiple, or None.
+    """
     above = -(-rank // multiple) * multiple
     return above if above <= most and above * cost_of_rank_one < cost else None
 

@@ -59,6 +59,16 @@ def measure(
 
     Only values `where` it is True count; a channel without any has mean 0 and the ends +∞
     and −∞.
+
+    Args:
+        x: the values, a float array of any shape.
+        kept: the axes along which the channels run.
+        where: a boolean array that broadcasts to the shape of `x`, True where a value counts;
+            default None: all count.
+
+    Returns:
+        Count, mean, sum of squared distances and both ends of each channel, (channels,), at least
+        in float32.
     """
     rows = _by_channel(x.astype(wide(x.dtype)), kept)
     if where is None:
@@ -116,7 +126,7 @@ def normal(mean: Channels, variance: Channels, n_sigma: float = N_SIGMA) -> Mome
     Args:
         mean: the mean of each channel.
         variance: its variance.
-        n_sigma: how many standard deviations the range is to either side.
+        n_sigma: how many standard deviations the range is to either side; default 4.
 
     Returns:
         Mean, variance and range.
@@ -234,7 +244,7 @@ def added(one: Moments, two: Moments, n_sigma: float = N_SIGMA) -> Moments:
     Args:
         one: the moments of a value.
         two: those of another, independent of it.
-        n_sigma: how many standard deviations the range is to either side.
+        n_sigma: how many standard deviations the range is to either side; default 4.
 
     Returns:
         The moments of the sum.

@@ -211,6 +211,14 @@ def _factor(
 
 
 def is_one(gain: Channels, stored: tuple[Any, Any]) -> Bool[Array, "..."]:
-    """Whether a gain is one but for rounding, as it is when it has moved before."""
+    """Whether a gain is one but for rounding, as it is when it has moved before.
+
+    Args:
+        gain: gains, a float array of any shape.
+        stored: the two dtypes in which what they come from is stored.
+
+    Returns:
+        A boolean array of the shape of `gain`.
+    """
     last = max(float(jnp.finfo(dtype).eps) for dtype in stored)
     return xp.abs(gain - 1.0) <= max(4 * float(jnp.finfo(gain.dtype).eps), last)

@@ -40,7 +40,14 @@ class Packed(NamedTuple):
 
 
 def rounded_size(number: int) -> int:
-    """The next of the sizes 8, 12, 16, 24, 32, 48, …, at least `number`."""
+    """The next of the sizes 8, 12, 16, 24, 32, 48, …, at least `number`.
+
+    Args:
+        number: a number of entries.
+
+    Returns:
+        The size.
+    """
     size = 8
     while size < number:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -80,7 +87,15 @@ def places_of(shapes: Sequence[tuple[int, ...]], ins: int, outs: int) -> Places:
 
 
 def pack(matrices: Sequence[Float[Array, "_ _ _"]], fill: float) -> Packed:
-    """The values of matrices (groups, ins, outs), with `fill` at the places of nothing."""
+    """The values of matrices (groups, ins, outs), with `fill` at the places of nothing.
+
+    Args:
+        matrices: float arrays (groups, ins, outs) of one dtype, layer by layer.
+        fill: the value where there is nothing, such as -inf for logarithms.
+
+    Returns:
+        The values as tiles, (tiles, 64, 64), and entries, each filled up to one of few sizes.
+    """
     tiles, entries = [], []
     for matrix in matrices:
         _, i, o = matrix.shape
@@ -114,20 +129,50 @@ def _filled(x: Any, fill: float | int) -> Any:
 
 
 def moved(x: Packed, at: Places, ins: Array, outs: Array) -> Packed:
-    """Each value plus what belongs to its input and to its output."""
+    """Each value plus what belongs to its input and to its output.
+
+    Args:
+        x: the values of all matrices, packed.
+        at: which inputs and outputs the entries of `x` belong to.
+        ins: what is added along the inputs, a float array (ins,).
+        outs: what is added along the outputs, (outs,).
+
+    Returns:
+        The sums, packed in the same way.
+    """
     tiles = x.tiles + ins[at.rows][:, :, None] + outs[at.columns][:, None]
     return Packed(tiles, x.entries + ins[at.entry_rows] + outs[at.entry_columns])
 
 
 def largest_by_output(x: Packed, at: Places, ins: Array, outs: int) -> jax.Array:
-    """For each output the largest value plus what belongs to its input."""
+    """For each output the largest value plus what belongs to its input.
+
+    Args:
+        x: the values of all matrices, packed.
+        at: which inputs and outputs the entries of `x` belong to.
+        ins: what is added along the inputs, a float array (ins,).
+        outs: how many outputs there are, filled up.
+
+    Returns:
+        The largest sum of each output, (outs,).
+    """
     tiles = jnp.max(x.tiles + ins[at.rows][:, :, None], axis=1)
     entries = x.entries + ins[at.entry_rows]
     return _scattered(tiles, entries, at.columns, at.entry_columns, outs)
 
 
 def largest_by_input(x: Packed, at: Places, outs: Array, ins: int) -> jax.Array:
-    """For each input the largest value plus what belongs to its output."""
+    """For each input the largest value plus what belongs to its output.
+
+    Args:
+        x: the values of all matrices, packed.
+        at: which inputs and outputs the entries of `x` belong to.
+        outs: what is added along the outputs, a float array (outs,).
+        ins: how many inputs there are, filled up.
+
+    Returns:
+        The largest sum of each input, (ins,).
+    """
     tiles = jnp.max(x.tiles + outs[at.columns][:, None], axis=2)
     entries = x.entries + outs[at.entry_columns]
     return _scattered(tiles, entries, at.rows, at.entry_rows, ins)
@@ -141,7 +186,17 @@ def _scattered(
 
 
 def largest_by_layer(x: Packed, at: Places, output_layer: Array, n: int) -> jax.Array:
-    """The largest value of each layer, zero for a layer without any."""
+    """The largest value of each layer, zero for a layer without any.
+
+    Args:
+        x: the values of all matrices, packed.
+        at: which inputs and outputs the entries of `x` belong to.
+        output_layer: the number of the layer of each output, an integer array (outs,).
+        n: how many layers there are, filled up.
+
+    Returns:
+        The largest value of each layer, (n,).
+    """
     tiles = jnp.max(x.tiles, axis=(1, 2))
     found = jnp.full(n, -jnp.inf, tiles.dtype)
     found = found.at[output_layer[at.columns[:, 0]]].max(tiles)
@@ -150,7 +205,17 @@ def largest_by_layer(x: Packed, at: Places, output_layer: Array, n: int) -> jax.
 
 
 def total_by_output(x: Packed, at: Places, ins: Array, outs: int) -> jax.Array:
-    """For each output the sum of the values times what belongs to their inputs."""
+    """For each output the sum of the values times what belongs to their inputs.
+
+    Args:
+        x: the values of all matrices, packed.
+        at: which inputs and outputs the entries of `x` belong to.
+        ins: what the values are multiplied by along the inputs, a float array (ins,).
+        outs: how many outputs there are, filled up.
+
+    Returns:
+        The sum of each output, (outs,).
+    """
     tiles = jnp.einsum("tio,ti->to", x.tiles, ins[at.rows], precision="highest")
     found = jnp.zeros(outs, tiles.dtype).at[at.columns].add(tiles)
     return found.at[at.entry_columns].add(x.entries * ins[at.entry_rows])

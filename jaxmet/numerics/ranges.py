@@ -218,7 +218,18 @@ def over_blocks(
     block: int | None,
     block_axis: int | None,
 ) -> Extremes:
-    """`of(x, block)`, apart for whole blocks and for a shorter last one: nothing is padded."""
+    """`of(x, block)`, apart for whole blocks and for a shorter last one: nothing is padded.
+
+    Args:
+        of: a function of an array and of the length of its blocks that gives two arrays, blocks
+            along the same axis.
+        x: the values, an array.
+        block: how many neighbours are one block; None: there are no blocks.
+        block_axis: the axis that is cut into blocks; None: there are none.
+
+    Returns:
+        The two arrays that `of` gives, those of the shorter last block appended.
+    """
     x = jnp.asarray(x)
     rest = 0 if block is None or block_axis is None else x.shape[block_axis] % block
     if not rest:
@@ -241,6 +252,15 @@ def groups_of(
     """The values whose range `minmax` takes, a row a range; and the shape of the result.
 
     Blocks fill their axis here.
+
+    Args:
+        x: the values, a float array of any shape.
+        axis: the axes with ranges of their own; default None: one range for all.
+        block: how many neighbours share a range; default None: no blocks.
+        block_axis: the axis that is cut into blocks; default None.
+
+    Returns:
+        The values as (groups, n), one row per range, and the shape that the ranges have.
     """
     x, others, within = _grouped(x, axis, block, block_axis)
     kept = [a for a in range(x.ndim) if a not in others]
@@ -266,7 +286,16 @@ def _grouped(
 
 
 def split_shape(shape: tuple[int, ...], axis: int, block: int) -> tuple[int, ...]:
-    """The shape with one axis split into blocks, which fill it."""
+    """The shape with one axis split into blocks, which fill it.
+
+    Args:
+        shape: the shape of an array.
+        axis: the axis that is split, counted from the first.
+        block: the length of a block, a divisor of the axis.
+
+    Returns:
+        The shape with two axes, blocks and what is in one, in place of `axis`.
+    """
     return (*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
 
 

@@ -73,6 +73,9 @@ def greedy(
 
     Returns:
         The column of each layer, -1 for a layer that does not change.
+
+    Raises:
+        ValueError: where no threshold gives a cost within the target.
     """
     strong_first = np.argsort(ratios, kind="stable")
     index = np.append(strong_first, -1)

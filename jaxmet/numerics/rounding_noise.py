@@ -105,6 +105,19 @@ def noisy(
     """The logarithms of gains, and of reach up and down and cost by input.
 
     Zero becomes next to nothing beside the largest value of its layer.
+
+    Args:
+        layers: the log ranges of weights, and the channels along them.
+        gains: the gains of each layer, a float array (groups, ins, outs).
+        by_input: three lists of vectors, one per layer: how far inputs reach above zero, how far
+            below, and their cost.
+        weight_step: the log of a twelfth of each weight's squared step, for a range of 1; -inf
+            for what is not quantized.
+        input_step: that of each input, likewise.
+        per_channel: whether each weight has one grid per output.
+
+    Returns:
+        The layers with these logarithms, vectors filled up to one of few sizes.
     """
     faintest = float(np.exp(FAINTEST))
 

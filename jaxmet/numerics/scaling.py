@@ -122,7 +122,15 @@ def layers_of(
 
 
 def carrying(layers: Layers, carried: Carried) -> Layers:
-    """The layers with what their channels carry, of vectors that are not filled up."""
+    """The layers with what their channels carry, of vectors that are not filled up.
+
+    Args:
+        layers: the layers, filled up to one of few sizes.
+        carried: logarithms by channel and by input, not filled up.
+
+    Returns:
+        The layers with both vectors, filled up.
+    """
     constant, size = carried
     more = layers.input_group.size - size.size
     size = xp.pad(size, (0, more), constant_values=-xp.inf)
@@ -130,7 +138,15 @@ def carrying(layers: Layers, carried: Carried) -> Layers:
 
 
 def in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
-    """Indices (factors, …) one after the other, in row-major order."""
+    """Indices (factors, …) one after the other, in row-major order.
+
+    Args:
+        indices: one integer array (factors, *axes) per axis of a weight.
+        fixed: the index that stands for what cannot be rescaled, where one has fewer factors.
+
+    Returns:
+        The indices, (most factors, entries).
+    """
     depth = max(len(index) for index in indices)
     flat = [index.reshape(len(index), -1) for index in indices]
     short = [((0, depth - len(index)), (0, 0)) for index in indices]
@@ -142,27 +158,58 @@ def in_a_row(indices: Sequence[np.ndarray], fixed: int) -> np.ndarray:
 
 
 def filled(v: Float[Array, " channels"], fill: float) -> Float[Array, " more"]:
-    """A vector of channels filled up before its last entry."""
+    """A vector of channels filled up before its last entry.
+
+    Args:
+        v: a float array (channels,), its last entry that of what cannot be rescaled.
+        fill: the value of the entries that are added.
+
+    Returns:
+        A vector of one of few sizes, the last entry still the last.
+    """
     more = rounded_size(v.size) - v.size
     return xp.concatenate([v[:-1], np.full(more, fill, v.dtype), v[-1:]])
 
 
 def cut_back(v: Shaped[Array, " more"], size: int) -> Shaped[Array, " channels"]:
-    """The vector of this size that `filled` made longer."""
+    """The vector of this size that `filled` made longer.
+
+    Args:
+        v: a vector that was filled up.
+        size: how many entries it had before.
+
+    Returns:
+        The first `size - 1` entries and the last one.
+    """
     return xp.concatenate([v[: size - 1], v[-1:]])
 
 
 def log_scales(
     x: Float[Array, " channels"], index: Int[Array, "factors *axes"]
 ) -> Float[Array, "*axes"]:
-    """The log scale along axes whose channels stand at these places of `x`."""
+    """The log scale along axes whose channels stand at these places of `x`.
+
+    Args:
+        x: the log scales of all channels, a float array (channels,).
+        index: where they stand in `x`, an integer array (factors, *axes); factors add up.
+
+    Returns:
+        The log scales, (*axes).
+    """
     return jnp.sum(x[index], axis=0)
 
 
 def log_ranges(
     weight: Float[Array, "groups ins outs window"],
 ) -> Float[Array, "groups ins outs"]:
-    """The log of the largest magnitude in each window."""
+    """The log of the largest magnitude in each window.
+
+    Args:
+        weight: a weight, a float array (groups, ins, outs, window).
+
+    Returns:
+        The logarithms, (groups, ins, outs); -inf for a window of zeros.
+    """
     return xp.log(xp.max(xp.abs(weight), axis=3, initial=0.0))
 
 

@@ -40,7 +40,14 @@ inf = float("inf")
 
 
 def is_jax(*values: Any) -> bool:
-    """Whether any of these, or of the lists and tuples among them, is a JAX array."""
+    """Whether any of these, or of the lists and tuples among them, is a JAX array.
+
+    Args:
+        *values: arrays, numbers, and lists and tuples of them.
+
+    Returns:
+        Whether there is one; tracers are JAX arrays.
+    """
     return any(
         is_jax(*v) if isinstance(v, list | tuple) else isinstance(v, jax.Array)
         for v in values
@@ -64,7 +71,15 @@ def __getattr__(name: str) -> Any:
 
 
 def asarray(x: Any, dtype: Any = None) -> Any:
-    """An array; a Python number has the default dtype of JAX."""
+    """An array; a Python number has the default dtype of JAX.
+
+    Args:
+        x: an array or a number.
+        dtype: the dtype of the result; default None: that of `x`.
+
+    Returns:
+        A JAX array of a JAX array, else a NumPy array.
+    """
     if is_jax(x):
         return jnp.asarray(x, dtype)
     if dtype is None and not hasattr(x, "dtype"):
@@ -73,24 +88,55 @@ def asarray(x: Any, dtype: Any = None) -> Any:
 
 
 def inverse(x: Any) -> Any:
-    """The pseudo-inverse of matrices."""
+    """The pseudo-inverse of matrices.
+
+    Args:
+        x: matrices, a float array (*g, m, n).
+
+    Returns:
+        The pseudo-inverses, (*g, n, m).
+    """
     return jnp.linalg.pinv(x) if is_jax(x) else np.linalg.pinv(x)
 
 
 def svd(x: Any) -> Any:
-    """U, S and the transpose of V of matrices, as many columns as the shorter side has."""
+    """U, S and the transpose of V of matrices, as many columns as the shorter side has.
+
+    Args:
+        x: matrices, a float array (*g, m, n).
+
+    Returns:
+        U (*g, m, k), S (*g, k) and the transpose of V (*g, k, n), with k the smaller of m and n;
+        NaN where there is no decomposition.
+    """
     if is_jax(x):
         return jnp.linalg.svd(x, full_matrices=False)
     return _decomposed(functools.partial(np.linalg.svd, full_matrices=False), x)
 
 
 def qr(x: Any) -> Any:
-    """Q and R of matrices, the reduced ones."""
+    """Q and R of matrices, the reduced ones.
+
+    Args:
+        x: matrices, a float array (*g, m, n).
+
+    Returns:
+        Q (*g, m, k) and R (*g, k, n), with k the smaller of m and n; NaN where there is no
+        decomposition.
+    """
     return jnp.linalg.qr(x) if is_jax(x) else _decomposed(np.linalg.qr, x)
 
 
 def eigh(x: Any) -> Any:
-    """Eigenvalues and eigenvectors of symmetric matrices."""
+    """Eigenvalues and eigenvectors of symmetric matrices.
+
+    Args:
+        x: symmetric matrices, a float array (*g, n, n).
+
+    Returns:
+        The eigenvalues (*g, n), the smallest first, and the eigenvectors as columns (*g, n, n);
+        NaN where there is no decomposition.
+    """
     return jnp.linalg.eigh(x) if is_jax(x) else _decomposed(np.linalg.eigh, x)
 
 
@@ -108,7 +154,14 @@ def _decomposed(function: Callable, x: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def normal_cdf(x: Any) -> Any:
-    """The distribution function of the standard normal distribution."""
+    """The distribution function of the standard normal distribution.
+
+    Args:
+        x: a float array of any shape.
+
+    Returns:
+        The probability of a value below, of the same shape.
+    """
     if is_jax(x):
         return jax.scipy.special.ndtr(x)
     from scipy import special  # only where it is needed: it takes long to import
@@ -117,13 +170,30 @@ def normal_cdf(x: Any) -> Any:
 
 
 def normal_pdf(x: Any) -> Any:
-    """The density of the standard normal distribution."""
+    """The density of the standard normal distribution.
+
+    Args:
+        x: a float array of any shape.
+
+    Returns:
+        The density, of the same shape.
+    """
     exp = jnp.exp if is_jax(x) else np.exp
     return exp(-x * x / 2) * (1 / float(np.sqrt(2 * np.pi)))
 
 
 def put(x: Any, index: Any, values: Any, how: str = "set") -> Any:
-    """`x.at[index].set(values)`, or `add`, `max` or `min` in place of `set`."""
+    """`x.at[index].set(values)`, or `add`, `max` or `min` in place of `set`.
+
+    Args:
+        x: the array that is changed in a copy.
+        index: any index of NumPy; entries that occur twice count twice.
+        values: what is put there.
+        how: 'set' (the default), 'add', 'max' or 'min'.
+
+    Returns:
+        The changed copy.
+    """
     if is_jax(x, index, values):
         return getattr(jnp.asarray(x).at[index], how)(values)
     new = np.array(x)
@@ -136,7 +206,18 @@ def put(x: Any, index: Any, values: Any, how: str = "set") -> Any:
 
 
 def reduce_segments(x: Any, segments: np.ndarray, number: int, how: str) -> Any:
-    """By segment the sum ('add'), 'max' or 'min' of what lies along the first axis."""
+    """By segment the sum ('add'), 'max' or 'min' of what lies along the first axis.
+
+    Args:
+        x: the values, an array (n, …).
+        segments: the segment of each entry, an integer array (n,).
+        number: how many segments there are.
+        how: 'add', 'max' or 'min'.
+
+    Returns:
+        One entry per segment, (number, …); an empty one is 0, or the lowest or highest number for
+        'max' and 'min'.
+    """
     start = {"add": 0.0, "max": -inf, "min": inf}[how]
     if not is_jax(x) and not np.issubdtype(x.dtype, np.inexact) and how != "add":
         limits = np.iinfo(x.dtype)
@@ -155,6 +236,12 @@ def compiled(function: Callable) -> Callable:
     """`jax.jit(function)` for loops that NumPy is slow at: it gives NumPy arrays for such.
 
     For module-level functions of arrays whose shapes repeat: what is compiled stays.
+
+    Args:
+        function: a function of arrays, and of pytrees of them.
+
+    Returns:
+        A function with the same arguments and result.
     """
     program = jax.jit(function, compiler_options=QUICK)
     inner = jax.jit(function)  # options are for a program of its own

@@ -1,6 +1,7 @@
 """One file for a model: npz with a JSON manifest, no pickle, written atomically."""
 
 import dataclasses
+import functools
 import json
 import os
 import zipfile
@@ -137,7 +138,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
 
     Containers other than dict, list and tuple (an nnx state, an equinox module) come
     back as nested dicts, unless `like` is a tree with the same parameter names, whose
-    containers are then used; its values do not matter.
+    containers are then used; its values do not matter. Quantizers in both must agree in bits,
+    axes and all else that is no array.
 
     Args:
         path: the npz file that `jm.save` wrote.
@@ -149,7 +151,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for what is no path, for a folder, and for a file that `save` did not write.
+        ValueError: for what is no path, for a folder, for a file that `save` did not write, and
+            where names, or bits and other static fields of quantizers, differ from `like`.
 
     >>> saved = jm.load("small.npz")
     >>> params, quantizers = saved.params, saved.quantizers
@@ -163,6 +166,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
             if like is None:
                 params = _decode(params["tree"], leaves)
             else:
+                _check_quantizers(_decode(params.get("static"), {}), like)
                 params = _fill(like, dict(zip(params["names"], leaves, strict=True)))
         quantizers = manifest.get("quantizers")
         quantizers = None if quantizers is None else _decode(quantizers, arrays)
@@ -188,6 +192,49 @@ def _fill(like: Any, leaves: Mapping[str, Any]) -> Any:
     _, old, treedef = flatten(like, whole=True)
     pairs = zip(names, old, strict=True)
     return treedef.unflatten([_contained(leaf, leaves[name]) for name, leaf in pairs])
+
+
+def _static_of(tree: Any) -> dict[str, dict[str, Any]]:
+    """By path what is static of each quantizer in a tree, whatever contains it."""
+    fields = [f.name for f in dataclasses.fields(Quantizer)]
+    static = [name for name in fields if name not in QUANTIZER_LEAVES]
+    found = {}
+    for kind, names in ((Quantizers, ("shared", "derived")), (Quantizer, static)):
+        is_one = functools.partial(lambda kind, x: isinstance(x, kind), kind)
+        for path, one in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one):
+            if is_one(one):
+                values = {name: getattr(one, name) for name in names}
+                if callable(values.get("calibrator")):  # as `_without_functions` has it
+                    values["calibrator"] = "minmax"
+                found["/".join(path_parts(path)) or "params"] = values
+    return found
+
+
+def _check_quantizers(saved: Any, like: Any) -> None:
+    """Refuse quantizers in `like` whose static fields are not those of the file.
+
+    Their names are those of arrays alone, so bits and axes would silently be those of `like`.
+    """
+    if saved is None:  # written before these fields were
+        return
+    given = _static_of(like)
+    for path in [*saved, *given]:
+        ours, theirs = saved.get(path), given.get(path)
+        if ours == theirs:
+            continue
+        if ours is None or theirs is None:
+            pair = ("no quantizer", "one") if ours is None else ("a quantizer", "none")
+        else:
+            other = [name for name in theirs if ours.get(name) != theirs[name]]
+            pair = (
+                ", ".join(f"{name}={v.get(name)!r}" for name in other)
+                for v in (ours, theirs)
+            )
+        found, expected = pair
+        raise ValueError(
+            f"jaxmet.load: at {path!r} the file has {found}, and like= has {expected}. Give "
+            "the tree that was saved, or load without like=."
+        )
 
 
 def _contained(like: Any, found: Any) -> Any:
@@ -216,6 +263,7 @@ def _encode_tree(params: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         "names": parameter_names(params, whole=True),
         "leaves": [_encode(leaf, arrays) for leaf in leaves],
         "tree": _encode_containers(numbered, in_dict=False),
+        "static": _encode(_static_of(params), {}),
     }
 
 

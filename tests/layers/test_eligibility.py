@@ -122,7 +122,7 @@ STACKED = (stacked, "its weight is stacked by a loop")
 BRANCHED = (branched, "inside a cond")
 EXPECTED = {
     "adaround": [*WEIGHTS, BRANCHED],
-    "correct_bias": [*WEIGHTS[1:], BRANCHED],
+    "correct_bias": [*WEIGHTS[2:], BRANCHED],  # it changes no weight
     "factorize": [*WEIGHTS, STACKED, BRANCHED],
     "equalize": [*WEIGHTS, STACKED],
     "fold_batch_norm": NORMS,

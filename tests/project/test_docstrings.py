@@ -46,13 +46,13 @@ RECORDS = {  # classes that users make, by the names of what they are made of
 
 
 def formulas() -> Iterator[tuple[str, Any]]:
-    """The functions of `jm.numerics` that say what their arguments are."""
+    """The public functions of `jm.numerics`, where they are defined."""
     for info in pkgutil.walk_packages(jm.numerics.__path__, "jaxmet.numerics."):
         for name, value in vars(importlib.import_module(info.name)).items():
             inner = inspect.unwrap(value) if callable(value) else None
-            if name[0] == "_" or not inspect.isfunction(inner):
+            if not inspect.isfunction(inner) or "_" in (name[0], inner.__name__[0]):
                 continue
-            if inner.__module__ == info.name and "Args:" in (inner.__doc__ or ""):
+            if inner.__module__ == info.name:
                 yield f"{info.name}.{name}", inner
 
 
@@ -84,6 +84,17 @@ def body_of(function: Any) -> ast.FunctionDef:
     return found
 
 
+def errors_of(function: Any) -> set[str]:
+    """The errors that a function raises itself, or by a check that it calls."""
+    raised = set()
+    for node in ast.walk(body_of(function)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            raised.add(ast.unparse(node.exc.func))  # or a method that makes the error
+        elif isinstance(node, ast.Call) and CHECKS.match(ast.unparse(node.func)):
+            raised.add("ValueError")
+    return {error for error in raised if error.endswith("Error")}
+
+
 def test_public_names_are_found():
     assert len(PUBLIC) > 50 and {"jm.ptq", "jm.plot.save", "jm.Table.where"} <= {
         *PUBLIC
@@ -102,12 +113,23 @@ def test_every_argument_is_explained(name):
 
 
 def test_formulas_explain_their_arguments_and_results():
-    assert len(FORMULAS) >= 58
+    assert len(FORMULAS) >= 140
     for name, function in FORMULAS.items():
-        doc = inspect.getdoc(function) or ""
+        doc, signature = inspect.getdoc(function) or "", inspect.signature(function)
         said = items(section(doc, "Args"))
-        assert [*said] == [*inspect.signature(function).parameters], name
-        assert section(doc, "Returns"), name
+        parameters = signature.parameters.values()
+        assert [*said] == [KINDS.get(p.kind, "") + p.name for p in parameters], name
+        assert all(len(text.split()) >= 2 for text in said.values()), name
+        given = [p.name for p in parameters if p.default is not p.empty]
+        assert all("default" in said[parameter] for parameter in given), name
+        returns = signature.return_annotation not in (None, "None")
+        assert bool(section(doc, "Returns")) == returns, name
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_errors_of_formulas_are_named(name):
+    said = items(section(inspect.getdoc(FORMULAS[name]) or "", "Raises"))
+    assert errors_of(FORMULAS[name]) <= {*said}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -119,14 +141,8 @@ def test_what_is_returned_is_explained(name):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_errors_are_named(name):
-    raised = set()
-    for node in ast.walk(body_of(PUBLIC[name])):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            raised.add(ast.unparse(node.exc.func))  # or a method that makes the error
-        elif isinstance(node, ast.Call) and CHECKS.match(ast.unparse(node.func)):
-            raised.add("ValueError")
-    raised = {error for error in raised if error.endswith("Error")}
-    assert raised <= {*items(section(inspect.getdoc(PUBLIC[name]) or "", "Raises"))}
+    said = items(section(inspect.getdoc(PUBLIC[name]) or "", "Raises"))
+    assert errors_of(PUBLIC[name]) <= {*said}
 
 
 @pytest.mark.parametrize("name", RECORDS)

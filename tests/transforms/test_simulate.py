@@ -270,6 +270,61 @@ def test_derived_weights_are_no_leaf_and_are_rounded_where_they_are_used():
     assert largest(coarse, whole(params, *inputs)) > 1e-3
 
 
+def weight_norm(p, x):
+    """Two weights that are computed from parameters, v is read as it is, too."""
+    w = p["v"] * (p["g"] / jnp.linalg.norm(p["v"], axis=0))[None]
+    return jax.nn.relu(x @ w) @ p["u"][:5] + x @ p["v"]
+
+
+def test_a_derived_weight_has_not_the_quantizer_of_a_parameter_of_the_tree():
+    """Of flat trees the parameter has no module whose name the layer could have."""
+    rng = np.random.default_rng(0)
+    shapes = {"v": (4, 5), "g": (5,), "u": (6, 5)}
+    params = {
+        k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in shapes.items()
+    }
+    x = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    graph = jm.trace(weight_norm, params, x)
+    layers = {n.name: n.weight.name for n in graph.layers}
+    assert layers == {"v/product": None, "u/product": None, "v": "v"}
+    config = jm.QuantConfig(weight_bits=3, activation_bits=32)
+    quantizers = jm.calibrate(params, graph, [x], config, progress=False)
+    assert set(quantizers.derived) == {"v/product", "u/product"}
+    assert set(quantizers.weights) == {"v/product", "u/product", "v"}
+
+    def rounded(w):
+        scale = np.abs(w).max(0, keepdims=True) / 3
+        return np.rint(w / scale) * scale
+
+    v, g, u, y = (np.asarray(a, np.float64) for a in (*params.values(), x))
+    for tree, read in ((quantizers, rounded(v)), (quantizers.set("v", bits=32), v)):
+        w = read * g / np.linalg.norm(read, axis=0)
+        expected = np.maximum(y @ rounded(w), 0) @ rounded(u[:5]) + y @ read
+        if tree is not quantizers:  # `set` means the node below it, too
+            tree = tree.set("v/product", bits=3)
+        found = jm.simulate(weight_norm, tree)(params, x)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        fast = jm.simulate(weight_norm, tree, weights=False)
+        found = fast(jm.round_weights(params, tree), x)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_only_what_a_derived_weight_is_computed_from_stays_in_float():
+    apply = lambda p, x: x @ (p["v"] * p["g"][None])
+    params = {"v": jnp.asarray([[0.3, 1.0], [0.7, -0.2]]), "g": jnp.asarray([1.0, 2.0])}
+    x = jnp.eye(2)
+    graph = jm.trace(apply, params, x)
+    config = jm.QuantConfig(weight_bits=3, activation_bits=32)
+    quantizers = jm.calibrate(params, graph, [x], config, progress=False)
+    rounded = jm.round_weights(params, quantizers)
+    np.testing.assert_array_equal(rounded["v"], params["v"])
+    w = np.asarray(params["v"], np.float64) * [1.0, 2.0]
+    scale = np.abs(w).max(0) / 3
+    np.testing.assert_allclose(
+        jm.simulate(apply, quantizers)(params, x), np.rint(w / scale) * scale, atol=1e-6
+    )
+
+
 def test_a_pinned_scale_stays_and_an_open_one_follows():
     apply, params, inputs = model("conv_bn_relu")
     quantizers = quantized("conv_bn_relu")

@@ -111,6 +111,109 @@ def test_rounding_serves_every_use(model):
     assert len(told) == 1  # where the last of them runs
 
 
+@pytest.mark.parametrize("method", ["coordinate", "adam"])
+def test_a_bias_of_layers_with_one_weight_takes_the_mean_error_of_all(method):
+    apply, params, x = MODELS["twice"]
+    graph = jm.trace(apply, params, x)
+    graph = graph.only("w")
+    quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
+    method = jm.Adam(iterations=20) if method == "adam" else method
+    new, _, report = jm.adaround(
+        params, graph, quantizers, [x], method=method, progress=False, with_report=True
+    )
+    p, q = ({k: np.asarray(v, np.float64) for k, v in t.items()} for t in (params, new))
+    nearest = np.asarray(jm.round_weights(params, quantizers)["w"], np.float64)
+    first = np.maximum(np.asarray(x, np.float64) @ p["a"] + p["ab"], 0)
+    exact = np.concatenate([first, np.maximum(first @ p["w"] + p["b"], 0)])
+    noisy = np.concatenate([first, np.maximum(first @ nearest + p["b"], 0)])
+    error = exact @ p["w"] - noisy @ q["w"]
+    assert np.abs(error.mean(0)).max() > 1e-2
+    np.testing.assert_allclose(q["b"] - p["b"], error.mean(0), atol=1e-5)
+    last = report.where(layer="w:1")
+    assert last["note"] == [None]
+    if method == "coordinate":
+        left = np.sum((error - error.mean(0)) ** 2) / len(error)
+        assert last["loss"][0] == pytest.approx(left, rel=1e-3)
+
+
+def one_bias(p, x):
+    """One bias, added by two layers with weights of their own."""
+    h = relu(x @ p["a"] + p["b"][None])
+    return relu(h @ p["w"] + p["b"][None]) @ p["z"]
+
+
+def thrice(p, x):
+    """One weight, used once without the bias that two of its layers add."""
+    return twice(p, x) @ p["y"] @ p["w"]
+
+
+KEPT_BIASES = {
+    "one bias": (one_bias, tree(a=(6, 8), b=(8,), w=(8, 8), z=(8, 3)), "b"),
+    "not all": (thrice, MODELS["twice"][1] | {"y": normal(3, 8)}, "b"),
+    "branches": (*MODELS["branches"][:2], "w"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_BIASES)
+def test_a_bias_of_layers_that_share_only_that_is_unchanged_with_the_reason(name):
+    apply, params, shared = KEPT_BIASES[name]
+    x = normal(64, 6)
+    graph = jm.trace(apply, params, x).without(*{"y", "z"} & params.keys())
+    quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
+    new, quantizers, report = jm.adaround(
+        params, graph, quantizers, [x], progress=False, with_report=True
+    )
+    for bias in {"b", "d"} & params.keys():
+        np.testing.assert_array_equal(new[bias], params[bias])
+    notes = report.where(layer="w" if name == "one bias" else "w:1")["note"]
+    if name != "not all":  # there the weight is rounded with the third layer
+        assert notes == [f"bias unchanged: '{shared}' is used elsewhere too"]
+    fixed, told = jm.correct_bias(
+        new, graph, quantizers, [x], reference=params, progress=False, with_report=True
+    )
+    assert all(note is None or "bias" in note for note in told["note"])
+    if name != "not all":
+        assert np.any(np.asarray(fixed["b"]) != np.asarray(params["b"]))
+
+
+def test_a_bias_of_a_layer_that_is_not_selected_is_unchanged():
+    apply, params, x = MODELS["twice"]
+    graph = jm.trace(apply, params, x).only("w:1")
+    quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
+    new, _, report = jm.adaround(
+        params, graph, quantizers, [x], progress=False, with_report=True
+    )
+    np.testing.assert_array_equal(new["b"], params["b"])
+    assert report["note"] == ["bias unchanged: w:0: not selected"]
+
+
+def other_functions(p, x):
+    """One weight without a bias, each time with another function after it."""
+    h = relu(x @ p["a"])
+    return jnp.tanh(relu(h @ p["w"]) @ p["w"]) @ p["z"]
+
+
+def test_rows_of_all_uses_go_through_their_own_function():
+    """Where these differ, the outputs of the products are what is compared."""
+    params = {k: MODELS["twice"][1][k] for k in ("a", "w", "z")}
+    x = normal(64, 6)
+    graph = jm.trace(other_functions, params, x).only("w")
+    quantizers = jm.calibrate(params, graph, [x], W3, progress=False)
+    _, _, report = jm.adaround(
+        params, graph, quantizers, [x], method=jm.Adam(iterations=0),
+        progress=False, with_report=True,
+    )  # fmt: skip
+    w = np.asarray(params["w"], np.float64)
+    nearest = np.asarray(jm.round_weights(params, quantizers)["w"], np.float64)
+    first = np.maximum(np.asarray(x, np.float64) @ np.asarray(params["a"]), 0)
+    exact = np.concatenate([first, np.maximum(first @ w, 0)])
+    noisy = np.concatenate([first, np.maximum(first @ nearest, 0)])
+    plain = np.sum((exact @ w - noisy @ nearest) ** 2) / len(exact)
+    assert report.where(layer="w:1")["nearest loss"][0] == pytest.approx(
+        plain, rel=1e-4
+    )
+
+
 def test_factors_serve_every_use(model):
     apply, params, x, graph, weight = model
     names = layers_of(graph, weight)

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 from typing import Any
 
 import equinox as eqx
@@ -287,6 +288,71 @@ def test_quantizers_inside_a_tree_come_back_with_their_static_fields(tmp_path):
     save(path, params={"state": state})
     again = load(path, like={"state": state}).params["state"]
     assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
+CHANGED = {
+    "bits": (4, 8),
+    "axis": ((1,), (0,)),
+    "symmetric": (True, False),
+    "learn": ("lsq", "minmax"),
+    "enabled": (True, False),
+    "product": (("w", "in"), ("w", "a/relu")),
+}
+
+
+@pytest.mark.parametrize("field", CHANGED)
+@pytest.mark.parametrize("within", ["dict", "optax"])
+def test_quantizers_that_differ_from_those_of_the_tree_it_is_like_are_named(
+    tmp_path, field, within
+):
+    """Also within a container of optax, where a file holds names alone."""
+
+    def tree(value):
+        one = Quantizer(jnp.ones((1, 3)), **{field: value})
+        whole = Quantizers({"a/w": one}, {"in": Quantizer(jnp.ones(()))})
+        tree = {"w": jnp.ones(2), "q": whole}
+        return tree if within == "dict" else {"state": optax.adam(1e-3).init(tree)}
+
+    ours, theirs = CHANGED[field]
+    save(tmp_path / "state.npz", params=tree(ours))
+    found = load(tmp_path / "state.npz", like=tree(ours)).params
+    assert jax.tree.structure(found) == jax.tree.structure(tree(ours))
+    path = "q/weights/a/w" if within == "dict" else "state/0/mu/q/weights/a/w"
+    words = (
+        f"jaxmet.load: at {path!r} the file has {field}={ours!r}, and like= has "
+        f"{field}={theirs!r}."
+    )
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(tmp_path / "state.npz", like=tree(theirs))
+
+
+def test_a_quantizer_without_arrays_is_missed_in_the_tree_it_is_like(tmp_path):
+    path, free = tmp_path / "state.npz", Quantizer(bits=5)
+    save(path, params={"w": jnp.ones(2), "q": {"w": free}})
+    with pytest.raises(
+        ValueError, match="at 'q/w' the file has a quantizer, and like="
+    ):
+        load(path, like={"w": jnp.zeros(2), "q": {}})
+    save(path, params={"w": jnp.ones(2), "q": {}})
+    with pytest.raises(
+        ValueError, match="at 'q/w' the file has no quantizer, and like="
+    ):
+        load(path, like={"w": jnp.zeros(2), "q": {"w": free}})
+    shared = Quantizers({}, {}, shared=(("a", "b"),))
+    save(path, params={"w": jnp.ones(2), "q": shared})
+    with pytest.raises(
+        ValueError, match=r"at 'q' the file has shared=\(\('a', 'b'\),\)"
+    ):
+        load(path, like={"w": jnp.zeros(2), "q": Quantizers()})
+
+
+def test_a_function_that_found_the_range_is_no_difference(tmp_path):
+    of = lambda values, target: (-1.0, 1.0)
+    q = Quantizers({"w": Quantizer(jnp.ones(()), calibrator=of)})
+    tree = {"w": jnp.ones(2), "q": q}
+    save(tmp_path / "state.npz", params=tree)
+    found = load(tmp_path / "state.npz", like=tree).params
+    assert found["q"].weights["w"].calibrator is of
 
 
 def test_masks_of_optax_in_a_structured_leaf_come_back_like_a_given_tree(tmp_path):

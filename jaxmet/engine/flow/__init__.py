@@ -4,6 +4,7 @@ axis_joins         what may be rescaled where values meet
 axis_arithmetic    labels through arithmetic, norms, activations and products
 axis_moves         labels through slices, concatenations, pools and gathers
 axis_rules         labels through a whole program, loops and branches
+example_mixing     whether examples of a batch may depend on each other
 liveness           which values reach an output
 bias_targets       which products a constant reaches that an activation loses
 token_mask_rules   where values count, by what each equation does to positions

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxmet.engine.axes.labels import Atom, carries_batch
 from jaxmet.engine.flow.axis_rules import label, label_inputs
+from jaxmet.engine.flow.example_mixing import may_meet
 from jaxmet.engine.flow.liveness import live_values
 from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.nodes.grouping import WINDOWS, group
@@ -98,8 +99,24 @@ def _takes_examples(region: Region) -> bool:
     return False
 
 
-def analyse(call: Call) -> Analysis:
-    """Trace a call and find its nodes."""
+def keeps_examples_apart(call: Call) -> bool:
+    """Whether a model is known to compute the outputs of each example from it alone."""
+    for other in (*call.other_batches(), call):
+        try:
+            region, _, inputs, _ = _program(other)
+        except Exception:  # whatever a model raises where it refuses a batch
+            continue
+        sizes = {v.shape[:1] for v in inputs if not compat.is_key(v.aval)}
+        if len(sizes) != 1 or () in sizes:
+            return False
+        label_inputs(region)
+        label(region)
+        return not may_meet(region, *sizes.pop())
+    return False
+
+
+def _program(call: Call) -> tuple[Region, dict[str, Value], list[Value], Any]:
+    """The program of a call, its parameters, its inputs and the shapes of its outputs."""
     jaxpr, shape = call.jaxpr()
     region = flatten(jaxpr)
     count = len(call.leaves)
@@ -110,6 +127,12 @@ def analyse(call: Call) -> Analysis:
     for value in inputs:
         value.kind = DATA
     spread_kinds(region)
+    return region, leaves, inputs, shape
+
+
+def analyse(call: Call) -> Analysis:
+    """Trace a call and find its nodes."""
+    region, leaves, inputs, shape = _program(call)
     group(region)
     label_inputs(region)
     atoms = {name: value.axes for name, value in leaves.items()}
@@ -132,7 +155,7 @@ def analyse(call: Call) -> Analysis:
         named = cluster.exit in live and cluster.exit.inexact
         (middle if named else hidden).append(cluster)
     clusters = [*starts, *middle, *ends]
-    name_all(clusters, starts)
+    name_all(clusters, starts, leaves.keys())
     return Analysis(call, region, leaves, atoms, inputs, clusters, hidden, shape)
 
 

@@ -273,11 +273,12 @@ class Node:
         assert self.weight is not None and self.weight.name is not None
         return self.weight.name
 
-    def why_kept(self, *, stacked: bool = False) -> str | None:
+    def why_kept(self, *, stacked: bool = False, shared: bool = False) -> str | None:
         """Why the weight of this layer may not be changed, None where it may.
 
         The one wording of what holds for every transform; with `stacked` a weight of which
-        a loop takes slices may be changed.
+        a loop takes slices may be changed, with `shared` one that is read in several ways,
+        by a transform that changes only what the layer adds.
         """
         weight = self.weight
         if self.kind == "ragged":
@@ -286,7 +287,7 @@ class Node:
             return f"a {self.kind} sums nothing"
         if weight.name is None:
             return "its weight is computed from parameters"
-        if weight.shared and not weight.tied:
+        if weight.shared and not weight.tied and not shared:
             return used_elsewhere(weight.name)
         return (
             "its weight is stacked by a loop"

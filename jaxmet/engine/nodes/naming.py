@@ -6,7 +6,7 @@ them and their kind.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from jaxmet.engine.nodes.cluster import LAYERS, Cluster, leaf_of, leaves_under
 from jaxmet.engine.nodes.records import DataNorm, Pointwise, StoredNorm, Weighted
@@ -41,9 +41,17 @@ def module_of(names: Sequence[str]) -> str:
     )
 
 
-def name_all(clusters: Sequence[Cluster], inputs: Sequence[Cluster]) -> None:
-    """Give every cluster its name; `clusters` in the order in which they run."""
-    _name_layers([c for c in clusters if c.kind in LAYERS])
+def name_all(
+    clusters: Sequence[Cluster],
+    inputs: Sequence[Cluster],
+    parameters: Collection[str],
+) -> None:
+    """Give every cluster its name; `clusters` in the order in which they run.
+
+    A layer whose weight is computed from parameters has the name of none of these: that
+    would be the parameter's quantizer, too.
+    """
+    _name_layers([c for c in clusters if c.kind in LAYERS], parameters)
     taken = {c.name for c in clusters if c.name}
     _enumerate([c for c in clusters if c.kind == "input"], "input")
     _enumerate([c for c in clusters if c.kind == "output"], "output")
@@ -66,7 +74,7 @@ def _enumerate(clusters: Sequence[Cluster], name: str) -> None:
         cluster.name = name if len(clusters) == 1 else f"{name}:{i}"
 
 
-def _name_layers(layers: Sequence[Cluster]) -> None:
+def _name_layers(layers: Sequence[Cluster], parameters: Collection[str]) -> None:
     weights = {c: tuple(modules(c)) for c in layers}
     direct = {c for c in layers if leaf_of(c.weighted.weight) is not None}
     held: dict[str, set[tuple[str, ...]]] = {}
@@ -76,6 +84,8 @@ def _name_layers(layers: Sequence[Cluster]) -> None:
     for cluster in layers:
         module = module_of(weights[cluster])
         crowded = len(held[module]) > 1 and cluster in direct
+        if cluster not in direct and module in parameters:
+            module = f"{module}/{cluster.kind}"
         names[cluster] = weights[cluster][0] if crowded else module
     count = Counter(names.values())
     seen: Counter[str] = Counter()

@@ -83,7 +83,7 @@ def coordinate_descent(
         order: the order of the inputs in a sweep, 'diagonal' by default.
         damping: what 'gptq' adds to the diagonal, as a share of its mean; default 0.01.
         refit: whether scales are fitted to the integers after each sweep; default False.
-        shared: the axes along which there is one scale, for `refit`.
+        shared: the axes along which there is one scale, for `refit`; default none.
 
     Returns:
         The rounded weight, its grid, both losses and the number of sweeps.

@@ -35,7 +35,15 @@ class Steps(NamedTuple):
 
 
 def steps_of(grid: LevelGrid, ins: int) -> Steps:
-    """The grid, repeated for each input."""
+    """The grid, repeated for each input.
+
+    Args:
+        grid: scale, zero point and ends of the grid.
+        ins: how many inputs there are, a multiple of the number of blocks.
+
+    Returns:
+        The step and both bounds of the levels for each weight, (groups, ins, outs) each.
+    """
     low, high = (jnp.asarray(end, grid.scale.dtype) for end in (grid.low, grid.high))
     bounds = low - grid.zero_point, high - grid.zero_point
     return Steps(*(along_inputs(v, ins) for v in (grid.scale, *bounds)))
@@ -44,7 +52,15 @@ def steps_of(grid: LevelGrid, ins: int) -> Steps:
 def along_inputs(
     v: Float[Array, "groups blocks outs"], ins: int
 ) -> Float[Array, "groups {ins} outs"]:
-    """What belongs to blocks, repeated for each input."""
+    """What belongs to blocks, repeated for each input.
+
+    Args:
+        v: one number per block and output, a float array (groups, blocks, outs).
+        ins: how many inputs there are, a multiple of `blocks`.
+
+    Returns:
+        The array (groups, ins, outs).
+    """
     groups, blocks, outs = v.shape
     split = (groups, blocks, ins // blocks, outs)
     return lax.broadcast_in_dim(v, split, (0, 1, 3)).reshape(groups, ins, outs)
@@ -53,7 +69,15 @@ def along_inputs(
 def nearest_levels(
     weight: Float[Array, "groups ins outs"], steps: Steps
 ) -> Float[Array, "groups ins outs"]:
-    """The levels that plain rounding gives."""
+    """The levels that plain rounding gives.
+
+    Args:
+        weight: the float weight, (groups, ins, outs).
+        steps: step and bounds of each weight.
+
+    Returns:
+        Whole numbers as floats, (groups, ins, outs).
+    """
     ratio = lax.div(weight, steps.step)
     return jnp.clip(jnp.round(ratio), steps.lower, steps.upper)
 

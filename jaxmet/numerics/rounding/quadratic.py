@@ -125,6 +125,14 @@ def damped_cholesky(gram: Gram, damping: float | Float[Array, ""]) -> Gram:
 
     Where rounding errors of a singular matrix are larger than the damping, there is ten
     times as much of it until there is a factor.
+
+    Args:
+        gram: G, symmetric and positive semidefinite, a float array (groups, ins, ins).
+        damping: λ, as a share of the mean of the diagonal; at least what rounding errors take is
+            used.
+
+    Returns:
+        The lower triangular factors, (groups, ins, ins).
     """
     ins = gram.shape[1]
     unit, identity = gram / _size(gram), jnp.eye(ins, dtype=gram.dtype)
@@ -152,6 +160,14 @@ def centred(products: Products, mean: Mean, float_mean: Mean | None = None) -> P
 
     $E|xW - \hat x\hat W + b|^2$ is least for $b$ = `bias_correction`, and then what is left
     is the same form in $G - \hat m\hat m^T$, $C - \hat m m^T$ and $F - m m^T$.
+
+    Args:
+        products: the second moments G, C and F of the inputs.
+        mean: the mean of the quantized inputs, (groups, ins).
+        float_mean: that of the float inputs; default None: the same.
+
+    Returns:
+        The covariances; None where there was no second moment.
     """
     other = mean if float_mean is None else float_mean
 

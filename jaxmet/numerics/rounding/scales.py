@@ -27,7 +27,7 @@ def refit_scales(
         scale: the scales until now.
         gram: the Gram matrix of the inputs.
         target: what the product of levels and scales should be.
-        shared: the axes, groups (0) and outs (2), along which there is one scale.
+        shared: the axes, groups (0) and outs (2), along which there is one scale; default none.
 
     Returns:
         The new scales, of the same shape.

@@ -71,7 +71,7 @@ def search_scales(
         symmetric: whether zero is the middle of the grid.
         blocks: how many blocks the inputs are divided into; default 1.
         candidates: how many shares of the range are tried; default 20.
-        shared: the axes of (groups, blocks, outs) along which there is one choice.
+        shared: the axes of (groups, blocks, outs) along which there is one choice; default none.
 
     Returns:
         The best grid, its share, and the errors of all candidates.
@@ -114,6 +114,21 @@ def search_scales_by_rows(
 
     'l1' is the mean of $|y - \hat y|$, 'sqnr' is $-10\log_{10} \sum y^2/\sum (y-\hat y)^2$,
     in decibel before it is summed over `shared` axes.
+
+    Args:
+        weight: the float weight, (groups, ins, outs).
+        low: the lowest integer of the grid.
+        high: the highest integer of the grid.
+        rows: the inputs of the quantized network, a float array (groups, rows, ins).
+        float_rows: those of the float network; default None: the same.
+        loss: 'mse' (the default), 'l1' or 'sqnr'.
+        symmetric: whether the grid has no zero point.
+        blocks: how many scales lie along the inputs; default 1.
+        candidates: how many shares of the range are tried; default 20.
+        shared: the axes of (groups, blocks, outs) along which there is one scale; default none.
+
+    Returns:
+        The best grid, its share k/K as k, and the losses of all candidates.
     """
     inputs = _apart_rows(rows, blocks)
     matmul = partial(jnp.matmul, precision="highest")

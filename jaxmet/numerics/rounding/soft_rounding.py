@@ -85,17 +85,39 @@ class Trace(NamedTuple):
 
 
 def rectified_sigmoid(alpha: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """h: a sigmoid stretched beyond 0 and 1 and cut there, so that it arrives."""
+    """h: a sigmoid stretched beyond 0 and 1 and cut there, so that it arrives.
+
+    Args:
+        alpha: a float array of any shape.
+
+    Returns:
+        h, of the same shape, from 0 to 1.
+    """
     return jnp.clip(jax.nn.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
 def inverse_rectified_sigmoid(h: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""The $\alpha$ with this h, from 0 to 1: $-\log((\zeta-\gamma)/(h-\gamma) - 1)$."""
+    r"""The $\alpha$ with this h, from 0 to 1: $-\log((\zeta-\gamma)/(h-\gamma) - 1)$.
+
+    Args:
+        h: a float array of any shape, from 0 to 1.
+
+    Returns:
+        α, of the same shape.
+    """
     return -jnp.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
 
 def beta_at(step: int | Int[Array, ""], schedule: Schedule) -> Float[Array, ""]:
-    r"""$\beta_1 + \frac12 (\beta_0 - \beta_1)(1 + \cos \pi t)$, t from 0 after warm start to 1."""
+    r"""$\beta_1 + \frac12 (\beta_0 - \beta_1)(1 + \cos \pi t)$, t from 0 after warm start to 1.
+
+    Args:
+        step: the number of the step, from 0.
+        schedule: the length of the warm start and of the whole, and both ends of β.
+
+    Returns:
+        β, a float32 scalar.
+    """
     step, iterations = (
         jnp.asarray(v, jnp.float32) for v in (step, schedule.iterations)
     )
@@ -108,7 +130,16 @@ def beta_at(step: int | Int[Array, ""], schedule: Schedule) -> Float[Array, ""]:
 def regulariser(
     alpha: Weight, step: int | Int[Array, ""], schedule: Schedule
 ) -> Float[Array, " groups"]:
-    """R of each group, times its weight; nothing during the warm start."""
+    """R of each group, times its weight; nothing during the warm start.
+
+    Args:
+        alpha: the choice of each weight, a float array (groups, ins, outs).
+        step: the number of the step, from 0.
+        schedule: β over the steps, and the weight of R.
+
+    Returns:
+        The weighted sum over each group, (groups,).
+    """
     h = rectified_sigmoid(alpha)
     beta = beta_at(step, schedule).astype(alpha.dtype)
     total = jnp.sum(1 - jnp.abs(2 * h - 1) ** beta, axis=(1, 2))
@@ -119,20 +150,46 @@ def regulariser(
 
 @jax.jit
 def initial_alpha(weight: Weight, grid: LevelGrid) -> Weight:
-    r"""Where the soft weights are the float ones: $h = W/s - \lfloor W/s \rfloor$."""
+    r"""Where the soft weights are the float ones: $h = W/s - \lfloor W/s \rfloor$.
+
+    Args:
+        weight: the float weight, (groups, ins, outs).
+        grid: scale, zero point and ends of the grid.
+
+    Returns:
+        α, (groups, ins, outs).
+    """
     ratio = lax.div(weight, steps_of(grid, weight.shape[1]).step)
     return inverse_rectified_sigmoid(ratio - jnp.floor(ratio))
 
 
 @jax.jit
 def soft_weight(weight: Weight, grid: LevelGrid, alpha: Weight) -> Weight:
-    """The weight between two neighbours on the grid."""
+    """The weight between two neighbours on the grid.
+
+    Args:
+        weight: the float weight, (groups, ins, outs).
+        grid: scale, zero point and ends of the grid.
+        alpha: the choice of each weight, of the same shape.
+
+    Returns:
+        The soft weight, (groups, ins, outs).
+    """
     return _chosen(weight, grid, rectified_sigmoid(alpha))
 
 
 @jax.jit
 def hard_weight(weight: Weight, grid: LevelGrid, alpha: Weight) -> Weight:
-    r"""The weight on the grid: up where $\alpha \ge 0$, down elsewhere."""
+    r"""The weight on the grid: up where $\alpha \ge 0$, down elsewhere.
+
+    Args:
+        weight: the float weight, (groups, ins, outs).
+        grid: scale, zero point and ends of the grid.
+        alpha: the choice of each weight, of the same shape.
+
+    Returns:
+        The rounded weight, (groups, ins, outs).
+    """
     return _chosen(weight, grid, (alpha >= 0).astype(weight.dtype))
 
 
@@ -148,7 +205,17 @@ def row_error(
     *,
     by_output: bool = False,
 ) -> Float[Array, " groups"] | Float[Array, "groups outs"]:
-    """The mean over rows of the squared distance of outputs, summed over outputs."""
+    """The mean over rows of the squared distance of outputs, summed over outputs.
+
+    Args:
+        weight: a soft or rounded weight, (groups, ins, outs).
+        data: rows of inputs, their targets, the bias and the bounds of what follows.
+        activation: what follows the layer, a function of single numbers; default None: nothing.
+        by_output: whether outputs are kept apart; default False.
+
+    Returns:
+        The error in units of `data.unit`: (groups,), or (groups, outs) with `by_output`.
+    """
     output = jnp.matmul(data.inputs, weight) + data.bias[:, None]
     target = data.target
     if activation is not None:
@@ -163,7 +230,16 @@ def row_error(
 
 
 def start_adaround(weight: Weight, grid: LevelGrid, key: Key[Array, ""]) -> State:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+        weight: the float weight, (groups, ins, outs).
+        grid: scale, zero point and ends of the grid.
+        key: the `jax.random.key` from which the rows of all steps are drawn.
+
+    Returns:
+        The state: α where the soft weights are the float ones, moments of zero.
+    """
     alpha = initial_alpha(weight, grid)
     return State(alpha, optax.scale_by_adam().init(alpha), jnp.int32(0), key)
 
@@ -187,6 +263,20 @@ def adaround(
     there are no more. Rows that lie in no order make each a fair sample. Groups never meet:
     layers side by side learn what they learn alone. An `activation` is part of what is
     compiled: give the same function again.
+
+    Args:
+        state: where the optimisation stands.
+        weight: the float weight, (groups, ins, outs).
+        grid: scale, zero point and ends of the grid.
+        data: a Gram matrix with its target, or rows of inputs.
+        schedule: the exponent β over the steps, and the weight of the regulariser.
+        steps: how many steps are made.
+        learning_rate: of Adam; default 0.01.
+        batch: how many rows are drawn in each step; default 256.
+        activation: what follows the layer, for rows; default None: nothing.
+
+    Returns:
+        The state after the steps, and error and regulariser before each of them, (steps, groups).
     """
     adam = optax.scale_by_adam()
 

@@ -87,7 +87,7 @@ def _unfit(quantizers: Quantizers, layer: Node) -> str | None:
     """Why a layer is not corrected, whatever parameters it has."""
     derived = layer.weight is not None and layer.weight.name is None
     # what is computed from parameters has a mean error too, at its result
-    kept = None if derived and layer.kind == "product" else layer.why_kept()
+    kept = None if derived and layer.kind == "product" else layer.why_kept(shared=True)
     return why_looped(layer) or kept or why_unquantized(layer, quantizers)
 
 

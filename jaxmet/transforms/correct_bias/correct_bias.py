@@ -102,10 +102,10 @@ def correct_bias(
     A bias that several layers add is corrected for all of them together, by
     $d = \sum_i n_i e_i / \sum_i n_i$ with $e_i$ the mean error of layer $i$ over $n_i$
     positions (without data, those of the inputs that the model was traced with); all of
-    these layers must be selected and quantized. Layers with neither, with weights that are
-    stacked or that something else than a layer reads, and those inside loops and branches are
-    skipped; the report says so, with the largest shift of each layer and that in standard
-    deviations of its channel.
+    these layers must be selected and quantized. What else reads a layer's weight does not
+    matter, since it is unchanged. Layers with neither bias, with stacked weights and those
+    inside loops and branches are skipped; the report says so, with the largest shift of each
+    layer and that in standard deviations of its channel.
 
     `reference` is what counts as float: the tree from before rounding or adaptive rounding,
     or `(apply, params)` of another model with the same node names; by default `params`

@@ -111,9 +111,13 @@ def adaround(
     - `'adam'`, `jm.Adam(…)`: AdaRound as published, on rows and through the activation.
 
     No layer is worse than nearest rounding by its loss on the data. A weight that several
-    layers use is chosen once, for what all of them read. Weights that are computed from
-    parameters, used again in a loop or not quantized are rounded to nearest, and the report
-    says so.
+    layers use is chosen once, for what all of them read, and their one bias takes the mean
+    error over all of that. A bias that layers with other weights add too is unchanged: the
+    first of them is rounded, and later layers see its outputs, before the shift is known. So
+    is a bias of its own of a layer that shares only its weight. The report says so, and
+    `jm.correct_bias` with the tree from before as `reference` corrects both. Weights that are
+    computed from parameters, used again in a loop or not quantized are rounded to nearest, and
+    the report says so.
 
     Nagel et al., [Up or Down? Adaptive Rounding for Post-Training
     Quantization](https://arxiv.org/abs/2004.10568), ICML 2020.
@@ -202,7 +206,7 @@ def adaround(
     found = run.go(run.begin(read), kept, progress)
     new, pinned = results(run, found)
     return (
-        (new, pinned, report(run.layers, found, run.lost))
+        (new, pinned, report(run.layers, found, run.lost, run.kept_biases))
         if with_report
         else (new, pinned)
     )
@@ -226,7 +230,10 @@ def results(
 
 
 def report(
-    layers: Sequence[Layer], found: Mapping[str, RoundedWeight], lost: Mapping[str, str]
+    layers: Sequence[Layer],
+    found: Mapping[str, RoundedWeight],
+    lost: Mapping[str, str],
+    kept_biases: Mapping[str, str],
 ) -> Table:
     """One row per layer."""
     rows, ratios, curves = [], [], []
@@ -240,7 +247,12 @@ def report(
             loss, plain, least = (float(v.sum()) for v in sums)
             ratio = max(loss - least, 0.0) / (plain - least) if plain > least else 1.0
             ratios.append(ratio)
-        note = unmasked(lost.get(layer.node.name))
+        bias = kept_biases.get(layer.node.name)
+        notes = [
+            unmasked(lost.get(layer.node.name)),
+            bias and f"bias unchanged: {bias}",
+        ]
+        note = "; ".join(filter(None, notes)) or None
         if layer.why is not None:
             note = f"rounded to nearest: {layer.why}"
         elif chosen is None:

@@ -31,6 +31,8 @@ from jaxmet.transforms.rounding.rounded_layers import (
     grid_in_blocks,
     grid_of_leaf,
     sharing,
+    sharing_weight,
+    why_bias_kept,
 )
 from jaxmet.transforms.rounding.size_classes import solve
 from jaxmet.transforms.rounding.solvers import (
@@ -94,6 +96,15 @@ class LayerwiseRounding:
     def lost(self) -> dict[str, str]:
         """Layers of which it is not known which of their inputs count, and why."""
         return self.positions.lost
+
+    @functools.cached_property
+    def kept_biases(self) -> dict[str, str]:
+        """Layers whose bias takes no mean error although they have one, and why."""
+        if not self.bias:
+            return {}
+        rounded = [layer.node for layer in self.layers if layer.why is None]
+        whys = {n.name: why_bias_kept(self.graph, self.layers, n) for n in rounded}
+        return {name: why for name, why in whys.items() if why is not None}
 
     def begin(self, batches: Batches) -> tuple[Wave, ...]:
         """Read the data and cut both copies."""
@@ -311,14 +322,11 @@ class LayerwiseRounding:
 
     def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
         """The layer's own bias as (groups, outs), None where no mean can be put."""
-        name, weight = layer.node.bias, layer.node.weight
-        if name is None or name in layer.node.shared or (weight and weight.shared):
-            return None  # the mean error of several layers fits no one bias
+        name = layer.node.bias
+        if name is None or why_bias_kept(self.graph, self.layers, layer.node):
+            return None
         bias = np.asarray(dense(self.leaves[name]))
-        if (
-            bias.size != shape[0] * shape[2]
-            or layer.node.name not in self.graph.selected
-        ):
+        if bias.size != shape[0] * shape[2]:
             return None
         return bias.astype(wide(bias.dtype)).reshape(shape[0], shape[2])
 
@@ -326,14 +334,16 @@ class LayerwiseRounding:
         self, node: Node, shape: Sequence[int], bias: Any
     ) -> tuple[Callable | None, tuple[Any, Any]]:
         """What alone reads a layer and acts on each number, and its bounds by output."""
-        consumers = node.only_consumers or ()
         nothing = None, (None, None)
         if node.derived_bias or (node.bias is not None and bias is None):
             return nothing
-        after = self.graph[consumers[0]] if len(consumers) == 1 else None
+        after = self.consumer(node)
         formula = after.activation.formula if after and after.activation else None
         if after is None or formula is None:
             return nothing
+        uses = map(self.function_of, sharing_weight(self.graph, node))
+        if any(use != self.function_of(node) for use in uses):
+            return nothing  # one function is for the rows of all uses
         if after.bounds is not None:
             stated = bounds_of(self.graph.nodes, self.leaves)
             own = stated.get(after.carrier or "", (None, None))
@@ -345,6 +355,17 @@ class LayerwiseRounding:
             lower, upper = (np.float32(b.reshape(tuple(shape))) for b in bounds)
             return None, (lower, upper)
         return _computing(formula), (None, None)
+
+    def consumer(self, node: Node) -> Node | None:
+        """What alone reads a layer."""
+        consumers = node.only_consumers or ()
+        return self.graph[consumers[0]] if len(consumers) == 1 else None
+
+    def function_of(self, node: Node) -> tuple[Any, ...]:
+        """The bias that is added to the product of a layer, and the function that follows."""
+        after = self.consumer(node)
+        act = after.activation if after is not None else None
+        return node.bias, node.derived_bias, act and (act.formula, act.bounds)
 
     def read(self, layer: Layer, solution: Solution) -> RoundedWeight:
         """A solution in terms of the leaves; weights exactly on the grid of the leaf."""

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.graph.node import Node
+from jaxmet.engine.graph.node import Node, used_elsewhere
 from jaxmet.layers.eligibility import (
+    NOT_SELECTED,
     check_named,
+    of,
     why_looped,
     why_no_matrix,
     why_unquantized,
@@ -60,6 +62,31 @@ def _unfit(layer: Node, quantizers: Quantizers) -> str | None:
     if layer.region.count("scan") > 1 or ("scan" in layer.region) != stacked:
         return "its weight is used again and again in a loop"
     return None
+
+
+def sharing_weight(graph: Graph, node: Node) -> tuple[Node, ...]:
+    """The products that read the weight of a layer, itself among them."""
+    products = (n for n in graph.nodes if n.kind == "product" and n.weight is not None)
+    return tuple(n for n in products if n.weight and n.weight.name == node.kernel)
+
+
+def why_bias_kept(graph: Graph, layers: Sequence[Layer], node: Node) -> str | None:
+    """Why the bias of a layer cannot take the mean error of all that share it.
+
+    Layers that share weight and bias are rounded together, and the mean error over all that
+    they read is the best shift. Of layers that share only the bias, the first would be rounded
+    before the shift is known; those that share only the weight have other mean errors each.
+    """
+    if node.bias is None:
+        return None
+    together = {n.name for n in sharing_weight(graph, node)}
+    if {n.name for n in graph.nodes if n.bias == node.bias} != together:
+        return used_elsewhere(node.bias if node.bias in node.shared else node.kernel)
+    if node.bias in node.shared and not (node.layer and node.layer.tied_bias):
+        return used_elsewhere(node.bias)
+    rounded = {layer.node.name: layer.why for layer in layers}
+    whys = (of(name, rounded.get(name, NOT_SELECTED)) for name in sorted(together))
+    return next(filter(None, whys), None)
 
 
 class LeafGrid(NamedTuple):

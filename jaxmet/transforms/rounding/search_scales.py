@@ -150,4 +150,4 @@ def search_scales(
     )
     found = run.go(run.begin(read), Checkpoint(None, CALLER, ()), progress)
     _, pinned = results(run, found)
-    return (pinned, report(run.layers, found, run.lost)) if with_report else pinned
+    return (pinned, report(run.layers, found, run.lost, {})) if with_report else pinned
