@@ -163,7 +163,7 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
         for name in chosen:
             (row,) = table.where(tensor=name)
             for key in ("only this", "all but this"):
-                q = switched(quantizers, name, key == "only")
+                q = switched(quantizers, name, key == "only this")
                 program = jax.jit(lambda p, q=q: score(jm.simulate(apply, q), p))
                 found = float(program(params))
                 assert abs(found - row[key]) < 0.1, (name, key, found, row[key])
@@ -189,7 +189,7 @@ def sensitivity(images: Path, rebuilt: int) -> tuple[Any, ...]:
     for kind in ("weight", "activation"):
         pair = [
             [r[key] for r in t if r["kind"] == kind and r["tensor"] != "(all)"]
-            for t, key in ((table, "only"), (noise, "SQNR (dB)"))
+            for t, key in ((table, "only this"), (noise, "SQNR (dB)"))
         ]
         print(f"  of {kind}s alone {spearmanr(*pair).statistic:.3f}")
     return params, graph, quantizers, inputs, (table, noise), case[1]
