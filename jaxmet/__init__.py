@@ -41,6 +41,7 @@ from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
 from jaxmet.transforms.optimizer_labels import optimizer_labels as optimizer_labels
 from jaxmet.transforms.plan import plan as plan
 from jaxmet.transforms.prune import prune as prune
+from jaxmet.transforms.quantize import quantize as quantize
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
 from jaxmet.transforms.rounding import adaround as adaround
 from jaxmet.transforms.rounding import search_scales as search_scales
@@ -57,7 +58,9 @@ from jaxmet.tree.files import load as load
 from jaxmet.tree.files import save as save
 from jaxmet.tree.grids import grids as grids
 from jaxmet.tree.leaves import Compressed as Compressed
-from jaxmet.tree.leaves import densify as densify
+from jaxmet.tree.plain_arrays import densify as densify
+from jaxmet.tree.plain_arrays import rebuild as rebuild
+from jaxmet.tree.quantized import Quantized as Quantized
 from jaxmet.tree.quantizers import Quantizer as Quantizer
 from jaxmet.tree.quantizers import Quantizers as Quantizers
 from jaxmet.tree.structures import LowRank as LowRank

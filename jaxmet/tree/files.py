@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,18 +17,17 @@ import numpy as np
 
 from jaxmet.numerics.calibrators import calibrator_name
 from jaxmet.tree.checks import check_type, is_concrete
-from jaxmet.tree.leaves import Compressed, flatten
+from jaxmet.tree.leaves import HELD, Compressed, flatten
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
 from jaxmet.tree.quantizer import QUANTIZER_LEAVES, Quantizer
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
-from jaxmet.tree.structures import STRUCTURES
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import readable, writable, written
 
 FORMAT = "jaxmet"
 VERSION = 1
-STORED = (Compressed, *STRUCTURES, Quantizer, Quantizers)
+STORED = (Compressed, *HELD, Quantizer, Quantizers)
 TYPES = {cls.__name__: cls for cls in STORED}
 """Dataclasses that are stored field by field; a new leaf type is one entry more."""
 
@@ -101,13 +101,13 @@ def save(
     if params is not None:
         manifest["params"] = _encode_tree(params, arrays)
     if quantizers is not None:
-        manifest["quantizers"] = _encode(quantizers, arrays)
+        manifest["quantizers"] = _encode(quantizers, arrays, "quantizers")
     if table is not None:
-        columns = _encode(table.columns, arrays)
+        columns = _encode(table.columns, arrays, "table")
         manifest["table"] = {"title": table.title, "columns": columns}
     text = json.dumps(manifest).encode()
     arrays["manifest"] = np.frombuffer(text, np.uint8)
-    # The names of arrays are numbers and 'manifest', never 'allow_pickle'
+    # The names of arrays begin with 'params/' and the like, or are 'manifest': none is an option
     written(path, lambda f: np.savez(f, **arrays))  # pyright: ignore[reportArgumentType]
 
 
@@ -257,13 +257,16 @@ def _both_ways(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
 
 def _encode_tree(params: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Leaves in order, their names, and the tree with numbers where its leaves are."""
-    _, leaves, treedef = flatten(params, whole=True)
+    paths, leaves, treedef = flatten(params, whole=True)
+    keys = ["/".join(("params", *path_parts(path))) for path in paths]
     numbered = treedef.unflatten(range(len(leaves)))
     return {
         "names": parameter_names(params, whole=True),
-        "leaves": [_encode(leaf, arrays) for leaf in leaves],
+        "leaves": [
+            _encode(leaf, arrays, key) for key, leaf in zip(keys, leaves, strict=True)
+        ],
         "tree": _encode_containers(numbered, in_dict=False),
-        "static": _encode(_static_of(params), {}),
+        "static": _encode(_static_of(params), {}, ""),
     }
 
 
@@ -311,7 +314,7 @@ def _encode_quantizers(tree: Quantizers | Quantizer) -> Any:
         value = getattr(tree, f.name)
         inner = f.name in data
         fields[f.name] = (
-            _encode_containers(value, in_dict=True) if inner else _encode(value, {})
+            _encode_containers(value, in_dict=True) if inner else _encode(value, {}, "")
         )
     return {"type": type(tree).__name__, "fields": fields}
 
@@ -324,31 +327,43 @@ def _key(key: Any) -> str | int:
     )
 
 
-def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """A value as JSON; arrays go to `arrays` and leave a reference."""
+def _encode(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
+    """A value as JSON; arrays go to `arrays`, under names that begin so, and leave a reference."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        return {"dict": [[_key(k), _encode(v, arrays)] for k, v in value.items()]}
+        return {
+            "dict": [
+                [_key(k), _encode(v, arrays, f"{name}/{k}")] for k, v in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_encode(v, arrays) for v in value]}
+        inner = (_encode(v, arrays, f"{name}/{i}") for i, v in enumerate(value))
+        return {kind: list(inner)}
     if type(value).__name__ in TYPES:
         fields = {
-            f.name: _encode(getattr(value, f.name), arrays)
+            # what stands for a weight has its name, and says what its own arrays are
+            f.name: _encode(
+                getattr(value, f.name),
+                arrays,
+                name if f.name in ("weight", "part") else f"{name}/{f.name}",
+            )
             for f in dataclasses.fields(value)
         }
         return {"type": type(value).__name__, "fields": fields}
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return _encode_array(value, arrays)
+        return _encode_array(value, arrays, name)
     raise ValueError(
         f"jaxmet.save: a leaf is of type {type(value).__name__}, which has no place in "
         "a file of arrays. Save arrays, numbers and texts."
     )
 
 
-def _encode_array(value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    node: dict[str, Any] = {"array": str(len(arrays))}
+def _encode_array(
+    value: Any, arrays: dict[str, np.ndarray], name: str
+) -> dict[str, Any]:
+    node: dict[str, Any] = {"array": _free_name(name, arrays)}
     node["numpy"] = not isinstance(value, jax.Array)
     node["scalar"] = isinstance(value, np.generic)
     if not is_concrete(value):
@@ -387,6 +402,13 @@ def _decode(node: Any, arrays: Any) -> Any:
     if node["numpy"]:
         return data[()] if node["scalar"] else data
     return jnp.asarray(data)
+
+
+def _free_name(name: str, arrays: Mapping[str, Any]) -> str:
+    """A name for a file in the archive: no path out of it, and not taken."""
+    parts = [re.sub(r"[^\w.=@+-]", "_", part) for part in name.split("/")]
+    clean = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    return clean if clean not in arrays else f"{clean}@{len(arrays)}"
 
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)

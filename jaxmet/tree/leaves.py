@@ -15,16 +15,15 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxmet.tree.paths import path_name
+from jaxmet.tree.quantized import Quantized
 from jaxmet.tree.structures import (
     STRUCTURES,
-    LowRank,
-    multiplied,
     parts_of,
-    scattered,
 )
 from jaxmet.tree.table import Table
-from jaxmet.tree.types import P
+
+HELD = (*STRUCTURES, Quantized)
+"""What may stand in place of an array in a leaf."""
 
 
 class NotAnArrayError(TypeError, AttributeError):
@@ -37,8 +36,8 @@ class NotAnArrayError(TypeError, AttributeError):
 def _refusal(use: str) -> NotAnArrayError:
     return NotAnArrayError(
         f"jaxmet.Compressed: {use} needs a plain array, but this leaf is compressed. "
-        "Run the model through jm.lift(apply), or turn the tree into plain arrays "
-        "with jm.densify(params) where arrays can say the same."
+        "Run the model through jm.lift(apply). Plain arrays are jm.rebuild(params), for a "
+        "model built anew with fewer channels, and jm.densify(params), for the old one."
     )
 
 
@@ -46,8 +45,8 @@ def _refusal(use: str) -> NotAnArrayError:
 class Compressed:
     """One parameter together with what was done to it; fields of `None` say nothing.
 
-    `weight` is the array itself, or a structure that stands for one: `LowRank` factors, or
-    what `Pruned` left. `lower` and `upper`
+    `weight` is the array itself, its integers (`Quantized`), or a structure that stands for
+    one: `LowRank` factors, or what `Pruned` left. `lower` and `upper`
     bound, channel by channel, the activation that follows the layer; `input_offset` is
     what the padding before a convolution holds instead of zero, a number an input channel.
     Beside a structure nothing else is stated: its parts are leaves and state their own.
@@ -55,7 +54,7 @@ class Compressed:
     leaves.
 
     Args:
-        weight: the array, `LowRank` factors, what `Pruned` left, or None.
+        weight: the array, `Quantized` integers, `LowRank` factors, what `Pruned` left, or None.
         lower: lower bounds of the activation that follows, one per output channel; default
             None: the model's own.
         upper: upper bounds, likewise; default None.
@@ -147,6 +146,8 @@ jax.tree_util.register_dataclass(
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, Quantized):
+        return f"Quantized({value.bits} bits, {_brief(value.integers)})"
     if isinstance(value, STRUCTURES):
         parts = map(_brief, parts_of(value).values())
         return f"{type(value).__name__}({', '.join(parts)})"
@@ -162,6 +163,11 @@ def is_compressed(leaf: Any) -> bool:
     return isinstance(leaf, Compressed)
 
 
+def is_quantized(leaf: Any) -> bool:
+    """Whether this is a leaf that holds the integers of its weight."""
+    return is_compressed(leaf) and isinstance(leaf.weight, Quantized)
+
+
 def is_structured(leaf: Any) -> bool:
     """Whether this is a compressed leaf whose weight consists of other leaves."""
     return is_compressed(leaf) and isinstance(leaf.weight, STRUCTURES)
@@ -173,8 +179,9 @@ def is_stated(leaf: Any) -> bool:
 
 
 def dense(leaf: Any) -> Any:
-    """The array of a leaf, whatever else it states."""
-    return leaf.weight if is_compressed(leaf) else leaf
+    """The array of a leaf, whatever else it states; of integers what they stand for."""
+    weight = leaf.weight if is_compressed(leaf) else leaf
+    return weight.array if isinstance(weight, Quantized) else weight
 
 
 def as_before(new: np.ndarray, old: Any) -> jax.Array:
@@ -224,7 +231,7 @@ def to_state(leaf: Any) -> dict[str, Any]:
 
 
 def _to_plain(value: Any) -> Any:
-    if is_compressed(value) or isinstance(value, STRUCTURES):
+    if is_compressed(value) or isinstance(value, HELD):
         return to_state(value)
     if isinstance(value, tuple):
         return {str(i): _to_plain(item) for i, item in enumerate(value)}
@@ -247,49 +254,9 @@ def _from_plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "type" in value:
-        cls = next(c for c in STRUCTURES if c.__name__ == value["type"])
+        cls = next(c for c in HELD if c.__name__ == value["type"])
         fields = {k: _from_plain(v) for k, v in value.items() if k != "type"}
         return cls(**fields)
     if "weight" in value:
         return from_state(None, value)
     return tuple(_from_plain(value[str(i)]) for i in range(len(value)))
-
-
-def densify(params: P) -> P:
-    """Plain arrays in place of compressed leaves, where arrays can say the same.
-
-    Factors are multiplied, and what was pruned is zero again: the dense tree computes what
-    the compressed one does, at the price of the model as it was.
-
-    A leaf that states more than its weight raises ValueError: dropping the statement would
-    change what the model computes.
-
-    Args:
-        params: the parameter tree, whatever the model takes first; not changed.
-
-    Returns:
-        The same tree with plain arrays.
-
-    Raises:
-        ValueError: for a leaf that states more than its weight, such as bounds of a clip.
-
-    >>> dense = jm.densify(jm.factorize(params, graph, ratios=0.5))
-    """
-
-    def plain(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not is_compressed(leaf):
-            return leaf
-        if more := sorted(set(leaf.stated()) - {"weight"}):
-            raise ValueError(
-                f"jaxmet.densify: {path_name(path, params)!r} states "
-                f"{' and '.join(more)}, which no plain array can hold. Keep the leaf "
-                "and run the model through jm.lift(apply)."
-            )
-        if not is_structured(leaf):
-            return leaf.weight
-        parts = [plain(path, part) for part in parts_of(leaf.weight).values()]
-        if isinstance(leaf.weight, LowRank):
-            return multiplied(leaf.weight, *parts)
-        return scattered(parts[0], leaf.weight.keep)
-
-    return jax.tree_util.tree_map_with_path(plain, params, is_leaf=is_compressed)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxmet.tree.checks import shown
-from jaxmet.tree.leaves import as_before, dense, flatten
+from jaxmet.tree.leaves import as_before, dense, flatten, is_quantized
 from jaxmet.tree.paths import has_collections, path_name, path_parts
 
 
@@ -60,6 +60,13 @@ def replace_leaves(
             raise ValueError(
                 f"jaxmet.{caller}: there is no parameter {name!r}. "
                 f"{suggestion(name, old)}"
+            )
+    for name, leaf in leaves.items():
+        if is_quantized(old[name]) and not is_quantized(leaf):
+            raise ValueError(
+                f"jaxmet.{caller}: {name!r} holds integers, which are no longer changed. Pass the "
+                "tree that jm.quantize was given, and quantize last; jm.simulate runs "
+                "integers with weights=False."
             )
     new = {name: _placed(leaf, old[name]) for name, leaf in leaves.items()}
     return flatten(params)[2].unflatten((old | new).values())

@@ -295,9 +295,7 @@ class Quantizers:
         of_w, of_x = grid_of(q_w, array, bits), grid_of(self.activations[owner], array)
         if of_w is None or of_x is None:
             return None
-        s_w, s_x = of_w[0], of_x[0].astype(of_w[0].dtype)
-        scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
-        scale = np.maximum(np.broadcast_to(scale, bias.shape), SCALE_FLOOR**2)
+        scale = bias_scale(of_w[0], of_x[0], bias, name)
         zero_point = np.zeros_like(scale)
         if not rest:
             return rounded(bias, (scale, zero_point), INT32_ENDS, None)
@@ -388,6 +386,13 @@ def along_scale(bias: jax.Array, scale: jax.Array) -> jax.Array:
     if sizes == bias.shape[:1]:
         return jnp.max(bias, axis=range(1, bias.ndim)).reshape(scale.shape)
     return jnp.max(bias).reshape((1,) * scale.ndim)
+
+
+def bias_scale(s_w: Any, s_x: Any, bias: np.ndarray, name: str) -> np.ndarray:
+    """The scale of an int32 bias, s_w s_x, one for each of its numbers."""
+    s_x = s_x.astype(s_w.dtype)
+    scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
+    return np.maximum(np.broadcast_to(scale, bias.shape), SCALE_FLOOR**2)
 
 
 def along_bias(scale: Any, bias: Any, name: str) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxmet.tree.leaves import dense, flatten, is_structured
+from jaxmet.tree.leaves import flatten, is_compressed, is_structured
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.structures import PARTS
 
@@ -19,7 +19,7 @@ def stored_forms(params: Any) -> dict[str, Form]:
 
 def stored_form(leaf: Any) -> Form:
     """The shape of a leaf, or the form of the structure that it holds."""
-    weight = dense(leaf)
+    weight = leaf.weight if is_compressed(leaf) else leaf
     if not is_structured(leaf):
         return tuple(getattr(weight, "shape", ()))
     fields = ((f.name, getattr(weight, f.name)) for f in dataclasses.fields(weight))

@@ -10,8 +10,9 @@ from jax import lax
 
 import jaxmet as jm
 from jaxmet.engine.program.program import flatten as program
-from jaxmet.tree.leaves import Compressed, densify
+from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
 from zoo import CASES
 

@@ -254,6 +254,8 @@ def usual(graph, q, table):
         "plan": on,
         "prune": on | data | {"ratios": 0.5},
         "ptq": {"apply": apply, "params": PARAMS} | data,
+        "quantize": on | {"quantizers": q},
+        "rebuild": {"params": PARAMS},
         "reestimate_batch_norm": on | data,
         "report": on | {"path": "report.html"},
         "round_weights": {"params": PARAMS, "quantizers": q},

@@ -62,6 +62,11 @@ def rounded(params, graph, batches):
     return jm.round_weights(params, coarse(graph))
 
 
+def in_integers(params, graph, batches):
+    del batches
+    return jm.quantize(params, graph, coarse(graph))
+
+
 def corrected(params, graph, batches):
     return jm.correct_bias(params, graph, coarse(graph), batches, progress=False)
 
@@ -108,6 +113,15 @@ TRANSFORMS = (
         acts_on=("conv_bn_relu", "residual", "grouped", "concatenation"),
     ),
     Transform("round_weights", rounded, ROUNDS),
+    Transform(
+        "quantize",
+        in_integers,
+        ROUNDS
+        | {
+            "plain tree": "integers are no floats",
+            "eager equals jit": "it is for files: under jit it raises",
+        },
+    ),
     Transform(
         "absorb_bias",
         absorbed,

@@ -58,6 +58,7 @@ def right(params: Params, x: jax.Array, flag: bool) -> None:
     jm.search_scales(params, graph, quantizers, [x], of="float", store="host")
     assert_type(jm.round_weights(params, quantizers), Params)
     assert_type(jm.densify(params), Params)
+    assert_type(jm.quantize(params, graph, quantizers), Params)
     assert_type(jm.ptq(apply, params, [x]), tuple[Params, jm.Quantizers, jm.Table])
     fold = partial(jm.fold_batch_norm, graph=graph)
     cle = partial(jm.equalize, graph=graph)

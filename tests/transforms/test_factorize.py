@@ -13,8 +13,9 @@ import jaxmet as jm
 from jaxmet.layers.once import run_once
 from jaxmet.numerics.low_rank import masked
 from jaxmet.transforms.factors import Shape, factors_of, placed_matrix, spectrum_of
-from jaxmet.tree.leaves import Compressed, densify
+from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, Pruned
 from zoo import CASES
 

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmet as jm
 from by_hand import best_fit
-from jaxmet.tree.leaves import densify
+from jaxmet.tree.plain_arrays import densify
 from zoo import CASES
 
 # How a weight of so many axes reads eight channels, in some as two axes of two and four.

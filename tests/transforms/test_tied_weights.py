@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from jaxmet.tree.leaves import densify
+from jaxmet.tree.plain_arrays import densify
 
 
 def relu(x):

@@ -15,12 +15,12 @@ import pytest
 from jaxmet.tree.files import load, save
 from jaxmet.tree.leaves import (
     Compressed,
-    densify,
     flatten,
     from_state,
     is_compressed,
     to_state,
 )
+from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, LowRank, Pruned
 
 
