@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.numerics.calibrators import calibrator_name
-from jaxmet.tree.checks import check_type, is_concrete
+from jaxmet.tree.checks import check_flags, check_type, is_concrete
 from jaxmet.tree.leaves import HELD, Compressed, flatten
 from jaxmet.tree.names import parameter_names
 from jaxmet.tree.paths import path_parts
@@ -60,6 +60,7 @@ def save(
     params: Any = None,
     quantizers: Quantizers | None = None,
     table: Table | None = None,
+    compress: bool = False,
 ) -> None:
     """Write parameters, quantizers and a table, or some of them, to one npz file.
 
@@ -71,6 +72,8 @@ def save(
         params: a parameter tree; default None.
         quantizers: the quantizers to save; default None.
         table: a table to save; default None.
+        compress: whether arrays are deflated: a tenth smaller for integers, and slower; default
+            False.
 
     Raises:
         ValueError: where there is nothing to save, for quantizers or a table in place of
@@ -95,6 +98,7 @@ def save(
         quantizers = _without_functions(quantizers)
     if table is not None:
         check_type("save", "table", table, Table, "Give one jm.Table.")
+    check_flags("save", compress=compress)
     path = writable(path, "save")
     arrays: dict[str, np.ndarray] = {}
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION}
@@ -108,7 +112,8 @@ def save(
     text = json.dumps(manifest).encode()
     arrays["manifest"] = np.frombuffer(text, np.uint8)
     # The names of arrays begin with 'params/' and the like, or are 'manifest': none is an option
-    written(path, lambda f: np.savez(f, **arrays))  # pyright: ignore[reportArgumentType]
+    write = np.savez_compressed if compress else np.savez
+    written(path, lambda f: write(f, **arrays))  # pyright: ignore[reportArgumentType]
 
 
 def _without_functions(quantizers: Quantizers) -> Quantizers:

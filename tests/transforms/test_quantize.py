@@ -162,6 +162,10 @@ def test_a_file_holds_the_integers(tmp_path):
     same(device(found.params, x), device(integers, x))
     with np.load(tmp_path / "small.npz") as arrays:
         assert arrays["params/params/conv/kernel/integers"].dtype == np.int8
+    jm.save(tmp_path / "less.npz", params=integers, compress=True)
+    same(integers, jm.load(tmp_path / "less.npz").params)
+    sizes = [(tmp_path / f"{n}.npz").stat().st_size for n in ("less", "large")]
+    assert sizes[0] < sizes[1]
     state = serialization.to_bytes(integers)
     same(integers, serialization.from_bytes(integers, state))
 
