@@ -13,6 +13,7 @@ pure functions over the parameter tree. A short tour:
 or all of it at once: `params, quantizers, table = jm.ptq(model.apply, params, batches)`.
 """
 
+from jaxmet import export as export
 from jaxmet import numerics as numerics
 from jaxmet import plot as plot
 from jaxmet.analysis.compare import compare as compare

@@ -1,0 +1,199 @@
+"""A function's equations as an ONNX model, fake quantization as QuantizeLinear pairs.
+
+jax2onnx lowers the equations; it is given `fake_quant` here, which stays one operation. A
+constant on a grid becomes its integers and one DequantizeLinear, any other value a
+QuantizeLinear and a DequantizeLinear.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmet.numerics.fake_quant import fake_quant_p
+
+
+def onnx_model(
+    function: Callable[..., Sequence[Any]],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    opset: int,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> Any:
+    """The `onnx.ModelProto` of a function of arrays that returns a list of arrays.
+
+    The function is traced first: jax2onnx changes flax while it traces, so the model would
+    be another one.
+    """
+    import jax2onnx
+
+    _register()
+    jaxpr = jax.make_jaxpr(lambda *x: list(function(*x)))(*inputs)
+    run = jax.extend.core.jaxpr_as_fun(jaxpr)
+    one = len(jaxpr.jaxpr.outvars) == 1
+    return jax2onnx.to_onnx(
+        lambda *x: run(*x)[0] if one else tuple(run(*x)),
+        list(inputs),
+        opset=opset,
+        model_name="jaxmet",
+        input_names=list(input_names),
+        output_names=list(output_names),
+    )
+
+
+def _register() -> None:
+    """Tell jax2onnx how the primitive is lowered, once."""
+    from jax2onnx.plugins import plugin_system
+
+    if fake_quant_p.name in plugin_system.PLUGIN_REGISTRY:
+        return
+
+    class FakeQuant(plugin_system.PrimitiveLeafPlugin):
+        def lower(self, ctx: Any, eqn: Any) -> None:
+            _lower(ctx, eqn)
+
+    plugin_system.register_primitive(
+        jaxpr_primitive=fake_quant_p.name,
+        jax_doc="",
+        onnx=[],
+        since="0.17.1",
+        context="jaxmet",
+        component=fake_quant_p.name,
+        testcases=[],
+    )(FakeQuant)
+
+
+def _lower(ctx: Any, eqn: Any) -> None:
+    x, *grid = eqn.invars
+    known = [ctx.try_evaluate_const(v) for v in grid]
+    if any(v is None for v in known):
+        _lower_open(ctx, eqn, known)
+        return
+    scale, zero_point, low, high = map(np.asarray, known)
+    block, value = eqn.params["block"], ctx.try_evaluate_const(x)
+    shape = tuple(eqn.outvars[0].aval.shape)
+    places = [i for i, n in enumerate(scale.shape) if n != 1]
+    made = ctx.get_value_for_var(x) if value is None else None
+    if block is None and len(places) > 1:
+        if value is None:
+            raise ValueError(
+                "jaxmet.export.onnx: an activation has scales along several axes. Give it one "
+                "scale, or one axis."
+            )
+        rounded = (
+            np.clip(np.rint(value / scale) + zero_point, low, high) - zero_point
+        ) * scale
+        ctx.bind_const_for_var(eqn.outvars[0], rounded.astype(value.dtype))
+        return
+    kind = _integer_type(int(low.min()), int(high.max()))
+    options = {}
+    if block is not None:
+        axis = next(
+            i for i, (n, m) in enumerate(zip(scale.shape, shape, strict=True)) if n != m
+        )
+        options = {"axis": axis, "block_size": block}
+        sizes = [scale.shape[i] if i == axis else n for i, n in enumerate(shape)]
+        scale, zero_point = (np.broadcast_to(a, sizes) for a in (scale, zero_point))
+    elif places:
+        options = {"axis": places[0]}
+        scale, zero_point = scale.reshape(-1), zero_point.reshape(-1)
+    else:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    build = ctx.builder
+    constant = lambda name, a: build.add_initializer_from_array(ctx.fresh_name(name), a)
+    step = constant("scale", np.array(scale, np.float32))
+    zero = constant("zero_point", np.array(zero_point).astype(kind))
+    if value is None:
+        integers = build.QuantizeLinear(
+            made, step, zero, _outputs=[ctx.fresh_name("integers")], **options
+        )
+        _stamp(ctx, integers, kind, shape)
+    else:
+        grid = [np.asarray(v) for v in known]
+        s, z = (_repeated(a, shape, block) for a in grid[:2])
+        numbers = np.clip(np.rint(value / s) + z, low, high).astype(kind)
+        integers = constant("weight", numbers)
+    name = ctx.fresh_name("value")
+    result = build.DequantizeLinear(integers, step, zero, _outputs=[name], **options)
+    _stamp(ctx, result, np.float32, shape)
+    ctx.bind_value_for_var(eqn.outvars[0], result)
+
+
+def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
+    """A grid that is computed: in a loop over layers each has its own."""
+    x, *grid = eqn.invars
+    shape = tuple(eqn.outvars[0].aval.shape)
+    places = [i for i, n in enumerate(grid[0].aval.shape) if n != 1]
+    if known[2] is None or known[3] is None or eqn.params["block"] or len(places) > 1:
+        raise ValueError(
+            "jaxmet.export.onnx: the grid of a quantizer is computed by the model, in blocks or "
+            "of a computed width. Give the quantizer fixed bits and no blocks."
+        )
+    kind = _integer_type(int(np.min(known[2])), int(np.max(known[3])))
+    build = ctx.builder
+    sizes = [grid[0].aval.shape[i] for i in places]
+    to = build.add_initializer_from_array(
+        ctx.fresh_name("sizes"), np.array(sizes, np.int64)
+    )
+    options = {"axis": places[0]} if places else {}
+
+    def operand(i: int, dtype: Any) -> Any:
+        value = ctx.get_value_for_var(grid[i])
+        value = build.Reshape(value, to, _outputs=[ctx.fresh_name("grid")])
+        _stamp(ctx, value, np.float32, sizes)
+        if dtype != np.float32:
+            number = int(_onnx_type(dtype).value)
+            value = build.Cast(value, _outputs=[ctx.fresh_name("grid")], to=number)
+            _stamp(ctx, value, dtype, sizes)
+        return value
+
+    step, zero = operand(0, np.float32), operand(1, kind)
+    integers = build.QuantizeLinear(
+        ctx.get_value_for_var(x),
+        step,
+        zero,
+        _outputs=[ctx.fresh_name("integers")],
+        **options,
+    )
+    _stamp(ctx, integers, kind, shape)
+    name = ctx.fresh_name("value")
+    result = build.DequantizeLinear(integers, step, zero, _outputs=[name], **options)
+    _stamp(ctx, result, np.float32, shape)
+    ctx.bind_value_for_var(eqn.outvars[0], result)
+
+
+def _integer_type(low: int, high: int) -> Any:
+    kinds = (np.int8, np.uint8, np.int16, np.uint16, np.int32)
+    if low >= 0:
+        kinds = (np.uint8, np.uint16, np.int32)
+    fits = lambda t: np.iinfo(t).min <= low and high <= np.iinfo(t).max
+    return next(t for t in kinds if fits(t))
+
+
+def _repeated(a: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray:
+    if block is None:
+        return a
+    for i, (n, m) in enumerate(zip(a.shape, shape, strict=True)):
+        if n not in (1, m):
+            a = np.take(a, np.arange(m) // block, axis=i)
+    return a
+
+
+def _onnx_type(kind: Any) -> Any:
+    import onnx_ir as ir
+
+    return ir.DataType.from_numpy(np.dtype(kind))
+
+
+def _stamp(ctx: Any, value: Any, kind: Any, shape: Sequence[Any]) -> None:
+    import onnx_ir as ir
+    from jax2onnx.plugins._ir_shapes import (
+        _ensure_value_metadata,
+        _stamp_type_and_shape,
+    )
+
+    value.type = ir.TensorType(_onnx_type(kind))
+    _stamp_type_and_shape(value, tuple(shape))
+    _ensure_value_metadata(ctx, value)

@@ -1,0 +1,206 @@
+"""A model and its quantizers as an ONNX file that integer runtimes fuse."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmet.engine.backend.onnx_lowering import onnx_model
+from jaxmet.engine.frontends import check_apply, refuse_module
+from jaxmet.engine.graph.graph import fitted, trace
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.lift import lift
+from jaxmet.export.deployed import deployed
+from jaxmet.export.onnx_passes import OnnxGraph, fused
+from jaxmet.tree.checks import check_choices, check_counts, check_flags
+from jaxmet.tree.paths import path_parts
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
+from jaxmet.tree.table import Table
+from jaxmet.tree.writing import writable, written
+
+CALLER = "export.onnx"
+BATCH = "batch"
+COMPUTES = (
+    "Conv", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div", "GlobalAveragePool", "Softmax",
+    "Sigmoid", "Erf", "Tanh", "Concat", "MaxPool", "AveragePool", "ReduceSum", "ReduceMean",
+)  # fmt: skip
+
+
+def onnx(
+    path: str | os.PathLike[str],
+    apply: Apply,
+    params: Any,
+    quantizers: Quantizers | None,
+    *inputs: Any,
+    batch: str = "dynamic",
+    opset: int = 21,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Table:
+    r"""Write the model as an ONNX file, in integers where there are quantizers.
+
+    The file computes what `jm.simulate(apply, quantizers)(params, *inputs)` computes: weights
+    are int8 (int16 above 8 bits) and one DequantizeLinear each, values on a grid a
+    QuantizeLinear and a DequantizeLinear, biases of integer products int32 at $s_x s_w$.
+    Norms that were folded are the biases that they stand for, and clips before a grid bounds of
+    its integers, so that onnxruntime runs QLinearConv, QGemm, QLinearAdd and
+    QLinearGlobalAveragePool in between. With None for quantizers it is the float model.
+
+    It needs `pip install 'jaxmet[onnx]'`: jax2onnx lowers the equations.
+
+    Args:
+        path: the file to write.
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        params: its parameters: any tree that jaxmet makes.
+        quantizers: the quantizers of `jm.calibrate` for this tree, or None.
+        *inputs: example inputs, or `jax.ShapeDtypeStruct`s of them.
+        batch: 'dynamic' (the default), the first axis of every input has any size, or 'fixed',
+            it has that of the examples.
+        opset: the ONNX operator set, 19 or more; default 21.
+        overwrite: whether an existing file is replaced; default False.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        A table with one row per operation that computes: whether it is between integers, and
+        if not, what is in float.
+
+    Raises:
+        ValueError: for a path that exists, for a model that needs to know its batch size, and
+            for what ONNX has no place for; ImportError without the extra.
+
+    >>> jm.export.onnx("model.onnx", apply, params, quantizers, images[:1])
+    """
+    refuse_module(apply, params, CALLER)
+    check_apply(apply, CALLER)
+    check_choices(CALLER, batch=(batch, ("dynamic", "fixed")))
+    check_counts(CALLER, least=19, opset=opset)
+    check_flags(CALLER, overwrite=overwrite)
+    if quantizers is None:
+        quantizers = Quantizers()
+    check_are_quantizers(quantizers, CALLER)
+    _check_packages()
+    path = writable(path, CALLER)
+    _check_free(path, overwrite)
+    graph = trace(apply, params, *inputs, **kwargs)
+    fitted(params, graph, CALLER)
+    quantizers.leaves(params, CALLER)
+    shapes, names = _shapes(inputs, batch)
+    structure = jax.tree.structure(inputs)
+    run = deployed(apply, params, graph, quantizers, kwargs)
+    flat = lambda *leaves: run(*jax.tree.unflatten(structure, leaves))
+    shown = lift(apply)
+    outputs = jax.eval_shape(lambda *x: shown(params, *x, **kwargs), *inputs)
+    try:
+        model = onnx_model(
+            flat,
+            shapes,
+            opset=opset,
+            input_names=names,
+            output_names=_names(outputs, "output"),
+        )
+    except Exception as error:
+        symbolic = ("Symbolic dimension", "_DimExpr")
+        if batch == "dynamic" and any(word in str(error) for word in symbolic):
+            raise ValueError(
+                f"jaxmet.{CALLER}: the model needs a number for its batch size "
+                f"({str(error).splitlines()[0]}). Pass batch='fixed' and inputs of that size."
+            ) from error
+        raise
+    model = fused(model)
+    import onnx as package
+
+    package.checker.check_model(model)
+    written(path, lambda f: f.write(model.SerializeToString()))
+    return _table(model)
+
+
+def _check_packages() -> None:
+    try:
+        import jax2onnx  # noqa: F401
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"jaxmet.{CALLER}: there is no package {error.name!r}. Install what it needs: "
+            "pip install 'jaxmet[onnx]'."
+        ) from error
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"jaxmet.{CALLER}: there is a file {path} already. Give another name, or "
+            "overwrite=True."
+        )
+
+
+def _shapes(
+    inputs: tuple[Any, ...], batch: str
+) -> tuple[list[jax.ShapeDtypeStruct], list[str]]:
+    """What the function is traced for, a symbol along the first axes if asked for."""
+    leaves = jax.tree.leaves(inputs)
+    symbol = jax.export.symbolic_shape(BATCH)[0] if batch == "dynamic" else None
+    found = []
+    for leaf in leaves:
+        shape = np.shape(leaf)
+        if symbol is not None and shape:
+            shape = (symbol, *shape[1:])
+        found.append(jax.ShapeDtypeStruct(shape, jax.numpy.result_type(leaf)))
+    return found, _names(inputs if len(inputs) != 1 else inputs[0], "input")
+
+
+def _names(tree: Any, what: str) -> list[str]:
+    """A name for each leaf: what it is, and its path."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return ["_".join((what, *path_parts(path))) for path in paths]
+
+
+def _table(model: Any) -> Table:
+    """Which operations are between integers."""
+    graph = OnnxGraph(model)
+    rows = []
+    for node in graph.graph.node:
+        if node.op_type not in COMPUTES:
+            continue
+        read = [n for n in node.input[:2] if n and _is_float(graph, n)]
+        wrote = [n for n in node.output if not _is_stored(graph, n)]
+        why = [f"reads {n} in float" for n in read] + [
+            f"gives {n} in float" for n in wrote
+        ]
+        rows.append(
+            (
+                node.op_type,
+                node.output[0],
+                "no" if why else "yes",
+                "; ".join(why) or None,
+            )
+        )
+    names = ("operation", "value", "integers", "note")
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    count = sum(row[2] == "yes" for row in rows)
+    return Table(
+        columns, title=f"{CALLER}: {count} of {len(rows)} operations in integers"
+    )
+
+
+MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad")
+
+
+def _is_float(graph: OnnxGraph, name: str) -> bool:
+    node = graph.makers.get(name)
+    while node is not None and node.op_type in MOVES:
+        node = graph.makers.get(node.input[0])
+    return node is None or node.op_type != "DequantizeLinear"
+
+
+def _is_stored(graph: OnnxGraph, name: str) -> bool:
+    """Whether only QuantizeLinear reads a value, after moves."""
+    readers = graph.readers.get(name, [])
+    if name in graph.outputs or not readers:
+        return False
+    return all(
+        r.op_type == "QuantizeLinear"
+        or (r.op_type in MOVES and _is_stored(graph, r.output[0]))
+        for r in readers
+    )

@@ -1,0 +1,405 @@
+"""An ONNX graph in the form that runtimes fuse: biases, clips and means beside the integers.
+
+The values stay what they are. A bias becomes int32 at the product of the scales, as integer
+runtimes hold it. A clip before a QuantizeLinear becomes bounds of the integers, or nothing
+where they are those of the grid: rounding is monotone.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+GROWS = ("Conv", "Gemm")
+
+
+class OnnxGraph:
+    """A graph with its nodes by what they make and by what they read."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.graph = model, model.graph
+        self.read()
+
+    def read(self) -> None:
+        """Look again, after a change."""
+        self.makers = {out: n for n in self.graph.node for out in n.output}
+        self.readers: dict[str, list[Any]] = defaultdict(list)
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
+        self.outputs = {o.name for o in self.graph.output}
+        self.arrays = {i.name: i for i in self.graph.initializer}
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The numbers of an initializer, also through a Reshape of one."""
+        from onnx import numpy_helper
+
+        if name in self.arrays:
+            return numpy_helper.to_array(self.arrays[name])
+        node = self.makers.get(name)
+        if node is None or node.op_type not in ("Reshape", "Identity", "Unsqueeze"):
+            return None
+        return self.constant(node.input[0])
+
+    def add_constant(self, name: str, array: np.ndarray) -> str:
+        """A new initializer; the name that it got."""
+        from onnx import numpy_helper
+
+        while name in self.arrays:
+            name += "_"
+        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        self.graph.initializer.append(tensor)
+        self.arrays[name] = self.graph.initializer[-1]
+        return name
+
+    def only_reader(self, name: str) -> Any | None:
+        """The one node that reads a value, where no other and no output does."""
+        found = self.readers.get(name, [])
+        return found[0] if len(found) == 1 and name not in self.outputs else None
+
+    def replace(self, old: str, new: str) -> None:
+        """Whoever reads `old` reads `new`."""
+        for node in self.readers.pop(old, []):
+            for i, name in enumerate(node.input):
+                if name == old:
+                    node.input[i] = new
+                    self.readers[new].append(node)
+
+    def insert(self, before: Any, kind: str, *inputs: str, **options: Any) -> str:
+        """A new node in front of another; the name of what it makes."""
+        from onnx import helper
+
+        name = f"{before.output[0]}_{kind.lower()}"
+        while name in self.makers:
+            name += "_"
+        node = helper.make_node(kind, list(inputs), [name], name=name, **options)
+        at = next(i for i, n in enumerate(self.graph.node) if n is before)
+        self.graph.node.insert(at, node)
+        self.read()
+        return name
+
+    def prune(self) -> None:
+        """Drop what nothing reads."""
+        while True:
+            self.read()
+            used = set(self.readers) | self.outputs
+            dead = [n for n in self.graph.node if not used & set(n.output)]
+            if not dead:
+                break
+            for node in dead:
+                self.graph.node.remove(node)
+        for tensor in [t for t in self.graph.initializer if t.name not in self.readers]:
+            self.graph.initializer.remove(tensor)
+        self.read()
+
+
+def fused(model: Any) -> Any:
+    """The model after all passes."""
+    graph = OnnxGraph(model)
+    for each in (_weights, _biases, _pools, _means, _clips):
+        each(graph)
+        graph.prune()
+    return model
+
+
+def _nodes(graph: OnnxGraph, *kinds: str) -> Iterator[Any]:
+    return iter([n for n in graph.graph.node if n.op_type in kinds])
+
+
+def _attribute(node: Any, name: str, default: Any = None) -> Any:
+    from onnx import helper
+
+    found = [helper.get_attribute_value(a) for a in node.attribute if a.name == name]
+    return found[0] if found else default
+
+
+def _set(node: Any, **options: Any) -> None:
+    from onnx import helper
+
+    for name, value in options.items():
+        for old in [a for a in node.attribute if a.name == name]:
+            node.attribute.remove(old)
+        node.attribute.append(helper.make_attribute(name, value))
+
+
+def _weights(graph: OnnxGraph) -> None:
+    """Integers of a weight transposed, in place of a Transpose after their DequantizeLinear."""
+    for node in _nodes(graph, "Transpose"):
+        dequantize = graph.makers.get(node.input[0])
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        integers = graph.constant(dequantize.input[0])
+        if integers is None or _attribute(dequantize, "block_size"):
+            continue
+        order = _attribute(node, "perm")
+        name = graph.add_constant(
+            f"{dequantize.input[0]}_{node.output[0]}", integers.transpose(order)
+        )
+        options = {}
+        if np.size(graph.constant(dequantize.input[1])) > 1:
+            axis = _attribute(dequantize, "axis", 1) % integers.ndim
+            options["axis"] = list(order).index(axis)
+        new = graph.insert(
+            node, "DequantizeLinear", name, *dequantize.input[1:], **options
+        )
+        graph.replace(node.output[0], new)
+
+
+def _biases(graph: OnnxGraph) -> None:
+    """A constant added after a product is its bias."""
+    for node in _nodes(graph, *GROWS):
+        has_bias = len(node.input) > 2 and node.input[2]
+        if has_bias and (node.op_type == "Conv" or _attribute(node, "beta", 1.0)):
+            continue
+        last = node
+        reader = graph.only_reader(last.output[0])
+        if reader is not None and reader.op_type == "Transpose":
+            last, reader = reader, graph.only_reader(reader.output[0])
+        if reader is None or reader.op_type != "Add":
+            continue
+        here = list(reader.input).index(last.output[0])
+        bias = graph.constant(reader.input[1 - here])
+        size = _outputs(graph, node)
+        if bias is None or size is None or bias.shape[-1:] not in ((size,), (1,)):
+            continue
+        if bias.size not in (1, size):
+            continue
+        bias = np.broadcast_to(bias.reshape(-1), (size,))
+        while len(node.input) < 2:
+            node.input.append("")
+        name = _int32(graph, node, bias)
+        if len(node.input) > 2:
+            node.input[2] = name
+        else:
+            node.input.append(name)
+        if node.op_type == "Gemm":
+            _set(node, beta=1.0)
+        graph.read()
+        _redirect(graph, reader.output[0], last.output[0])
+        graph.prune()
+
+
+def _outputs(graph: OnnxGraph, node: Any) -> int | None:
+    """How many channels a product makes."""
+    weight = graph.constant(_behind(graph, node.input[1]))
+    if weight is None:
+        return None
+    if node.op_type == "Conv":
+        return weight.shape[0]
+    return weight.shape[0 if _attribute(node, "transB", 0) else 1]
+
+
+def _behind(graph: OnnxGraph, name: str) -> str:
+    """What a DequantizeLinear reads."""
+    node = graph.makers.get(name)
+    is_one = node is not None and node.op_type == "DequantizeLinear"
+    return node.input[0] if is_one else name  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _int32(graph: OnnxGraph, node: Any, bias: np.ndarray) -> str:
+    """A bias as int32 behind a DequantizeLinear where the product is one of integers."""
+    scales = [_scale(graph, name) for name in node.input[:2]]
+    if any(s is None for s in scales):
+        return graph.add_constant(f"{node.output[0]}_bias", bias.astype(np.float32))
+    step = np.float32(scales[0]) * np.asarray(scales[1], np.float32)
+    step = np.broadcast_to(step.reshape(-1), bias.shape) if step.size > 1 else step
+    limit = 2.0**31 - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = np.clip(np.rint(bias.astype(np.float64) / step), -limit, limit)
+    integers = graph.add_constant(
+        f"{node.output[0]}_bias", np.nan_to_num(numbers).astype(np.int32)
+    )
+    scale = graph.add_constant(f"{node.output[0]}_bias_scale", np.asarray(step))
+    options = {"axis": 0} if np.ndim(step) else {}
+    return graph.insert(node, "DequantizeLinear", integers, scale, **options)
+
+
+def _scale(graph: OnnxGraph, name: str) -> np.ndarray | None:
+    """The scale of a value that comes from integers of 8 bits, through transposes."""
+    node = graph.makers.get(name)
+    while node is not None and node.op_type in ("Transpose", "Reshape"):
+        node = graph.makers.get(node.input[0])
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return graph.constant(node.input[1])
+
+
+def _pools(graph: OnnxGraph) -> None:
+    """Windows over the positions of an image as MaxPool and AveragePool, channels first.
+
+    They come as windows over all axes of a value with two more axes in front, which
+    runtimes do not have.
+    """
+    for node in _nodes(graph, "MaxPool", "Conv"):
+        first = graph.makers.get(node.input[0])
+        second = graph.makers.get(first.input[0]) if first is not None else None
+        after = graph.only_reader(node.output[0])
+        kinds = [n.op_type if n is not None else "" for n in (second, first, after)]
+        if kinds != ["Unsqueeze", "Unsqueeze", "Squeeze"] or second is None:
+            continue
+        window = _attribute(node, "kernel_shape")
+        if node.op_type == "Conv":
+            ones = graph.constant(node.input[1])
+            if ones is None or np.any(ones != 1):
+                continue
+            window = ones.shape[2:]
+        rank = len(window)
+        steps = _attribute(node, "strides", [1] * rank)
+        pads = _attribute(node, "pads", [0] * 2 * rank)
+        apart = _attribute(node, "dilations", [1] * rank)
+        around = [window[i] == steps[i] == 1 for i in (0, -1)]
+        padded = [pads[i] for i in (0, rank - 1, rank, 2 * rank - 1)]
+        sums = node.op_type == "Conv"
+        if rank < 3 or not all(around) or any(padded) or (sums and set(apart) != {1}):
+            continue
+        inner = slice(1, rank - 1)
+        options: dict[str, Any] = {
+            "kernel_shape": list(window[inner]),
+            "strides": list(steps[inner]),
+            "pads": [*pads[:rank][inner], *pads[rank:][inner]],
+        }
+        order = [0, rank - 1, *range(1, rank - 1)]
+        x = graph.insert(node, "Transpose", second.input[0], perm=order)
+        if sums:
+            y = graph.insert(node, "AveragePool", x, count_include_pad=1, **options)
+        else:
+            y = graph.insert(
+                node, "MaxPool", x, dilations=list(apart[inner]), **options
+            )
+        y = graph.insert(node, "Transpose", y, perm=[0, *range(2, rank), 1])
+        out = after.output[0]  # pyright: ignore[reportOptionalMemberAccess]
+        if sums:
+            count = float(np.prod(window))
+            divide = graph.only_reader(out)
+            by = None
+            if divide is not None and divide.op_type == "Div":
+                by = graph.constant(divide.input[1])
+            if by is not None and by.size == 1 and float(by.ravel()[0]) == count:
+                out = divide.output[0]  # pyright: ignore[reportOptionalMemberAccess]
+            else:
+                name = graph.add_constant(f"{y}_count", np.float32(count))
+                y = graph.insert(node, "Mul", y, name)
+        _redirect(graph, out, y)
+        graph.prune()
+
+
+def _redirect(graph: OnnxGraph, old: str, new: str) -> None:
+    """Whoever reads `old`, an output of the model too, gets `new`."""
+    if old not in graph.outputs:
+        graph.replace(old, new)
+        return
+    graph.graph.node.remove(graph.makers[old])
+    maker = graph.makers[new]
+    maker.output[list(maker.output).index(new)] = old
+    graph.read()
+    graph.replace(new, old)
+
+
+def _means(graph: OnnxGraph) -> None:
+    """A mean over all positions of an image as GlobalAveragePool."""
+    for node in _nodes(graph, "Div"):
+        total, count = graph.makers.get(node.input[0]), graph.constant(node.input[1])
+        if total is None or total.op_type != "ReduceSum" or count is None:
+            continue
+        axes = graph.constant(total.input[1]) if len(total.input) > 1 else None
+        rank = _rank(graph, total.input[0])
+        if axes is None or rank is None or rank < 3 or count.size != 1:
+            continue
+        if sorted(a % rank for a in axes.ravel()) != list(range(1, rank - 1)):
+            continue
+        if _size(graph, total.input[0], range(1, rank - 1)) != float(count.ravel()[0]):
+            continue
+        if graph.only_reader(total.output[0]) is None:
+            continue
+        order = [0, rank - 1, *range(1, rank - 1)]
+        x = graph.insert(node, "Transpose", total.input[0], perm=order)
+        mean = graph.insert(node, "GlobalAveragePool", x)
+        quantize = graph.only_reader(node.output[0])
+        if quantize is not None and quantize.op_type == "QuantizeLinear":
+            # once more before the axes are dropped: what is fused is pool and rounding
+            grid = list(quantize.input[1:])
+            mean = graph.insert(node, "QuantizeLinear", mean, *grid)
+            mean = graph.insert(node, "DequantizeLinear", mean, *grid)
+        if _attribute(total, "keepdims", 1):
+            back = [0, *range(2, rank), 1]
+            flat = graph.insert(node, "Transpose", mean, perm=back)
+        else:
+            flat = graph.insert(node, "Flatten", mean, axis=1)
+        _redirect(graph, node.output[0], flat)
+        graph.prune()
+
+
+def _value(graph: OnnxGraph, name: str) -> Any | None:
+    every = (*graph.graph.value_info, *graph.graph.input, *graph.graph.output)
+    return next((v for v in every if v.name == name), None)
+
+
+def _rank(graph: OnnxGraph, name: str) -> int | None:
+    value = _value(graph, name)
+    return None if value is None else len(value.type.tensor_type.shape.dim)
+
+
+def _size(graph: OnnxGraph, name: str, axes: Any) -> float | None:
+    value = _value(graph, name)
+    if value is None:
+        return None
+    sizes = [value.type.tensor_type.shape.dim[i].dim_value for i in axes]
+    return float(np.prod(sizes)) if all(sizes) else None
+
+
+def _clips(graph: OnnxGraph) -> None:
+    """Bounds before a QuantizeLinear as bounds of its integers, or none."""
+    for quantize in _nodes(graph, "QuantizeLinear"):
+        low, high, source = -np.inf, np.inf, quantize.input[0]
+        ends: list[Callable] = []
+        while True:
+            node = graph.makers.get(source)
+            if node is None or node.op_type not in ("Max", "Min", "Relu"):
+                break
+            if graph.only_reader(source) is None:
+                break
+            if node.op_type == "Relu":
+                given, bound = node.input[0], np.float32(0)
+            else:
+                known = [graph.constant(name) for name in node.input]
+                i = next((i for i, c in enumerate(known) if c is not None), None)
+                if i is None or len(known) != 2:
+                    break
+                given, bound = node.input[1 - i], known[i]
+            ends.append(lambda v, n=node, b=bound: _bounded(v, n.op_type, b))
+            source = given
+        maker = graph.makers.get(source)
+        if not ends or maker is None:
+            continue
+        scale, zero = (graph.constant(name) for name in quantize.input[1:3])
+        if scale is None or zero is None or scale.size != 1:
+            continue
+        info = np.iinfo(zero.dtype)
+        for bound in reversed(ends):  # from the value on
+            low, high = bound(low), bound(high)
+        low, high = (
+            np.clip(
+                np.rint(np.float32(v) / np.float32(scale)) + np.float64(zero),
+                info.min,
+                info.max,
+            ).astype(zero.dtype)
+            for v in (low, high)
+        )
+        quantize.input[0] = source
+        graph.read()
+        integers = quantize.output[0]
+        readers = graph.readers[integers][:]
+        for kind, bound, end in (("Max", low, info.min), ("Min", high, info.max)):
+            if np.all(bound == end) or not readers:
+                continue
+            name = graph.add_constant(f"{integers}_{kind.lower()}", np.asarray(bound))
+            integers = graph.insert(readers[0], kind, integers, name)
+        for reader in readers:
+            if reader.output[0] != integers and integers != quantize.output[0]:
+                reader.input[0] = integers
+        graph.read()
+
+
+def _bounded(value: Any, kind: str, bound: Any) -> Any:
+    return np.minimum(value, bound) if kind == "Min" else np.maximum(value, bound)

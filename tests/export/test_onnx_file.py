@@ -1,0 +1,190 @@
+"""ONNX files in onnxruntime against the simulation, and how many operations are integer ones."""
+
+from collections import Counter
+
+import flax.linen as nn
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmet as jm
+from jaxmet.demo import data
+from jaxmet.demo.network import Network
+from zoo import CASES
+
+pytestmark = pytest.mark.slow
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("jax2onnx")
+
+quiet = {"progress": False}
+
+
+def ran(path, *inputs, optimized=None):
+    """Outputs of onnxruntime, and its operations after fusion."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    session = onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
+    names = [i.name for i in session.get_inputs()]
+    outputs = session.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
+    if optimized is None:
+        return outputs, Counter()
+    nodes = onnx.load(optimized).graph.node
+    return outputs, Counter(node.op_type for node in nodes)
+
+
+def demo(config=None, **equalize):
+    images = jnp.asarray(data.load()[0][:256])
+    apply, params = Network().apply, data.weights()
+    graph = jm.trace(apply, params, images[:1])
+    params = jm.fold_batch_norm(params, graph)
+    batches = jm.batched(images, batch_size=64)
+    if equalize:
+        params = jm.equalize(params, graph, batches=batches, **equalize, **quiet)
+    config = config or jm.QuantConfig(bias="int32")
+    return (
+        apply,
+        params,
+        graph,
+        jm.calibrate(params, graph, batches, config, **quiet),
+        images,
+    )
+
+
+def steps_apart(made, wanted, quantizers):
+    """How many steps of the last grid two outputs differ by."""
+    step = float(np.ravel(list(quantizers.activations.values())[-1].scale)[0])
+    return np.rint(np.abs(np.asarray(made) - np.asarray(wanted)) / step)
+
+
+CONFIGS = {
+    "per channel": (None, {}),
+    "per tensor": (jm.QuantConfig(bias="int32", per_channel=False), {}),
+    "exact clips": (None, {"clip": "exact"}),
+    "4 bits": (jm.QuantConfig(bias="int32", weight_bits=4), {}),
+    "asymmetric": (jm.QuantConfig(bias="int32", symmetric_weights=False), {}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_operation_of_the_demo_is_an_integer_one(name, tmp_path):
+    config, options = CONFIGS[name]
+    apply, params, graph, quantizers, images = demo(config, **options)
+    before = jax.tree.map(np.asarray, params)
+    path = tmp_path / "demo.onnx"
+    table = jm.export.onnx(path, apply, params, quantizers, images[:1])
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+    assert set(table["integers"]) == {"yes"} and len(table) == 22
+    (made,), kinds = ran(path, images, optimized=tmp_path / "optimized.onnx")
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, images)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart == 0) >= 0.97 and np.mean(apart <= 1) >= 0.999
+    assert np.mean(made.argmax(1) == np.argmax(wanted, 1)) >= 0.995
+    if (
+        name != "asymmetric"
+    ):  # onnxruntime keeps zero points of weights a channel in float
+        fused = {"QLinearConv": 17, "QLinearAdd": 3, "QGemm": 1}
+        assert {k: kinds[k] for k in fused} == fused
+        assert kinds["QLinearGlobalAveragePool"] == 1
+        assert not kinds["Conv"] + kinds["Gemm"] + kinds["Add"]
+
+
+def test_a_float_file_and_a_fixed_batch(tmp_path):
+    apply, params, graph, _, images = demo()
+    path = tmp_path / "float.onnx"
+    table = jm.export.onnx(path, apply, params, None, images[:4], batch="fixed")
+    assert set(table["integers"]) == {"no"}
+    (made,), _ = ran(path, images[:4])
+    np.testing.assert_allclose(made, apply(params, images[:4]), rtol=1e-4, atol=1e-4)
+    (shape,) = [i.type.tensor_type.shape for i in onnx.load(path).graph.input]
+    assert shape.dim[0].dim_value == 4
+
+
+def test_a_tree_of_integers_gives_the_same_file(tmp_path):
+    apply, params, graph, quantizers, images = demo()
+    quantizers = quantizers.pin(params)
+    integers = jm.quantize(params, graph, quantizers)
+    made = []
+    for i, tree in enumerate((params, integers)):
+        jm.export.onnx(tmp_path / f"{i}.onnx", apply, tree, quantizers, images[:1])
+        made.append(ran(tmp_path / f"{i}.onnx", images[:32])[0][0])
+    np.testing.assert_array_equal(*made)
+
+
+LOSSES = {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_models_of_the_zoo(name, tmp_path):
+    """Whatever the model, the file computes the simulation, or its export is refused."""
+    case = CASES[name]
+    apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
+    graph = jm.trace(apply, params, *inputs)
+    params = jm.fold_batch_norm(params, graph)
+    quantizers = jm.calibrate(params, graph, [tuple(inputs)], **quiet)
+    path = tmp_path / "model.onnx"
+    try:
+        jm.export.onnx(path, apply, params, quantizers, *inputs, batch="fixed")
+    except (ValueError, NotImplementedError) as error:
+        assert not path.exists()
+        pytest.skip(f"refused: {error}")
+    made, _ = ran(path, *jax.tree.leaves(inputs))
+    wanted = jax.tree.leaves(jm.simulate(apply, quantizers)(params, *inputs))
+    for one, two in zip(made, wanted, strict=True):
+        two = np.asarray(two)
+        scale = np.abs(two).max(initial=1e-6)
+        assert np.mean(np.abs(one - two) > 0.05 * scale) <= 0.05
+
+
+def test_an_nnx_model_with_several_inputs(tmp_path):
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.left, self.right = (
+                nnx.Linear(4, 6, rngs=rngs),
+                nnx.Linear(5, 6, rngs=rngs),
+            )
+
+        def __call__(self, x, y):
+            return {"sum": nnx.relu(self.left(x)) + self.right(y)}
+
+    apply, params, _ = jm.functional(Two(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(64, n)), jnp.float32) for n in (4, 5))
+    graph = jm.trace(apply, params, x, y)
+    quantizers = jm.calibrate(params, graph, [(x, y)], **quiet)
+    jm.export.onnx(tmp_path / "two.onnx", apply, params, quantizers, x[:1], y[:1])
+    model = onnx.load(tmp_path / "two.onnx")
+    assert [o.name for o in model.graph.output] == ["output_sum"]
+    (made,), _ = ran(tmp_path / "two.onnx", x, y)
+    wanted = jm.simulate(apply, quantizers)(params, x, y)["sum"]
+    assert np.mean(steps_apart(made, wanted, quantizers) == 0) > 0.95
+
+
+def test_what_is_refused(tmp_path):
+    apply, params, graph, quantizers, images = demo()
+    path = tmp_path / "there.onnx"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"export\.onnx: there is a file .*overwrite"):
+        jm.export.onnx(path, apply, params, quantizers, images[:1])
+    assert path.read_text() == "mine"
+    free = tmp_path / "free.onnx"
+    with pytest.raises(ValueError, match=r"export\.onnx: batch is 'some'"):
+        jm.export.onnx(free, apply, params, quantizers, images[:1], batch="some")
+    other = nn.Dense(3)
+    tree = other.init(jax.random.key(0), images[:1])
+    with pytest.raises(ValueError, match=r"export\.onnx: .*no parameter"):
+        jm.export.onnx(free, other.apply, tree, quantizers, images[:1])
+
+    def counted(params, x):
+        return x @ params["w"] * float(x.shape[0])
+
+    w = {"w": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=r"export\.onnx: the model needs a number"):
+        jm.export.onnx(free, counted, w, None, jnp.ones((2, 3)))
+    assert not free.exists()
