@@ -161,9 +161,9 @@ def _table(model: Any) -> Table:
     graph = OnnxGraph(model)
     rows = []
     for node in graph.graph.node:
-        if node.op_type not in COMPUTES:
+        if node.op_type not in COMPUTES or not graph.is_float(node.output[0]):
             continue
-        read = [n for n in node.input[:2] if n and _is_float(graph, n)]
+        read = [n for n in node.input[:2] if graph.is_float(n) and _is_float(graph, n)]
         wrote = [n for n in node.output if not _is_stored(graph, n)]
         why = [f"reads {n} in float" for n in read] + [
             f"gives {n} in float" for n in wrote

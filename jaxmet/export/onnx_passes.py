@@ -30,6 +30,8 @@ class OnnxGraph:
                 self.readers[name].append(node)
         self.outputs = {o.name for o in self.graph.output}
         self.arrays = {i.name: i for i in self.graph.initializer}
+        values = (*self.graph.value_info, *self.graph.input, *self.graph.output)
+        self.types = {v.name: v.type.tensor_type.elem_type for v in values}
 
     def constant(self, name: str) -> np.ndarray | None:
         """The numbers of an initializer, also through a Reshape of one."""
@@ -52,6 +54,15 @@ class OnnxGraph:
         self.graph.initializer.append(tensor)
         self.arrays[name] = self.graph.initializer[-1]
         return name
+
+    def is_float(self, name: str) -> bool:
+        """Whether a value holds floats, as far as is known."""
+        from onnx import TensorProto
+
+        if name in self.arrays:
+            return self.arrays[name].data_type == TensorProto.FLOAT
+        kind = self.types.get(name, TensorProto.FLOAT)
+        return bool(name) and kind == TensorProto.FLOAT
 
     def only_reader(self, name: str) -> Any | None:
         """The one node that reads a value, where no other and no output does."""
@@ -147,28 +158,31 @@ def _weights(graph: OnnxGraph) -> None:
 
 
 def _biases(graph: OnnxGraph) -> None:
-    """A constant added after a product is its bias."""
+    """Constants added after a product are its bias."""
     for node in _nodes(graph, *GROWS):
         has_bias = len(node.input) > 2 and node.input[2]
         if has_bias and (node.op_type == "Conv" or _attribute(node, "beta", 1.0)):
             continue
-        last = node
+        size, last = _outputs(graph, node), node
+        weight = graph.constant(_behind(graph, node.input[1]))
+        if size is None or weight is None:
+            continue
+        axis, rank = 1, weight.ndim
         reader = graph.only_reader(last.output[0])
         if reader is not None and reader.op_type == "Transpose":
-            last, reader = reader, graph.only_reader(reader.output[0])
-        if reader is None or reader.op_type != "Add":
+            last, axis = reader, list(_attribute(reader, "perm")).index(1)
+            reader = graph.only_reader(reader.output[0])
+        total, value = np.zeros(size), last.output[0]
+        while reader is not None and reader.op_type == "Add":
+            here = list(reader.input).index(value)
+            bias = graph.constant(reader.input[1 - here])
+            if bias is None or not _along_channels(bias, size, axis - rank):
+                break
+            total, value = total + bias.astype(np.float64).reshape(-1), reader.output[0]
+            reader = graph.only_reader(value)
+        if value == last.output[0]:
             continue
-        here = list(reader.input).index(last.output[0])
-        bias = graph.constant(reader.input[1 - here])
-        size = _outputs(graph, node)
-        if bias is None or size is None or bias.shape[-1:] not in ((size,), (1,)):
-            continue
-        if bias.size not in (1, size):
-            continue
-        bias = np.broadcast_to(bias.reshape(-1), (size,))
-        while len(node.input) < 2:
-            node.input.append("")
-        name = _int32(graph, node, bias)
+        name = _int32(graph, node, total)
         if len(node.input) > 2:
             node.input[2] = name
         else:
@@ -176,8 +190,16 @@ def _biases(graph: OnnxGraph) -> None:
         if node.op_type == "Gemm":
             _set(node, beta=1.0)
         graph.read()
-        _redirect(graph, reader.output[0], last.output[0])
+        _redirect(graph, value, last.output[0])
         graph.prune()
+
+
+def _along_channels(bias: np.ndarray, size: int, axis: int) -> bool:
+    """Whether a constant is one number, or one a channel; `axis` counts from the end."""
+    if bias.size == 1:
+        return True
+    sizes = [n for n in bias.shape if n != 1]
+    return sizes == [size] and bias.ndim >= -axis and bias.shape[axis] == size
 
 
 def _outputs(graph: OnnxGraph, node: Any) -> int | None:

@@ -176,7 +176,7 @@ SHARED = {
     "troubleshooting": (LEAST, MOST),
     "from-qwix": (LEAST, 0.5),
 }
-RUN_APART = {"compression", "inside", "training"}
+RUN_APART = {"compression", "deploy", "inside", "training"}
 
 
 def test_every_page_with_code_is_run():
@@ -232,6 +232,16 @@ def test_compression_runs_as_printed(folder):
     macs = [scope[name]["macs"][-1] for name in ("before", "after")]
     assert macs[1] < 0.7 * macs[0] and scope["logits"].shape == (16, 4)
     assert (folder / "tiny.npz").exists()
+
+
+@pytest.mark.slow
+def test_deploy_runs_as_printed(folder):
+    for package in ("jax2onnx", "onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="files need pip install '.[onnx]'")
+    scope = run(DOCS / "deploy.md", scope_of("linen"), "linen")
+    far = jnp.abs(scope["logits"] - scope["simulated"]).max()
+    assert far < 0.05 * jnp.abs(scope["simulated"]).max()
+    assert (folder / "integers.npz").exists()
 
 
 class Trained(nn.Module):
@@ -294,9 +304,9 @@ def test_readme_runs_as_printed(folder):
 
 
 def public_names() -> set[str]:
-    """What jaxmet, jaxmet.plot and jaxmet.numerics say or define in public."""
+    """What jaxmet, its plot, export and numerics say or define in public."""
     found = set()
-    for package in ("jaxmet", "jaxmet.plot"):
+    for package in ("jaxmet", "jaxmet.plot", "jaxmet.export"):
         source = ROOT.joinpath(*package.split("."), "__init__.py").read_text("utf-8")
         said = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
         found |= {f"{package}.{name}" for name in said}
@@ -306,7 +316,11 @@ def public_names() -> set[str]:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         defined = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         found |= {f"{module}.{n.name}" for n in defined if n.name[0] != "_"}
-    return found - {"jaxmet.numerics", "jaxmet.plot"}  # pages of their own
+    return found - {
+        "jaxmet.numerics",
+        "jaxmet.plot",
+        "jaxmet.export",
+    }  # pages of their own
 
 
 def test_every_public_name_is_in_the_reference_and_the_guide():

@@ -1,5 +1,6 @@
-"""What XLA:CPU does badly, in an equal form.
+"""Equations for what runs them: XLA:CPU, and other runtimes.
 
-cpu      which convolutions are replaced, chosen when a program is lowered
-shifts   convolutions as sums of shifted inputs times a number
+cpu             which convolutions are replaced, chosen when a program is lowered
+onnx_lowering   a function's equations as an ONNX model
+shifts          convolutions as sums of shifted inputs times a number
 """

@@ -128,8 +128,9 @@ def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
     places = [i for i, n in enumerate(grid[0].aval.shape) if n != 1]
     if known[2] is None or known[3] is None or eqn.params["block"] or len(places) > 1:
         raise ValueError(
-            "jaxmet.export.onnx: the grid of a quantizer is computed by the model, in blocks or "
-            "of a computed width. Give the quantizer fixed bits and no blocks."
+            "jaxmet.export.onnx: a quantizer lies inside a loop, a branch or jax.checkpoint, where "
+            "its grid is no constant. Export the model without it, or that part in float "
+            "(quantizers.set(name, enabled=False))."
         )
     kind = _integer_type(int(np.min(known[2])), int(np.max(known[3])))
     build = ctx.builder
