@@ -148,7 +148,8 @@ def _weights(graph: OnnxGraph) -> None:
             f"{dequantize.input[0]}_{node.output[0]}", integers.transpose(order)
         )
         options = {}
-        if np.size(graph.constant(dequantize.input[1])) > 1:
+        scale = graph.constant(dequantize.input[1])
+        if scale is not None and scale.size > 1:
             axis = _attribute(dequantize, "axis", 1) % integers.ndim
             options["axis"] = list(order).index(axis)
         new = graph.insert(
@@ -300,7 +301,7 @@ def _pools(graph: OnnxGraph) -> None:
             if by is not None and by.size == 1 and float(by.ravel()[0]) == count:
                 out = divide.output[0]  # pyright: ignore[reportOptionalMemberAccess]
             else:
-                name = graph.add_constant(f"{y}_count", np.float32(count))
+                name = graph.add_constant(f"{y}_count", np.asarray(count, np.float32))
                 y = graph.insert(node, "Mul", y, name)
         _redirect(graph, out, y)
         graph.prune()

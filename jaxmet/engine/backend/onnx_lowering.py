@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from jaxmet.numerics.fake_quant import fake_quant_p
 
@@ -31,7 +32,7 @@ def onnx_model(
 
     _register()
     jaxpr = jax.make_jaxpr(lambda *x: list(function(*x)))(*inputs)
-    run = jax.extend.core.jaxpr_as_fun(jaxpr)
+    run = jaxpr_as_fun(jaxpr)
     one = len(jaxpr.jaxpr.outvars) == 1
     return jax2onnx.to_onnx(
         lambda *x: run(*x)[0] if one else tuple(run(*x)),
