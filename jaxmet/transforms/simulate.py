@@ -29,6 +29,7 @@ def simulate(
     grids: Grids | None = None,
     weights: bool = True,
     fold: Graph | None = None,
+    cpu_formulations: bool = True,
 ) -> Apply:
     r"""The same model with weights and activations quantized by `quantizers`.
 
@@ -61,6 +62,8 @@ def simulate(
             `jm.round_weights`. Default True.
         fold: the graph in inference mode: round each weight as it will be when its norm is
             folded; default None.
+        cpu_formulations: whether convolutions that XLA:CPU runs slowly are computed in an equal
+            form there, as in `jm.evaluate`; default True.
 
     Returns:
         A function like `apply`, differentiable by `params`.
@@ -72,7 +75,7 @@ def simulate(
     >>> device = jax.jit(jm.simulate(model.apply, quantizers))
     >>> logits = device(params, images)
     """
-    check_flags("simulate", weights=weights)
+    check_flags("simulate", weights=weights, cpu_formulations=cpu_formulations)
     check_apply(apply, "simulate")
     if not isinstance(quantizers, Dynamic):
         cure = "Pass apply first, and then what jm.calibrate or jm.dynamic returned."
@@ -100,7 +103,8 @@ def simulate(
 
         if weights:
             params = fake_quantize_params(params, found, grids, fold)
-        outputs, _ = evaluate(apply, hook)(params, *inputs, **kwargs)
+        run = evaluate(apply, hook, cpu_formulations=cpu_formulations)
+        outputs, _ = run(params, *inputs, **kwargs)
         known = seen | named_leaves(params).keys()
         missing = [name for name in found.activations if name not in seen]
         missing += [name for name in found.weights if name not in known]

@@ -568,3 +568,16 @@ def test_quantizers_of_another_model_are_refused():
 def test_bad_edits_are_refused(edit, message):
     with pytest.raises(ValueError, match=r"jaxmet\.Quantizers\.set.*" + message):
         edit(quantized("concatenation", INT32))
+
+
+def test_convolutions_may_stay_as_the_model_says_them():
+    apply, params, inputs = model("inverted_residual")
+    graph = jm.trace(apply, params, *inputs)
+    quantizers = jm.calibrate(params, graph, [inputs], progress=False)
+    texts = {}
+    for flag in (True, False):
+        device = jm.simulate(apply, quantizers, cpu_formulations=flag)
+        texts[flag] = str(jax.make_jaxpr(device)(params, *inputs))
+    assert "platform_index" in texts[True] and "platform_index" not in texts[False]
+    with pytest.raises(ValueError, match="simulate: cpu_formulations is 1"):
+        jm.simulate(apply, quantizers, cpu_formulations=1)  # type: ignore[arg-type]
