@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmet.engine.axes import labels as lb
-from jaxmet.engine.graph.channels import Joined, Span, indices_of, layout_size
+from jaxmet.engine.graph.channel_groups import Joined, Span, indices_of, layout_size
 from jaxmet.engine.graph.graph import trace
 from jaxmet.engine.run.replay import evaluate
 from jaxmet.tree.names import named_leaves, replace_leaves

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu
 
-from jaxmet.engine.graph.channels import Joined
+from jaxmet.engine.graph.channel_groups import Joined
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.run.lift import lift
 from jaxmet.transforms.equalize import equalize
