@@ -10,6 +10,7 @@ import pytest
 
 import by_hand
 import jaxmet as jm
+import zoo
 from jaxmet.numerics.calibrators import (
     CALIBRATORS,
     RangeName,
@@ -24,7 +25,6 @@ from jaxmet.numerics.calibrators import (
 )
 from jaxmet.numerics.grid import grid_ends
 from jaxmet.numerics.histogram import Histogram, histogram
-from zoo import CASES
 
 SEARCHED = ("mse", "sqnr", "entropy")
 METHODS = ("percentile", *SEARCHED)
@@ -57,14 +57,6 @@ def chosen(x, method, bits, symmetric, tail=1e-3):
     given = [jnp.float32(v) for v in (*ends_of(bits, symmetric, x), tail)]
     low, high = best_range(values, *given, method=method, symmetric=symmetric)
     return float(low), float(high)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small models, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Oracles: raw samples, float64, numpy.
@@ -363,10 +355,9 @@ def test_weight_scales_follow_the_weight_under_every_transformation():
 # In calibrate.
 
 
-@functools.cache
 def model(name):
-    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
-    return apply, params, jm.trace(apply, params, *inputs)
+    apply, params, _ = zoo.model(name)
+    return apply, params, zoo.traced(name)
 
 
 def raw(name, batches):

@@ -41,14 +41,6 @@ from jaxmet.numerics.rounding.soft_rounding import (
 STARTS = ("nearest", "gptq")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small arrays, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Data and oracles, in float64.
 
 

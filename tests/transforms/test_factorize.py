@@ -16,7 +16,7 @@ from jaxmet.transforms.factors import Shape, factors_of, placed_matrix, spectrum
 from jaxmet.tree.leaves import Compressed, densify
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.structures import Keep, Pruned
-from zoo import CASES
+from zoo import model
 
 
 class Net(nn.Module):
@@ -199,7 +199,7 @@ def test_a_rank_that_costs_more_than_the_weight_is_refused(net):
 
 
 def test_bounds_stay_with_the_second_factor():
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("inverted_residual")
     graph = jm.trace(apply, params, *inputs)
     tree = jm.equalize(
         jm.fold_batch_norm(params, graph), graph, objective="range", progress=False
@@ -298,7 +298,7 @@ def test_data_with_nan_in_a_later_batch_are_refused(net, transform):
 
 
 def test_a_layer_without_factors_is_refused_by_name():
-    apply, params, inputs = CASES["scan"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("scan")
     graph = jm.trace(apply, params, *inputs)
     stacked = next(
         n.name for n in graph.layers if n.weight is not None and n.weight.stacked
