@@ -99,6 +99,13 @@ def traced(name: str, frontend: str | None = None) -> Graph:
 
 
 @functools.cache
+def redrawn(name: str, frontend: str | None = None, seed: int = 1) -> Model:
+    """`model` with other numbers: what was compiled for its `apply` and graph serves both."""
+    apply, frontend = model(name, frontend)[0], frontend or CASES[name].frontends[0]
+    return apply, *CASES[name].make[frontend](jax.random.key(seed))[1:]
+
+
+@functools.cache
 def _made(name: str, frontend: str) -> Model:
     return CASES[name].make[frontend](jax.random.key(0))
 

@@ -214,10 +214,10 @@ PASSES = {
 }
 
 
-def test_a_third_model_of_a_family_compiles_its_passes_over_data_only(programs):
+def test_a_second_model_of_a_family_compiles_its_passes_over_data_only(programs):
     images = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
     batches, compiled = jm.batched(images, batch_size=4), {}
-    for depth in (3, 4, 5):
+    for depth in (3, 4):
         model, params = family(depth)
         graph = jm.trace(model, params, images[:1])
         quantizers = jm.calibrate(params, graph, batches, **quiet)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
+import zoo
 from jaxmet.tree.leaves import flatten, is_compressed
 from jaxmet.tree.names import named_leaves
-from zoo import CASES
 
 MODELS = ("conv_bn_relu", "inverted_residual", "residual", "grouped", "concatenation")
 FRONTENDS = ("linen", "nnx")
@@ -163,10 +163,8 @@ def law(check: Callable[..., None]) -> Callable[..., None]:
     return check
 
 
-@functools.cache
 def subject(model: str, frontend: str):
-    apply, params, inputs = CASES[model].make[frontend](jax.random.key(3))
-    return apply, params, inputs, jm.trace(apply, params, *inputs)
+    return *zoo.redrawn(model, frontend, 3), zoo.traced(model, frontend)
 
 
 @functools.cache
