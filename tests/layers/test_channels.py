@@ -1,5 +1,6 @@
 """Values of channels along axes that are flattened, joined, or both, and along parameters."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,8 +33,8 @@ def layouts(draw, groups, depth=0):
     else:
         size = draw(st.integers(1, 3))
         item, table = Span(None, size), np.full((size, 2), -1)
-    before = draw(st.lists(st.integers(1, 3), max_size=2))
-    after = draw(st.lists(st.integers(1, 3), max_size=2))
+    before = draw(st.lists(st.integers(1, 3), max_size=1))
+    after = draw(st.lists(st.integers(1, 3), max_size=1))
     layout = (
         *(Span(None, n) for n in before),
         item,
@@ -51,10 +52,10 @@ def test_each_position_has_the_value_of_its_channel(drawn):
     layout, table = drawn
     assert layout_size(layout) == len(table)
     values = {0: [10.0, 11.0], 1: [20.0, 21.0, 22.0], 2: [30.0]}
-    vectors = {g: jnp.asarray(v) for g, v in values.items() if g != 1}
+    vectors = {g: np.asarray(v) for g, v in values.items() if g != 1}
     wanted = [values[g][c] if g in vectors else 0.0 for g, c in table]
     np.testing.assert_array_equal(spread(layout, vectors), wanted)
-    tensor = {g: Moments(*[jnp.asarray(v)] * 4) for g, v in values.items()}
+    tensor = {g: Moments(*[np.asarray(v)] * 4) for g, v in values.items()}
     found = join(layout, tensor)
     if np.all(table[:, 0] >= 0):
         wanted = [values[g][c] for g, c in table]
@@ -87,6 +88,13 @@ def test_positions_of_two_axes_taken_as_one(first, second):
     mine = lambda g, c: c if g in (0, 2) else -1
     wanted = [max(mine(g, c), mine(h, d)) for g, c, h, d in both]
     np.testing.assert_array_equal(channel_along(layout, {0, 2}), wanted)
+
+
+def test_traced_values_are_laid_out_as_numbers_are():
+    layout = (Span(None, 2), Joined(((Span(1, 3),), (Span(0, 2),))))
+    vectors = {0: jnp.arange(2.0), 1: 5 + jnp.arange(3.0)}
+    found = jax.jit(lambda v: spread(layout, v))(vectors)
+    np.testing.assert_array_equal(found, 2 * [5.0, 6.0, 7.0, 0.0, 1.0])
 
 
 def test_merged_positions_have_the_largest_value_and_the_sum_of_theirs():
