@@ -92,6 +92,7 @@ def least_error(x, ends, symmetric, gamma=1.0):
     return min(costs)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("name", ["normal", "laplace", "relu", "skewed", "outlier"])
