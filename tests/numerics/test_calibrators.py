@@ -424,6 +424,7 @@ def test_percentiles_of_every_node_over_all_batches(name):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_and_form_of_batches_do_not_matter(method):
     x = rows("conv_bn_relu", 18)
@@ -590,6 +591,7 @@ def net(params, x):
     return jax.nn.relu(x @ params["w"]) @ params["v"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weights_follow_a_calibrator_of_the_users_own(symmetric, per_channel):

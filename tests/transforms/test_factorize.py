@@ -562,6 +562,7 @@ def dots(apply, *args):
     return int(total)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("data", [False, True])
 @pytest.mark.parametrize("stored", sorted(STORED))
 def test_factors_of_weights_however_they_are_stored(stored, data):
@@ -678,6 +679,7 @@ SHAPES = {  # as (window of the first, of the second, ins, outs), groups
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("poor", [False, True])
