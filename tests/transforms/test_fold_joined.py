@@ -58,7 +58,7 @@ def dense_net(widths, biases):
     return apply, params, numbers(8, 7, 4)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.lists(st.tuples(st.integers(2, 4), st.booleans()), min_size=2, max_size=4))
 def test_every_product_takes_the_gain_of_its_channels(parts):
     widths, biases = zip(*parts, strict=True)
