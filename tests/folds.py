@@ -23,6 +23,16 @@ def same_function(apply, before, after, *inputs, rtol=1e-5):
     close(got, want, 0.0, rtol * np.max(np.abs(want)))
 
 
+def same_outputs(apply, before, after, *inputs, rtol=1e-5):
+    """Each of several outputs by name, relative to its own largest number."""
+    run = jax.jit(apply)
+    wanted, found = run(before, *inputs), run(after, *inputs)
+    assert wanted.keys() == found.keys()
+    for name, y in wanted.items():
+        y = np.asarray(y, np.float64)
+        close(found[name], y, 0.0, rtol * np.max(np.abs(y)))
+
+
 def same_bits(one, two):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         assert a.dtype == b.dtype

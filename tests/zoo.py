@@ -8,6 +8,7 @@ A case that linen and nnx share has equal names and, from equal keys, equal numb
 both. The nodes are written by hand from the rules of naming: an oracle, no recording.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,12 @@ import jax
 from jax.nn import gelu, relu
 
 import zoo_models as z
+from jaxmet.engine.graph.graph import Graph, trace
 from zoo_nets import (
     Factory,
     Inputs,
     Layer,
+    Model,
     attention,
     batch_norm,
     conv,
@@ -83,6 +86,34 @@ def twin(case: Case, params: Any) -> Any:
     by_name = {parts(path)[1:]: leaf for path, leaf in leaves}
     _, state, _ = case.make["nnx"](jax.random.key(0))
     return jax.tree_util.tree_map_with_path(lambda p, _: by_name[parts(p)], state)
+
+
+def model(name: str, frontend: str | None = None) -> Model:
+    """A case with the numbers of key 0, in its first front-end unless another is named."""
+    return _made(name, frontend or CASES[name].frontends[0])
+
+
+def traced(name: str, frontend: str | None = None) -> Graph:
+    """The graph of `model`. All tests of a worker share it, and so what it compiled."""
+    return _traced(name, frontend or CASES[name].frontends[0])
+
+
+@functools.cache
+def redrawn(name: str, frontend: str | None = None, seed: int = 1) -> Model:
+    """`model` with other numbers: what was compiled for its `apply` and graph serves both."""
+    apply, frontend = model(name, frontend)[0], frontend or CASES[name].frontends[0]
+    return apply, *CASES[name].make[frontend](jax.random.key(seed))[1:]
+
+
+@functools.cache
+def _made(name: str, frontend: str) -> Model:
+    return CASES[name].make[frontend](jax.random.key(0))
+
+
+@functools.cache
+def _traced(name: str, frontend: str) -> Graph:
+    apply, params, inputs = _made(name, frontend)
+    return trace(apply, params, *inputs)
 
 
 CASES: dict[str, Case] = {}

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxmet.engine.graph.channels import Joined, Layout, Member, layout_size
+from jaxmet.engine.graph.channel_groups import Joined, Layout, Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.layers.channels import ChannelAxes
 from jaxmet.layers.eligibility import (
     DERIVED_BIAS,
     NOT_SELECTED,
@@ -16,23 +17,6 @@ from jaxmet.layers.eligibility import (
     why_shared,
 )
 from jaxmet.layers.norm_parameters import roles_of
-from jaxmet.numerics import xp
-from jaxmet.numerics.xp import Array
-
-
-@dataclasses.dataclass(frozen=True)
-class GainAxes:
-    """A parameter and the axes of it that a norm's channels run along.
-
-    With `groups`, the axis holds the inputs of one group; see `channels.Member`. `part` are
-    the first and last of the norm's channels that run there, where others run elsewhere.
-    """
-
-    parameter: str
-    axes: tuple[int, ...]
-    groups: int = 1
-    out_axis: int = -1
-    part: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +26,7 @@ class FoldPlan:
     node: Node
     side: str = ""
     products: tuple[str, ...] = ()
-    places: tuple[GainAxes, ...] = ()
+    places: tuple[ChannelAxes, ...] = ()
     sizes: tuple[int, ...] = ()
     why: str | None = None
 
@@ -201,37 +185,16 @@ def _place(
     channels: tuple[Layout, ...],
     parameter: str,
     role: str,
-) -> GainAxes | None:
+) -> ChannelAxes | None:
     """Where the channels of a norm lie in a parameter, None if they do not."""
     members = _members(graph, product, parameter, role)
     if any(m.groups != 1 for m in members):
         (only,) = members
-        place = GainAxes(parameter, (only.axis,), only.groups, only.out_axis)
-        return place if channels == (only.layout,) else None
+        return ChannelAxes.of(only) if channels == (only.layout,) else None
     hits = [[m.axis for m in members if m.layout == layout] for layout in channels]
     if any(len(axes) != 1 for axes in hits):
         return None
-    return GainAxes(parameter, tuple(axis for (axis,) in hits))
-
-
-def spread(factor: Array, place: GainAxes, shape: tuple[int, ...]) -> Array:
-    """A factor for each channel, with the rank of the parameter that it multiplies."""
-    sizes = [1] * len(shape)
-    if place.part is not None:
-        factor = factor[slice(*place.part)]
-    if place.groups == 1:
-        for axis, n in zip(place.axes, factor.shape, strict=True):
-            sizes[axis] = n
-        order = sorted(range(factor.ndim), key=lambda i: place.axes[i])
-        return xp.transpose(factor, order).reshape(sizes)
-    # The outputs of a group follow each other and read the same inputs.
-    (axis,), outputs = place.axes, shape[place.out_axis]
-    each = xp.repeat(factor.reshape(place.groups, -1), outputs // place.groups, axis=0)
-    sizes[place.out_axis] = outputs
-    if axis < 0:
-        return each.reshape(sizes)
-    sizes[axis] = each.shape[1]
-    return (each if place.out_axis < axis else each.T).reshape(sizes)
+    return ChannelAxes(parameter, tuple(axis for (axis,) in hits))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from jax import lax
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.layers.fold_plans import plan_of, spread
+from jaxmet.layers.fold_plans import plan_of
 from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.numerics import xp
@@ -37,7 +37,7 @@ def gains_of(graph: Graph, leaves: Mapping[str, Any], caller: str) -> dict[str, 
         gain = norm_gain(variance, scale, node.norm.epsilon).reshape(plan.sizes)
         for place in plan.places:
             kernel = dense(leaves[place.parameter])
-            factor = spread(gain, place, kernel.shape)
+            factor = place.spread(gain, kernel.shape)
             found[place.parameter] = found.get(place.parameter, 1.0) * factor
         if plan.side == "before" and node.norm.mean is not None:
             # It follows its tensor, and an int32 bias is a sum with it.

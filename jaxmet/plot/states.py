@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.channels import indices_of
+from jaxmet.engine.graph.channel_groups import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.norm_parameters import statistics_weight

@@ -13,9 +13,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from jaxmet.engine.flow.bias_targets import BiasTargets
-from jaxmet.engine.graph.channels import Layout, Member
+from jaxmet.engine.graph.channel_groups import Layout, Member
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node, Norm
+from jaxmet.layers.channels import how_often, split, spread
 from jaxmet.layers.eligibility import (
     NO_BIAS,
     NO_CARRIER,
@@ -30,7 +31,6 @@ from jaxmet.layers.eligibility import (
     why_shared,
 )
 from jaxmet.layers.layer import by_channel
-from jaxmet.layers.layouts import how_often, split, spread
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import MomentNetwork
 from jaxmet.layers.once import run_once

@@ -1,6 +1,5 @@
 """The table of nodes, against noise put in by hand and sums in float64."""
 
-import functools
 import math
 import re
 from functools import partial
@@ -11,16 +10,13 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from zoo import CASES
+import zoo
 
 KEY = jax.random.key(6)
 
 
-@functools.cache
 def model(name, front=None):
-    make = CASES[name].make
-    apply, params, inputs = make[front or next(iter(make))](KEY)
-    return apply, params, inputs, jm.trace(apply, params, *inputs)
+    return *zoo.redrawn(name, front, 6), zoo.traced(name, front)
 
 
 def plain(layers=3, size=6):

@@ -322,6 +322,7 @@ def one_by_one(params, x):
     return jax.lax.map(lambda row: plain(params, row[None])[0], x)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "model", [pooled, centred, against_the_mean, similarities, neighbours, standardized]
 )

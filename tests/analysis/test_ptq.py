@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from zoo import CASES
+from zoo import model
 
 CONFIG = jm.QuantConfig(per_channel=False, placement="products")
 
@@ -17,7 +17,7 @@ CONFIG = jm.QuantConfig(per_channel=False, placement="products")
 @pytest.fixture(scope="module")
 def case() -> tuple[Any, Any, list]:
     """A trained-looking network: its norms' statistics are those of its data."""
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("inverted_residual")
     shape = (8, *inputs[0].shape[1:])
     batches = [(jax.random.normal(jax.random.key(k), shape),) for k in range(4)]
     graph = jm.trace(apply, params, *batches[0])
@@ -88,7 +88,7 @@ def test_data_free_ranges_are_near_those_of_data(case: Any) -> None:
 
 
 def test_without_data_and_without_norms_it_is_refused() -> None:
-    apply, params, inputs = CASES["concatenation"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("concatenation")
     graph = jm.trace(apply, params, *inputs)
     with pytest.raises(ValueError, match=r"jaxmet\.calibrate: .*no norm.*batches="):
         jm.calibrate(params, graph)

@@ -57,13 +57,13 @@ def check_all_sizes(net):
         assert structure(nodes_of_a_call(net, net.params, x)) == want, size
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from([*TOKENS]), max_size=4), st.sampled_from([*READOUTS]))
 def test_sequence_models_have_the_same_nodes_at_all_sizes(blocks, readout):
     check_all_sizes(Net(blocks, readout))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.lists(st.sampled_from([*IMAGES]), max_size=4), st.sampled_from([*READOUTS]))
 def test_image_models_have_the_same_nodes_at_all_sizes(blocks, readout):
     check_all_sizes(Net(blocks, readout, images=True))

@@ -19,7 +19,7 @@ from jaxmet.engine.backend.shifts import (
     shift_and_multiply,
 )
 from jaxmet.engine.run.replay import evaluate
-from zoo import CASES
+from zoo import model
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 NCHW = ("NCHW", "OIHW", "NCHW")
@@ -233,7 +233,7 @@ def test_it_exports_with_a_symbolic_batch():
 
 @pytest.mark.parametrize("name", ["inverted_residual", "grouped", "resnet"])
 def test_a_model_is_equal_to_rounding(name):
-    apply, params, inputs = CASES[name].make["linen"](jax.random.key(0))
+    apply, params, inputs = model(name)
     found = jax.jit(replayed(apply))(params, *inputs)
     close(found, jax.jit(apply)(params, *inputs))
 

@@ -14,7 +14,7 @@ from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
-from zoo import CASES
+from zoo import CASES, model
 
 QUICK = (
     "inverted_residual",
@@ -68,9 +68,10 @@ def assert_same(found, wanted):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("name", "front"), FRONTS)
 def test_what_is_pruned_is_as_if_it_were_zero(name, front):
-    apply, params, inputs = CASES[name].make[front](jax.random.key(0))
+    apply, params, inputs = model(name, front)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     tree, found = prune_at_random(params, rng)
     assert found
@@ -236,7 +237,7 @@ def test_names_of_parts_at_the_root_and_in_nnx_paths():
 
 
 def test_the_program_of_a_plain_tree_is_untouched():
-    apply, params, inputs = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("conv_bn_relu")
     jaxpr = jax.make_jaxpr(jm.lift(apply))(params, *inputs)
     assert str(jaxpr) == str(jax.make_jaxpr(apply)(params, *inputs))
     assert program(jaxpr).equations

@@ -5,7 +5,6 @@ written by hand and against the law that defines them: rescaling a free group le
 model's function alone.
 """
 
-import functools
 import math
 
 import jax
@@ -16,24 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmet.engine.axes import labels as lb
-from jaxmet.engine.graph.channels import Joined, Span, indices_of, layout_size
+from jaxmet.engine.graph.channel_groups import Joined, Span, indices_of, layout_size
 from jaxmet.engine.graph.graph import trace
 from jaxmet.engine.run.replay import evaluate
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES
+from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]
 TWINS = [name for name, case in CASES.items() if {"linen", "nnx"} <= {*case.make}]
-
-
-@functools.cache
-def model(name, front):
-    return CASES[name].make[front](jax.random.key(0))
-
-
-@functools.cache
-def graph_of(name, front):
-    return trace(*model(name, front)[:2], *model(name, front)[2])
 
 
 # Reshapes, against index arithmetic.
@@ -273,7 +262,7 @@ def free_groups(graph):
 def test_free_groups_are_those_written_by_hand(name, front):
     rows = [row.split("->") for row in FREE[name].split(";") if row]
     wanted = {(frozenset(m.split()), frozenset(r.split())) for m, r in rows}
-    graph = graph_of(name, front)
+    graph = traced(name, front)
     assert free_groups(graph) == wanted
     assert sum(g.free for g in graph.groups) == len(wanted)
 
@@ -282,7 +271,7 @@ def test_free_groups_are_those_written_by_hand(name, front):
 def test_twins_have_equal_groups(name):
     groups, members = [], []
     for front in ("linen", "nnx"):
-        graph = graph_of(name, front)
+        graph = traced(name, front)
         names = {
             g.index: (
                 g.size,
@@ -394,12 +383,12 @@ def check_law(graph, apply, params, inputs):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "front"), LAW)
 def test_rescaling_every_free_group_leaves_the_function_alone(name, front):
-    check_law(graph_of(name, front), *model(name, front))
+    check_law(traced(name, front), *model(name, front))
 
 
 @pytest.mark.parametrize("name", ["resnet", "concatenation", "grouped", "flatten"])
 def test_members_are_as_long_as_their_axes(name):
-    graph, leaves = graph_of(name, "linen"), named_leaves(model(name, "linen")[1])
+    graph, leaves = traced(name, "linen"), named_leaves(model(name, "linen")[1])
     assert graph.members
     for m in graph.members:
         size = leaves[m.parameter].shape[m.axis]
@@ -408,7 +397,7 @@ def test_members_are_as_long_as_their_axes(name):
 
 def test_layouts_by_hand():
     def layout(name, parameter, role="in"):
-        graph = graph_of(name, "linen")
+        graph = traced(name, "linen")
         names = {g.index: g.name if g.free else None for g in graph.groups}
         [m] = [m for m in graph.members if (m.parameter, m.role) == (parameter, role)]
 
@@ -445,7 +434,7 @@ FROZEN = [  # (case, a layer that makes the group, a word of the reason)
 
 @pytest.mark.parametrize(("name", "producer", "why"), FROZEN)
 def test_a_frozen_group_says_why(name, producer, why):
-    graph = graph_of(name, "linen")
+    graph = traced(name, "linen")
     reasons = [g.frozen for g in graph.groups if producer in g.producers]
     assert reasons and all(reasons)
     assert any(why in reason for reason in reasons), reasons
@@ -463,7 +452,7 @@ def test_a_frozen_group_says_why(name, producer, why):
     ],
 )
 def test_shared_stacked_and_derived_weights_join_no_free_group(name, layers):
-    graph = graph_of(name, "linen")
+    graph = traced(name, "linen")
     for group in graph.groups:
         if group.free:
             assert not {*group.producers, *group.consumers} & {*layers.split()}

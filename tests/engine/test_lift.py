@@ -8,11 +8,7 @@ import pytest
 import by_hand
 import jaxmet as jm
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES, twin
-
-
-def model(name, front="linen"):
-    return CASES[name].make[front](jax.random.key(0))
+from zoo import CASES, model, twin
 
 
 def bounded(params, seed=0):

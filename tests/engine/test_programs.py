@@ -56,6 +56,7 @@ def test_filled_in_arguments_belong_to_the_model() -> None:
     assert [float(f(x, x)) for f in found] == [4.0, 9.0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["method", "function", "partial", "object"])
 def test_programs_go_with_their_model(kind: str) -> None:
     model = Model()

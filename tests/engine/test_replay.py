@@ -26,7 +26,7 @@ from jaxmet.engine.graph.graph import trace
 from jaxmet.engine.run.replay import Counted, evaluate
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import replace_leaves
-from zoo import CASES
+from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]
 TRAINED = """
@@ -39,11 +39,6 @@ EDITED = """
     tied_embedding tied outputs_in_a_tree remat jit cond scan rnn
 """.split()
 REGIONS = ("remat", "jit", "cond", "scan", "rnn", "lstm")
-
-
-@functools.cache
-def model(name, front):
-    return CASES[name].make[front](jax.random.key(0))
 
 
 def idle(node, run, operands):
@@ -111,7 +106,7 @@ def test_the_hook_is_called_at_every_node_in_order(name, front):
     else:  # q, k and v, or two branches, in the order of the front-end
         assert sorted(order) == sorted(case.nodes)
         assert order[0] == "input" and order[-1] == "output"
-        reads = {n.name: n.inputs for n in trace(apply, params, *inputs).nodes}
+        reads = {n.name: n.inputs for n in traced(case.name, front).nodes}
         for i, name in enumerate(order):
             assert all(edge.node in order[:i] for edge in reads[name])
 

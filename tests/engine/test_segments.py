@@ -1,7 +1,5 @@
 """A model in pieces, against the model in one."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 import by_hand
 import jaxmet as jm
+import zoo
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES
 
@@ -26,11 +25,8 @@ NAMES = [
 ]
 
 
-@functools.cache
 def model(name, front=None):
-    make = CASES[name].make
-    apply, params, inputs = make[front or next(iter(make))](jax.random.key(0))
-    return apply, params, inputs, jm.trace(apply, params, *inputs)
+    return *zoo.model(name, front), zoo.traced(name, front)
 
 
 def composed(pieces, params, *inputs, **kwargs):

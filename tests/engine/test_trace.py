@@ -1,7 +1,6 @@
 """What a graph says of a model: weights, biases, norms, clips, edges, and what it left."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +12,10 @@ from jaxmet.engine.graph.node import Convolution
 from jaxmet.engine.run.replay import evaluate
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES
+from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]
 FIRST = [(name, case.frontends[0]) for name, case in CASES.items()]
-
-
-@functools.cache
-def model(name, front):
-    return CASES[name].make[front](jax.random.key(0))
-
-
-@functools.cache
-def traced(name, front="linen"):
-    apply, params, inputs = model(name, front)
-    return trace(apply, params, *inputs)
 
 
 def spec(*shape, dtype=jnp.float32):

@@ -11,7 +11,7 @@ from jax import lax
 import jaxmet as jm
 from jaxmet.layers.layer import WeightMatrix, matrix_of
 from jaxmet.tree.names import named_leaves
-from zoo import CASES
+from zoo import model
 
 
 def read(graph, params, inputs):
@@ -54,7 +54,7 @@ def check(apply, params, inputs):
     ],
 )
 def test_matrices_of_the_zoo(name):
-    check(*next(iter(CASES[name].make.values()))(jax.random.key(0)))
+    check(*model(name))
 
 
 VIEWS = {

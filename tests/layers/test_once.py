@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import jaxmet as jm
 from jaxmet.layers.once import run_once
-from zoo import CASES
+from zoo import model, traced
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TRANSFORMS: dict[str, Callable] = {
@@ -43,7 +43,7 @@ def compiled() -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_programs(transform: str, compiled: list[float]) -> None:
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("inverted_residual")
     graph, function = jm.trace(apply, params, *inputs), TRANSFORMS[transform]
     host = jax.device_get(params)
     other = jax.device_put(jax.tree.map(lambda x: x * x.dtype.type(1.01), host))
@@ -57,8 +57,8 @@ def test_programs(transform: str, compiled: list[float]) -> None:
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_leaves_stay_on_their_devices(transform: str) -> None:
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
-    graph, function = jm.trace(apply, params, *inputs), TRANSFORMS[transform]
+    params, graph = model("inverted_residual")[1], traced("inverted_residual")
+    function = TRANSFORMS[transform]
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
 
     def placed(leaf: Any) -> Any:
@@ -77,8 +77,8 @@ def test_leaves_stay_on_their_devices(transform: str) -> None:
 
 
 def test_factors_stay_on_the_device_of_their_weight() -> None:
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
-    graph, last = jm.trace(apply, params, *inputs), jax.devices()[-1]
+    params, graph = model("inverted_residual")[1], traced("inverted_residual")
+    last = jax.devices()[-1]
     every = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), Spec())
     for place, devices in ((last, {last}), (every, every.device_set)):
         small = jm.factorize(jax.device_put(params, place), graph, ratios=0.5)

@@ -1,14 +1,12 @@
 """What gets a quantizer, against lists written by hand from what an integer device stores."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxmet as jm
+import zoo
 from jaxmet.layers.placement import place
-from zoo import CASES
 
 # placement='operations': what an operation stores, with norm and rectifier fused into it;
 # placement='products': what enters a product, or a matmul of two activations.
@@ -103,10 +101,9 @@ BIASES = {
 }
 
 
-@functools.cache
 def traced(name):
-    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
-    return params, jm.trace(apply, params, *inputs), inputs
+    _, params, inputs = zoo.model(name)
+    return params, zoo.traced(name), inputs
 
 
 def planned(name, **config):

@@ -22,7 +22,7 @@ from jaxmet.engine.nodes.scalar_function import compute
 from jaxmet.layers.moments import input_moments, node_moments, unreached
 from jaxmet.numerics.moments import Moments, multiplied, normal, through
 from jaxmet.numerics.moments import affine as scaled
-from zoo import CASES
+from zoo import CASES, model, traced
 from zoo_nets import fill
 
 KEY = jax.random.key(0)
@@ -366,8 +366,7 @@ def test_true_statistics_give_the_moments_that_are_measured():
 
 
 def test_equalizing_divides_what_is_known_of_each_channel():
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](KEY)
-    graph = jm.trace(apply, params, *inputs)
+    (_, params, _), graph = model("inverted_residual"), traced("inverted_residual")
     params = jm.fold_batch_norm(params, graph)
     after = jm.equalize(params, graph, objective="range", progress=False)
     before, now = input_moments(graph, params), input_moments(graph, after)
@@ -384,8 +383,7 @@ def test_equalizing_divides_what_is_known_of_each_channel():
 
 
 def test_ranges_reach_as_far_as_asked():
-    apply, params, inputs = CASES["conv_bn_relu"].make["linen"](KEY)
-    graph = jm.trace(apply, params, *inputs)
+    (_, params, _), graph = model("conv_bn_relu"), traced("conv_bn_relu")
     for n_sigma in (2.0, 6.0):
         found = node_moments(graph, params, n_sigma=n_sigma)
         x, y = found["stem_bn"], found["stem/relu"]

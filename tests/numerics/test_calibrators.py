@@ -10,6 +10,7 @@ import pytest
 
 import by_hand
 import jaxmet as jm
+import zoo
 from jaxmet.numerics.calibrators import (
     CALIBRATORS,
     RangeName,
@@ -24,7 +25,6 @@ from jaxmet.numerics.calibrators import (
 )
 from jaxmet.numerics.grid import grid_ends
 from jaxmet.numerics.histogram import Histogram, histogram
-from zoo import CASES
 
 SEARCHED = ("mse", "sqnr", "entropy")
 METHODS = ("percentile", *SEARCHED)
@@ -57,14 +57,6 @@ def chosen(x, method, bits, symmetric, tail=1e-3):
     given = [jnp.float32(v) for v in (*ends_of(bits, symmetric, x), tail)]
     low, high = best_range(values, *given, method=method, symmetric=symmetric)
     return float(low), float(high)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small models, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Oracles: raw samples, float64, numpy.
@@ -100,6 +92,7 @@ def least_error(x, ends, symmetric, gamma=1.0):
     return min(costs)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("name", ["normal", "laplace", "relu", "skewed", "outlier"])
@@ -363,10 +356,9 @@ def test_weight_scales_follow_the_weight_under_every_transformation():
 # In calibrate.
 
 
-@functools.cache
 def model(name):
-    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
-    return apply, params, jm.trace(apply, params, *inputs)
+    apply, params, _ = zoo.model(name)
+    return apply, params, zoo.traced(name)
 
 
 def raw(name, batches):
@@ -432,6 +424,7 @@ def test_percentiles_of_every_node_over_all_batches(name):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_and_form_of_batches_do_not_matter(method):
     x = rows("conv_bn_relu", 18)
@@ -598,6 +591,7 @@ def net(params, x):
     return jax.nn.relu(x @ params["w"]) @ params["v"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weights_follow_a_calibrator_of_the_users_own(symmetric, per_channel):

@@ -20,14 +20,6 @@ TAPS, CHANNELS, OUTS = 2, 6, 3
 POOR = ("dead", "few rows", "copies", "nothing", "tiny", "huge")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small arrays, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def only(kept):
     return np.isin(np.arange(CHANNELS), kept)
 

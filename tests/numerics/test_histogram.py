@@ -21,15 +21,6 @@ from jaxmet.numerics.histogram import (
     tally,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small arrays, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 BINNED = 16
 count = jax.jit(functools.partial(histogram, bins=BINNED))
 whole = jax.jit(histogram)

@@ -26,14 +26,6 @@ low_rank, masked, refit, spectrum = map(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small arrays, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def narrow(x):
     return jnp.asarray(x, jnp.float32)
 

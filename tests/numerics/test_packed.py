@@ -38,7 +38,7 @@ def flat(values: Any) -> np.ndarray:
     return np.concatenate([np.asarray(v).reshape(-1) for v in values])
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(shapes)
 def test_reductions_are_those_of_the_matrices(shapes: list[Shape]) -> None:
     d = Drawn(shapes)

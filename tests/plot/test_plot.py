@@ -22,7 +22,7 @@ from jaxmet.plot.layer_weights import lanes, places
 from jaxmet.plot.pareto import front
 from jaxmet.plot.relative_ranges import relative_table
 from jaxmet.plot.tables import REPORTS, kind_of
-from zoo import CASES
+from zoo import model
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -576,7 +576,7 @@ def test_the_graph_says_what_was_done(strange: tuple[Any, jm.Graph]) -> None:
 
 
 def test_the_graph_of_a_pruned_network_with_batch_norms() -> None:
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("inverted_residual")
     graph = jm.trace(apply, params, *inputs)
     small = jm.prune(params, graph, ratios=0.5)
     other = jm.trace(apply, small, *inputs)
@@ -671,7 +671,7 @@ def test_long_names_keep_both_ends(strange: tuple[Any, jm.Graph]) -> None:
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
-    apply, params, x = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
+    apply, params, x = model("conv_bn_relu")
     graph = jm.trace(apply, params, *x)
     layer = next(n for n in graph.layers if n.weight is not None)
     bad = jax.tree_util.tree_map_with_path(
@@ -711,7 +711,7 @@ def test_a_tree_of_another_model_is_no_after(strange: tuple[Any, jm.Graph]) -> N
 
 
 def test_the_graph_of_a_compressed_tree_says_so_before_and_after_a_trace() -> None:
-    apply, params, x = CASES["conv_bn_relu"].make["linen"](jax.random.key(0))
+    apply, params, x = model("conv_bn_relu")
     graph = jm.trace(apply, params, *x)
     small = jm.factorize(params, graph, ratios=0.7, method="weight")
     again = jm.trace(apply, small, *x)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
+import zoo
 from jaxmet.tree.leaves import flatten, is_compressed
 from jaxmet.tree.names import named_leaves
-from zoo import CASES
 
 MODELS = ("conv_bn_relu", "inverted_residual", "residual", "grouped", "concatenation")
 FRONTENDS = ("linen", "nnx")
@@ -177,16 +177,20 @@ def law(check: Callable[..., None]) -> Callable[..., None]:
     return check
 
 
-@functools.cache
 def subject(model: str, frontend: str):
-    apply, params, inputs = CASES[model].make[frontend](jax.random.key(3))
-    return apply, params, inputs, jm.trace(apply, params, *inputs)
+    return *zoo.redrawn(model, frontend, 3), zoo.traced(model, frontend)
 
 
 @functools.cache
-def result(transform: Transform, model: str, frontend: str):
+def observed(transform: Transform, model: str, frontend: str):
+    """What a transform returns, and its input as it was before and is after."""
     _, params, inputs, graph = subject(model, frontend)
-    return transform.run(params, graph, [inputs])
+    before = [a.copy() for a in arrays(params)]
+    return transform.run(params, graph, [inputs]), before, arrays(params)
+
+
+def result(transform: Transform, model: str, frontend: str):
+    return observed(transform, model, frontend)[0]
 
 
 def arrays(params: Any) -> list[np.ndarray]:
@@ -234,10 +238,8 @@ def plain_tree(transform, model, frontend):
 
 @law
 def input_untouched(transform, model, frontend):
-    _, params, inputs, graph = subject(model, frontend)
-    before = [a.copy() for a in arrays(params)]
-    transform.run(params, graph, [inputs])
-    for a, b in zip(arrays(params), before, strict=True):
+    _, before, after = observed(transform, model, frontend)
+    for a, b in zip(after, before, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -289,23 +291,22 @@ def wrong_tree_raises(transform, model, frontend):
         transform.run({"params": {"other": jnp.ones(3)}}, graph, [inputs])
 
 
-EVERY_DAY = (
-    2  # networks of each transform; the others run with the slow tests, in linen:
-)
-# that nnx gives the same is a law of its own
+# Networks of each transform; the others run with the slow tests, in linen: that nnx gives
+# the same is a law of its own.
+EVERY_DAY = {"linen": 2, "nnx": 1}
 
 CELLS = [
     pytest.param(
         *(t, m, f, name),
         id=f"{t.name}-{m}-{f}-{name}".replace(" ", "_"),
-        marks=[pytest.mark.slow] * (i >= EVERY_DAY),
+        marks=[pytest.mark.slow] * (i >= EVERY_DAY[f]),
     )
     for t in TRANSFORMS
     for i, m in enumerate(t.acts_on)
     for f in FRONTENDS
     for name in LAWS
     if name not in t.excused
-    if f == "linen" or (i < EVERY_DAY and name != "linen equals nnx")
+    if f == "linen" or (i < EVERY_DAY["linen"] and name != "linen equals nnx")
 ]
 
 

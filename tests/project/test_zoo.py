@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import CASES, twin
+from zoo import CASES, model, twin
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]
 TWINS = [name for name, case in CASES.items() if {"linen", "nnx"} <= {*case.make}]
@@ -26,14 +26,14 @@ def arrays(tree):
 
 @functools.cache
 def outputs(name, front):
-    apply, params, inputs = CASES[name].make[front](jax.random.key(0))
+    apply, params, inputs = model(name, front)
     return arrays(jax.jit(apply)(params, *inputs))
 
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "front"), RUNS)
 def test_runs_under_jit(name, front):
-    _, params, inputs = CASES[name].make[front](jax.random.key(0))
+    _, params, inputs = model(name, front)
     batch = inputs[0].shape[0]
     for leaf in outputs(name, front):
         assert np.all(np.isfinite(leaf))
@@ -68,7 +68,7 @@ def test_twin_copies_every_number(name):
 @pytest.mark.parametrize(("name", "front"), TRAINED)
 def test_training_differs_from_inference(name, front):
     case = CASES[name]
-    apply, params, inputs = case.make[front](jax.random.key(0))
+    apply, params, inputs = model(name, front)
     kwargs = case.train_kwargs(front)
     y = jax.jit(lambda params, *inputs: apply(params, *inputs, **kwargs))(
         params, *inputs

@@ -196,6 +196,7 @@ def offsets(params):
     }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", NETS)
 def test_the_function_stays_to_rounding(name):
     with x64(True):

@@ -359,6 +359,7 @@ def test_without_steps_it_is_nearest_rounding(method):
     assert all(w.scale is not None for w in after.weights.values())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fill", [0.0, 2.0])
 def test_constant_inputs_and_layers_that_nothing_reaches(method, fill):

@@ -153,6 +153,7 @@ def padded(params, data):
     return measured(apply, params, data)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", CAUSAL_MASKS)
 def test_causal_attention_loses_what_unmasked_attention_loses(
     form, params, data, unmasked
@@ -162,6 +163,7 @@ def test_causal_attention_loses_what_unmasked_attention_loses(
     assert measured(apply, params, data[:1]) > unmasked["operations"] - 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", PADDING_MASKS)
 def test_a_padding_mask_among_the_inputs_is_as_good_as_none(form, params, data, padded):
     mask = PADDING_MASKS[form]
@@ -249,6 +251,7 @@ def plain_block(masked):
     return apply, dict(zip("qkvo", kernels, strict=True))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("block", (flax_block, haiku_block, equinox_block, plain_block))
 def test_attention_of_libraries_is_as_good_masked(block, data):
     masked, bare = (measured(*block(m), data[:1]) for m in (True, False))

@@ -1,7 +1,5 @@
 """Ranges over data, against values collected by hand; every form of batches; refusals."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import by_hand
 import jaxmet as jm
+import zoo
 from jaxmet.tree.names import replace_leaves
-from zoo import CASES
 
 SHAPES = {
     "conv_bn_relu": (8, 8, 3),
@@ -22,18 +20,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small models, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@functools.cache
 def model(name):
-    apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(0))
-    return apply, params, jm.trace(apply, params, *inputs)
+    apply, params, _ = zoo.model(name)
+    return apply, params, zoo.traced(name)
 
 
 def rows(name, number, seed=0):

@@ -1,7 +1,6 @@
 """Bias correction, against means measured apart from it and against plain arithmetic."""
 
 import dataclasses
-import functools
 from functools import partial
 
 import jax
@@ -11,20 +10,18 @@ import pytest
 from scipy import integrate, stats
 
 import jaxmet as jm
+import zoo
 from folds import affine
 from jaxmet.engine.run.segments import Segment
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES
 
 KEY = jax.random.key(5)
 correct = partial(jm.correct_bias, progress=False)
 
 
-@functools.cache
 def model(name, front=None):
-    make = CASES[name].make
-    apply, params, inputs = make[front or next(iter(make))](KEY)
-    return apply, params, jm.trace(apply, params, *inputs)
+    apply, params, _ = zoo.model(name, front)
+    return apply, params, zoo.traced(name, front)
 
 
 def weights_only(graph, bits=4, **fields):
@@ -42,7 +39,7 @@ def weights_only(graph, bits=4, **fields):
 
 def data(name, batches, size=8, seed=0):
     """Batches like the inputs of a case, not centred."""
-    _, _, inputs = next(iter(CASES[name].make.values()))(KEY)
+    _, _, inputs = zoo.model(name)
     rng = np.random.default_rng(seed)
     shape = (batches, size, *inputs[0].shape[1:])
     return [jnp.asarray(x, jnp.float32) for x in rng.normal(0.3, 1.0, shape)]
@@ -296,7 +293,7 @@ def test_what_cannot_be_corrected_is_left_alone_and_said():
     }
     for name, layers in expected.items():
         apply, params, graph = model(name)
-        inputs = next(iter(CASES[name].make.values()))(KEY)[2]
+        inputs = zoo.model(name)[2]
         new, report = correct(
             params, graph, weights_only(graph), [inputs], with_report=True
         )

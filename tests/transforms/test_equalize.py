@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu
 
-from jaxmet.engine.graph.channels import Joined
+import zoo
+from jaxmet.engine.graph.channel_groups import Joined
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.engine.run.lift import lift
 from jaxmet.transforms.equalize import equalize
@@ -201,9 +202,7 @@ def scrambled(params: Any, graph: Graph, seed: int, largest: float = 1e3) -> Any
 
 
 def model(name: str, frontend: str | None = None) -> tuple[Any, Any, Any, Graph]:
-    case = CASES[name]
-    apply, params, inputs = case.make[frontend or case.frontends[0]](jax.random.key(3))
-    return apply, params, inputs, trace(apply, params, *inputs)
+    return *zoo.model(name, frontend), zoo.traced(name, frontend)
 
 
 def difference(one: Any, two: Any) -> float:

@@ -17,7 +17,7 @@ from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, Pruned
-from zoo import CASES
+from zoo import model
 
 
 class Net(nn.Module):
@@ -200,7 +200,7 @@ def test_a_rank_that_costs_more_than_the_weight_is_refused(net):
 
 
 def test_bounds_stay_with_the_second_factor():
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("inverted_residual")
     graph = jm.trace(apply, params, *inputs)
     tree = jm.equalize(
         jm.fold_batch_norm(params, graph), graph, objective="range", progress=False
@@ -299,7 +299,7 @@ def test_data_with_nan_in_a_later_batch_are_refused(net, transform):
 
 
 def test_a_layer_without_factors_is_refused_by_name():
-    apply, params, inputs = CASES["scan"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("scan")
     graph = jm.trace(apply, params, *inputs)
     stacked = next(
         n.name for n in graph.layers if n.weight is not None and n.weight.stacked
@@ -563,6 +563,7 @@ def dots(apply, *args):
     return int(total)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("data", [False, True])
 @pytest.mark.parametrize("stored", sorted(STORED))
 def test_factors_of_weights_however_they_are_stored(stored, data):
@@ -679,6 +680,7 @@ SHAPES = {  # as (window of the first, of the second, ins, outs), groups
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("poor", [False, True])

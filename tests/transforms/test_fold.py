@@ -35,7 +35,7 @@ from jaxmet.engine.run.replay import evaluate
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES
+from zoo import CASES, model, traced
 from zoo_nets import fill, image, normal
 
 INVERTED = {"expand_bn": "expand", "depthwise_bn": "depthwise", "project_bn": "project"}
@@ -65,8 +65,8 @@ RUNS = [(name, front) for name in FOLDS for front in CASES[name].frontends]
 
 @functools.cache
 def folded(name, front):
-    apply, params, inputs = CASES[name].make[front](KEY)
-    graph = trace(apply, params, *inputs)
+    apply, params, inputs = model(name, front)
+    graph = traced(name, front)
     return (
         apply,
         params,
@@ -233,7 +233,7 @@ def test_inside_remat():
 @pytest.mark.parametrize("name", ["conv_bn_relu", "inverted_residual"])
 def test_statistics_are_those_of_the_folded_products(name):
     """Channels scaled by 1e-3 and 1e3 included: the truth is measured after folding."""
-    apply, params, _ = CASES[name].make["linen"](KEY)
+    apply, params, _ = model(name, "linen")
     x = image(8, 3 if name == "conv_bn_relu" else 4, batch=16)(jax.random.key(5))[0]
     leaves = named_leaves(params)
     for product in FOLDS[name].values():
@@ -265,7 +265,7 @@ def test_statistics_are_those_of_the_folded_products(name):
 
 
 def test_dead_and_extreme_channels():
-    apply, params, (x,) = CASES["conv_bn_relu"].make["linen"](KEY)
+    apply, params, (x,) = model("conv_bn_relu")
     changed = {
         "stem_bn/scale": jnp.float32([0.0, 1.0, 1e3, -1e-3, 1e-30, 2.0, -0.0, 1.0]),
         "stem_bn/var": jnp.float32([1.0, 1e-30, 0.0, 1e6, 1.0, 1e-12, 0.0, 1e10]),
@@ -313,7 +313,7 @@ def test_half_of_a_pair_cannot_be_asked_for(name):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_batch_statistics_are_refused(front, batch):
     case = CASES["conv_bn_relu"]
-    apply, params, (x,) = case.make[front](KEY)
+    apply, params, (x,) = model(case.name, front)
     graph = trace(apply, params, x[:batch], **case.train_kwargs(front))
     with pytest.raises(ValueError, match=r"'stem_bn' computes .* batch.*train=False"):
         fold_batch_norm(params, graph)
@@ -322,7 +322,7 @@ def test_batch_statistics_are_refused(front, batch):
 
 
 def test_constant_statistics_are_refused():
-    apply, variables, (x,) = CASES["conv_bn_relu"].make["linen"](KEY)
+    apply, variables, (x,) = model("conv_bn_relu")
     stats = variables["batch_stats"]
 
     def closed(params, x):

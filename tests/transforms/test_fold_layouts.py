@@ -24,13 +24,14 @@ from folds import (
     numbers,
     same_bits,
     same_function,
+    same_outputs,
     wide,
 )
 from jaxmet.engine.graph.graph import trace
 from jaxmet.numerics.norm import folded_statistics, norm_gain, unit_scale
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES
+from zoo import model
 from zoo_nets import (
     batch_norm,
     conv,
@@ -155,30 +156,37 @@ def test_what_only_looks_like_a_norm_is_left_alone(form):
 
 LAYERS = {  # what makes the channels of a norm: (layer, channels, features)
     "conv": (conv(3, 4, 3), 3, 4),
-    "no bias": (conv(3, 4, 3, use_bias=False), 3, 4),
+    "unbiased": (conv(3, 4, 3, use_bias=False), 3, 4),
     "strided": (conv(3, 4, 3, strides=(2, 2), kernel_dilation=(2, 1)), 3, 4),
     "grouped": (conv(6, 4, 3, feature_group_count=2), 6, 4),
     "depthwise": (conv(4, 4, 3, feature_group_count=4), 4, 4),
     "multiplier": (conv(3, 6, 3, feature_group_count=3), 3, 6),
     "transposed": (conv_transpose(3, 4, 3, strides=(2, 2)), 3, 4),
-    "one channel": (conv(3, 1, 3), 3, 1),
+    "single": (conv(3, 1, 3), 3, 1),
     "dense": (dense(3, 4), 3, 4),
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("factory", [linen_factory, nnx_factory])
-def test_products_that_take_a_gain(name, factory):
-    layer, channels, features = LAYERS[name]
-    model = net(
-        lambda m, x: jnp.tanh(m.bn(m.layer(x), use_running_average=True)),
-        layer=layer,
-        bn=batch_norm(features),
-    )
-    apply, params, inputs = factory(model, image(6, channels))(KEY)
+def test_products_that_take_a_gain(factory):
+    """All of them in one model, side by side: a branch and an output for each."""
+
+    def branch(m, x):
+        return jnp.tanh(m.bn(m.layer(x), use_running_average=True))
+
+    def forward(m, x):
+        return {n: getattr(m, n)(x[..., :c]) for n, (_, c, _) in LAYERS.items()}
+
+    branches = {
+        name: net(branch, layer=layer, bn=batch_norm(features))
+        for name, (layer, _, features) in LAYERS.items()
+    }
+    apply, params, inputs = factory(net(forward, **branches), image(6, 6))(KEY)
     after = fold_batch_norm(params, trace(apply, params, *inputs))
-    same_function(apply, params, after, *inputs)
-    check_folded("bn", "layer", named_leaves(params), named_leaves(after))
+    same_outputs(apply, params, after, *inputs)
+    old, new = named_leaves(params), named_leaves(after)
+    for name in LAYERS:
+        check_folded(f"{name}/bn", f"{name}/layer", old, new)
 
 
 @pytest.mark.parametrize("axis", [-1, (-2, -1), 1])
@@ -227,7 +235,7 @@ def test_equal_channels_on_another_axis_are_not_taken_for_the_product_s():
 
 AFTER = {  # the products that read the norm
     "padded": [conv(4, 6, 3)],
-    "two consumers": [conv(4, 6, 3), conv(4, 6, 3, use_bias=False)],
+    "doubled": [conv(4, 6, 3), conv(4, 6, 3, use_bias=False)],
     "grouped": [conv(4, 6, 3, feature_group_count=2)],
     "multiplier": [conv(4, 8, 3, feature_group_count=4)],
     "transposed": [conv_transpose(4, 6, 3, strides=(2, 2))],
@@ -235,32 +243,38 @@ AFTER = {  # the products that read the norm
 }
 
 
-@pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("factory", [linen_factory, nnx_factory])
-def test_a_norm_before_products_gives_them_its_gain(name, factory):
-    layers = dict(zip("ab", AFTER[name], strict=False))
+def test_a_norm_before_products_gives_them_its_gain(factory):
+    """All of them in one model, side by side: a norm and an output for each."""
 
-    def forward(m, x):
-        x = m.bn(x, use_running_average=True)
-        return sum(getattr(m, k)(x) for k in layers)
+    def branch(layers):
+        def forward(m, x):
+            x = m.bn(x, use_running_average=True)
+            return sum(getattr(m, k)(x) for k in layers)
 
-    apply, params, inputs = factory(
-        net(forward, bn=batch_norm(4), **layers), image(6, 4)
-    )(KEY)
+        return net(forward, bn=batch_norm(4), **layers)
+
+    branches = {n: branch(dict(zip("ab", AFTER[n], strict=False))) for n in AFTER}
+    model = net(lambda m, x: {n: getattr(m, n)(x) for n in AFTER}, **branches)
+    apply, params, inputs = factory(model, image(6, 4))(KEY)
     graph = trace(apply, params, *inputs)
     after, report = fold_batch_norm(params, graph, with_report=True)
-    same_function(apply, params, after, *inputs)  # the padded border is in it
-    assert report["into"] == [", ".join(layers)] and report["side"] == ["after"]
+    same_outputs(apply, params, after, *inputs)  # the padded border is in it
+    assert set(report["side"]) == {"after"}
+    into = dict(zip(report["norm"], report["into"], strict=True))
     old, new = wide(named_leaves(params)), wide(named_leaves(after))
-    g = gain_of("bn", old)
-    close(gain_of("bn", new), np.ones(4), ONE_ULP)
-    close(new["bn/bias"], old["bn/bias"] / g, 1e-6)
-    for leaf in ("bn/mean", "bn/var", "a/bias"):
-        np.testing.assert_array_equal(new[leaf], old[leaf])
-    if name in ("padded", "two consumers", "transposed"):
-        close(new["a/kernel"], old["a/kernel"] * g[:, None], 1e-6)
-    if name == "multiplier":  # output 2i and 2i + 1 read input i
-        close(new["a/kernel"], old["a/kernel"] * np.repeat(g, 2), 1e-6)
+    for n, layers in AFTER.items():
+        assert into[f"{n}/bn"] == ", ".join(f"{n}/{k}" for k in "ab"[: len(layers)])
+        g = gain_of(f"{n}/bn", old)
+        close(gain_of(f"{n}/bn", new), np.ones(4), ONE_ULP)
+        close(new[f"{n}/bn/bias"], old[f"{n}/bn/bias"] / g, 1e-6)
+        for leaf in ("bn/mean", "bn/var", "a/bias"):
+            np.testing.assert_array_equal(new[f"{n}/{leaf}"], old[f"{n}/{leaf}"])
+        before, kernel = (p[f"{n}/a/kernel"] for p in (old, new))
+        if n in ("padded", "doubled", "transposed"):
+            close(kernel, before * g[:, None], 1e-6)
+        if n == "multiplier":  # output 2i and 2i + 1 read input i
+            close(kernel, before * np.repeat(g, 2), 1e-6)
     same_bits(fold_batch_norm(after, graph), after)
 
 
@@ -307,7 +321,7 @@ def test_a_gain_too_faint_to_divide_by_stays():
 @pytest.mark.parametrize("front", ["linen", "nnx"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_norms_over_the_data_are_left_alone(name, front, batch):
-    apply, params, (x,) = CASES[name].make[front](KEY)
+    apply, params, (x,) = model(name, front)
     after, report = fold_batch_norm(
         params, trace(apply, params, x[:batch]), with_report=True
     )

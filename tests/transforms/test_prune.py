@@ -13,7 +13,7 @@ from by_hand import best_fit
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.plain_arrays import densify
-from zoo import CASES
+from zoo import CASES, model, traced
 
 
 class Net(nn.Module):
@@ -130,9 +130,7 @@ PRUNED = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PRUNED if n in CASES])
 def test_a_pruned_tree_is_the_masked_model(name):
-    case = CASES[name]
-    apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
-    graph = jm.trace(apply, params, *inputs)
+    (apply, params, inputs), graph = model(name), traced(name)
     small, report = jm.prune(params, graph, 0.6, with_report=True)
     assert any(k < n for k, n in zip(report["kept"], report["of"], strict=True))
     assert_masked(apply, small, inputs)
@@ -238,7 +236,7 @@ def test_a_layer_after_a_flatten_judges_whole_channels(net):
 
 
 def test_bounds_lose_the_channels_that_they_bound():
-    apply, params, inputs = CASES["inverted_residual"].make["linen"](jax.random.key(0))
+    apply, params, inputs = model("inverted_residual")
     graph = jm.trace(apply, params, *inputs)
     tree = jm.equalize(
         jm.fold_batch_norm(params, graph), graph, objective="range", progress=False

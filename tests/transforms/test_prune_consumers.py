@@ -8,7 +8,7 @@ import pytest
 import jaxmet as jm
 from by_hand import best_fit
 from jaxmet.tree.plain_arrays import densify
-from zoo import CASES
+from zoo import model, traced
 
 # How a weight of so many axes reads eight channels, in some as two axes of two and four.
 FORMS = {
@@ -213,8 +213,7 @@ def test_the_report_says_what_gets_whole_arrays():
 
 @pytest.mark.parametrize(("name", "loop"), [("rnn", "scan"), ("cond", "cond")])
 def test_nothing_is_cut_inside_loops_and_branches(name, loop):
-    apply, params, inputs = CASES[name].make["linen"](jax.random.key(0))
-    graph = jm.trace(apply, params, *inputs)
+    (_, params, inputs), graph = model(name), traced(name)
     options = {"batches": [inputs], "progress": False, "with_report": True}
     small, report = jm.prune(params, graph, 0.5, **options)
     assert len(jm.widths(small)) == 0

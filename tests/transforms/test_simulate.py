@@ -11,7 +11,7 @@ from flax.training.train_state import TrainState
 import by_hand
 import jaxmet as jm
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import CASES
+from zoo import CASES, model, traced
 
 DEFAULT = jm.QuantConfig()
 INT32 = jm.QuantConfig(bias="int32")
@@ -23,20 +23,6 @@ COARSE = jm.QuantConfig(
     placement="products",
 )
 NARROW = ("lstm",)  # flax starts its state in float32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Small models, many programs: most of the time would go into optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@functools.cache
-def model(name, front=None):
-    case = CASES[name]
-    return case.make[front or next(iter(case.make))](jax.random.key(0))
 
 
 def double(name):
@@ -63,7 +49,7 @@ def same_bits(a, b):
 @functools.cache
 def quantized(name, config=DEFAULT):
     apply, params, inputs = model(name)
-    graph = jm.trace(apply, params, *inputs)
+    graph = traced(name)
     return jm.calibrate(params, graph, [inputs], config, progress=False)
 
 
@@ -127,7 +113,7 @@ RUNS |= {f"{n}-coarse": (n, COARSE) for n in ("inverted_residual", "scan", "lstm
 del RUNS["inverted_residual-default"]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("run", RUNS)
 def test_it_is_the_model_with_grids_put_in_by_hand(run):
     name, config = RUNS[run]

@@ -262,6 +262,7 @@ def test_factors_serve_every_use(model):
     )  # two products run, no dense weight
 
 
+@pytest.mark.one_in(3)
 def test_equalizing_keeps_the_function_and_moves_tied_weights_once(model):
     apply, params, x, graph, weight = model
     params = params | {

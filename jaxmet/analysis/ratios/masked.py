@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.channels import Layout
+from jaxmet.engine.graph.channel_groups import Layout, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.grams import grams
@@ -130,7 +130,7 @@ class Narrow:
             for bundle, count in zip(self.bundles, counts, strict=True):
                 entries = np.sum(channel_along(layout, bundle.indices) >= 0)
                 gone += float(entries) * (1 - int(count) / bundle.size)
-            left = 1 - gone / channel_along(layout, set()).size
+            left = 1 - gone / layout_size(layout)
             found[name] = found.get(name, 1.0) * left
         return {name: Shares(left, left) for name, left in found.items()}
 

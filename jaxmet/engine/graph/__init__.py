@@ -5,7 +5,7 @@ analyse          from a call to its named nodes
 origins          where the operands of nodes come from
 describe_norms   the parameters of a norm by role
 describe         from groups of equations to nodes
-channels         channel groups, and the parameter axes along which they run
+channel_groups   channel groups, and the parameter axes along which they run
 graph            `jm.trace` and the graph that it returns
 operations       how much work the products of a program are
 """

@@ -10,7 +10,7 @@ import jax
 
 from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.analyse import Analysis, analyse_structure
-from jaxmet.engine.graph.channels import (
+from jaxmet.engine.graph.channel_groups import (
     Group,
     Member,
     find_channels,

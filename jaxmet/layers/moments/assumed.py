@@ -1,8 +1,8 @@
 """Moments of networks whose norms do not tell them all: with inputs of an assumed size."""
 
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.channels import Tensor
 from jaxmet.layers.layer import by_channel
-from jaxmet.layers.layouts import Tensor
 from jaxmet.layers.moments.moment_network import MomentNetwork, UnreachedError
 from jaxmet.numerics import xp
 from jaxmet.numerics.moments import Moments, normal

@@ -10,13 +10,13 @@ what it pools. No data is needed.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmet.engine.graph.channels import Member, layout_size
+from jaxmet.engine.graph.channel_groups import Member, layout_size
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
 from jaxmet.engine.nodes.scalar_function import compute
+from jaxmet.layers.channels import Tensor, join, split
 from jaxmet.layers.eligibility import of, why_looped
 from jaxmet.layers.layer import by_channel
-from jaxmet.layers.layouts import Tensor, join, split
 from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics import xp
 from jaxmet.numerics.moments import (

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.layers.layouts import Tensor
+from jaxmet.layers.channels import Tensor
 from jaxmet.layers.moments.moment_network import MomentNetwork
 from jaxmet.layers.once import run_once
 from jaxmet.numerics import xp

@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.channels import join
 from jaxmet.layers.layer import by_channel
-from jaxmet.layers.layouts import join
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import MomentNetwork
 from jaxmet.layers.norm_parameters import statistics_weight

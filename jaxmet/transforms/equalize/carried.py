@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmet.layers.channels import MergedAxis
 from jaxmet.layers.moments.assumed import Constants, UnitInputs
 from jaxmet.numerics import xp
 from jaxmet.numerics.scaling import Carried
@@ -10,7 +11,6 @@ from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.channel_scales import (
     Channels,
     MergedWeight,
-    Same,
     ScaledWeight,
 )
 
@@ -69,7 +69,7 @@ def carried(
 
 def _size(
     weight: ScaledWeight,
-    same: Same,
+    merged: MergedAxis,
     network: UnitInputs,
     leaves: Mapping[str, Any],
     dtype: Any,
@@ -80,7 +80,7 @@ def _size(
     power = xp.ones((groups, ins), dtype)
     if not isinstance(known, str) and known.mean.size == power.size:
         power = known.power.reshape(groups, ins).astype(dtype)
-    return xp.sqrt(same.total(power * window, 1)).reshape(-1)
+    return xp.sqrt(merged.total(power * window, 1)).reshape(-1)
 
 
 def _log(x: Array) -> Array:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph.channels import Group, Layout, Member
+from jaxmet.engine.graph.channel_groups import Group, Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.channels import ChannelAxes, ChannelIndex, MergedAxis
 from jaxmet.layers.layer import by_channel, channel_sizes
-from jaxmet.layers.layouts import places_of
 from jaxmet.layers.leaf_math import scaled
 from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics import xp
@@ -41,13 +41,13 @@ class Channels:
         """The number of channels that are rescaled."""
         return sum(g.size for g in self.free)
 
-    def index(self, layout: Layout) -> np.ndarray:
-        """The places (factors, size) that an axis follows; their log scales are summed."""
-        return places_of(layout, self.starts, self.size)
+    def along(self, layout: Layout) -> ChannelIndex:
+        """The channels of an axis; its log scales are the sums of theirs."""
+        return ChannelIndex.of(layout, {g.index: g.size for g in self.free})
 
     def touched(self, member: Member) -> bool:
         """Whether any channel of this axis is rescaled."""
-        return bool(np.any(self.index(member.layout) < self.size))
+        return bool(np.any(self.along(member.layout).counts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,7 @@ class ScaledWeight:
         ins = tuple(m for m in members if m.role == "in")
         outs = tuple(m for m in members if m.role == "out")
         groups = ins[0].groups if ins else 1
-        inputs = _outer([channels.index(m.layout) for m in ins], channels.size)
-        outputs = _outer([channels.index(m.layout) for m in outs], channels.size)
+        inputs, outputs = (_along(channels, side) for side in (ins, outs))
         return ScaledWeight(
             node,
             ins,
@@ -106,65 +105,25 @@ def find_weights(channels: Channels) -> tuple[ScaledWeight, ...]:
     )
 
 
-def _outer(indices: list[np.ndarray], fixed: int) -> np.ndarray:
-    """The index of several axes taken as one, the last running fastest."""
-    joined = np.full((1, 1), fixed)
-    for index in indices:
-        one = np.repeat(joined, index.shape[1], axis=1)
-        two = np.tile(index, joined.shape[1])
-        both = np.concatenate([one, two])
-        alive = np.any(both < fixed, axis=1)
-        joined = both[alive] if np.any(alive) else both[:1]
-    return joined
-
-
-@dataclasses.dataclass(frozen=True)
-class Same:
-    """Places along an axis that follow the same channels, taken as one."""
-
-    index: np.ndarray  # (factors, groups, places left)
-    of: np.ndarray | None  # for each old place the new one; None: all stay apart
-
-    def largest(self, x: Array, axis: int) -> Array:
-        """The largest value at each place."""
-        return self._reduced(x, axis, "max", xp.max)
-
-    def total(self, x: Array, axis: int) -> Array:
-        """The sum of the values at each place."""
-        return self._reduced(x, axis, "add", xp.sum)
-
-    def _reduced(self, x: Array, axis: int, how: str, every: Any) -> Array:
-        if self.of is None:
-            return x
-        if self.index.shape[2] == 1:
-            return every(x, axis=axis, keepdims=True)
-        x, number = xp.moveaxis(x, axis, 0), self.index.shape[2]
-        reduced = xp.reduce_segments(x, self.of, number, how)
-        return xp.moveaxis(reduced, 0, axis)
-
-    @staticmethod
-    def along(index: np.ndarray) -> "Same":
-        """What of an axis (factors, groups, places) can be taken as one."""
-        if index.shape[1] != 1:
-            return Same(index, None)
-        unique, of = np.unique(index[:, 0], axis=1, return_inverse=True)
-        if unique.shape[1] == index.shape[2]:
-            return Same(index, None)
-        return Same(unique[:, None], of.reshape(-1))
+def _along(channels: Channels, members: Sequence[Member]) -> np.ndarray:
+    """The places of several axes taken as one, the last running fastest."""
+    layout = tuple(item for m in members for item in m.layout)
+    return channels.along(layout).index
 
 
 @dataclasses.dataclass(frozen=True)
 class MergedWeight:
     """A weight whose inputs that follow the same channels are taken as one, and outputs."""
 
-    ins: Same
-    outs: Same
+    ins: MergedAxis
+    outs: MergedAxis
 
     @staticmethod
     def of(weight: ScaledWeight, *, whole: bool = False) -> "MergedWeight":
         """With `whole` all outputs stay apart."""
-        outs = Same(weight.outputs, None) if whole else Same.along(weight.outputs)
-        return MergedWeight(Same.along(weight.inputs), outs)
+        outputs = weight.outputs
+        outs = MergedAxis(outputs, None) if whole else MergedAxis.of(outputs)
+        return MergedWeight(MergedAxis.of(weight.inputs), outs)
 
     def largest(self, x: Array) -> Array:
         """The largest of values (groups, ins, outs) at each place."""
@@ -205,10 +164,11 @@ def rescaled(channels: Channels, leaves: Mapping[str, Any], x: Array) -> dict[st
             norm = channels.graph[member.node].norm
             if norm is None or norm.scale is None:
                 continue  # its gain has to stay, and is made of the variance alone
-        factor = _factor(channels, member, scale, leaf)
+        along = scales_along(channels, member.layout, scale)
+        factor = ChannelAxes.of(member).spread(along, leaf.shape)
         leaf = scaled(leaf, factor, POWERS[member.role])
         if member.role == "in" and is_compressed(leaf):
-            leaf = _offset_kept(leaf, scales_along(channels, member.layout, scale))
+            leaf = _offset_kept(leaf, along)
         found[member.parameter] = leaf
     for member in channels.graph.members:
         if member.role == "scale" and channels.touched(member):
@@ -226,29 +186,7 @@ def _offset_kept(leaf: Compressed, scales: Array) -> Compressed:
 
 def scales_along(channels: Channels, layout: Layout, scale: Array) -> Array:
     """The scale of everything on an axis."""
-    index = channels.index(layout)
-    first = index[0, 0]
-    if np.array_equal(index, np.arange(first, first + index.size)[None]):
-        return scale[first : first + index.size]
-    return xp.prod(scale[index], axis=0)
-
-
-def _factor(channels: Channels, member: Member, scale: Array, leaf: Any) -> Array:
-    """The scales along a member's axis, in the rank of its leaf."""
-    along = scales_along(channels, member.layout, scale)
-    shape = [1] * leaf.ndim
-    if member.groups == 1:
-        shape[member.axis] = along.size
-        return along.reshape(shape)
-    outs = leaf.shape[member.out_axis]
-    each = along.reshape(member.groups, -1)
-    along = xp.repeat(each, outs // member.groups, axis=0)  # (outs, inputs of a group)
-    shape[member.out_axis] = outs
-    if member.axis < 0:
-        return along.reshape(shape)
-    shape[member.axis] = along.shape[1]
-    along = along if member.out_axis < member.axis else along.T
-    return along.reshape(shape)
+    return channels.along(layout).product(scale)
 
 
 def _gain_kept(

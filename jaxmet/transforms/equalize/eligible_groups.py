@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from jaxmet.engine.graph.channels import Group, indices_of
+from jaxmet.engine.graph.channel_groups import Group, indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.eligibility import (

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
-from jaxmet.engine.graph.channels import Group
+from jaxmet.engine.graph.channel_groups import Group
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import check_examples, key_of

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmet.layers.channels import ChannelIndex
 from jaxmet.numerics import xp
 from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.channel_scales import (
@@ -91,6 +92,4 @@ def _loudness(
 
 def _one(index: np.ndarray, fixed: int) -> np.ndarray:
     """The channel of each place; the fixed one where it is not exactly one."""
-    rows = index.reshape(len(index), -1)
-    several = np.sum(rows != fixed, axis=0) > 1
-    return np.where(several, fixed, np.min(rows, axis=0))
+    return ChannelIndex(index.reshape(len(index), -1), fixed).single

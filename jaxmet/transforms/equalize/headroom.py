@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.graph.channels import layout_size
+from jaxmet.engine.graph.channel_groups import layout_size
 from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.xp import Array
@@ -67,7 +67,7 @@ def _rooms(
     for member in channels.graph.members:
         if member.role not in ("shift", "variance") or not channels.touched(member):
             continue
-        leaf, index = leaves[member.parameter], channels.index(member.layout)
+        leaf, index = leaves[member.parameter], channels.along(member.layout).index
         size = xp.abs(xp.asarray(dense(leaf))).reshape(-1)
         if size.size == layout_size(member.layout):
             above, _ = _margins(size.astype(wide(size.dtype)), leaf)

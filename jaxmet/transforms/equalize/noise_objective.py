@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxmet.layers.channels import MergedAxis
 from jaxmet.numerics import xp
 from jaxmet.numerics.rounding_noise import NoisyLayers, noisy
 from jaxmet.numerics.xp import Array
 from jaxmet.transforms.equalize.channel_scales import (
     Channels,
     MergedWeight,
-    Same,
     ScaledWeight,
     packed,
 )
@@ -66,17 +66,17 @@ def noisy_layers(
 
 
 def _by_input(
-    same: Same, seen: MeasuredInputs, symmetric: bool, dtype: Any
+    merged: MergedAxis, seen: MeasuredInputs, symmetric: bool, dtype: Any
 ) -> list[Array]:
     """Reach above and below zero and cost of the inputs of a weight."""
     high, low = xp.maximum(seen.high, 0.0), xp.maximum(-seen.low, 0.0)
     if symmetric:
         high = low = xp.maximum(high, low)
-    groups = same.index.shape[1]
+    groups = merged.index.shape[1]
     high, low, cost = (
         v.reshape(groups, -1).astype(dtype) for v in (high, low, seen.cost)
     )
-    found = same.largest(high, 1), same.largest(low, 1), same.total(cost, 1)
+    found = merged.largest(high, 1), merged.largest(low, 1), merged.total(cost, 1)
     return [v.reshape(-1) for v in found]
 
 

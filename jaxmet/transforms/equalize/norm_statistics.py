@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmet.layers.layouts import join
+from jaxmet.layers.channels import join
 from jaxmet.layers.moments import MomentNetwork
 from jaxmet.numerics import xp
 from jaxmet.numerics.moments import Moments, normal

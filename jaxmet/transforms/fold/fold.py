@@ -14,7 +14,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Norm
 from jaxmet.layers.eligibility import check_named, skipped
-from jaxmet.layers.fold_plans import FoldPlan, listed, plan_of, spread
+from jaxmet.layers.fold_plans import FoldPlan, listed, plan_of
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.layers.once import run_once
@@ -231,7 +231,7 @@ def _fold(work: _Work, plan: FoldPlan) -> Array:
         work.write(name, getattr(moved, role))
     for place in plan.places:
         kernel = work.read(place.parameter)
-        factor = spread(moved.factor, place, kernel.shape)
+        factor = place.spread(moved.factor, kernel.shape)
         work.write(place.parameter, kernel * factor)
         before = work.gains.get(place.parameter)
         work.gains[place.parameter] = factor if before is None else before * factor

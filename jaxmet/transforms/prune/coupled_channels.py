@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxmet.engine.graph.channels import Group, Joined, Layout, Member, Span, indices_of
+from jaxmet.engine.graph.channel_groups import Group, Layout, Member, Span, indices_of
 from jaxmet.engine.graph.graph import Graph
+from jaxmet.layers.channels import ChannelIndex
 from jaxmet.layers.eligibility import of, why_looped, why_outside
 
 
@@ -122,37 +123,16 @@ def refused(bundle: CoupledChannels, coupled: bool) -> str | None:
 
 def left_along(layout: Layout, masks: Mapping[int, np.ndarray]) -> np.ndarray:
     """Which entries of an axis are left, where masks of groups say what is left of them."""
-    mask = np.ones(1, bool)
-    for item in layout:
-        mask = np.logical_and.outer(mask, _item(item, masks)).reshape(-1)
-    return mask
-
-
-def _item(item: Span | Joined, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-    if isinstance(item, Joined):
-        return np.concatenate([left_along(part, masks) for part in item.parts])
-    if item.group is not None and item.group in masks:
-        return masks[item.group]
-    return np.ones(int(item.size), bool)
+    here = {g: masks[g] for g in indices_of(layout) if g in masks}
+    places = ChannelIndex.of(layout, {g: mask.size for g, mask in here.items()})
+    left = np.concatenate([*here.values(), np.ones(1, bool)])
+    return np.all(left[places.index], axis=0)
 
 
 def channel_along(layout: Layout, indices: set[int]) -> np.ndarray:
     """For each entry of an axis the channel of a bundle that it belongs to, −1 for none."""
-    size = 1
-    found = np.full(1, -1)
-    for item in layout:
-        inner = _channel(item, indices)
-        size *= inner.size
-        found = np.maximum(found[:, None], inner[None]).reshape(-1)
-    return found
-
-
-def _channel(item: Span | Joined, indices: set[int]) -> np.ndarray:
-    if isinstance(item, Joined):
-        return np.concatenate([channel_along(part, indices) for part in item.parts])
-    if item.group in indices:
-        return np.arange(int(item.size))
-    return np.full(int(item.size), -1)
+    places = ChannelIndex.within(layout, indices)
+    return np.where(places.index == places.none, -1, places.index).max(axis=0)
 
 
 def axes_of(

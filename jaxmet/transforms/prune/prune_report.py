@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph.channels import indices_of
+from jaxmet.engine.graph.channel_groups import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.pruned.expand import scattered_before
 from jaxmet.transforms.prune.coupled_channels import CoupledChannels, left_along

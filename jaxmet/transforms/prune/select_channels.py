@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.engine.graph.channels import indices_of
+from jaxmet.engine.graph.channel_groups import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.grams import GramSums
 from jaxmet.transforms.prune.coupled_channels import CoupledChannels
