@@ -48,7 +48,7 @@ def onnx(
     its integers, so that onnxruntime runs QLinearConv, QGemm, QLinearAdd and
     QLinearGlobalAveragePool in between. With None for quantizers it is the float model.
 
-    It needs `pip install 'jaxmet[onnx]'`: jax2onnx lowers the equations.
+    It needs `pip install '.[onnx]'`: jax2onnx lowers the equations.
 
     Args:
         path: the file to write.
@@ -80,7 +80,7 @@ def onnx(
     if quantizers is None:
         quantizers = Quantizers()
     check_are_quantizers(quantizers, CALLER)
-    _check_packages()
+    _check_packages(opset)
     path = writable(path, CALLER)
     _check_free(path, overwrite)
     graph = trace(apply, params, *inputs, **kwargs)
@@ -116,15 +116,20 @@ def onnx(
     return _table(model)
 
 
-def _check_packages() -> None:
+def _check_packages(opset: int) -> None:
     try:
         import jax2onnx  # noqa: F401
-        import onnx  # noqa: F401
+        import onnx
     except ImportError as error:
         raise ImportError(
             f"jaxmet.{CALLER}: there is no package {error.name!r}. Install what it needs: "
-            "pip install 'jaxmet[onnx]'."
+            "pip install '.[onnx]'."
         ) from error
+    most = onnx.defs.onnx_opset_version()
+    if opset > most:
+        raise ValueError(
+            f"jaxmet.{CALLER}: opset is {opset}, and this onnx knows {most}. Use 21."
+        )
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -152,8 +157,13 @@ def _shapes(
 
 def _names(tree: Any, what: str) -> list[str]:
     """A name for each leaf: what it is, and its path."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return ["_".join((what, *path_parts(path))) for path in paths]
+    found: list[str] = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        name = "_".join((what, *path_parts(path)))
+        while name in found:
+            name += "_"
+        found.append(name)
+    return found
 
 
 def _table(model: Any) -> Table:

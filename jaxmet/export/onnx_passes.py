@@ -184,6 +184,8 @@ def _biases(graph: OnnxGraph) -> None:
         if value == last.output[0]:
             continue
         name = _int32(graph, node, total)
+        if name is None:
+            continue
         if len(node.input) > 2:
             node.input[2] = name
         else:
@@ -220,19 +222,21 @@ def _behind(graph: OnnxGraph, name: str) -> str:
     return node.input[0] if is_one else name  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _int32(graph: OnnxGraph, node: Any, bias: np.ndarray) -> str:
-    """A bias as int32 behind a DequantizeLinear where the product is one of integers."""
+def _int32(graph: OnnxGraph, node: Any, bias: np.ndarray) -> str | None:
+    """A bias as int32 behind a DequantizeLinear where the product is one of integers.
+
+    None where it does not fit, as in a channel of hardly any weights: it stays an addition.
+    """
     scales = [_scale(graph, name) for name in node.input[:2]]
     if any(s is None for s in scales):
         return graph.add_constant(f"{node.output[0]}_bias", bias.astype(np.float32))
     step = np.float32(scales[0]) * np.asarray(scales[1], np.float32)
     step = np.broadcast_to(step.reshape(-1), bias.shape) if step.size > 1 else step
-    limit = 2.0**31 - 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        numbers = np.clip(np.rint(bias.astype(np.float64) / step), -limit, limit)
-    integers = graph.add_constant(
-        f"{node.output[0]}_bias", np.nan_to_num(numbers).astype(np.int32)
-    )
+        numbers = np.rint(bias.astype(np.float64) / step)
+    if not np.all(np.abs(numbers) < 2.0**31):
+        return None
+    integers = graph.add_constant(f"{node.output[0]}_bias", numbers.astype(np.int32))
     scale = graph.add_constant(f"{node.output[0]}_bias_scale", np.asarray(step))
     options = {"axis": 0} if np.ndim(step) else {}
     return graph.insert(node, "DequantizeLinear", integers, scale, **options)
@@ -245,7 +249,7 @@ def _scale(graph: OnnxGraph, name: str) -> np.ndarray | None:
         node = graph.makers.get(node.input[0])
     if node is None or node.op_type != "DequantizeLinear":
         return None
-    return graph.constant(node.input[1])
+    return None if _attribute(node, "block_size") else graph.constant(node.input[1])
 
 
 def _pools(graph: OnnxGraph) -> None:
@@ -393,10 +397,13 @@ def _clips(graph: OnnxGraph) -> None:
             ends.append(lambda v, n=node, b=bound: _bounded(v, n.op_type, b))
             source = given
         maker = graph.makers.get(source)
-        if not ends or maker is None:
+        while maker is not None and maker.op_type in ("Transpose", "Reshape"):
+            maker = graph.makers.get(maker.input[0])
+        # without the clip two grids would follow each other, and runtimes drop the first
+        if not ends or maker is None or maker.op_type == "DequantizeLinear":
             continue
         scale, zero = (graph.constant(name) for name in quantize.input[1:3])
-        if scale is None or zero is None or scale.size != 1:
+        if scale is None or zero is None or scale.size != 1 or zero.itemsize > 1:
             continue
         info = np.iinfo(zero.dtype)
         for bound in reversed(ends):  # from the value on

@@ -22,10 +22,13 @@ pytest.importorskip("jax2onnx")
 quiet = {"progress": False}
 
 
-def ran(path, *inputs, optimized=None):
+def ran(path, *inputs, optimized=None, plain=False):
     """Outputs of onnxruntime, and its operations after fusion."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if plain:  # as the file says
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = level
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     session = onnxruntime.InferenceSession(
@@ -188,3 +191,68 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"export\.onnx: the model needs a number"):
         jm.export.onnx(free, counted, w, None, jnp.ones((2, 3)))
     assert not free.exists()
+
+
+def chain(params, x):
+    x = jax.nn.relu(x @ params["one"] + params["bias"][None])
+    return jnp.clip(x @ params["two"] + params["last"][None], -1, 2)
+
+
+def chain_params():
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    return {"one": draw(8, 6), "bias": draw(6), "two": draw(6, 4), "last": draw(4)}
+
+
+WIDTHS = {
+    "4 bits": {"activation_bits": 4},
+    "12 bits": {"activation_bits": 12},
+    "symmetric": {"symmetric_activations": True},
+    "blocks": {"block": 4, "weight_bits": 4},
+    "one block": {"block": 8},
+    "float bias": {"bias": "float"},
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_values_beyond_the_data_and_other_grids(name, tmp_path):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(64, 8)), jnp.float32)
+    config = jm.QuantConfig(**{"bias": "int32"} | WIDTHS[name])
+    params = chain_params()
+    if name == "float bias":  # a channel whose bias no int32 holds
+        params["two"] = params["two"].at[:, 1].multiply(1e-9)
+        params["last"] = jnp.asarray([0.0, 1.0, 0.5, -0.5])
+    graph = jm.trace(chain, params, x)
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
+    jm.export.onnx(tmp_path / "m.onnx", chain, params, quantizers, x[:1])
+    # dense layers of 16 bits are computed less exactly by default
+    (made,), _ = ran(tmp_path / "m.onnx", 3 * x, plain=name == "12 bits")
+    wanted = jm.simulate(chain, quantizers)(params, 3 * x)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart <= 1) >= 0.97 and apart.max() <= 3
+
+
+def test_grids_in_a_row_and_outputs_that_are_one_value(tmp_path):
+    def model(params, x):
+        x = jnp.clip(x, -1, 2)
+        y = x @ params["w"]
+        return {"y": y, "again": y, "x": x}
+
+    x = jnp.asarray(3 * np.random.default_rng(0).normal(size=(64, 5)), jnp.float32)
+    params = {
+        "w": jnp.asarray(np.random.default_rng(1).normal(size=(5, 3)), jnp.float32)
+    }
+    graph = jm.trace(model, params, x)
+    quantizers = jm.calibrate(params, graph, [x], **quiet)
+    jm.export.onnx(tmp_path / "m.onnx", model, params, quantizers, x[:1])
+    made, _ = ran(tmp_path / "m.onnx", x)
+    wanted = jax.tree.leaves(jm.simulate(model, quantizers)(params, x))
+    for one, two in zip(made, wanted, strict=True):
+        np.testing.assert_allclose(one, two, atol=0.05)
+        assert np.mean(np.abs(one - two) > 1e-4) < 0.02
+    with pytest.raises(ValueError, match=r"opset is 99"):
+        jm.export.onnx(tmp_path / "n.onnx", model, params, None, x[:1], opset=99)
+    config = jm.QuantConfig(activation_bits=16)
+    wide = jm.calibrate(params, graph, [x], config, **quiet)
+    with pytest.raises(ValueError, match=r"opset 19 has no integers of more than 8"):
+        jm.export.onnx(tmp_path / "n.onnx", model, params, wide, x[:1], opset=19)

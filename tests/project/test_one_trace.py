@@ -235,6 +235,7 @@ CASES = [
     Case("noise", quantized(jm.noise), True),
     Case("sensitivity", sensitive, True),
     Case("compare", lambda p, g, x, q: jm.compare(p, g, q, x), True),
+    Case("quantize", lambda p, g, x, q: jm.quantize(p, g, q), True),
     Case("labels", lambda p, g, x, q: jm.optimizer_labels(p, g, q), True),
     Case("fold inside", folded_inside, True),
     Case("plot", drawn, True),
@@ -303,7 +304,7 @@ def test_every_function_asks_for_the_graph_of_its_tree(case):
 
 COVERED = """
     absorb_bias adaround calibrate compare correct_bias cost equalize factorize
-    fold_batch_norm noise optimizer_labels plan prune reestimate_batch_norm report
+    fold_batch_norm noise optimizer_labels plan prune quantize reestimate_batch_norm report
     score_ratios search_scales sensitivity plot.graph plot.histograms
 """.split()
 OTHERS = """

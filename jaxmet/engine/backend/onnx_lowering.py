@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
@@ -32,6 +33,10 @@ def onnx_model(
 
     _register()
     jaxpr = jax.make_jaxpr(lambda *x: list(function(*x)))(*inputs)
+    outs = [id(v) for v in jaxpr.jaxpr.outvars]
+    if len(outs) > len({*outs} - {id(v) for v in jaxpr.jaxpr.invars}):
+        # one value has one name there: those that are given twice, or given back, are copied
+        jaxpr = jax.make_jaxpr(lambda *x: [jnp.copy(y) for y in function(*x)])(*inputs)
     run = jaxpr_as_fun(jaxpr)
     one = len(jaxpr.jaxpr.outvars) == 1
     return jax2onnx.to_onnx(
@@ -75,6 +80,9 @@ def _lower(ctx: Any, eqn: Any) -> None:
     scale, zero_point, low, high = map(np.asarray, known)
     block, value = eqn.params["block"], ctx.try_evaluate_const(x)
     shape = tuple(eqn.outvars[0].aval.shape)
+    pairs = list(zip(scale.shape, shape, strict=True))
+    axes = [i for i, (n, m) in enumerate(pairs) if n not in (1, m)] if block else []
+    block = block if axes else None  # one block is all there is
     places = [i for i, n in enumerate(scale.shape) if n != 1]
     made = ctx.get_value_for_var(x) if value is None else None
     if block is None and len(places) > 1:
@@ -88,14 +96,15 @@ def _lower(ctx: Any, eqn: Any) -> None:
         ) * scale
         ctx.bind_const_for_var(eqn.outvars[0], rounded.astype(value.dtype))
         return
+    if value is None and low.min() < 0 and high.max() < 2**7:
+        # onnxruntime turns int8 between operations into uint8, and then refuses opset 21
+        zero_point, low, high = (a + 2**7 for a in (zero_point, low, high))
     kind = _integer_type(int(low.min()), int(high.max()))
+    _check_opset(ctx, kind, block)
     options = {}
     if block is not None:
-        axis = next(
-            i for i, (n, m) in enumerate(zip(scale.shape, shape, strict=True)) if n != m
-        )
-        options = {"axis": axis, "block_size": block}
-        sizes = [scale.shape[i] if i == axis else n for i, n in enumerate(shape)]
+        options = {"axis": axes[0], "block_size": block}
+        sizes = [scale.shape[i] if i == axes[0] else n for i, n in enumerate(shape)]
         scale, zero_point = (np.broadcast_to(a, sizes) for a in (scale, zero_point))
     elif places:
         options = {"axis": places[0]}
@@ -106,11 +115,18 @@ def _lower(ctx: Any, eqn: Any) -> None:
     constant = lambda name, a: build.add_initializer_from_array(ctx.fresh_name(name), a)
     step = constant("scale", np.array(scale, np.float32))
     zero = constant("zero_point", np.array(zero_point).astype(kind))
+    wide = np.dtype(kind).itemsize > 1
     if value is None:
+        if wide:  # onnxruntime has no Max and Min of 16 bits
+            ends = (np.max(scale * (a - zero_point)) for a in (low, np.min(high)))
+            made = _between(ctx, made, np.float32, shape, *ends)
         integers = build.QuantizeLinear(
             made, step, zero, _outputs=[ctx.fresh_name("integers")], **options
         )
         _stamp(ctx, integers, kind, shape)
+        if not wide:
+            ends = np.max(low), np.min(high)
+            integers = _between(ctx, integers, kind, shape, *ends)
     else:
         grid = [np.asarray(v) for v in known]
         s, z = (_repeated(a, shape, block) for a in grid[:2])
@@ -134,6 +150,7 @@ def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
             "(quantizers.set(name, enabled=False))."
         )
     kind = _integer_type(int(np.min(known[2])), int(np.max(known[3])))
+    _check_opset(ctx, kind, None)
     build = ctx.builder
     sizes = [grid[0].aval.shape[i] for i in places]
     to = build.add_initializer_from_array(
@@ -160,10 +177,39 @@ def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
         **options,
     )
     _stamp(ctx, integers, kind, shape)
+    if np.dtype(kind).itemsize == 1:
+        ends = np.max(known[2]), np.min(known[3])
+        integers = _between(ctx, integers, kind, shape, *ends)
     name = ctx.fresh_name("value")
     result = build.DequantizeLinear(integers, step, zero, _outputs=[name], **options)
     _stamp(ctx, result, np.float32, shape)
     ctx.bind_value_for_var(eqn.outvars[0], result)
+
+
+def _between(
+    ctx: Any, value: Any, kind: Any, shape: Sequence[Any], low: Any, high: Any
+) -> Any:
+    """A value no further than the ends of its grid, where its type goes on."""
+    info = np.iinfo(kind) if np.issubdtype(kind, np.integer) else None
+    for operation, end in (("Max", low), ("Min", high)):
+        if info is not None and int(end) in (info.min, info.max):
+            continue
+        bound = ctx.builder.add_initializer_from_array(
+            ctx.fresh_name("end"), np.asarray(end).astype(kind)
+        )
+        make = getattr(ctx.builder, operation)
+        value = make(value, bound, _outputs=[ctx.fresh_name("between")])
+        _stamp(ctx, value, kind, shape)
+    return value
+
+
+def _check_opset(ctx: Any, kind: Any, block: int | None) -> None:
+    wide = np.dtype(kind).itemsize == 2
+    if ctx.opset < 21 and (wide or block is not None):
+        what = "blocks" if block is not None else "integers of more than 8 bits"
+        raise ValueError(
+            f"jaxmet.export.onnx: opset {ctx.opset} has no {what}. Use opset=21 or more."
+        )
 
 
 def _integer_type(low: int, high: int) -> Any:
