@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from jaxmet.numerics.fake_quant import fake_quant_p
+from jaxmet.tree.host_rounding import repeated
 
 
 def onnx_model(
@@ -129,7 +130,7 @@ def _lower(ctx: Any, eqn: Any) -> None:
             integers = _between(ctx, integers, kind, shape, *ends)
     else:
         grid = [np.asarray(v) for v in known]
-        s, z = (_repeated(a, shape, block) for a in grid[:2])
+        s, z = (repeated(a, shape, block) for a in grid[:2])
         numbers = np.clip(np.rint(value / s) + z, low, high).astype(kind)
         integers = constant("weight", numbers)
     name = ctx.fresh_name("value")
@@ -218,15 +219,6 @@ def _integer_type(low: int, high: int) -> Any:
         kinds = (np.uint8, np.uint16, np.int32)
     fits = lambda t: np.iinfo(t).min <= low and high <= np.iinfo(t).max
     return next(t for t in kinds if fits(t))
-
-
-def _repeated(a: np.ndarray, shape: Sequence[int], block: int | None) -> np.ndarray:
-    if block is None:
-        return a
-    for i, (n, m) in enumerate(zip(a.shape, shape, strict=True)):
-        if n not in (1, m):
-            a = np.take(a, np.arange(m) // block, axis=i)
-    return a
 
 
 def _onnx_type(kind: Any) -> Any:
