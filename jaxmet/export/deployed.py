@@ -15,7 +15,7 @@ from jaxmet.layers.fake_quantized import fake_quantize_derived, fake_quantize_ou
 from jaxmet.layers.folded_shift import folded_norm
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.tree.host_rounding import grid_in_numpy
-from jaxmet.tree.leaves import Compressed, dense, is_compressed, is_quantized
+from jaxmet.tree.leaves import dense, is_quantized, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
@@ -56,8 +56,7 @@ def deployed(
             array = fake_quant(
                 jnp.asarray(dense(leaf)), *grid, *q.ends, axis=q.axis, block=q.block
             )
-            is_leaf = is_compressed(leaf)
-            rounded[name] = leaf.replace(weight=array) if is_leaf else array
+            rounded[name] = with_weight(leaf, array)
         tree = replace_leaves(params, rounded)
         run = evaluate(apply, hook, cpu_formulations=False)
         return jax.tree.leaves(run(tree, *inputs, **kwargs)[0])
@@ -94,5 +93,4 @@ def _plain(params: Any, leaves: Mapping[str, Any]) -> Any:
         array = dense(leaf)
         return leaf.replace(weight=array) if more else array
 
-    is_leaf = lambda x: isinstance(x, Compressed) and is_quantized(x)
-    return jax.tree.map(plain, params, is_leaf=is_leaf)
+    return jax.tree.map(plain, params, is_leaf=is_quantized)

@@ -198,19 +198,19 @@ MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pa
 
 
 def _is_float(graph: OnnxGraph, name: str) -> bool:
-    node = graph.makers.get(name)
+    node = graph.producers.get(name)
     while node is not None and node.op_type in MOVES:
-        node = graph.makers.get(node.input[0])
+        node = graph.producers.get(node.input[0])
     return node is None or node.op_type != "DequantizeLinear"
 
 
 def _is_stored(graph: OnnxGraph, name: str) -> bool:
     """Whether only QuantizeLinear reads a value, after moves."""
-    readers = graph.readers.get(name, [])
-    if name in graph.outputs or not readers:
+    consumers = graph.consumers.get(name, [])
+    if name in graph.outputs or not consumers:
         return False
     return all(
         r.op_type == "QuantizeLinear"
         or (r.op_type in MOVES and _is_stored(graph, r.output[0]))
-        for r in readers
+        for r in consumers
     )

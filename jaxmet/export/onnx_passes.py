@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-GROWS = ("Conv", "Gemm")
+PRODUCTS = ("Conv", "Gemm")
 
 
 class OnnxGraph:
@@ -23,11 +23,11 @@ class OnnxGraph:
 
     def read(self) -> None:
         """Look again, after a change."""
-        self.makers = {out: n for n in self.graph.node for out in n.output}
-        self.readers: dict[str, list[Any]] = defaultdict(list)
+        self.producers = {out: n for n in self.graph.node for out in n.output}
+        self.consumers: dict[str, list[Any]] = defaultdict(list)
         for node in self.graph.node:
             for name in node.input:
-                self.readers[name].append(node)
+                self.consumers[name].append(node)
         self.outputs = {o.name for o in self.graph.output}
         self.arrays = {i.name: i for i in self.graph.initializer}
         values = (*self.graph.value_info, *self.graph.input, *self.graph.output)
@@ -39,7 +39,7 @@ class OnnxGraph:
 
         if name in self.arrays:
             return numpy_helper.to_array(self.arrays[name])
-        node = self.makers.get(name)
+        node = self.producers.get(name)
         if node is None or node.op_type not in ("Reshape", "Identity", "Unsqueeze"):
             return None
         return self.constant(node.input[0])
@@ -64,25 +64,25 @@ class OnnxGraph:
         kind = self.types.get(name, TensorProto.FLOAT)
         return bool(name) and kind == TensorProto.FLOAT
 
-    def only_reader(self, name: str) -> Any | None:
+    def only_consumer(self, name: str) -> Any | None:
         """The one node that reads a value, where no other and no output does."""
-        found = self.readers.get(name, [])
+        found = self.consumers.get(name, [])
         return found[0] if len(found) == 1 and name not in self.outputs else None
 
     def replace(self, old: str, new: str) -> None:
         """Whoever reads `old` reads `new`."""
-        for node in self.readers.pop(old, []):
+        for node in self.consumers.pop(old, []):
             for i, name in enumerate(node.input):
                 if name == old:
                     node.input[i] = new
-                    self.readers[new].append(node)
+                    self.consumers[new].append(node)
 
     def insert(self, before: Any, kind: str, *inputs: str, **options: Any) -> str:
         """A new node in front of another; the name of what it makes."""
         from onnx import helper
 
         name = f"{before.output[0]}_{kind.lower()}"
-        while name in self.makers:
+        while name in self.producers:
             name += "_"
         node = helper.make_node(kind, list(inputs), [name], name=name, **options)
         at = next(i for i, n in enumerate(self.graph.node) if n is before)
@@ -94,13 +94,15 @@ class OnnxGraph:
         """Drop what nothing reads."""
         while True:
             self.read()
-            used = set(self.readers) | self.outputs
+            used = set(self.consumers) | self.outputs
             dead = [n for n in self.graph.node if not used & set(n.output)]
             if not dead:
                 break
             for node in dead:
                 self.graph.node.remove(node)
-        for tensor in [t for t in self.graph.initializer if t.name not in self.readers]:
+        for tensor in [
+            t for t in self.graph.initializer if t.name not in self.consumers
+        ]:
             self.graph.initializer.remove(tensor)
         self.read()
 
@@ -137,7 +139,7 @@ def _set(node: Any, **options: Any) -> None:
 def _weights(graph: OnnxGraph) -> None:
     """Integers of a weight transposed, in place of a Transpose after their DequantizeLinear."""
     for node in _nodes(graph, "Transpose"):
-        dequantize = graph.makers.get(node.input[0])
+        dequantize = graph.producers.get(node.input[0])
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
         integers = graph.constant(dequantize.input[0])
@@ -160,27 +162,30 @@ def _weights(graph: OnnxGraph) -> None:
 
 def _biases(graph: OnnxGraph) -> None:
     """Constants added after a product are its bias."""
-    for node in _nodes(graph, *GROWS):
+    for node in _nodes(graph, *PRODUCTS):
         has_bias = len(node.input) > 2 and node.input[2]
         if has_bias and (node.op_type == "Conv" or _attribute(node, "beta", 1.0)):
             continue
         size, last = _outputs(graph, node), node
-        weight = graph.constant(_behind(graph, node.input[1]))
+        weight = graph.constant(_source(graph, node.input[1]))
         if size is None or weight is None:
             continue
         axis, rank = 1, weight.ndim
-        reader = graph.only_reader(last.output[0])
-        if reader is not None and reader.op_type == "Transpose":
-            last, axis = reader, list(_attribute(reader, "perm")).index(1)
-            reader = graph.only_reader(reader.output[0])
+        consumer = graph.only_consumer(last.output[0])
+        if consumer is not None and consumer.op_type == "Transpose":
+            last, axis = consumer, list(_attribute(consumer, "perm")).index(1)
+            consumer = graph.only_consumer(consumer.output[0])
         total, value = np.zeros(size), last.output[0]
-        while reader is not None and reader.op_type == "Add":
-            here = list(reader.input).index(value)
-            bias = graph.constant(reader.input[1 - here])
+        while consumer is not None and consumer.op_type == "Add":
+            here = list(consumer.input).index(value)
+            bias = graph.constant(consumer.input[1 - here])
             if bias is None or not _along_channels(bias, size, axis - rank):
                 break
-            total, value = total + bias.astype(np.float64).reshape(-1), reader.output[0]
-            reader = graph.only_reader(value)
+            total, value = (
+                total + bias.astype(np.float64).reshape(-1),
+                consumer.output[0],
+            )
+            consumer = graph.only_consumer(value)
         if value == last.output[0]:
             continue
         name = _int32(graph, node, total)
@@ -207,7 +212,7 @@ def _along_channels(bias: np.ndarray, size: int, axis: int) -> bool:
 
 def _outputs(graph: OnnxGraph, node: Any) -> int | None:
     """How many channels a product makes."""
-    weight = graph.constant(_behind(graph, node.input[1]))
+    weight = graph.constant(_source(graph, node.input[1]))
     if weight is None:
         return None
     if node.op_type == "Conv":
@@ -215,15 +220,15 @@ def _outputs(graph: OnnxGraph, node: Any) -> int | None:
     return weight.shape[0 if _attribute(node, "transB", 0) else 1]
 
 
-def _behind(graph: OnnxGraph, name: str) -> str:
+def _source(graph: OnnxGraph, name: str) -> str:
     """What a DequantizeLinear reads."""
-    node = graph.makers.get(name)
+    node = graph.producers.get(name)
     is_one = node is not None and node.op_type == "DequantizeLinear"
     return node.input[0] if is_one else name  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _int32(graph: OnnxGraph, node: Any, bias: np.ndarray) -> str | None:
-    """A bias as int32 behind a DequantizeLinear where the product is one of integers.
+    """A bias as int32 after a DequantizeLinear where the product is one of integers.
 
     None where it does not fit, as in a channel of hardly any weights: it stays an addition.
     """
@@ -244,9 +249,9 @@ def _int32(graph: OnnxGraph, node: Any, bias: np.ndarray) -> str | None:
 
 def _scale(graph: OnnxGraph, name: str) -> np.ndarray | None:
     """The scale of a value that comes from integers of 8 bits, through transposes."""
-    node = graph.makers.get(name)
+    node = graph.producers.get(name)
     while node is not None and node.op_type in ("Transpose", "Reshape"):
-        node = graph.makers.get(node.input[0])
+        node = graph.producers.get(node.input[0])
     if node is None or node.op_type != "DequantizeLinear":
         return None
     return None if _attribute(node, "block_size") else graph.constant(node.input[1])
@@ -259,9 +264,9 @@ def _pools(graph: OnnxGraph) -> None:
     runtimes do not have.
     """
     for node in _nodes(graph, "MaxPool", "Conv"):
-        first = graph.makers.get(node.input[0])
-        second = graph.makers.get(first.input[0]) if first is not None else None
-        after = graph.only_reader(node.output[0])
+        first = graph.producers.get(node.input[0])
+        second = graph.producers.get(first.input[0]) if first is not None else None
+        after = graph.only_consumer(node.output[0])
         kinds = [n.op_type if n is not None else "" for n in (second, first, after)]
         if kinds != ["Unsqueeze", "Unsqueeze", "Squeeze"] or second is None:
             continue
@@ -298,7 +303,7 @@ def _pools(graph: OnnxGraph) -> None:
         out = after.output[0]  # pyright: ignore[reportOptionalMemberAccess]
         if sums:
             count = float(np.prod(window))
-            divide = graph.only_reader(out)
+            divide = graph.only_consumer(out)
             by = None
             if divide is not None and divide.op_type == "Div":
                 by = graph.constant(divide.input[1])
@@ -316,9 +321,9 @@ def _redirect(graph: OnnxGraph, old: str, new: str) -> None:
     if old not in graph.outputs:
         graph.replace(old, new)
         return
-    graph.graph.node.remove(graph.makers[old])
-    maker = graph.makers[new]
-    maker.output[list(maker.output).index(new)] = old
+    graph.graph.node.remove(graph.producers[old])
+    producer = graph.producers[new]
+    producer.output[list(producer.output).index(new)] = old
     graph.read()
     graph.replace(new, old)
 
@@ -326,7 +331,7 @@ def _redirect(graph: OnnxGraph, old: str, new: str) -> None:
 def _means(graph: OnnxGraph) -> None:
     """A mean over all positions of an image as GlobalAveragePool."""
     for node in _nodes(graph, "Div"):
-        total, count = graph.makers.get(node.input[0]), graph.constant(node.input[1])
+        total, count = graph.producers.get(node.input[0]), graph.constant(node.input[1])
         if total is None or total.op_type != "ReduceSum" or count is None:
             continue
         axes = graph.constant(total.input[1]) if len(total.input) > 1 else None
@@ -337,12 +342,12 @@ def _means(graph: OnnxGraph) -> None:
             continue
         if _size(graph, total.input[0], range(1, rank - 1)) != float(count.ravel()[0]):
             continue
-        if graph.only_reader(total.output[0]) is None:
+        if graph.only_consumer(total.output[0]) is None:
             continue
         order = [0, rank - 1, *range(1, rank - 1)]
         x = graph.insert(node, "Transpose", total.input[0], perm=order)
         mean = graph.insert(node, "GlobalAveragePool", x)
-        quantize = graph.only_reader(node.output[0])
+        quantize = graph.only_consumer(node.output[0])
         if quantize is not None and quantize.op_type == "QuantizeLinear":
             # once more before the axes are dropped: what is fused is pool and rounding
             grid = list(quantize.input[1:])
@@ -381,10 +386,10 @@ def _clips(graph: OnnxGraph) -> None:
         low, high, source = -np.inf, np.inf, quantize.input[0]
         ends: list[Callable] = []
         while True:
-            node = graph.makers.get(source)
+            node = graph.producers.get(source)
             if node is None or node.op_type not in ("Max", "Min", "Relu"):
                 break
-            if graph.only_reader(source) is None:
+            if graph.only_consumer(source) is None:
                 break
             if node.op_type == "Relu":
                 given, bound = node.input[0], np.float32(0)
@@ -396,11 +401,11 @@ def _clips(graph: OnnxGraph) -> None:
                 given, bound = node.input[1 - i], known[i]
             ends.append(lambda v, n=node, b=bound: _bounded(v, n.op_type, b))
             source = given
-        maker = graph.makers.get(source)
-        while maker is not None and maker.op_type in ("Transpose", "Reshape"):
-            maker = graph.makers.get(maker.input[0])
+        producer = graph.producers.get(source)
+        while producer is not None and producer.op_type in ("Transpose", "Reshape"):
+            producer = graph.producers.get(producer.input[0])
         # without the clip two grids would follow each other, and runtimes drop the first
-        if not ends or maker is None or maker.op_type == "DequantizeLinear":
+        if not ends or producer is None or producer.op_type == "DequantizeLinear":
             continue
         scale, zero = (graph.constant(name) for name in quantize.input[1:3])
         if scale is None or zero is None or scale.size != 1 or zero.itemsize > 1:
@@ -419,15 +424,15 @@ def _clips(graph: OnnxGraph) -> None:
         quantize.input[0] = source
         graph.read()
         integers = quantize.output[0]
-        readers = graph.readers[integers][:]
+        consumers = graph.consumers[integers][:]
         for kind, bound, end in (("Max", low, info.min), ("Min", high, info.max)):
-            if np.all(bound == end) or not readers:
+            if np.all(bound == end) or not consumers:
                 continue
             name = graph.add_constant(f"{integers}_{kind.lower()}", np.asarray(bound))
-            integers = graph.insert(readers[0], kind, integers, name)
-        for reader in readers:
-            if reader.output[0] != integers and integers != quantize.output[0]:
-                reader.input[0] = integers
+            integers = graph.insert(consumers[0], kind, integers, name)
+        for consumer in consumers:
+            if consumer.output[0] != integers and integers != quantize.output[0]:
+                consumer.input[0] = integers
         graph.read()
 
 

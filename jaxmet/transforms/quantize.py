@@ -133,12 +133,12 @@ def _integers(
     quantizers: Quantizers,
 ) -> tuple[Any, str | None]:
     """The leaf with integers, or rounded in float, or None; and what is to be said of it."""
-    array = np.asarray(dense(leaf))
-    floats = array.astype(np.result_type(array.dtype, np.float32), copy=False)
     if q.product is not None:
         return _int32_bias(name, q, leaf, leaves, quantizers)
     if not q.active:
         return None, None
+    array = np.asarray(dense(leaf))
+    floats = array.astype(np.result_type(array.dtype, np.float32), copy=False)
     scale, zero_point = (np.asarray(a) for a in grid_in_numpy(q, floats))
     rounded = round_in_numpy(q, floats)
     s, z = (repeated(a, floats.shape, q.block) for a in (scale, zero_point))
@@ -164,7 +164,7 @@ def _int32_bias(
     leaves: Mapping[str, Any],
     quantizers: Quantizers,
 ) -> tuple[Any, str | None]:
-    rounded = quantizers.quantize_weights(leaves)[name]
+    rounded = quantizers.quantize_weight(name, leaves)
     assert q.product is not None
     weight, node = q.product
     x = quantizers.activation(node)

@@ -201,21 +201,24 @@ class Quantizers:
     ) -> dict[str, Any]:
         """The named leaves with every one that has a quantizer quantized."""
         out = dict(params)
-        for name, q in self.weights.items():
-            if name not in params:
-                continue  # the model derives this weight: the hook quantizes it
-            known = self.on_host(name, params) if grids is None else None
-            if known is not None and self._is_float(name):
-                continue
-            if known is not None:
-                known = as_before(known, dense(params[name]))
-                out[name] = with_weight(params[name], known)
-            elif q.product is not None:
-                out[name] = self._int32_bias(name, params, grids)
-            else:
-                quantized = q(dense(params[name]), grids and grids.weights[name])
-                out[name] = with_weight(params[name], quantized)
+        for name in self.weights:
+            if name in params:  # the hook quantizes what the model derives
+                out[name] = self.quantize_weight(name, params, grids)
         return out
+
+    def quantize_weight(
+        self, name: str, params: Mapping[str, Any], grids: "Grids | None" = None
+    ) -> Any:
+        """One of the named leaves quantized; an int32 bias with the scale of its weight."""
+        q, leaf = self.weights[name], params[name]
+        known = self.on_host(name, params) if grids is None else None
+        if known is not None and self._is_float(name):
+            return leaf
+        if known is not None:
+            return with_weight(leaf, as_before(known, dense(leaf)))
+        if q.product is not None:
+            return self._int32_bias(name, params, grids)
+        return with_weight(leaf, q(dense(leaf), grids and grids.weights[name]))
 
     def _int32_bias(
         self, name: str, params: Mapping[str, Any], grids: "Grids | None"

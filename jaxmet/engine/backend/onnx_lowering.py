@@ -73,6 +73,7 @@ def _register() -> None:
 
 
 def _lower(ctx: Any, eqn: Any) -> None:
+    """One fake quantization, with numbers for its grid."""
     x, *grid = eqn.invars
     known = [ctx.try_evaluate_const(v) for v in grid]
     if any(v is None for v in known):
@@ -121,22 +122,13 @@ def _lower(ctx: Any, eqn: Any) -> None:
         if wide:  # onnxruntime has no Max and Min of 16 bits
             ends = (np.max(scale * (a - zero_point)) for a in (low, np.min(high)))
             made = _between(ctx, made, np.float32, shape, *ends)
-        integers = build.QuantizeLinear(
-            made, step, zero, _outputs=[ctx.fresh_name("integers")], **options
-        )
-        _stamp(ctx, integers, kind, shape)
-        if not wide:
-            ends = np.max(low), np.min(high)
-            integers = _between(ctx, integers, kind, shape, *ends)
+        integers = _quantized(ctx, made, step, zero, kind, shape, low, high, options)
     else:
         grid = [np.asarray(v) for v in known]
         s, z = (repeated(a, shape, block) for a in grid[:2])
         numbers = np.clip(np.rint(value / s) + z, low, high).astype(kind)
         integers = constant("weight", numbers)
-    name = ctx.fresh_name("value")
-    result = build.DequantizeLinear(integers, step, zero, _outputs=[name], **options)
-    _stamp(ctx, result, np.float32, shape)
-    ctx.bind_value_for_var(eqn.outvars[0], result)
+    _dequantize(ctx, eqn, integers, step, zero, options)
 
 
 def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
@@ -170,21 +162,42 @@ def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
         return value
 
     step, zero = operand(0, np.float32), operand(1, kind)
-    integers = build.QuantizeLinear(
-        ctx.get_value_for_var(x),
-        step,
-        zero,
-        _outputs=[ctx.fresh_name("integers")],
-        **options,
-    )
-    _stamp(ctx, integers, kind, shape)
-    if np.dtype(kind).itemsize == 1:
-        ends = np.max(known[2]), np.min(known[3])
-        integers = _between(ctx, integers, kind, shape, *ends)
+    value = ctx.get_value_for_var(x)
+    low, high = known[2], known[3]
+    integers = _quantized(ctx, value, step, zero, kind, shape, low, high, options)
+    _dequantize(ctx, eqn, integers, step, zero, options)
+
+
+def _quantized(
+    ctx: Any,
+    value: Any,
+    step: Any,
+    zero: Any,
+    kind: Any,
+    shape: Sequence[Any],
+    low: Any,
+    high: Any,
+    options: dict[str, Any],
+) -> Any:
+    """The integers of a value, of 8 bits no further than the ends of its grid."""
+    name = ctx.fresh_name("integers")
+    made = ctx.builder.QuantizeLinear(value, step, zero, _outputs=[name], **options)
+    _stamp(ctx, made, kind, shape)
+    if np.dtype(kind).itemsize > 1:
+        return made
+    return _between(ctx, made, kind, shape, np.max(low), np.min(high))
+
+
+def _dequantize(
+    ctx: Any, eqn: Any, integers: Any, step: Any, zero: Any, options: dict[str, Any]
+) -> None:
+    """The result of an equation is what integers stand for."""
     name = ctx.fresh_name("value")
-    result = build.DequantizeLinear(integers, step, zero, _outputs=[name], **options)
-    _stamp(ctx, result, np.float32, shape)
-    ctx.bind_value_for_var(eqn.outvars[0], result)
+    made = ctx.builder.DequantizeLinear(
+        integers, step, zero, _outputs=[name], **options
+    )
+    _stamp(ctx, made, np.float32, tuple(eqn.outvars[0].aval.shape))
+    ctx.bind_value_for_var(eqn.outvars[0], made)
 
 
 def _between(
