@@ -27,7 +27,6 @@ from jaxmet.analysis.sensitivity import sensitivity as sensitivity
 from jaxmet.engine.frontends import functional as functional
 from jaxmet.engine.graph.graph import Graph as Graph
 from jaxmet.engine.graph.graph import trace as trace
-from jaxmet.engine.run.lift import lift as lift
 from jaxmet.engine.run.replay import evaluate as evaluate
 from jaxmet.engine.run.segments import segments as segments
 from jaxmet.numerics.fake_quant import fake_quant as fake_quant
@@ -39,6 +38,7 @@ from jaxmet.transforms.dynamic import dynamic as dynamic
 from jaxmet.transforms.equalize import equalize as equalize
 from jaxmet.transforms.factorize import factorize as factorize
 from jaxmet.transforms.fold import fold_batch_norm as fold_batch_norm
+from jaxmet.transforms.lift import lift as lift
 from jaxmet.transforms.optimizer_labels import optimizer_labels as optimizer_labels
 from jaxmet.transforms.plan import plan as plan
 from jaxmet.transforms.prune import prune as prune

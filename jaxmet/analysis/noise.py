@@ -23,10 +23,10 @@ from jaxmet.engine.graph.analyse import keeps_examples_apart
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.pruned.expand import call_of
-from jaxmet.engine.run.lift import lift
 from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.layers.arguments import check_examples, check_keywords, key_of
 from jaxmet.layers.gradients import energies
+from jaxmet.transforms.lift import lift
 from jaxmet.tree.batches import as_batches, inputs_of
 from jaxmet.tree.checks import check_counts, check_flags
 from jaxmet.tree.examples import some_examples

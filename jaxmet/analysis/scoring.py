@@ -11,10 +11,10 @@ from jax.tree_util import Partial
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.program.compat import held_after, only_new_garbage
-from jaxmet.engine.run.lift import lift
 from jaxmet.engine.run.programs import split_keywords
 from jaxmet.engine.run.shared_programs import share_programs
 from jaxmet.engine.run.staged import StagedProgram
+from jaxmet.transforms.lift import lift
 from jaxmet.tree.checks import check_callable
 from jaxmet.tree.names import named_leaves, replace_leaves
 

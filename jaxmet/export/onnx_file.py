@@ -11,9 +11,9 @@ from jaxmet.engine.backend.onnx_lowering import onnx_model
 from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import fitted, trace
 from jaxmet.engine.program.calls import Apply
-from jaxmet.engine.run.lift import lift
-from jaxmet.export.deployed import deployed
 from jaxmet.export.onnx_passes import OnnxGraph, fused
+from jaxmet.layers.deployed import deployed, fake_quantized_weights
+from jaxmet.transforms.lift import lift
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.paths import path_parts
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
@@ -88,8 +88,10 @@ def onnx(
     quantizers.leaves(params, CALLER)
     shapes, names = _shapes(inputs, batch)
     structure = jax.tree.structure(inputs)
-    run = deployed(apply, params, graph, quantizers, kwargs)
-    flat = lambda *leaves: run(*jax.tree.unflatten(structure, leaves))
+    run = deployed(apply, params, quantizers, kwargs)
+    weights = fake_quantized_weights(params, quantizers)
+    arguments = lambda leaves: jax.tree.unflatten(structure, leaves)
+    flat = lambda *leaves: jax.tree.leaves(run(weights(), *arguments(leaves)))
     shown = lift(apply)
     outputs = jax.eval_shape(lambda *x: shown(params, *x, **kwargs), *inputs)
     try:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.engine.program.compat import is_key
-from jaxmet.engine.run.lift import lift
+from jaxmet.engine.run.lifted import lifted
 from jaxmet.tree.batches import inputs_from, inputs_of
 from jaxmet.tree.config import OPTIONS, QuantConfig
 
@@ -121,7 +121,7 @@ def _takes(apply: Apply, name: str) -> bool:
 def _runs(apply: Apply, params: Any, inputs: Sequence[Any], kwargs: Any) -> bool:
     """Whether the model accepts the call; nothing is computed."""
     try:
-        jax.eval_shape(partial(lift(apply), **kwargs), params, *inputs)
+        jax.eval_shape(partial(lifted(apply), **kwargs), params, *inputs)
     except Exception:  # whatever a model raises of what it does not take
         return False
     return True
@@ -205,7 +205,7 @@ def check_examples(
             f"jaxmet.{caller}: single examples along axis 0 of the batch are needed here. "
             f"{_compared(whole, traced)} {BATCH_AXIS}"
         )
-    model = partial(lift(graph.apply), **kwargs)
+    model = partial(lifted(graph.apply), **kwargs)
     with accepting(whole, caller, graph.apply, params, kwargs, traced=traced):
         of_whole = jax.eval_shape(model, params, *whole)
     try:

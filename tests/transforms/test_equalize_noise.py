@@ -21,7 +21,6 @@ from jax.nn import relu, relu6
 from test_equalize import difference, model, scrambled
 
 from jaxmet.engine.graph.graph import trace
-from jaxmet.engine.run.lift import lift
 from jaxmet.layers.gradients import by_channel, projected_gradients, squared
 from jaxmet.numerics.fixed_point import anderson
 from jaxmet.numerics.minimise import lbfgs
@@ -34,6 +33,7 @@ from jaxmet.numerics.moments import (
 )
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.equalize import equalize
+from jaxmet.transforms.lift import lift
 from jaxmet.transforms.simulate import simulate
 from jaxmet.tree.batches import batched
 from jaxmet.tree.config import QuantConfig, Rule

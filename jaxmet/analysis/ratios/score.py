@@ -21,7 +21,7 @@ from jaxmet.analysis.scoring import (
     runner,
 )
 from jaxmet.engine.graph.graph import Graph, fitted
-from jaxmet.engine.run.lift import replayed
+from jaxmet.engine.run.lifted import replayed
 from jaxmet.layers.arguments import key_of
 from jaxmet.layers.asked_ratios import asked_for
 from jaxmet.layers.checkpoint import Checkpoint, model_of

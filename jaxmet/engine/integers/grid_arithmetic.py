@@ -1,0 +1,103 @@
+"""The integers of a grid, from floats, from sums in int32, and from two other grids.
+
+As onnxruntime computes them, to the bit: a sum is multiplied by one float32 number and rounded,
+ties to even; of an addition the zero points are inside of the rounding. Jacob et al.,
+[Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference](https://arxiv.org/abs/1712.05877), CVPR 2018, section 2.2, with a float multiplier.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.integers.integer_values import (
+    Bound,
+    Held,
+    Integers,
+    Joint,
+    Total,
+    number,
+    over,
+)
+
+
+class TargetGrid(NamedTuple):
+    """Scale and zero point with the rank of what goes there, and the ends, known."""
+
+    scale: Any
+    zero_point: Any
+    low: int
+    high: int
+
+    @property
+    def offset(self) -> int:
+        """What to take off so that 8 bits fit int8."""
+        fits = self.low >= -(2**7) and self.high < 2**7
+        return 0 if fits or self.high - self.low >= 2**8 else 2**7
+
+    @property
+    def dtype(self) -> Any:
+        low, high = self.low - self.offset, self.high - self.offset
+        return jnp.int8 if low >= -(2**7) and high < 2**7 else jnp.int32
+
+
+def target_grid(grid: list[Any]) -> TargetGrid | None:
+    """The operands of a `fake_quant`, where the ends are known integers."""
+    scale, zero_point, *ends = grid
+    known = [number(a) for a in ends]
+    if any(a is None or a.size == 0 or (a != a.flat[0]).any() for a in known):
+        return None
+    low, high = (int(a.flat[0]) for a in known if a is not None)
+    return TargetGrid(scale, zero_point, low, high)
+
+
+def on_grid(value: Held, grid: TargetGrid) -> Integers:
+    """The integers of a value on a grid."""
+    bounds: tuple[Bound, ...] = ()
+    if isinstance(value, Total):
+        found, bounds = _of_total(value, grid), value.bounds
+    elif isinstance(value, Joint):
+        found, bounds = _of_joint(value, grid), value.bounds
+    else:
+        found = jnp.rint(value.array / grid.scale) + grid.zero_point
+    found = _within(found, grid, bounds)
+    offset = np.float32(grid.offset)
+    return Integers(
+        (found - offset).astype(grid.dtype),
+        grid.scale,
+        grid.zero_point - offset,
+        grid.low - grid.offset,
+        grid.high - grid.offset,
+        grid.offset,
+        value.fixed,
+    )
+
+
+def _of_total(value: Total, grid: TargetGrid) -> Any:
+    multiplier = over(value.scale, grid.scale * np.float32(1) * value.divisor)
+    found = value.sums.astype(jnp.float32) * jnp.asarray(multiplier)
+    if value.rest is not None:
+        found = found + value.rest / grid.scale
+    return jnp.rint(found) + grid.zero_point
+
+
+def _of_joint(value: Joint, grid: TargetGrid) -> Any:
+    a, b = value.terms
+    ratios = [over(x.scale, grid.scale) for x in (a, b)]
+    zeros = [x.zero_point + np.float32(x.offset) for x in (a, b)]
+    shift = grid.zero_point - (ratios[0] * zeros[0] + ratios[1] * zeros[1])
+    whole = [x.values.astype(jnp.float32) + np.float32(x.offset) for x in (a, b)]
+    found = (shift + whole[0] * ratios[0]) + whole[1] * ratios[1]
+    return jnp.rint(found)
+
+
+def _within(found: Any, grid: TargetGrid, bounds: tuple[Bound, ...]) -> Any:
+    """The ends of the grid, and bounds of the values: rounding is monotone."""
+    low, high = np.float32(grid.low), np.float32(grid.high)
+    found = jnp.clip(found, low, high)
+    for kind, bound in bounds:
+        whole = jnp.rint(jnp.asarray(bound, jnp.float32) / grid.scale)
+        whole = jnp.clip(whole + grid.zero_point, low, high)
+        found = (jnp.maximum if kind == "max" else jnp.minimum)(found, whole)
+    return found

@@ -1,0 +1,168 @@
+"""A program with `fake_quant` in it, run in integers wherever a rule says how."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from jaxmet.engine.integers.grid_arithmetic import on_grid, target_grid
+from jaxmet.engine.integers.integer_rules import RULES, spread_constant
+from jaxmet.engine.integers.integer_values import (
+    Floats,
+    Held,
+    Integers,
+    Joint,
+    Total,
+    floats,
+)
+from jaxmet.engine.program import compat
+from jaxmet.numerics.fake_quant import fake_quant_p
+
+COMPUTES = {
+    "conv_general_dilated": "convolution",
+    "dot_general": "dot",
+    "add": "add",
+    "reduce_sum": "sum",
+    "reduce_window_sum": "average pool",
+    "concatenate": "concat",
+    "exp": "exp",
+    "logistic": "logistic",
+    "tanh": "tanh",
+    "erf": "erf",
+    "mul": "multiply",
+}
+INLINE = (*compat.CALLS, *compat.CUSTOM, *compat.REMAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation: its layer, what it is, and None or why it is in float.
+
+    `detail` and `result` are there for a product whose sum is put on a grid.
+    """
+
+    layer: str
+    operation: str
+    why: str | None
+    detail: Any = None
+    result: Integers | None = None
+    bounds: Any = ()
+
+
+@dataclasses.dataclass
+class IntegerProgram:
+    """Runs equations on values that are floats or integers, and lists what it did."""
+
+    steps: list[Step] = dataclasses.field(default_factory=list)
+
+    def run(self, closed: Any, values: Sequence[Held], scope: str = "") -> list[Held]:
+        jaxpr, consts = compat.open_jaxpr(closed)
+        known = [Floats(a, True, tuple(jnp.shape(a))) for a in consts]
+        environment: dict[Any, Held] = dict(zip(jaxpr.constvars, known, strict=True))
+        environment.update(zip(jaxpr.invars, values, strict=True))
+
+        def read(atom: Any) -> Held:
+            if isinstance(atom, Literal):
+                return Floats(atom.val, True, tuple(jnp.shape(atom.val)))
+            return environment[atom]
+
+        for equation in jaxpr.eqns:
+            results = self._step(equation, [read(v) for v in equation.invars], scope)
+            environment.update(zip(equation.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _step(self, equation: Any, values: list[Held], scope: str) -> list[Held]:
+        name = equation.primitive.name
+        stack = str(equation.source_info.name_stack)
+        layer = "/".join(part for part in (scope, stack) if part)
+        if equation.primitive is fake_quant_p:
+            return [self._quantized(equation, values)]
+        if name in INLINE:
+            body = compat.call_body(equation.params)
+            return self.run(
+                body, values[-len(compat.open_jaxpr(body)[0].invars) :], layer
+            )
+        if all(isinstance(v, Floats) for v in values):
+            return self._in_float(equation, layer, values, None)
+        rule = RULES.get(name)
+        found = rule(equation, layer, values) if rule is not None else None
+        if found is None:
+            return self._in_float(equation, layer, values, self._why(equation, values))
+        if name in COMPUTES and not isinstance(found, Integers):
+            if isinstance(found, Joint):
+                self.steps.append(Step(layer, "add", None))
+            elif name not in ("add", "mul"):
+                self.steps.append(Step(layer, COMPUTES[name], None))
+        elif name == "concatenate":
+            self.steps.append(Step(layer, "concat", None))
+        return [found]
+
+    def _quantized(self, equation: Any, values: list[Held]) -> Held:
+        x, *grid = values
+        sides = [floats(v).stored for v in grid]
+        plain = equation.invars[0].aval.dtype == jnp.float32
+        target = target_grid(sides) if plain else None
+        blocks = equation.params["block"] is not None and not _fits(sides, x.shape)
+        if target is None or blocks:
+            return self._in_float(equation, "", values, None)[0]
+        found = on_grid(x, target)
+        if isinstance(x, Total) and x.detail is not None:
+            at = max(i for i, s in enumerate(self.steps) if s.layer == x.detail.layer)
+            self.steps[at] = dataclasses.replace(
+                self.steps[at], detail=x.detail, result=found, bounds=x.bounds
+            )
+        return found
+
+    def _why(self, equation: Any, values: list[Held]) -> str:
+        """What is not on a grid, of an operation with a rule."""
+        read = [v for v in values if isinstance(v, Floats) and not v.fixed]
+        weight = [v for v in values if isinstance(v, Floats) and v.fixed]
+        if read:
+            return "an input is in float"
+        if weight and equation.primitive.name in (
+            "dot_general",
+            "conv_general_dilated",
+        ):
+            return "the weight is in float"
+        return "no rule in integers"
+
+    def _in_float(
+        self, equation: Any, layer: str, values: list[Held], why: str | None
+    ) -> list[Held]:
+        name = equation.primitive.name
+        fixed = all(v.fixed for v in values)
+        if name == "broadcast_in_dim" and len(values) == 1:
+            found = spread_constant(equation, values)
+            if found is not None:
+                return [found]
+        if name in COMPUTES and not fixed and layer:
+            inexact = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact)
+            if inexact:
+                self.steps.append(Step(layer, COMPUTES[name], why or "in float"))
+        arrays = [floats(v).array for v in values]
+        results = compat.bind(equation.primitive, equation.params, arrays)
+        return [Floats(a, fixed, tuple(jnp.shape(a))) for a in results]
+
+
+def _fits(sides: Sequence[Any], shape: Sequence[Any]) -> bool:
+    """Whether no block is shorter than its axis."""
+    return all(
+        n in (1, m) for a in sides for n, m in zip(jnp.shape(a), shape, strict=True)
+    )
+
+
+def in_integers(
+    function: Callable[..., Sequence[Any]],
+    held: Sequence[Held],
+    inputs: Sequence[Any],
+) -> tuple[list[Any], list[Step]]:
+    """The results of `function(weights, inputs)` with weights as what they are held as."""
+    shapes = [jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in held]
+    closed = jax.make_jaxpr(lambda w, x: list(function(w, x)))(shapes, list(inputs))
+    program = IntegerProgram()
+    values = [Floats(x, False, tuple(jnp.shape(x))) for x in inputs]
+    results = program.run(closed, [*held, *values])
+    return [floats(v).array for v in results], program.steps

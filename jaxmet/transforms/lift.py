@@ -1,0 +1,125 @@
+"""The model on any tree that jaxmet makes, and in integers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmet.engine.frontends import check_apply
+from jaxmet.engine.integers.integer_program import in_integers
+from jaxmet.engine.integers.integer_values import Floats, Held, Integers
+from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.lifted import lifted
+from jaxmet.layers.deployed import deployed, weights_on_grids
+from jaxmet.tree.leaves import dense, is_quantized
+from jaxmet.tree.quantizer import Quantizer
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
+
+CALLER = "lift"
+
+
+def lift(apply: Apply, quantizers: Quantizers | None = None) -> Apply:
+    r"""The same model, able to run trees with `Compressed` leaves; with quantizers in integers.
+
+    A tree of plain arrays goes to `apply` itself. Otherwise the model's equations are run
+    again with each leaf as what it stands for: exact bounds of an equalized ReLU6, for
+    example. New values of pruned parameters (statistics of norms in training mode) come back
+    pruned likewise: results with a parameter's path and shape that are made of it entry by
+    entry. Differentiable; each call traces `apply`, so wrap the result in `jax.jit`.
+
+    With quantizers it computes what `jm.simulate(apply, quantizers)` simulates: dots and
+    convolutions of int8 with sums in int32, biases in int32, then
+    $q = \mathrm{clip}(\mathrm{round}(a\, s_x s_w / s_y) + z_y)$ for the next grid, clips as
+    bounds of the integers, additions, pools and concatenations of integers. What lies between
+    other operations stays in float. It is not differentiable. Give it a tree of
+    `jm.quantize`; one of floats is rounded at each call.
+
+    Jacob et al., [Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018.
+
+    Args:
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        quantizers: the quantizers of `jm.calibrate` for this tree, for integer arithmetic;
+            default None: the tree as it is.
+
+    Returns:
+        A function like `apply` that also runs trees with `Compressed` leaves.
+
+    Raises:
+        ValueError: for a leaf whose statement the model has no place for, and for quantizers
+            of another tree.
+
+    >>> logits = jax.jit(jm.lift(model.apply))(jm.equalize(params, graph), images)
+    >>> integers = jm.quantize(params, graph, quantizers)
+    >>> logits = jax.jit(jm.lift(model.apply, quantizers))(integers, images)
+    """
+    check_apply(apply, CALLER)
+    if quantizers is None:
+        return lifted(apply)
+    check_are_quantizers(quantizers, CALLER)
+
+    def integer(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return run_integers(apply, quantizers, params, inputs, kwargs)[0]
+
+    return integer
+
+
+def run_integers(
+    apply: Apply, quantizers: Quantizers, params: Any, inputs: tuple, kwargs: Any
+) -> tuple[Any, list[Any]]:
+    """The outputs in integers, and the operations that made them."""
+    leaves = quantizers.leaves(params, CALLER)
+    names = weights_on_grids(params, quantizers)
+    held = [_held(quantizers.weights[name], leaves[name]) for name in names]
+    function = deployed(apply, params, quantizers, kwargs)
+    found, structure = jax.tree.flatten(inputs)
+    trees: list[Any] = []
+
+    def flat(weights: list[Any], values: list[Any]) -> list[Any]:
+        arguments = jax.tree.unflatten(structure, values)
+        named = dict(zip(names, weights, strict=True))
+        made, tree = jax.tree.flatten(function(named, *arguments))
+        trees.append(tree)
+        return made
+
+    results, steps = in_integers(flat, held, [jnp.asarray(x) for x in found])
+    return jax.tree.unflatten(trees[-1], results), steps
+
+
+def _held(q: Quantizer, leaf: Any) -> Held:
+    """A weight as integers on its grid, or in float where no product takes those."""
+    shape = tuple(jnp.shape(dense(leaf)))
+    if is_quantized(leaf):
+        weight = leaf.weight
+        values, scale, zero_point = weight.values, weight.scale, weight.zero_point
+    else:
+        array = jnp.asarray(dense(leaf))
+        scale, zero_point = q.grid(array)
+        values = None
+    low, high = q.ends
+    if zero_point is None:
+        zero_point = np.zeros(np.shape(scale), np.float32)
+    if jnp.ndim(scale) == 0:
+        scale, zero_point = (
+            jnp.reshape(a, (1,) * len(shape)) for a in (scale, zero_point)
+        )
+    sizes = zip(jnp.shape(scale), shape, strict=True)
+    if any(n not in (1, m) for n, m in sizes) or scale.dtype != np.float32:
+        full = dense(leaf) if is_quantized(leaf) else q(dense(leaf))
+        return Floats(jnp.asarray(full), True, shape)
+    if values is None:
+        wide = array.astype(np.float32)
+        values = jnp.clip(jnp.rint(wide / scale) + zero_point, low, high)
+    offset = 0 if low >= -(2**7) and high < 2**7 or high - low >= 2**8 else 2**7
+    small = high - low < 2**8
+    values = values.astype(jnp.int32) - np.int32(offset)
+    return Integers(
+        values.astype(jnp.int8 if small else jnp.int32),
+        scale,
+        zero_point - np.float32(offset) if offset else zero_point,
+        low - offset,
+        high - offset,
+        offset,
+        True,
+    )
