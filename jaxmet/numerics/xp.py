@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 else:
     Array = jax.Array | np.ndarray | np.generic
 
-# For programs whose compiling takes longer than running them.
-QUICK = {"xla_backend_optimization_level": 1} | (
+# For programs whose compiling takes longer than running them. Options of a program go before
+# JAX's own, so a level of 1 would be more than who disables optimizations asked for.
+LEVEL = 0 if jax.config.read("jax_disable_most_optimizations") else 1
+QUICK = {"xla_backend_optimization_level": LEVEL} | (
     {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 )
 

@@ -108,7 +108,10 @@ def calibrated():
     return *both, batches
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "ptq" else n for n in STEPS],
+)
 def test_a_second_call_compiles_nothing(name, calibrated, programs) -> None:
     one, two, batches = calibrated
     STEPS[name](*one, batches)
@@ -214,6 +217,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 def test_a_second_model_of_a_family_compiles_its_passes_over_data_only(programs):
     images = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
     batches, compiled = jm.batched(images, batch_size=4), {}

@@ -148,7 +148,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "damping"),
     [("channels", 0.01), ("tensor", 0.2), ("asymmetric", 0.2), ("blocks", 0.01)],

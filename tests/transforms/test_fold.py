@@ -1,4 +1,4 @@
-"""Folding of batch norms in whole models: the function, the tree that is left, refusals.
+"""Folding of batch norms in whole models: the function, the tree that is left, what is skipped.
 
 The oracle of a fold is the formula itself in float64 numpy, and the model's own output.
 """
@@ -365,6 +365,212 @@ def test_nan_is_refused():
     broken = replace_leaves(params, {"stem_bn/mean": jnp.full(8, jnp.nan)})
     with pytest.raises(ValueError, match=r"fold_batch_norm: .*'stem_bn/mean'"):
         fold_batch_norm(broken, graph)
+
+
+# What is skipped
+
+
+@pytest.mark.parametrize("name", ["group_norm", "dense_norm", "transformer"])
+@pytest.mark.parametrize("front", ["linen", "nnx"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_norms_over_the_data_are_left_alone(name, front, batch):
+    apply, params, (x,) = model(name, front)
+    after, report = fold_batch_norm(
+        params, trace(apply, params, x[:batch]), with_report=True
+    )
+    assert len(report) and set(report["note"]) == {"skipped: a norm over the data"}
+    old, new = named_leaves(params), named_leaves(after)
+    assert all(new[leaf] is old[leaf] for leaf in old)
+
+
+def read_twice(p, x):
+    y = x @ p["one"]["w"]
+    return affine(p["norm"], y) + y
+
+
+def counted(p, x):
+    y = x @ p["one"]["w"]
+    return affine(p["norm"], y), jnp.argmax(y, -1)
+
+
+def looked_up(p, x):
+    y = x @ p["one"]["w"]
+    where = jnp.argsort(x[:, :5], axis=-1)
+    return affine(p["norm"], y) + jnp.take_along_axis(y, where, axis=1)
+
+
+def penalized(p, x):
+    return affine(p["norm"], x @ p["one"]["w"]), jnp.sum(p["one"]["w"] ** 2)
+
+
+def nonlinear_between(p, x):
+    return affine(p["norm"], jnp.tanh(x @ p["one"]["w"]))
+
+
+def moved_between(p, x):
+    return affine(p["norm"], jnp.flip(x @ p["one"]["w"], axis=1))
+
+
+def used_twice(p, x):
+    h = affine(p["norm"], x @ p["one"]["w"])
+    return affine(p["norm"], h @ p["two"]["w"])
+
+
+def computed_weight(p, x):
+    return affine(p["norm"], x @ (p["one"]["w"] * p["two"]["gain"][None]))
+
+
+def over_another_axis(p, x):
+    return affine(p["norm"], x @ p["one"]["w"], shape=(-1, 1))
+
+
+def in_a_loop(p, x):
+    def step(h, _):
+        return affine(p["norm"], h @ p["two"]["w"]), None
+
+    return jax.lax.scan(step, x @ p["one"]["w"], None, length=3)[0]
+
+
+def read_by_itself(p, x):
+    y = affine(p["norm"], x[:, :5])
+    return y @ p["two"]["w"] + y
+
+
+def stacked(p, x):
+    def step(h, layer):
+        return jnp.tanh(affine(layer["norm"], h @ layer["w"])), None
+
+    return jax.lax.scan(step, x[:, :5], p["stacked"])[0]
+
+
+def equal_channels_on_another_axis(p, x):
+    """The transpose ties both axes; the norm still runs along the one without weight."""
+    y = jnp.broadcast_to(x[:, None], (5, 5, 6)) @ p["one"]["w"]
+    y = affine(p["norm"], y, shape=(1, -1, 1))
+    return y + jnp.swapaxes(y, 1, 2)
+
+
+def times_the_root(p, x):
+    gain = jnp.sqrt(p["norm"]["var"] + EPSILON)
+    return gained(p, x, gain * p["norm"]["scale"])
+
+
+def over_the_scale(p, x):
+    gain = jax.lax.rsqrt(p["norm"]["var"] + EPSILON)
+    return gained(p, x, gain / p["norm"]["scale"])
+
+
+def shifted_scale(p, x):
+    gain = jax.lax.rsqrt(p["norm"]["var"] + EPSILON)
+    return gained(p, x, gain * (1.0 + p["norm"]["scale"]))
+
+
+def gained(p, x, gain):
+    y = x @ p["one"]["w"] - p["norm"]["mean"][None]
+    return y * gain[None] + p["norm"]["bias"][None]
+
+
+def joined(parts):
+    """A norm over a concatenation of `parts(p, x)`, and other outputs."""
+
+    def apply(p, x):
+        made, *more = parts(lambda name: x @ p[name]["w"], x)
+        return jax.nn.relu(affine(p["both"], jnp.concatenate(made, -1))), more
+
+    return apply
+
+
+def joined_tokens(p, x):
+    """Along another axis than the channels, which all parts share."""
+    x = x.reshape(1, 5, 6)
+    y = jnp.concatenate([x @ p["one"]["w"], x @ p["three"]["w"]], 1)
+    return jax.nn.relu(affine(p["norm"], y, shape=(1, 1, -1)))
+
+
+JOINED = {
+    "the input itself": lambda of, x: ([of("four"), x],),
+    "twice the same": lambda of, x: ([y := of("one"), y],),
+    "read elsewhere": lambda of, x: ([of("one"), y := of("three")], y),
+    "after a rectifier": lambda of, x: ([of("one"), jax.nn.relu(of("three"))],),
+}
+
+
+def one_weight_twice(p, x):
+    parts = [x @ p["one"]["w"], (x + 1) @ p["one"]["w"]]
+    return jax.nn.relu(affine(p["both"], jnp.concatenate(parts, -1)))
+
+
+LEFT = {
+    read_twice: "not alone in reading",
+    counted: "not alone in reading",
+    looked_up: "not alone in reading",
+    penalized: "used elsewhere",
+    nonlinear_between: "no product before",
+    moved_between: "rev between",
+    used_twice: "used elsewhere",
+    computed_weight: "computed from parameters",
+    over_another_axis: "channels are not those",
+    in_a_loop: "inside a scan",
+    read_by_itself: "is no product",
+    stacked: "inside a scan",
+    equal_channels_on_another_axis: "channels are not those",
+    times_the_root: "not of the form",
+    over_the_scale: "not of the form",
+    shifted_scale: "not of the form",
+    joined_tokens: "skipped: ",
+    one_weight_twice: "skipped: ",
+}
+CASES_LEFT = {f.__name__: (f, text) for f, text in LEFT.items()} | {
+    f"joined, {name}": (joined(parts), "skipped: ") for name, parts in JOINED.items()
+}
+
+
+@pytest.mark.parametrize("case", CASES_LEFT)
+def test_left_alone_with_the_reason(case):
+    apply, reason = CASES_LEFT[case]
+    roles = dict.fromkeys(("mean", "var", "scale", "bias"), (3, 5))
+    params = {
+        "one": numbers(2, w=(6, 5)),
+        "two": numbers(3, w=(5, 5), gain=(5,)),
+        "three": numbers(4, w=(6, 5)),
+        "four": numbers(5, w=(6, 4)),
+        "norm": norm_leaves(5),
+        "both": norm_leaves(10),
+        "stacked": {**numbers(1, w=(3, 5, 5)), "norm": numbers(2, **roles)},
+    }
+    (x,) = normal(5, 6)(KEY)
+    graph = trace(apply, params, x)
+    after, report = fold_batch_norm(params, graph, with_report=True)
+    same_bits(after, params)
+    assert len(report) and report["into"] == [None] * len(report)
+    assert all(reason in note for note in report["note"]), report
+    (name, *_) = (node.name for node in graph.nodes if node.kind == "norm")
+    with pytest.raises(ValueError, match=rf"fold_batch_norm: norm '{name}' .*without"):
+        fold_batch_norm(params, graph.only(name))
+
+
+FLOORS = {
+    "max(v, e)": lambda v, e: jnp.sqrt(jnp.maximum(v, e)),
+    "max(√v, e)": lambda v, e: jnp.maximum(jnp.sqrt(v), e),
+    "√v + e": lambda v, e: jnp.sqrt(v) + e,
+}
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-5, 1e-12])
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_divisor_of_another_form_is_left_however_small_its_epsilon(floor, epsilon):
+    params = {**numbers(1, w=(4, 5)), "norm": norm_leaves(5)}
+    var = epsilon * jnp.float32([0.25, 1.0, 4.0, epsilon])
+    params["norm"]["var"] = params["norm"]["var"].at[:4].set(var)
+
+    def apply(p, x):
+        n, divisor = p["norm"], FLOORS[floor](p["norm"]["var"], epsilon)
+        return (x @ p["w"] - n["mean"][None]) / divisor[None] * n["scale"][None]
+
+    (x,) = normal(2, 4)(KEY)
+    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
+    assert "not of the form (x − mean)·scale/√(variance + epsilon)" in report["note"][0]
+    same_bits(after, params)
 
 
 # Dtypes and leaves

@@ -1,16 +1,17 @@
-"""Folding of every form of a norm into every layout of a product, and what is skipped.
+"""Folding of every form of a norm into every layout of a product, joined ones too.
 
 The oracle of a fold is the formula itself in float64 numpy, and the model's own output.
 """
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import jaxmet as jm
 from folds import (
     EPSILON,
     KEY,
@@ -31,7 +32,6 @@ from jaxmet.engine.graph.graph import trace
 from jaxmet.numerics.norm import folded_statistics, norm_gain, unit_scale
 from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.tree.names import named_leaves, replace_leaves
-from zoo import model
 from zoo_nets import (
     batch_norm,
     conv,
@@ -132,28 +132,6 @@ def test_other_forms_of_a_norm(form):
     )
 
 
-def times_the_root(p, x):
-    gain = jnp.sqrt(p["var"] + EPSILON) * p["scale"]
-    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
-
-
-def over_the_scale(p, x):
-    gain = jax.lax.rsqrt(p["var"] + EPSILON) / p["scale"]
-    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
-
-
-def shifted_scale(p, x):
-    gain = jax.lax.rsqrt(p["var"] + EPSILON) * (1.0 + p["scale"])
-    return (x - p["mean"][None]) * gain[None] + p["bias"][None]
-
-
-@pytest.mark.parametrize("form", [times_the_root, over_the_scale, shifted_scale])
-def test_what_only_looks_like_a_norm_is_left_alone(form):
-    apply, params, x = mlp(form)
-    after = fold_batch_norm(params, trace(apply, params, x))
-    same_bits(after, params)
-
-
 LAYERS = {  # what makes the channels of a norm: (layer, channels, features)
     "conv": (conv(3, 4, 3), 3, 4),
     "unbiased": (conv(3, 4, 3, use_bias=False), 3, 4),
@@ -214,20 +192,6 @@ def test_products_with_two_feature_axes(axis):
     assert report["into"] == ["heads"]
     gains = gain_of("bn", wide(named_leaves(after)))
     close(gains, np.ones_like(gains), ONE_ULP)
-
-
-def test_equal_channels_on_another_axis_are_not_taken_for_the_product_s():
-    """The transpose ties both axes; the norm still runs along the one without weight."""
-
-    def apply(p, x):
-        y = affine(p["norm"], x @ p["w"], shape=(1, -1, 1))
-        return y + jnp.swapaxes(y, 1, 2)
-
-    params = {**numbers(2, w=(6, 5)), "norm": norm_leaves(5)}
-    (x,) = normal(2, 5, 6)(KEY)
-    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
-    same_bits(after, params)
-    assert "channels are not those" in report["note"][0]
 
 
 # Norms before a product
@@ -314,129 +278,119 @@ def test_a_gain_too_faint_to_divide_by_stays():
     same_bits(fold_batch_norm(after, graph), after)
 
 
-# What is skipped
+# Norms over a concatenation: each product takes the gain of the channels it makes
 
 
-@pytest.mark.parametrize("name", ["group_norm", "dense_norm", "transformer"])
-@pytest.mark.parametrize("front", ["linen", "nnx"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_norms_over_the_data_are_left_alone(name, front, batch):
-    apply, params, (x,) = model(name, front)
-    after, report = fold_batch_norm(
-        params, trace(apply, params, x[:batch]), with_report=True
+def draw(seed, *shape):
+    return np.random.default_rng(seed).uniform(-1.0, 1.0, shape).astype(np.float32)
+
+
+def np_norm(n):
+    return {role: np.array(leaf) for role, leaf in norm_leaves(n).items()}
+
+
+def row(x, like):
+    return x.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def normed(y, n, xp=jnp):
+    gain = n["scale"] / xp.sqrt(n["var"] + EPSILON)
+    return (y - row(n["mean"], y)) * row(gain, y) + row(n["bias"], y)
+
+
+def convolved(x, kernel, groups=1):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
     )
-    assert len(report) and set(report["note"]) == {"skipped: a norm over the data"}
-    old, new = named_leaves(params), named_leaves(after)
-    assert all(new[leaf] is old[leaf] for leaf in old)
 
 
-def read_twice(p, x):
-    y = x @ p["one"]["w"]
-    return affine(p["norm"], y) + y
-
-
-def counted(p, x):
-    y = x @ p["one"]["w"]
-    return affine(p["norm"], y), jnp.argmax(y, -1)
-
-
-def looked_up(p, x):
-    y = x @ p["one"]["w"]
-    where = jnp.argsort(x[:, :5], axis=-1)
-    return affine(p["norm"], y) + jnp.take_along_axis(y, where, axis=1)
-
-
-def penalized(p, x):
-    return affine(p["norm"], x @ p["one"]["w"]), jnp.sum(p["one"]["w"] ** 2)
-
-
-def nonlinear_between(p, x):
-    return affine(p["norm"], jnp.tanh(x @ p["one"]["w"]))
-
-
-def moved_between(p, x):
-    return affine(p["norm"], jnp.flip(x @ p["one"]["w"], axis=1))
-
-
-def used_twice(p, x):
-    h = affine(p["norm"], x @ p["one"]["w"])
-    return affine(p["norm"], h @ p["two"]["w"])
-
-
-def computed_weight(p, x):
-    return affine(p["norm"], x @ (p["one"]["w"] * p["two"]["gain"][None]))
-
-
-def over_another_axis(p, x):
-    return affine(p["norm"], x @ p["one"]["w"], shape=(-1, 1))
-
-
-def in_a_loop(p, x):
-    def step(h, _):
-        return affine(p["norm"], h @ p["two"]["w"]), None
-
-    return jax.lax.scan(step, x @ p["one"]["w"], None, length=3)[0]
-
-
-LEFT = {
-    read_twice: "not alone in reading",
-    counted: "not alone in reading",
-    looked_up: "not alone in reading",
-    penalized: "used elsewhere",
-    nonlinear_between: "no product before",
-    moved_between: "rev between",
-    used_twice: "used elsewhere",
-    computed_weight: "computed from parameters",
-    over_another_axis: "channels are not those",
-    in_a_loop: "inside a scan",
-}
-
-
-@pytest.mark.parametrize("apply", LEFT, ids=lambda f: f.__name__)
-def test_left_alone_with_the_reason(apply):
-    params = {
-        "one": numbers(2, w=(6, 5)),
-        "two": numbers(3, w=(5, 5), gain=(5,)),
-        "norm": norm_leaves(5),
+def dense_net(widths, biases):
+    parts = {
+        f"part{i}": {"w": draw(10 + i, 4, n)} | ({"b": draw(20 + i, n)} if b else {})
+        for i, (n, b) in enumerate(zip(widths, biases, strict=True))
     }
-    (x,) = normal(5, 6)(KEY)
-    graph = trace(apply, params, x)
-    after, report = fold_batch_norm(params, graph, with_report=True)
-    same_bits(after, params)
-    assert len(report) and report["into"] == [None] * len(report)
-    assert all(LEFT[apply] in note for note in report["note"]), report
-    names = [node.name for node in graph.nodes if node.kind == "norm"]
-    with pytest.raises(
-        ValueError, match=rf"fold_batch_norm: norm '{names[0]}' .*without"
-    ):
-        fold_batch_norm(params, graph.only(names[0]))
+    params = parts | {"norm": np_norm(sum(widths)), "head": draw(9, sum(widths), 3)}
+
+    def apply(p, x, xp=jnp):
+        made = []
+        for name in parts:
+            y = x @ p[name]["w"]
+            made.append(y + row(p[name]["b"], y) if "b" in p[name] else y)
+        return (
+            xp.maximum(normed(xp.concatenate(made, -1), p["norm"], xp), 0) @ p["head"]
+        )
+
+    return apply, params, draw(8, 7, 4)
 
 
-def test_several_consumers_of_a_norm_must_all_be_products():
+@settings(max_examples=6)
+@given(st.lists(st.tuples(st.integers(2, 4), st.booleans()), min_size=2, max_size=4))
+def test_every_product_takes_the_gain_of_its_channels(parts):
+    widths, biases = zip(*parts, strict=True)
+    apply, params, x = dense_net(widths, biases)
+    graph = jm.trace(apply, params, x)
+    after, table = jm.fold_batch_norm(params, graph, with_report=True)
+    into = [name.split("/")[0] for name in table["into"][0].split(", ")]
+    assert into == [f"part{i}" for i in range(len(widths))]
+    wide = jax.tree.map(np.float64, params)
+    gain = wide["norm"]["scale"] / np.sqrt(wide["norm"]["var"] + EPSILON)
+    starts = np.cumsum([0, *widths])
+    for i, start in enumerate(starts[:-1]):
+        own = gain[start : starts[i + 1]]
+        for name, before in wide[f"part{i}"].items():
+            np.testing.assert_allclose(after[f"part{i}"][name], before * own, rtol=1e-5)
+    np.testing.assert_allclose(
+        after["norm"]["mean"], wide["norm"]["mean"] * gain, rtol=1e-5
+    )
+    exact = apply(wide, np.float64(x), np)
+    found = apply(jax.tree.map(np.float64, after), np.float64(x), np)
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
+    again = jm.fold_batch_norm(after, graph)
+    for one, two in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+    device = jm.simulate(apply, jm.calibrate(after, graph, [x], progress=False))
+    error = np.asarray(device(after, x)) - exact
+    assert 10 * np.log10(np.sum(exact**2) / np.sum(error**2)) > 25
+
+
+def test_convolutions_and_depthwise_ones_are_joined():
+    params = {
+        "a": draw(1, 3, 3, 2, 4),
+        "b": draw(2, 3, 3, 1, 2),  # depthwise
+        "norm": np_norm(6),
+    }
+
     def apply(p, x):
-        y = affine(p["norm"], x)
-        return y @ p["one"]["w"] + y
+        both = [convolved(x, p["a"]), convolved(x, p["b"], groups=2)]
+        y = jax.nn.relu(normed(jnp.concatenate(both, -1), p["norm"]))
+        return y.mean((1, 2)) @ jnp.ones((6, 2))
 
-    params = {"one": numbers(2, w=(5, 5)), "norm": norm_leaves(5)}
-    (x,) = normal(4, 5)(KEY)
-    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
-    same_bits(after, params)
-    assert "is no product" in report["note"][0]
+    x = draw(3, 2, 5, 5, 2)
+    graph = jm.trace(apply, params, x)
+    after, table = jm.fold_batch_norm(params, graph, with_report=True)
+    assert table["into"] == ["a, b"]
+    gain = params["norm"]["scale"] / np.sqrt(
+        np.float64(params["norm"]["var"]) + EPSILON
+    )
+    np.testing.assert_allclose(after["a"], params["a"] * gain[:4], rtol=1e-5)
+    np.testing.assert_allclose(after["b"], params["b"] * gain[4:], rtol=1e-5)
+    np.testing.assert_allclose(apply(after, x), apply(params, x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_stacked_weight_is_left_alone():
-    def apply(p, x):
-        def step(h, layer):
-            return jnp.tanh(affine(layer["norm"], h @ layer["w"])), None
-
-        return jax.lax.scan(step, x, p)[0]
-
-    shapes = dict.fromkeys(("mean", "var", "scale", "bias"), (3, 5))
-    params = {**numbers(1, w=(3, 5, 5)), "norm": numbers(2, **shapes)}
-    (x,) = normal(4, 5)(KEY)
-    after, report = fold_batch_norm(params, trace(apply, params, x), with_report=True)
-    same_bits(after, params)
-    assert report["into"] == [None] and "scan" in report["note"][0]
+def test_quantizers_follow_and_training_folds_likewise():
+    apply, params, x = dense_net((3, 2), (True, False))
+    graph = jm.trace(apply, params, x)
+    q = jm.calibrate(params, graph, [x], progress=False).pin(params)
+    after, moved = jm.fold_batch_norm(params, graph, quantizers=q)
+    gain = params["norm"]["scale"] / np.sqrt(params["norm"]["var"] + EPSILON)
+    for i, own in ((0, gain[:3]), (1, gain[3:])):
+        old, new = (p.weights[f"part{i}/w"].scale for p in (q, moved))
+        np.testing.assert_allclose(new, np.asarray(old) * np.abs(own), rtol=1e-5)
+    found = jm.calibrate(after, graph, [x], progress=False)
+    trained = jm.simulate(apply, found, fold=graph)(params, x)
+    deployed = jm.simulate(apply, found)(after, x)
+    np.testing.assert_allclose(trained, deployed, atol=0.05 * np.abs(deployed).max())
 
 
 # Any numbers
@@ -455,8 +409,8 @@ def any_norms(draw):
     return {role: jnp.asarray(norm[role] * signs[role], jnp.float32) for role in roles}
 
 
-@hypothesis.settings(max_examples=80)
-@hypothesis.given(any_norms(), st.sampled_from([0.0, 1e-12, 1e-3]), st.booleans())
+@settings(max_examples=80)
+@given(any_norms(), st.sampled_from([0.0, 1e-12, 1e-3]), st.booleans())
 @pytest.mark.slow
 def test_any_numbers_stay_finite_and_mean_the_same(norm, epsilon, behind):
     """Norm and product together are W·g, W·bias and the mean: in float64, each channel."""
