@@ -1,7 +1,6 @@
 """A model and its quantizers as an ONNX file that integer runtimes fuse."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +12,13 @@ from jaxmet.engine.graph.graph import fitted, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.lift import lift
 from jaxmet.export.deployed import deployed
-from jaxmet.export.onnx_passes import OnnxGraph, fused
+from jaxmet.export.onnx_graph import OnnxGraph
+from jaxmet.export.onnx_passes import fused
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.paths import path_parts
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
-from jaxmet.tree.writing import writable, written
+from jaxmet.tree.writing import check_free, writable, written
 
 CALLER = "export.onnx"
 BATCH = "batch"
@@ -82,7 +82,7 @@ def onnx(
     check_are_quantizers(quantizers, CALLER)
     _check_packages(opset)
     path = writable(path, CALLER)
-    _check_free(path, overwrite)
+    check_free(path, overwrite, CALLER)
     graph = trace(apply, params, *inputs, **kwargs)
     fitted(params, graph, CALLER)
     quantizers.leaves(params, CALLER)
@@ -129,14 +129,6 @@ def _check_packages(opset: int) -> None:
     if opset > most:
         raise ValueError(
             f"jaxmet.{CALLER}: opset is {opset}, and this onnx knows {most}. Use 21."
-        )
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise ValueError(
-            f"jaxmet.{CALLER}: there is a file {path} already. Give another name, or "
-            "overwrite=True."
         )
 
 
