@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
@@ -39,23 +40,25 @@ def deployed(
     params = _plain(params, leaves)
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
-        operands = fake_quantize_derived(node, operands, quantizers)
+        with jax.named_scope(SCOPE + node.name):
+            operands = fake_quantize_derived(node, operands, quantizers)
         if node.name in shifts:
             x = operands[0]
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
             result = x + jnp.asarray(shifts[node.name].reshape(sizes), x.dtype)
         else:
             result = run(*operands)
-        return fake_quantize_output(node, run, result, quantizers), None
+        with jax.named_scope(SCOPE + node.name):
+            return fake_quantize_output(node, run, result, quantizers), None
 
     def function(*inputs: Any) -> list[Any]:
         own = named_leaves(params)
         rounded = {}
         for name, grid in grids.items():
             q, leaf = quantizers.weights[name], own[name]
-            array = fake_quant(
-                jnp.asarray(dense(leaf)), *grid, *q.ends, axis=q.axis, block=q.block
-            )
+            given = jnp.asarray(dense(leaf))
+            with jax.named_scope(SCOPE + name):
+                array = fake_quant(given, *grid, *q.ends, axis=q.axis, block=q.block)
             rounded[name] = with_weight(leaf, array)
         tree = replace_leaves(params, rounded)
         run = evaluate(apply, hook, cpu_formulations=False)

@@ -83,6 +83,25 @@ class OnnxGraph:
         self.read()
         return name
 
+    def rename(self, old: str, new: str) -> str:
+        """Another name for a value that is no input or output; the name that it got."""
+        taken = {i.name for i in (*self.graph.input, *self.graph.initializer)}
+        taken |= set(self.producers) | self.outputs
+        if old not in self.producers or old in self.outputs or not new or new == old:
+            return old
+        while new in taken:
+            new += "_"
+        for node in self.graph.node:
+            for names in (node.input, node.output):
+                for i, name in enumerate(names):
+                    if name == old:
+                        names[i] = new
+        for value in self.graph.value_info:
+            if value.name == old:
+                value.name = new
+        self.read()
+        return new
+
     def prune(self) -> None:
         """Drop what nothing reads."""
         while True:

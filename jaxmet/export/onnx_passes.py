@@ -23,10 +23,10 @@ from jaxmet.export.onnx_graph import (
 PRODUCTS = ("Conv", "Gemm")
 
 
-def fused(model: Any) -> Any:
-    """The model after all passes."""
+def fused(model: Any, *, clips: bool = True) -> Any:
+    """The model after all passes, without `clips` with its clips in float."""
     graph = OnnxGraph(model)
-    for each in (_weights, _biases, _pools, _means, _clips):
+    for each in (_weights, _biases, _pools, _means, *([_clips] if clips else ())):
         each(graph)
         graph.prune()
     return model

@@ -55,7 +55,7 @@ def made():
         "4 bits": jm.quantize(params, graph, quantizers[4]),
         "pruned": jm.prune(params, graph, ratios={"two": 0.5}),
         "low rank": jm.factorize(params, graph, ratios={"one": 0.5}),
-        "equalized": jm.equalize(params, graph),
+        "equalized": jm.equalize(params, graph, objective="range"),
     }
     return trees, quantizers
 
