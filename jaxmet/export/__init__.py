@@ -1,8 +1,17 @@
 """Files for other programs.
 
 onnx_file       the model as ONNX, in integers
-deployed        what a target runs: parameters known, folded norms gone
+encodings_file  a float ONNX file, and its grids for AIMET
+encodings_reader
+                AIMET's encodings as grids
+onnx_graph      an ONNX graph by what makes and what reads its values
 onnx_passes     the ONNX graph in the form that runtimes fuse
+safetensors_file
+                trees and quantizers for any program
 """
 
+from jaxmet.export.encodings_file import encodings as encodings
+from jaxmet.export.encodings_reader import read_encodings as read_encodings
 from jaxmet.export.onnx_file import onnx as onnx
+from jaxmet.export.safetensors_file import read_safetensors as read_safetensors
+from jaxmet.export.safetensors_file import safetensors as safetensors

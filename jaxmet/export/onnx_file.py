@@ -1,24 +1,25 @@
 """A model and its quantizers as an ONNX file that integer runtimes fuse."""
 
 import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxmet.engine.backend.onnx_lowering import onnx_model
+from jaxmet.engine.backend.onnx_lowering import WrittenGrid, onnx_model
 from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import fitted, trace
 from jaxmet.engine.program.calls import Apply
-from jaxmet.export.onnx_passes import OnnxGraph, fused
+from jaxmet.export.onnx_graph import OnnxGraph
+from jaxmet.export.onnx_passes import fused
 from jaxmet.layers.deployed import deployed, fake_quantized_weights
 from jaxmet.transforms.lift import lift
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.paths import path_parts
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
-from jaxmet.tree.writing import writable, written
+from jaxmet.tree.writing import check_free, writable, written
 
 CALLER = "export.onnx"
 BATCH = "batch"
@@ -72,20 +73,42 @@ def onnx(
 
     >>> jm.export.onnx("model.onnx", apply, params, quantizers, images[:1])
     """
-    refuse_module(apply, params, CALLER)
-    check_apply(apply, CALLER)
-    check_choices(CALLER, batch=(batch, ("dynamic", "fixed")))
-    check_counts(CALLER, least=19, opset=opset)
     check_flags(CALLER, overwrite=overwrite)
+    path = writable(path, CALLER)
+    check_free(path, overwrite, CALLER)
+    model, grids = lowered(
+        CALLER, apply, params, quantizers, inputs, batch, opset, kwargs
+    )
+    model = fused(model)
+    import onnx as package
+
+    package.checker.check_model(model)
+    written(path, lambda f: f.write(model.SerializeToString()))
+    return _table(model, grids)
+
+
+def lowered(
+    caller: str,
+    apply: Apply,
+    params: Any,
+    quantizers: Quantizers | None,
+    inputs: tuple[Any, ...],
+    batch: str,
+    opset: int,
+    kwargs: Any,
+) -> tuple[Any, dict[str, WrittenGrid]]:
+    """The model before the passes, and its grids by the names of their scales."""
+    refuse_module(apply, params, caller)
+    check_apply(apply, caller)
+    check_choices(caller, batch=(batch, ("dynamic", "fixed")))
+    check_counts(caller, least=19, opset=opset)
     if quantizers is None:
         quantizers = Quantizers()
-    check_are_quantizers(quantizers, CALLER)
-    _check_packages(opset)
-    path = writable(path, CALLER)
-    _check_free(path, overwrite)
+    check_are_quantizers(quantizers, caller)
+    _check_packages(opset, caller)
     graph = trace(apply, params, *inputs, **kwargs)
-    fitted(params, graph, CALLER)
-    quantizers.leaves(params, CALLER)
+    fitted(params, graph, caller)
+    quantizers.leaves(params, caller)
     shapes, names = _shapes(inputs, batch)
     structure = jax.tree.structure(inputs)
     run = deployed(apply, params, quantizers, kwargs)
@@ -95,7 +118,7 @@ def onnx(
     shown = lift(apply)
     outputs = jax.eval_shape(lambda *x: shown(params, *x, **kwargs), *inputs)
     try:
-        model = onnx_model(
+        return onnx_model(
             flat,
             shapes,
             opset=opset,
@@ -106,39 +129,25 @@ def onnx(
         symbolic = ("Symbolic dimension", "_DimExpr")
         if batch == "dynamic" and any(word in str(error) for word in symbolic):
             raise ValueError(
-                f"jaxmet.{CALLER}: the model needs a number for its batch size "
+                f"jaxmet.{caller}: the model needs a number for its batch size "
                 f"({str(error).splitlines()[0]}). Pass batch='fixed' and inputs of that size."
             ) from error
         raise
-    model = fused(model)
-    import onnx as package
-
-    package.checker.check_model(model)
-    written(path, lambda f: f.write(model.SerializeToString()))
-    return _table(model)
 
 
-def _check_packages(opset: int) -> None:
+def _check_packages(opset: int, caller: str) -> None:
     try:
         import jax2onnx  # noqa: F401
         import onnx
     except ImportError as error:
         raise ImportError(
-            f"jaxmet.{CALLER}: there is no package {error.name!r}. Install what it needs: "
+            f"jaxmet.{caller}: there is no package {error.name!r}. Install what it needs: "
             "pip install '.[onnx]'."
         ) from error
     most = onnx.defs.onnx_opset_version()
     if opset > most:
         raise ValueError(
-            f"jaxmet.{CALLER}: opset is {opset}, and this onnx knows {most}. Use 21."
-        )
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise ValueError(
-            f"jaxmet.{CALLER}: there is a file {path} already. Give another name, or "
-            "overwrite=True."
+            f"jaxmet.{caller}: opset is {opset}, and this onnx knows {most}. Use 21."
         )
 
 
@@ -168,7 +177,7 @@ def _names(tree: Any, what: str) -> list[str]:
     return found
 
 
-def _table(model: Any) -> Table:
+def _table(model: Any, grids: Mapping[str, WrittenGrid]) -> Table:
     """Which operations are between integers."""
     graph = OnnxGraph(model)
     rows = []
@@ -183,17 +192,27 @@ def _table(model: Any) -> Table:
         rows.append(
             (
                 node.op_type,
-                node.output[0],
+                _owner(graph, node, grids) or node.output[0],
                 "no" if why else "yes",
                 "; ".join(why) or None,
             )
         )
-    names = ("operation", "value", "integers", "note")
+    names = ("operation", "layer", "integers", "note")
     columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
     count = sum(row[2] == "yes" for row in rows)
     return Table(
         columns, title=f"{CALLER}: {count} of {len(rows)} operations in integers"
     )
+
+
+def _owner(graph: OnnxGraph, node: Any, grids: Mapping[str, WrittenGrid]) -> str | None:
+    """Whose result it is, as the grid says that the result goes on."""
+    found: Any = node
+    while found is not None and found.op_type != "QuantizeLinear":
+        readers = graph.consumers.get(found.output[0], [])
+        found = readers[0] if len(readers) == 1 else None
+    grid = None if found is None else grids.get(found.input[1])
+    return grid.owner if grid is not None else None
 
 
 MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad")

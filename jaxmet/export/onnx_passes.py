@@ -5,154 +5,50 @@ runtimes hold it. A clip before a QuantizeLinear becomes bounds of the integers,
 where they are those of the grid: rounding is monotone.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from jaxmet.export.onnx_graph import (
+    OnnxGraph,
+    attribute,
+    nodes_of,
+    rank_of,
+    redirect,
+    set_attributes,
+    size_of,
+)
+
 PRODUCTS = ("Conv", "Gemm")
 
 
-class OnnxGraph:
-    """A graph with its nodes by what they make and by what they read."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.graph = model, model.graph
-        self.read()
-
-    def read(self) -> None:
-        """Look again, after a change."""
-        self.producers = {out: n for n in self.graph.node for out in n.output}
-        self.consumers: dict[str, list[Any]] = defaultdict(list)
-        for node in self.graph.node:
-            for name in node.input:
-                self.consumers[name].append(node)
-        self.outputs = {o.name for o in self.graph.output}
-        self.arrays = {i.name: i for i in self.graph.initializer}
-        values = (*self.graph.value_info, *self.graph.input, *self.graph.output)
-        self.types = {v.name: v.type.tensor_type.elem_type for v in values}
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """The numbers of an initializer, also through a Reshape of one."""
-        from onnx import numpy_helper
-
-        if name in self.arrays:
-            return numpy_helper.to_array(self.arrays[name])
-        node = self.producers.get(name)
-        if node is None or node.op_type not in ("Reshape", "Identity", "Unsqueeze"):
-            return None
-        return self.constant(node.input[0])
-
-    def add_constant(self, name: str, array: np.ndarray) -> str:
-        """A new initializer; the name that it got."""
-        from onnx import numpy_helper
-
-        while name in self.arrays:
-            name += "_"
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        self.graph.initializer.append(tensor)
-        self.arrays[name] = self.graph.initializer[-1]
-        return name
-
-    def is_float(self, name: str) -> bool:
-        """Whether a value holds floats, as far as is known."""
-        from onnx import TensorProto
-
-        if name in self.arrays:
-            return self.arrays[name].data_type == TensorProto.FLOAT
-        kind = self.types.get(name, TensorProto.FLOAT)
-        return bool(name) and kind == TensorProto.FLOAT
-
-    def only_consumer(self, name: str) -> Any | None:
-        """The one node that reads a value, where no other and no output does."""
-        found = self.consumers.get(name, [])
-        return found[0] if len(found) == 1 and name not in self.outputs else None
-
-    def replace(self, old: str, new: str) -> None:
-        """Whoever reads `old` reads `new`."""
-        for node in self.consumers.pop(old, []):
-            for i, name in enumerate(node.input):
-                if name == old:
-                    node.input[i] = new
-                    self.consumers[new].append(node)
-
-    def insert(self, before: Any, kind: str, *inputs: str, **options: Any) -> str:
-        """A new node in front of another; the name of what it makes."""
-        from onnx import helper
-
-        name = f"{before.output[0]}_{kind.lower()}"
-        while name in self.producers:
-            name += "_"
-        node = helper.make_node(kind, list(inputs), [name], name=name, **options)
-        at = next(i for i, n in enumerate(self.graph.node) if n is before)
-        self.graph.node.insert(at, node)
-        self.read()
-        return name
-
-    def prune(self) -> None:
-        """Drop what nothing reads."""
-        while True:
-            self.read()
-            used = set(self.consumers) | self.outputs
-            dead = [n for n in self.graph.node if not used & set(n.output)]
-            if not dead:
-                break
-            for node in dead:
-                self.graph.node.remove(node)
-        for tensor in [
-            t for t in self.graph.initializer if t.name not in self.consumers
-        ]:
-            self.graph.initializer.remove(tensor)
-        self.read()
-
-
-def fused(model: Any) -> Any:
-    """The model after all passes."""
+def fused(model: Any, *, clips: bool = True) -> Any:
+    """The model after all passes, without `clips` with its clips in float."""
     graph = OnnxGraph(model)
-    for each in (_weights, _biases, _pools, _means, _clips):
+    for each in (_weights, _biases, _pools, _means, *([_clips] if clips else ())):
         each(graph)
         graph.prune()
     return model
 
 
-def _nodes(graph: OnnxGraph, *kinds: str) -> Iterator[Any]:
-    return iter([n for n in graph.graph.node if n.op_type in kinds])
-
-
-def _attribute(node: Any, name: str, default: Any = None) -> Any:
-    from onnx import helper
-
-    found = [helper.get_attribute_value(a) for a in node.attribute if a.name == name]
-    return found[0] if found else default
-
-
-def _set(node: Any, **options: Any) -> None:
-    from onnx import helper
-
-    for name, value in options.items():
-        for old in [a for a in node.attribute if a.name == name]:
-            node.attribute.remove(old)
-        node.attribute.append(helper.make_attribute(name, value))
-
-
 def _weights(graph: OnnxGraph) -> None:
     """Integers of a weight transposed, in place of a Transpose after their DequantizeLinear."""
-    for node in _nodes(graph, "Transpose"):
+    for node in nodes_of(graph, "Transpose"):
         dequantize = graph.producers.get(node.input[0])
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
         integers = graph.constant(dequantize.input[0])
-        if integers is None or _attribute(dequantize, "block_size"):
+        if integers is None or attribute(dequantize, "block_size"):
             continue
-        order = _attribute(node, "perm")
+        order = attribute(node, "perm")
         name = graph.add_constant(
             f"{dequantize.input[0]}_{node.output[0]}", integers.transpose(order)
         )
         options = {}
         scale = graph.constant(dequantize.input[1])
         if scale is not None and scale.size > 1:
-            axis = _attribute(dequantize, "axis", 1) % integers.ndim
+            axis = attribute(dequantize, "axis", 1) % integers.ndim
             options["axis"] = list(order).index(axis)
         new = graph.insert(
             node, "DequantizeLinear", name, *dequantize.input[1:], **options
@@ -162,9 +58,9 @@ def _weights(graph: OnnxGraph) -> None:
 
 def _biases(graph: OnnxGraph) -> None:
     """Constants added after a product are its bias."""
-    for node in _nodes(graph, *PRODUCTS):
+    for node in nodes_of(graph, *PRODUCTS):
         has_bias = len(node.input) > 2 and node.input[2]
-        if has_bias and (node.op_type == "Conv" or _attribute(node, "beta", 1.0)):
+        if has_bias and (node.op_type == "Conv" or attribute(node, "beta", 1.0)):
             continue
         size, last = _outputs(graph, node), node
         weight = graph.constant(_source(graph, node.input[1]))
@@ -173,7 +69,7 @@ def _biases(graph: OnnxGraph) -> None:
         axis, rank = 1, weight.ndim
         consumer = graph.only_consumer(last.output[0])
         if consumer is not None and consumer.op_type == "Transpose":
-            last, axis = consumer, list(_attribute(consumer, "perm")).index(1)
+            last, axis = consumer, list(attribute(consumer, "perm")).index(1)
             consumer = graph.only_consumer(consumer.output[0])
         total, value = np.zeros(size), last.output[0]
         while consumer is not None and consumer.op_type == "Add":
@@ -196,9 +92,9 @@ def _biases(graph: OnnxGraph) -> None:
         else:
             node.input.append(name)
         if node.op_type == "Gemm":
-            _set(node, beta=1.0)
+            set_attributes(node, beta=1.0)
         graph.read()
-        _redirect(graph, value, last.output[0])
+        redirect(graph, value, last.output[0])
         graph.prune()
 
 
@@ -217,7 +113,7 @@ def _outputs(graph: OnnxGraph, node: Any) -> int | None:
         return None
     if node.op_type == "Conv":
         return weight.shape[0]
-    return weight.shape[0 if _attribute(node, "transB", 0) else 1]
+    return weight.shape[0 if attribute(node, "transB", 0) else 1]
 
 
 def _source(graph: OnnxGraph, name: str) -> str:
@@ -254,7 +150,7 @@ def _scale(graph: OnnxGraph, name: str) -> np.ndarray | None:
         node = graph.producers.get(node.input[0])
     if node is None or node.op_type != "DequantizeLinear":
         return None
-    return None if _attribute(node, "block_size") else graph.constant(node.input[1])
+    return None if attribute(node, "block_size") else graph.constant(node.input[1])
 
 
 def _pools(graph: OnnxGraph) -> None:
@@ -263,23 +159,23 @@ def _pools(graph: OnnxGraph) -> None:
     They come as windows over all axes of a value with two more axes in front, which
     runtimes do not have.
     """
-    for node in _nodes(graph, "MaxPool", "Conv"):
+    for node in nodes_of(graph, "MaxPool", "Conv"):
         first = graph.producers.get(node.input[0])
         second = graph.producers.get(first.input[0]) if first is not None else None
         after = graph.only_consumer(node.output[0])
         kinds = [n.op_type if n is not None else "" for n in (second, first, after)]
         if kinds != ["Unsqueeze", "Unsqueeze", "Squeeze"] or second is None:
             continue
-        window = _attribute(node, "kernel_shape")
+        window = attribute(node, "kernel_shape")
         if node.op_type == "Conv":
             ones = graph.constant(node.input[1])
             if ones is None or np.any(ones != 1):
                 continue
             window = ones.shape[2:]
         rank = len(window)
-        steps = _attribute(node, "strides", [1] * rank)
-        pads = _attribute(node, "pads", [0] * 2 * rank)
-        apart = _attribute(node, "dilations", [1] * rank)
+        steps = attribute(node, "strides", [1] * rank)
+        pads = attribute(node, "pads", [0] * 2 * rank)
+        apart = attribute(node, "dilations", [1] * rank)
         around = [window[i] == steps[i] == 1 for i in (0, -1)]
         padded = [pads[i] for i in (0, rank - 1, rank, 2 * rank - 1)]
         sums = node.op_type == "Conv"
@@ -312,35 +208,25 @@ def _pools(graph: OnnxGraph) -> None:
             else:
                 name = graph.add_constant(f"{y}_count", np.asarray(count, np.float32))
                 y = graph.insert(node, "Mul", y, name)
-        _redirect(graph, out, y)
+        redirect(graph, out, y)
         graph.prune()
-
-
-def _redirect(graph: OnnxGraph, old: str, new: str) -> None:
-    """Whoever reads `old`, an output of the model too, gets `new`."""
-    if old not in graph.outputs:
-        graph.replace(old, new)
-        return
-    graph.graph.node.remove(graph.producers[old])
-    producer = graph.producers[new]
-    producer.output[list(producer.output).index(new)] = old
-    graph.read()
-    graph.replace(new, old)
 
 
 def _means(graph: OnnxGraph) -> None:
     """A mean over all positions of an image as GlobalAveragePool."""
-    for node in _nodes(graph, "Div"):
+    for node in nodes_of(graph, "Div"):
         total, count = graph.producers.get(node.input[0]), graph.constant(node.input[1])
         if total is None or total.op_type != "ReduceSum" or count is None:
             continue
         axes = graph.constant(total.input[1]) if len(total.input) > 1 else None
-        rank = _rank(graph, total.input[0])
+        rank = rank_of(graph, total.input[0])
         if axes is None or rank is None or rank < 3 or count.size != 1:
             continue
         if sorted(a % rank for a in axes.ravel()) != list(range(1, rank - 1)):
             continue
-        if _size(graph, total.input[0], range(1, rank - 1)) != float(count.ravel()[0]):
+        if size_of(graph, total.input[0], range(1, rank - 1)) != float(
+            count.ravel()[0]
+        ):
             continue
         if graph.only_consumer(total.output[0]) is None:
             continue
@@ -353,36 +239,18 @@ def _means(graph: OnnxGraph) -> None:
             grid = list(quantize.input[1:])
             mean = graph.insert(node, "QuantizeLinear", mean, *grid)
             mean = graph.insert(node, "DequantizeLinear", mean, *grid)
-        if _attribute(total, "keepdims", 1):
+        if attribute(total, "keepdims", 1):
             back = [0, *range(2, rank), 1]
             flat = graph.insert(node, "Transpose", mean, perm=back)
         else:
             flat = graph.insert(node, "Flatten", mean, axis=1)
-        _redirect(graph, node.output[0], flat)
+        redirect(graph, node.output[0], flat)
         graph.prune()
-
-
-def _value(graph: OnnxGraph, name: str) -> Any | None:
-    every = (*graph.graph.value_info, *graph.graph.input, *graph.graph.output)
-    return next((v for v in every if v.name == name), None)
-
-
-def _rank(graph: OnnxGraph, name: str) -> int | None:
-    value = _value(graph, name)
-    return None if value is None else len(value.type.tensor_type.shape.dim)
-
-
-def _size(graph: OnnxGraph, name: str, axes: Any) -> float | None:
-    value = _value(graph, name)
-    if value is None:
-        return None
-    sizes = [value.type.tensor_type.shape.dim[i].dim_value for i in axes]
-    return float(np.prod(sizes)) if all(sizes) else None
 
 
 def _clips(graph: OnnxGraph) -> None:
     """Bounds before a QuantizeLinear as bounds of its integers, or none."""
-    for quantize in _nodes(graph, "QuantizeLinear"):
+    for quantize in nodes_of(graph, "QuantizeLinear"):
         low, high, source = -np.inf, np.inf, quantize.input[0]
         ends: list[Callable] = []
         while True:

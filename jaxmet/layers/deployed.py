@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import Run, evaluate
@@ -48,14 +49,16 @@ def deployed(
     leaves |= {n: quantizers.quantize_weight(n, leaves) for n in biases}
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
-        operands = fake_quantize_derived(node, operands, quantizers)
+        with jax.named_scope(SCOPE + node.name):
+            operands = fake_quantize_derived(node, operands, quantizers)
         if node.norm is not None and _is_shift(node, leaves, quantizers):
             x = operands[0]
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
             result = x + jnp.asarray(_shift(node, leaves), x.dtype).reshape(sizes)
         else:
             result = run(*operands)
-        return fake_quantize_output(node, run, result, quantizers), None
+        with jax.named_scope(SCOPE + node.name):
+            return fake_quantize_output(node, run, result, quantizers), None
 
     def function(weights: Mapping[str, Any], *inputs: Any) -> Any:
         new = {name: with_weight(leaves[name], a) for name, a in weights.items()}
@@ -81,7 +84,9 @@ def fake_quantized_weights(params: Any, quantizers: Quantizers) -> Function:
         found = {}
         for name, grid in grids.items():
             q, array = quantizers.weights[name], jnp.asarray(arrays[name])
-            found[name] = fake_quant(array, *grid, *q.ends, axis=q.axis, block=q.block)
+            with jax.named_scope(SCOPE + name):
+                rounded = fake_quant(array, *grid, *q.ends, axis=q.axis, block=q.block)
+            found[name] = rounded
         return found
 
     return function

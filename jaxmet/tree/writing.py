@@ -31,13 +31,22 @@ def writable(path: str | os.PathLike[str], caller: str) -> Path:
     return path
 
 
-def readable(path: Any, caller: str) -> Path:
+def check_free(path: Path, overwrite: bool, caller: str) -> None:
+    """Refuse a path that exists, unless it may be replaced."""
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"jaxmet.{caller}: there is a file {path} already. Give another name, or "
+            "overwrite=True."
+        )
+
+
+def readable(path: Any, caller: str, writer: str = "jm.save") -> Path:
     """The path, refused unless there is a file under it."""
     path = _file(path, caller)
     if not path.exists():
         raise FileNotFoundError(
             f"jaxmet.{caller}: there is no file {path} (the working directory is "
-            f"{Path.cwd()}). Give the path that jm.save wrote."
+            f"{Path.cwd()}). Give the path that {writer} wrote."
         )
     return path
 

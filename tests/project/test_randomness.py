@@ -19,7 +19,7 @@ PACKAGE = Path(jm.__file__).parent
 # Where a seed may stand, and why.
 SEEDS = {
     "layers/arguments.py": "the one documented default",
-    "tree/files.py": "keys that were saved are keys again",
+    "tree/stored_trees.py": "keys that were saved are keys again",
     "engine/nodes/norms/affine_chain.py": "numbers that only tell algebraic identities apart",
 }
 SOURCE = re.compile(r"(^|\.)random\.|^(PRNGKey|default_rng|RandomState|urandom)$")

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.core import freeze
 
 import jaxmet as jm
-from jaxmet.tree import files
+from jaxmet.tree import files, stored_trees
 from jaxmet.tree.files import load, save
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves
@@ -226,8 +226,8 @@ def test_foreign_damaged_and_newer_files_are_refused(tmp_path):
     refused("has no readable manifest")
     with_manifest(path, {"format": "other", "version": 1})
     refused("has the format 'other'")
-    with_manifest(path, {"format": "jaxmet", "version": files.VERSION + 1})
-    refused(f"has version {files.VERSION + 1} of the format.*Update jaxmet")
+    with_manifest(path, {"format": "jaxmet", "version": stored_trees.VERSION + 1})
+    refused(f"has version {stored_trees.VERSION + 1} of the format.*Update jaxmet")
     leaf = {"array": "0", "dtype": "float32", "numpy": True, "scalar": False}
     params = {"names": ["w"], "leaves": [leaf], "tree": {"ref": 0}}
     with_manifest(path, {"format": "jaxmet", "version": 1, "params": params})

@@ -6,7 +6,8 @@ QuantizeLinear and a DequantizeLinear.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,21 @@ from jax.extend.core import jaxpr_as_fun
 from jaxmet.numerics.fake_quant import fake_quant_p
 from jaxmet.tree.host_rounding import repeated
 
+SCOPE = "jaxmet:"
+"""What begins the name scope that says whose grid an equation is."""
+
+
+class WrittenGrid(NamedTuple):
+    """A grid of the file: whose it is, its ends, and by how much the file's integers differ."""
+
+    owner: str
+    low: int
+    high: int
+    shift: int = 0
+
+
+_GRIDS: ContextVar[dict[str, WrittenGrid]] = ContextVar("grids")
+
 
 def onnx_model(
     function: Callable[..., Sequence[Any]],
@@ -24,8 +40,10 @@ def onnx_model(
     opset: int,
     input_names: Sequence[str],
     output_names: Sequence[str],
-) -> Any:
+) -> tuple[Any, dict[str, WrittenGrid]]:
     """The `onnx.ModelProto` of a function of arrays that returns a list of arrays.
+
+    With it come its grids, by the names of their scales.
 
     The function is traced first: jax2onnx changes flax while it traces, so the model would
     be another one.
@@ -33,6 +51,8 @@ def onnx_model(
     import jax2onnx
 
     _register()
+    grids: dict[str, WrittenGrid] = {}
+    _GRIDS.set(grids)
     jaxpr = jax.make_jaxpr(lambda *x: list(function(*x)))(*inputs)
     outs = [id(v) for v in jaxpr.jaxpr.outvars]
     if len(outs) > len({*outs} - {id(v) for v in jaxpr.jaxpr.invars}):
@@ -40,7 +60,7 @@ def onnx_model(
         jaxpr = jax.make_jaxpr(lambda *x: [jnp.copy(y) for y in function(*x)])(*inputs)
     run = jaxpr_as_fun(jaxpr)
     one = len(jaxpr.jaxpr.outvars) == 1
-    return jax2onnx.to_onnx(
+    model = jax2onnx.to_onnx(
         lambda *x: run(*x)[0] if one else tuple(run(*x)),
         list(inputs),
         opset=opset,
@@ -48,6 +68,7 @@ def onnx_model(
         input_names=list(input_names),
         output_names=list(output_names),
     )
+    return model, grids
 
 
 def _register() -> None:
@@ -98,9 +119,11 @@ def _lower(ctx: Any, eqn: Any) -> None:
         ) * scale
         ctx.bind_const_for_var(eqn.outvars[0], rounded.astype(value.dtype))
         return
+    written = WrittenGrid(_owner(eqn), int(low.min()), int(high.max()))
     if value is None and low.min() < 0 and high.max() < 2**7:
         # onnxruntime turns int8 between operations into uint8, and then refuses opset 21
         zero_point, low, high = (a + 2**7 for a in (zero_point, low, high))
+        written = written._replace(shift=2**7)
     kind = _integer_type(int(low.min()), int(high.max()))
     _check_opset(ctx, kind, block)
     options = {}
@@ -116,6 +139,7 @@ def _lower(ctx: Any, eqn: Any) -> None:
     build = ctx.builder
     constant = lambda name, a: build.add_initializer_from_array(ctx.fresh_name(name), a)
     step = constant("scale", np.array(scale, np.float32))
+    _GRIDS.get()[step.name] = written
     zero = constant("zero_point", np.array(zero_point).astype(kind))
     wide = np.dtype(kind).itemsize > 1
     if value is None:
@@ -129,6 +153,11 @@ def _lower(ctx: Any, eqn: Any) -> None:
         numbers = np.clip(np.rint(value / s) + z, low, high).astype(kind)
         integers = constant("weight", numbers)
     _dequantize(ctx, eqn, integers, step, zero, options)
+
+
+def _owner(eqn: Any) -> str:
+    """The parameter or node whose grid it is, as the name scope says."""
+    return str(eqn.source_info.name_stack).rpartition(SCOPE)[2]
 
 
 def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
