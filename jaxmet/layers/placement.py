@@ -17,10 +17,10 @@ from jaxmet.layers.rule_targets import (
     says_float,
 )
 from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.targets.target import KEEPS as KEEPS_GRID
+from jaxmet.tree.targets.target import UNSTATED, Target
 
-FUSED = ("relu", "clip", "leaky_relu", "prelu")
 NO_NUMBERS = ("integers", "complex")
-KEEPS_GRID = ("max_pool", "min_pool", "max", "min")
 MOVES = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
     "gather", "rev", "pad", "select_n", "concatenate", "split", "neg", "mul", "div", "add",
@@ -65,13 +65,20 @@ class BiasPlace:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Everything that is quantized, and what is not and why."""
+    """Everything that is quantized, and what is not and why.
+
+    `fixed` are the ranges that a target gives to outputs, `requantized` the weight, input and
+    output whose scales s_x s_w / s_y it limits, `notes` what it says of an activation.
+    """
 
     weights: tuple[WeightPlace, ...]
     biases: tuple[BiasPlace, ...]
     activations: dict[str, Settings]
     shared: dict[str, str]
     skipped: dict[str, str]
+    fixed: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    requantized: tuple[tuple[str, str, str], ...] = ()
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def place(
@@ -92,7 +99,10 @@ def place(
     left: dict[str, str] = {}
     found = tuple(_weights(graph, config, caller))
     weights = tuple(_quantized(graph, config, found, left))
-    wanted = _stored(graph) if config.placement == "operations" else _entering(graph)
+    device = config.device
+    operations = config.placement == "operations"
+    wanted = _stored(graph, device) if operations else _entering(graph)
+    wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
     activations: dict[str, Settings] = {}
     for node in graph.nodes:
         if node.name not in wanted:
@@ -108,7 +118,8 @@ def place(
             left[node.name] = "32 bits"
         else:
             activations[node.name] = settings
-    shared = _shared(graph, activations)
+    fixed = _fixed(graph, device, activations)
+    shared = _shared(graph, device, activations, fixed)
     tensors = _tensors(graph, config, found, wanted, shared, caller)
     check_rules(graph, config, tensors, caller)
     on_grid = set(activations) | set(shared)
@@ -120,7 +131,11 @@ def place(
         left |= {p: f"in the int32 bias {bias.name}" for p, _ in bias.beside}
     activations = {k: v for k, v in activations.items() if k not in shared}
     _parameters(graph, weights, biases, left)
-    return Placement(weights, biases, activations, shared, left)
+    requantized = _requantized(graph, device, weights, on_grid)
+    notes = _notes(graph, config, on_grid, fixed, left)
+    return Placement(
+        weights, biases, activations, shared, left, fixed, requantized, notes
+    )
 
 
 def _tensors(
@@ -212,7 +227,14 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 # Activations
 
 
-def _stored(graph: Graph) -> set[str]:
+def operation_of(node: Node) -> str:
+    """What a target calls the operation of a node."""
+    if node.kind == "product":
+        return "dense" if node.convolution is None else "conv"
+    return node.function if node.kind in ("activation", "pool") else node.kind
+
+
+def _stored(graph: Graph, device: Target) -> set[str]:
     """The nodes whose results a device would store, groups of operations fused."""
     counts = Counter(name for n in graph.nodes for name in {e.node for e in n.inputs})
     return {
@@ -221,11 +243,14 @@ def _stored(graph: Graph) -> set[str]:
         if node.kind != "output"
         and node.function not in KEEPS_GRID
         and node.function not in NO_NUMBERS
-        and not (counts[node.name] == 1 and _fuses(node, graph.consumers(node.name)[0]))
+        and not (
+            counts[node.name] == 1
+            and _fuses(node, graph.consumers(node.name)[0], device)
+        )
     }
 
 
-def _fuses(node: Node, consumer: Node) -> bool:
+def _fuses(node: Node, consumer: Node, device: Target) -> bool:
     """Whether a device computes both in one operation."""
     edges = [e for e in consumer.inputs if e.node == node.name]
     if all(e.moves for e in edges) or node.region != consumer.region:
@@ -233,10 +258,9 @@ def _fuses(node: Node, consumer: Node) -> bool:
     if consumer.kind == "norm":
         # a batch norm in training is traced for the device that runs the trained one
         over = consumer.norm.over if consumer.norm is not None else None
-        return over in ("stored", "constant", "batch") and node.kind == "product"
-    if consumer.kind == "activation" and consumer.function in FUSED:
-        return node.kind in ("product", "ragged", "norm", "add")
-    return False
+        if over not in ("stored", "constant", "batch"):
+            return False
+    return (operation_of(node), operation_of(consumer)) in device.fuses
 
 
 def _entering(graph: Graph) -> set[str]:
@@ -264,9 +288,23 @@ def grid_source(graph: Graph, name: str) -> str:
     return node.name
 
 
-def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
-    """What a concatenation reads uses the concatenation's quantizer."""
+def _fixed(
+    graph: Graph, device: Target, activations: dict[str, Settings]
+) -> dict[str, tuple[float, float]]:
+    """The outputs whose range the target fixes; it does so at 8 bits."""
+    ranges = {n: device.range_of(operation_of(graph[n])) for n in activations}
+    return {n: r for n, r in ranges.items() if r and activations[n].bits == 8}
+
+
+def _shared(
+    graph: Graph,
+    device: Target,
+    activations: dict[str, Settings],
+    fixed: Mapping[str, Any],
+) -> dict[str, str]:
+    """What an operation with shared scales reads uses that operation's quantizer."""
     owner: dict[str, str] = {}
+    demands = device is not UNSTATED
 
     def last(name: str) -> str:
         while name in owner:
@@ -274,16 +312,81 @@ def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
         return name
 
     for node in reversed(graph.nodes):
-        if node.kind != "concat" or node.name not in activations:
+        if operation_of(node) not in device.shares or node.name not in activations:
             continue
         mine = last(node.name)
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None
             if source is None or source not in activations or not _keeps(edge):
                 continue
+            if source in fixed:  # the runtime requantizes it
+                continue
+            if demands:  # a value that two of them read ties both
+                source, mine = last(source), last(mine)
             if source not in owner and source != mine:  # a loop's carry may be its own
                 owner[source] = mine
     return {name: last(name) for name in owner}
+
+
+def _requantized(
+    graph: Graph,
+    device: Target,
+    weights: tuple[WeightPlace, ...],
+    on_grid: set[str],
+) -> tuple[tuple[str, str, str], ...]:
+    """The weight, input and output of each product, where the target limits their scales."""
+    if not device.least_multiplier:
+        return ()
+    found, quantized = [], {w.name for w in weights}
+    for node in graph.nodes:
+        sources = {grid_source(graph, e.node) for e in node.inputs if e.node}
+        if node.kind != "product" or node.weight is None or len(sources) != 1:
+            continue
+        out = node
+        while out.name not in on_grid and len(graph.consumers(out.name)) == 1:
+            after = graph.consumers(out.name)[0]
+            if not _fuses(out, after, device):
+                break
+            out = after
+        (source,) = sources
+        if node.weight.name in quantized and {source, out.name} <= on_grid:
+            found.append((str(node.weight.name), source, out.name))
+    return tuple(found)
+
+
+def _notes(
+    graph: Graph,
+    config: QuantConfig,
+    on_grid: set[str],
+    fixed: Mapping[str, tuple[float, float]],
+    left: dict[str, str],
+) -> dict[str, str]:
+    """What the target says of activations; what it does not know is computed in float."""
+    device = config.target
+    if device is None:
+        return {}
+    notes = {
+        n: f"range {r[0]:g} to {r[1]:g} on {device.name}" for n, r in fixed.items()
+    }
+    for node in graph.nodes:
+        operation = operation_of(node)
+        for move in dict.fromkeys(m for e in node.inputs for m in e.moves):
+            if move not in MOVES and node.name in graph.selected:
+                left.setdefault(
+                    f"{move} before {node.name}",
+                    f"computed in float: {device.name} has no integer form of it",
+                )
+        folds = operation == "norm" and any(
+            e.node and _fuses(graph[e.node], node, device) for e in node.inputs
+        )
+        if device.computes(operation) or folds:
+            continue
+        why = f"{operation} is computed in float on {device.name}"
+        if node.name in on_grid:
+            notes[node.name] = f"{why}; its output is quantized"
+        else:
+            left.setdefault(node.name, why)
+    return notes
 
 
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
