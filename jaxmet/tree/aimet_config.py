@@ -120,7 +120,8 @@ def _loaded(source: Any) -> Any:
             "quantsim: encodings are another file."
         )
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        # as floats: an integer of many digits takes long, and none is needed
+        return json.loads(text, object_pairs_hook=_once, parse_int=float)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{CALLER}: {path.name} is no JSON file ({error}). Pass a configuration of quantsim."
@@ -144,7 +145,8 @@ def aimet_fields(source: Any, ignore: Iterable[str]) -> dict[str, Any]:
     Raises ValueError for a malformed file, and for entries without a counterpart unless
     `ignore` names them or a section around them.
     """
-    if isinstance(ignore, str) or not all(isinstance(i, str) for i in ignore):
+    given = isinstance(ignore, Iterable) and not isinstance(ignore, str)
+    if not given or not all(isinstance(i, str) for i in ignore):
         raise ValueError(
             f"{CALLER}: ignore is {shown(ignore)}. Give a list of entries, as "
             "['supergroup_pass_list']."

@@ -273,13 +273,7 @@ class QuantConfig:
                 f"jaxmet.QuantConfig.for_target: the target is {shown(target)}. "
                 f"{near or 'Use ' + ', '.join(map(repr, TARGETS)) + ', or a jm.Target.'}"
             )
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in names or name == "target":
-                raise ValueError(
-                    f"jaxmet.QuantConfig.for_target: {name!r} is no field to override. "
-                    f"Fields are {', '.join(n for n in names if n != 'target')}."
-                )
+        names = _overridable(overrides, "for_target")
         given = {n: getattr(target, n) for n in names if hasattr(target, n)}
         return cls(**given | overrides, target=target)
 
@@ -311,13 +305,7 @@ class QuantConfig:
         """
         from jaxmet.tree.aimet_config import aimet_fields
 
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in names or name == "target":
-                raise ValueError(
-                    f"jaxmet.QuantConfig.from_aimet: {name!r} is no field to override. "
-                    f"Fields are {', '.join(n for n in names if n != 'target')}."
-                )
+        _overridable(overrides, "from_aimet")
         fields = aimet_fields(source, ignore)
         if not fields.pop("weights"):
             fields["rules"] = (Rule("*", quantize_weights=False),)
@@ -375,6 +363,19 @@ class QuantConfig:
         """The rules that mean none of these names."""
         names = list(names)
         return [r for r in self.rules if not any(match(r.glob, n) for n in names)]
+
+
+def _overridable(overrides: Iterable[str], caller: str) -> list[str]:
+    """The names of the fields that may be given beside a target; other names are refused."""
+    fields = (f.name for f in dataclasses.fields(QuantConfig))
+    names = [name for name in fields if name != "target"]
+    for name in overrides:
+        if name not in names:
+            raise ValueError(
+                f"jaxmet.QuantConfig.{caller}: {name!r} is no field to override. Fields are "
+                f"{', '.join(names)}."
+            )
+    return names
 
 
 OPTIONS = frozenset(
