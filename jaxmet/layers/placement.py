@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.graph.node import Edge, Node
+from jaxmet.engine.graph.node import Node
 from jaxmet.layers.eligibility import NOT_SELECTED
 from jaxmet.layers.folded_shift import folded_norm, norm_to_fold
 from jaxmet.layers.rule_targets import (
@@ -16,17 +16,22 @@ from jaxmet.layers.rule_targets import (
     check_rules,
     says_float,
 )
+from jaxmet.layers.target_rules import (
+    KEEPS_GRID,
+    MOVES,
+    NO_NUMBERS,
+    VIEWS,
+    fixed_ranges,
+    fuses,
+    grid_source,
+    keeps_grid,
+    operation_of,
+    requantized_products,
+    target_notes,
+)
 from jaxmet.tree.config import QuantConfig, Settings
-from jaxmet.tree.targets.target import KEEPS as KEEPS_GRID
 from jaxmet.tree.targets.target import UNSTATED, Target
 
-NO_NUMBERS = ("integers", "complex")
-MOVES = (
-    "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
-    "gather", "rev", "pad", "select_n", "concatenate", "split", "neg", "mul", "div", "add",
-    "sub", "sort", "stack", "unstack", "tile",
-)  # fmt: skip
-VIEWS = MOVES[:11]
 MULTIPLIES = ("product", "ragged", "matmul")
 
 
@@ -118,7 +123,7 @@ def place(
             left[node.name] = "32 bits"
         else:
             activations[node.name] = settings
-    fixed = _fixed(graph, device, activations)
+    fixed = fixed_ranges(graph, device, activations)
     shared = _shared(graph, device, activations, fixed)
     tensors = _tensors(graph, config, found, wanted, shared, caller)
     check_rules(graph, config, tensors, caller)
@@ -131,8 +136,10 @@ def place(
         left |= {p: f"in the int32 bias {bias.name}" for p, _ in bias.beside}
     activations = {k: v for k, v in activations.items() if k not in shared}
     _parameters(graph, weights, biases, left)
-    requantized = _requantized(graph, device, weights, on_grid)
-    notes = _notes(graph, config, on_grid, fixed, left)
+    requantized = requantized_products(
+        graph, device, {w.name for w in weights}, on_grid
+    )
+    notes = target_notes(graph, config.target, on_grid, fixed, left)
     return Placement(
         weights, biases, activations, shared, left, fixed, requantized, notes
     )
@@ -227,13 +234,6 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 # Activations
 
 
-def operation_of(node: Node) -> str:
-    """What a target calls the operation of a node."""
-    if node.kind == "product":
-        return "dense" if node.convolution is None else "conv"
-    return node.function if node.kind in ("activation", "pool") else node.kind
-
-
 def _stored(graph: Graph, device: Target) -> set[str]:
     """The nodes whose results a device would store, groups of operations fused."""
     counts = Counter(name for n in graph.nodes for name in {e.node for e in n.inputs})
@@ -245,22 +245,9 @@ def _stored(graph: Graph, device: Target) -> set[str]:
         and node.function not in NO_NUMBERS
         and not (
             counts[node.name] == 1
-            and _fuses(node, graph.consumers(node.name)[0], device)
+            and fuses(node, graph.consumers(node.name)[0], device)
         )
     }
-
-
-def _fuses(node: Node, consumer: Node, device: Target) -> bool:
-    """Whether a device computes both in one operation."""
-    edges = [e for e in consumer.inputs if e.node == node.name]
-    if all(e.moves for e in edges) or node.region != consumer.region:
-        return False
-    if consumer.kind == "norm":
-        # a batch norm in training is traced for the device that runs the trained one
-        over = consumer.norm.over if consumer.norm is not None else None
-        if over not in ("stored", "constant", "batch"):
-            return False
-    return (operation_of(node), operation_of(consumer)) in device.fuses
 
 
 def _entering(graph: Graph) -> set[str]:
@@ -268,32 +255,9 @@ def _entering(graph: Graph) -> set[str]:
     wanted: set[str] = set()
     for node in graph.nodes:
         if node.kind in MULTIPLIES and node.name in graph.selected:
-            edges = [e for e in node.inputs if _keeps(e) and e.node is not None]
+            edges = [e for e in node.inputs if keeps_grid(e) and e.node is not None]
             wanted |= {grid_source(graph, e.node) for e in edges if e.node is not None}
     return {name for name in wanted if graph[name].function not in NO_NUMBERS}
-
-
-def _keeps(edge: Edge) -> bool:
-    """Whether a value on a grid is still on one after the moves of an edge."""
-    return edge.node is not None and all(m in MOVES for m in edge.moves)
-
-
-def grid_source(graph: Graph, name: str) -> str:
-    """The node whose quantizer a node's result is on: pools that choose keep their input's."""
-    node = graph[name]
-    while node.function in KEEPS_GRID and node.inputs and node.inputs[0].node:
-        if not _keeps(node.inputs[0]):
-            break
-        node = graph[node.inputs[0].node]
-    return node.name
-
-
-def _fixed(
-    graph: Graph, device: Target, activations: dict[str, Settings]
-) -> dict[str, tuple[float, float]]:
-    """The outputs whose range the target fixes; it does so at 8 bits."""
-    ranges = {n: device.range_of(operation_of(graph[n])) for n in activations}
-    return {n: r for n, r in ranges.items() if r and activations[n].bits == 8}
 
 
 def _shared(
@@ -317,7 +281,7 @@ def _shared(
         mine = last(node.name)
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None
-            if source is None or source not in activations or not _keeps(edge):
+            if source is None or source not in activations or not keeps_grid(edge):
                 continue
             if source in fixed:  # the runtime requantizes it
                 continue
@@ -328,67 +292,6 @@ def _shared(
     return {name: last(name) for name in owner}
 
 
-def _requantized(
-    graph: Graph,
-    device: Target,
-    weights: tuple[WeightPlace, ...],
-    on_grid: set[str],
-) -> tuple[tuple[str, str, str], ...]:
-    """The weight, input and output of each product, where the target limits their scales."""
-    if not device.least_multiplier:
-        return ()
-    found, quantized = [], {w.name for w in weights}
-    for node in graph.nodes:
-        sources = {grid_source(graph, e.node) for e in node.inputs if e.node}
-        if node.kind != "product" or node.weight is None or len(sources) != 1:
-            continue
-        out = node
-        while out.name not in on_grid and len(graph.consumers(out.name)) == 1:
-            after = graph.consumers(out.name)[0]
-            if not _fuses(out, after, device):
-                break
-            out = after
-        (source,) = sources
-        if node.weight.name in quantized and {source, out.name} <= on_grid:
-            found.append((str(node.weight.name), source, out.name))
-    return tuple(found)
-
-
-def _notes(
-    graph: Graph,
-    config: QuantConfig,
-    on_grid: set[str],
-    fixed: Mapping[str, tuple[float, float]],
-    left: dict[str, str],
-) -> dict[str, str]:
-    """What the target says of activations; what it does not know is computed in float."""
-    device = config.target
-    if device is None:
-        return {}
-    notes = {
-        n: f"range {r[0]:g} to {r[1]:g} on {device.name}" for n, r in fixed.items()
-    }
-    for node in graph.nodes:
-        operation = operation_of(node)
-        for move in dict.fromkeys(m for e in node.inputs for m in e.moves):
-            if move not in MOVES and node.name in graph.selected:
-                left.setdefault(
-                    f"{move} before {node.name}",
-                    f"computed in float: {device.name} has no integer form of it",
-                )
-        folds = operation == "norm" and any(
-            e.node and _fuses(graph[e.node], node, device) for e in node.inputs
-        )
-        if device.computes(operation) or folds:
-            continue
-        why = f"{operation} is computed in float on {device.name}"
-        if node.name in on_grid:
-            notes[node.name] = f"{why}; its output is quantized"
-        else:
-            left.setdefault(node.name, why)
-    return notes
-
-
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
     """Say which products compute on a value that has no quantizer."""
     for node in graph.nodes:
@@ -396,9 +299,9 @@ def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
             continue
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None
-            if source in on_grid and _keeps(edge):
+            if source in on_grid and keeps_grid(edge):
                 continue
-            if edge.node is not None and not _keeps(edge):
+            if edge.node is not None and not keeps_grid(edge):
                 bad = next(m for m in edge.moves if m not in MOVES)
                 why = f"{edge.node!r} comes through {bad}"
             elif edge.node is None:
