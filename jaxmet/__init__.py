@@ -52,6 +52,7 @@ from jaxmet.transforms.rounding.methods import Gptq as Gptq
 from jaxmet.transforms.rounding.methods import Gram as Gram
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
+from jaxmet.tree import targets as targets
 from jaxmet.tree.batches import batched as batched
 from jaxmet.tree.config import QuantConfig as QuantConfig
 from jaxmet.tree.config import Rule as Rule
@@ -67,4 +68,5 @@ from jaxmet.tree.quantizers import Quantizers as Quantizers
 from jaxmet.tree.structures import LowRank as LowRank
 from jaxmet.tree.structures import Pruned as Pruned
 from jaxmet.tree.table import Table as Table
+from jaxmet.tree.targets.target import Target as Target
 from jaxmet.tree.version import __version__ as __version__

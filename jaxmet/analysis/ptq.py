@@ -70,7 +70,7 @@ def ptq(
         batches: `jm.batched(images)`, any iterable of batches, or `jax.ShapeDtypeStruct`s for
             no data.
         config: the `jm.QuantConfig`; default None: W8A8, one scale per output channel of a
-            weight, one per activation.
+            weight, one per activation, and `bias="int32"` as on integer runtimes.
         key: the `jax.random.key` from which all random numbers come; default
             `jax.random.key(0)`.
         rounding: whether weights are rounded by `jm.adaround` where there is data; default
@@ -96,7 +96,7 @@ def ptq(
     """
     refuse_module(apply, params, "ptq")
     check_apply(apply, "ptq")
-    config = config_of(config, "ptq")
+    config = config_of(config, "ptq", bias="int32")
     check_flags("ptq", rounding=rounding, progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")

@@ -295,4 +295,6 @@ def _given(settings: Settings, value: Any) -> tuple[float, float, float]:
 
 def is_signed(settings: Settings, low: Any) -> bool:
     """Whether the quantizer of an activation has negative integers or a zero point."""
-    return not settings.symmetric or bool(np.min(low) < 0)
+    if not settings.symmetric or not settings.unsigned_symmetric:
+        return True
+    return bool(np.min(low) < 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.graph.node import Edge, Node
+from jaxmet.engine.graph.node import Node
 from jaxmet.layers.eligibility import NOT_SELECTED
 from jaxmet.layers.folded_shift import folded_norm, norm_to_fold
 from jaxmet.layers.rule_targets import (
@@ -16,17 +16,22 @@ from jaxmet.layers.rule_targets import (
     check_rules,
     says_float,
 )
+from jaxmet.layers.target_rules import (
+    KEEPS_GRID,
+    MOVES,
+    NO_NUMBERS,
+    VIEWS,
+    fixed_ranges,
+    fuses,
+    grid_source,
+    keeps_grid,
+    operation_of,
+    requantized_products,
+    target_notes,
+)
 from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.targets.target import UNSTATED, Target
 
-FUSED = ("relu", "clip", "leaky_relu", "prelu")
-NO_NUMBERS = ("integers", "complex")
-KEEPS_GRID = ("max_pool", "min_pool", "max", "min")
-MOVES = (
-    "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
-    "gather", "rev", "pad", "select_n", "concatenate", "split", "neg", "mul", "div", "add",
-    "sub", "sort", "stack", "unstack", "tile",
-)  # fmt: skip
-VIEWS = MOVES[:11]
 MULTIPLIES = ("product", "ragged", "matmul")
 
 
@@ -65,13 +70,20 @@ class BiasPlace:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Everything that is quantized, and what is not and why."""
+    """Everything that is quantized, and what is not and why.
+
+    `fixed` are the ranges that a target gives to outputs, `requantized` the weight, input and
+    output whose scales s_x s_w / s_y it limits, `notes` what it says of an activation.
+    """
 
     weights: tuple[WeightPlace, ...]
     biases: tuple[BiasPlace, ...]
     activations: dict[str, Settings]
     shared: dict[str, str]
     skipped: dict[str, str]
+    fixed: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    requantized: tuple[tuple[str, str, str], ...] = ()
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def place(
@@ -92,7 +104,10 @@ def place(
     left: dict[str, str] = {}
     found = tuple(_weights(graph, config, caller))
     weights = tuple(_quantized(graph, config, found, left))
-    wanted = _stored(graph) if config.placement == "operations" else _entering(graph)
+    device = config.device
+    operations = config.placement == "operations"
+    wanted = _stored(graph, device) if operations else _entering(graph)
+    wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
     activations: dict[str, Settings] = {}
     for node in graph.nodes:
         if node.name not in wanted:
@@ -108,7 +123,8 @@ def place(
             left[node.name] = "32 bits"
         else:
             activations[node.name] = settings
-    shared = _shared(graph, activations)
+    fixed = fixed_ranges(graph, device, activations)
+    shared = _shared(graph, device, activations, fixed)
     tensors = _tensors(graph, config, found, wanted, shared, caller)
     check_rules(graph, config, tensors, caller)
     on_grid = set(activations) | set(shared)
@@ -120,7 +136,13 @@ def place(
         left |= {p: f"in the int32 bias {bias.name}" for p, _ in bias.beside}
     activations = {k: v for k, v in activations.items() if k not in shared}
     _parameters(graph, weights, biases, left)
-    return Placement(weights, biases, activations, shared, left)
+    requantized = requantized_products(
+        graph, device, {w.name for w in weights}, on_grid
+    )
+    notes = target_notes(graph, config.target, on_grid, fixed, left)
+    return Placement(
+        weights, biases, activations, shared, left, fixed, requantized, notes
+    )
 
 
 def _tensors(
@@ -212,7 +234,7 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 # Activations
 
 
-def _stored(graph: Graph) -> set[str]:
+def _stored(graph: Graph, device: Target) -> set[str]:
     """The nodes whose results a device would store, groups of operations fused."""
     counts = Counter(name for n in graph.nodes for name in {e.node for e in n.inputs})
     return {
@@ -221,22 +243,11 @@ def _stored(graph: Graph) -> set[str]:
         if node.kind != "output"
         and node.function not in KEEPS_GRID
         and node.function not in NO_NUMBERS
-        and not (counts[node.name] == 1 and _fuses(node, graph.consumers(node.name)[0]))
+        and not (
+            counts[node.name] == 1
+            and fuses(node, graph.consumers(node.name)[0], device)
+        )
     }
-
-
-def _fuses(node: Node, consumer: Node) -> bool:
-    """Whether a device computes both in one operation."""
-    edges = [e for e in consumer.inputs if e.node == node.name]
-    if all(e.moves for e in edges) or node.region != consumer.region:
-        return False
-    if consumer.kind == "norm":
-        # a batch norm in training is traced for the device that runs the trained one
-        over = consumer.norm.over if consumer.norm is not None else None
-        return over in ("stored", "constant", "batch") and node.kind == "product"
-    if consumer.kind == "activation" and consumer.function in FUSED:
-        return node.kind in ("product", "ragged", "norm", "add")
-    return False
 
 
 def _entering(graph: Graph) -> set[str]:
@@ -244,29 +255,20 @@ def _entering(graph: Graph) -> set[str]:
     wanted: set[str] = set()
     for node in graph.nodes:
         if node.kind in MULTIPLIES and node.name in graph.selected:
-            edges = [e for e in node.inputs if _keeps(e) and e.node is not None]
+            edges = [e for e in node.inputs if keeps_grid(e) and e.node is not None]
             wanted |= {grid_source(graph, e.node) for e in edges if e.node is not None}
     return {name for name in wanted if graph[name].function not in NO_NUMBERS}
 
 
-def _keeps(edge: Edge) -> bool:
-    """Whether a value on a grid is still on one after the moves of an edge."""
-    return edge.node is not None and all(m in MOVES for m in edge.moves)
-
-
-def grid_source(graph: Graph, name: str) -> str:
-    """The node whose quantizer a node's result is on: pools that choose keep their input's."""
-    node = graph[name]
-    while node.function in KEEPS_GRID and node.inputs and node.inputs[0].node:
-        if not _keeps(node.inputs[0]):
-            break
-        node = graph[node.inputs[0].node]
-    return node.name
-
-
-def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
-    """What a concatenation reads uses the concatenation's quantizer."""
+def _shared(
+    graph: Graph,
+    device: Target,
+    activations: dict[str, Settings],
+    fixed: Mapping[str, Any],
+) -> dict[str, str]:
+    """What an operation with shared scales reads uses that operation's quantizer."""
     owner: dict[str, str] = {}
+    demands = device is not UNSTATED
 
     def last(name: str) -> str:
         while name in owner:
@@ -274,13 +276,17 @@ def _shared(graph: Graph, activations: dict[str, Settings]) -> dict[str, str]:
         return name
 
     for node in reversed(graph.nodes):
-        if node.kind != "concat" or node.name not in activations:
+        if operation_of(node) not in device.shares or node.name not in activations:
             continue
         mine = last(node.name)
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None
-            if source is None or source not in activations or not _keeps(edge):
+            if source is None or source not in activations or not keeps_grid(edge):
                 continue
+            if source in fixed:  # the runtime requantizes it
+                continue
+            if demands:  # a value that two of them read ties both
+                source, mine = last(source), last(mine)
             if source not in owner and source != mine:  # a loop's carry may be its own
                 owner[source] = mine
     return {name: last(name) for name in owner}
@@ -293,9 +299,9 @@ def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
             continue
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None
-            if source in on_grid and _keeps(edge):
+            if source in on_grid and keeps_grid(edge):
                 continue
-            if edge.node is not None and not _keeps(edge):
+            if edge.node is not None and not keeps_grid(edge):
                 bad = next(m for m in edge.moves if m not in MOVES)
                 why = f"{edge.node!r} comes through {bad}"
             elif edge.node is None:

@@ -176,7 +176,7 @@ def _what(
     sharing = next((t for t in meant if t.kind in kinds and t.owner), None)
     if sharing is not None:
         return (
-            f"{sharing.name!r} shares the quantizer of the concatenation "
+            f"{sharing.name!r} shares the quantizer of "
             f"{sharing.owner!r}. Write jm.Rule({sharing.owner!r}, {field}={value!r})."
         )
     direction = "after" if kinds == ["activation"] else "before"

@@ -2,7 +2,7 @@ r"""The range of values that a quantizer covers: min-max, percentile, MSE, SQNR,
 
 A wide range makes every step coarse, a narrow one clips: each calibrator is a price for the
 two. A calibrator is a function `(values, target) -> (low, high)` in `jax.numpy`: of a
-histogram, as `Values`, and of the quantizer that the range is for, as `Target`, to two
+histogram, as `Values`, and of the quantizer that the range is for, as `RangeTarget`, to two
 numbers. The built-in ones are the entries of `CALIBRATORS`; any other function can be given
 to `jm.QuantConfig` in their place:
 
@@ -81,7 +81,7 @@ class Values(NamedTuple):
     rounded: Float[Array, "*layers pieces"]
 
 
-class Target(NamedTuple):
+class RangeTarget(NamedTuple):
     """What a range is for: the `lowest` and `highest` integer of the quantizer.
 
     `tail` is the share of the values that may lie beyond either end, from
@@ -99,7 +99,7 @@ class Target(NamedTuple):
         return self.lowest, self.highest
 
 
-Calibrator: TypeAlias = Callable[[Values, Target], tuple[Any, Any]]
+Calibrator: TypeAlias = Callable[[Values, RangeTarget], tuple[Any, Any]]
 RangeMethod: TypeAlias = RangeName | Calibrator
 C = TypeVar("C", bound=Calibrator)
 
@@ -282,7 +282,7 @@ def _range_of(
 
 def _best_range(*args: jax.Array, method: Any, symmetric: bool) -> Extremes:
     lowest, highest, tail = args[4:]
-    values, target = Values(*args[:4]), Target(lowest, highest, tail, symmetric)
+    values, target = Values(*args[:4]), RangeTarget(lowest, highest, tail, symmetric)
     found = calibrator_of(method)(values, target)
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise TypeError("it returns no pair of a low and a high end.")
@@ -311,7 +311,7 @@ def _in_own_unit(calibrator: Calibrator) -> Calibrator:
     """In units of a power of two: squares of extreme values would leave the floats."""
 
     @functools.wraps(calibrator)
-    def scaled(values: Values, target: Target) -> Extremes:
+    def scaled(values: Values, target: RangeTarget) -> Extremes:
         extent = jnp.maximum(jnp.abs(values.left[0]), jnp.abs(values.right[-1]))
         _, exponent = jnp.frexp(extent)
         unit = jnp.ldexp(jnp.ones_like(extent), jnp.clip(exponent, -120, 120))
@@ -326,7 +326,7 @@ def _whole(values: Values) -> Extremes:
     return jnp.minimum(values.left[0], 0.0), jnp.maximum(values.right[-1], 0.0)
 
 
-def smallest_to_largest(values: Values, target: Target) -> Extremes:
+def smallest_to_largest(values: Values, target: RangeTarget) -> Extremes:
     """'minmax': everything, however far out.
 
     Args:
@@ -344,7 +344,7 @@ def smallest_to_largest(values: Values, target: Target) -> Extremes:
 
 
 @_in_own_unit
-def percentile(values: Values, target: Target) -> Extremes:
+def percentile(values: Values, target: RangeTarget) -> Extremes:
     """'percentile': what leaves a share `tail` of the values beyond either end.
 
     Args:
@@ -386,7 +386,7 @@ def _upper(
 
 
 @_in_own_unit
-def mse(values: Values, target: Target) -> Extremes:
+def mse(values: Values, target: RangeTarget) -> Extremes:
     """'mse': where the mean squared error is least.
 
     Args:
@@ -400,7 +400,7 @@ def mse(values: Values, target: Target) -> Extremes:
 
 
 @_in_own_unit
-def sqnr(values: Values, target: Target) -> Extremes:
+def sqnr(values: Values, target: RangeTarget) -> Extremes:
     """'sqnr': the best of AIMET's candidates, with clipping weighted three times.
 
     Args:
@@ -502,7 +502,7 @@ def sqnr_candidates(
 
 @binned
 @_in_own_unit
-def entropy(values: Values, target: Target) -> Extremes:
+def entropy(values: Values, target: RangeTarget) -> Extremes:
     """'entropy': where the histogram changes least.
 
     Args:
@@ -557,7 +557,7 @@ def divergence(values: Values, ends: Ends, scale: Scalar, zero_point: Scalar) ->
 
 
 def _cheapest(
-    price: Objective, ranges: tuple[jax.Array, jax.Array], target: Target
+    price: Objective, ranges: tuple[jax.Array, jax.Array], target: RangeTarget
 ) -> jax.Array:
     """The first of the cheapest ranges, each priced with the grid that it would get."""
 
@@ -568,7 +568,9 @@ def _cheapest(
     return jnp.argmin(lax.map(priced, ranges))
 
 
-def _search(price: Objective, least: Scalar, most: Scalar, target: Target) -> Extremes:
+def _search(
+    price: Objective, least: Scalar, most: Scalar, target: RangeTarget
+) -> Extremes:
     """The cheapest range within one that includes zero; equals leave it whole.
 
     A coarse net of shares of either end, from 1 down in equal ratios, then two finer ones

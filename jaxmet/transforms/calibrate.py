@@ -143,6 +143,7 @@ def calibrate(
             lost=lost,
             **kwargs,
         )
+    ranges |= {n: tuple(map(np.float32, r)) for n, r in placement.fixed.items()}
     activations = {
         name: _of_range(ranges[name], settings)
         for name, settings in placement.activations.items()
@@ -159,14 +160,20 @@ def calibrate(
     }
     raised, unfit = _with_room_for_biases(quantizers, leaves, set(never))
     never |= unfit
+    requantized = [r for r in placement.requantized if not set(r) & set(never)]
+    limited = _with_room_for_shifts(
+        raised, leaves, requantized, config.device.least_multiplier
+    )
+    more = _raised(quantizers, raised, leaves, BIAS_FITS)
+    more |= _raised(raised, limited, leaves, MULTIPLIER_FITS)
+    raised = limited
     grids = {n: q for n, q in raised.weights.items() if n not in never}
     unmasked = {
         f"mask of {name}": f"all values count in its range: {lost[name]} moves tokens"
         for name, owner in owners.items()
         if name in lost and owner in ranges
     }
-    more = _raised(quantizers, raised, leaves) | unmasked
-    skipped = tuple((placement.skipped | never | more).items())
+    skipped = tuple((placement.skipped | never | more | unmasked).items())
     derived = tuple(w.name for w in placement.weights if w.name not in leaves)
     return dataclasses.replace(
         quantizers, weights=grids, skipped=skipped, derived=derived
@@ -202,8 +209,40 @@ def _with_room_for_biases(
     return dataclasses.replace(quantizers, weights=weights), unfit
 
 
-def _raised(old: Quantizers, new: Quantizers, leaves: dict[str, Any]) -> dict[str, str]:
-    """Which channels of weights have a larger scale for the sake of a bias, to be listed."""
+def _with_room_for_shifts(
+    quantizers: Quantizers,
+    leaves: dict[str, Any],
+    requantized: list[tuple[str, str, str]],
+    limit: float,
+) -> Quantizers:
+    """Weight scales of at least 2 · limit · s_y / s_x, so that s_x s_w / s_y is above the limit."""
+    weights = dict(quantizers.weights)
+    for name, x, y in requantized:
+        if name not in weights or name not in leaves:
+            continue
+        q_w, q_x, q_y = (
+            weights[name],
+            quantizers.activation(x),
+            quantizers.activation(y),
+        )
+        assert q_x is not None and q_y is not None
+        s_w = q_w.grid(dense(leaves[name]))[0]
+        s_x, s_y = (q.grid(None)[0].astype(s_w.dtype) for q in (q_x, q_y))
+        least = jnp.broadcast_to(2 * limit * jnp.max(s_y) / jnp.min(s_x), s_w.shape)
+        if not is_concrete(least) or bool(jnp.any(least > s_w)):
+            least = least if q_w.least is None else jnp.maximum(least, q_w.least)
+            weights[name] = dataclasses.replace(q_w, least=least)
+    return dataclasses.replace(quantizers, weights=weights)
+
+
+BIAS_FITS = "|bias| / (2^30 s_x), so that the bias of the product fits int32"
+MULTIPLIER_FITS = "2 · limit · s_y / s_x: the target limits s_x s_w / s_y"
+
+
+def _raised(
+    old: Quantizers, new: Quantizers, leaves: dict[str, Any], least: str
+) -> dict[str, str]:
+    """Which channels of weights have a larger scale, to be listed with the reason."""
     said = {}
     for name, q in new.weights.items():
         if q.least is old.weights[name].least or not is_concrete(q.least):
@@ -213,9 +252,8 @@ def _raised(old: Quantizers, new: Quantizers, leaves: dict[str, Any]) -> dict[st
         which = np.flatnonzero(np.asarray(wider))
         channels = ", ".join(map(str, which[:20])) + (", …" if len(which) > 20 else "")
         what = "channels" if wider.size > 1 else "scale"
-        said[f"{name} ({what})"] = (
-            "raised to |bias| / (2^30 s_x), so that the bias of the product fits int32"
-            + (f": channels {channels}" if wider.size > 1 else "")
+        said[f"{name} ({what})"] = f"raised to {least}" + (
+            f": channels {channels}" if wider.size > 1 else ""
         )
     return said
 

@@ -14,8 +14,9 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
 
     One row per weight, bias, activation, and thing that stays in float: `name`, `kind`,
     `bits`, `symmetric`, `one scale per`, `shape` of a parameter, and `note`, which says
-    with whom a quantizer is shared or why there is none. With rules, `rules` lists the
-    globs of those that say something about the tensor: a name without a wildcard, as
+    with whom a quantizer is shared or why there is none. With a target in the configuration the
+    note also says what it computes in float and which ranges it fixes. With rules, `rules` lists
+    the globs of those that say something about the tensor: a name without a wildcard, as
     'conv1', covers that node and everything below it, so the weight 'conv1/kernel', the bias
     'conv1/bias' and the activation 'conv1/relu'.
 
@@ -83,14 +84,14 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
             b.names,
         )
     for name, settings in placement.activations.items():
-        row(name, "activation", settings, "tensor")
+        row(name, "activation", settings, "tensor", placement.notes.get(name))
     for name, owner in placement.shared.items():
         row(
             name,
             "activation",
             placement.activations.get(owner),
             "tensor",
-            f"as {owner}",
+            "; ".join(filter(None, (f"as {owner}", placement.notes.get(name)))),
         )
     for name, why in placement.skipped.items():
         row(name, "float", note=why)

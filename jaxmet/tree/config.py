@@ -12,11 +12,11 @@ from jaxmet.numerics.calibrators import (
     is_percentile,
 )
 from jaxmet.numerics.grid import check_bits
-from jaxmet.tree.checks import check_choices, check_flags
-from jaxmet.tree.names import match
+from jaxmet.tree.checks import check_choices, check_flags, shown
+from jaxmet.tree.names import match, suggestion
+from jaxmet.tree.targets import TARGETS, Target
+from jaxmet.tree.targets.target import UNSTATED, BiasFormat, Placing
 
-BiasFormat: TypeAlias = Literal["float", "int32"]
-Placing: TypeAlias = Literal["operations", "products"]
 Kind: TypeAlias = Literal["weight", "activation", "bias"]
 
 
@@ -67,6 +67,7 @@ class Settings:
     block: int | None
     calibrator: RangeMethod
     percentile: float
+    unsigned_symmetric: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +203,10 @@ class QuantConfig:
         placement: 'operations' (the default): a quantizer on each result that an integer device
             stores; 'products': only on what enters a product.
         rules: a list of `jm.Rule`, applied in this order; default none.
+        unsigned_symmetric: whether a symmetric activation without negative values has unsigned
+            integers; default True.
+        target: the `jm.Target` whose shared scales, fixed ranges, fused operations and limits
+            hold; default None. `QuantConfig.for_target` sets this and the fields above.
 
     Raises:
         ValueError: for an unknown name and an impossible value.
@@ -221,6 +226,8 @@ class QuantConfig:
     bias: BiasFormat = "float"
     placement: Placing = "operations"
     rules: tuple[Rule, ...] | list[Rule] = ()
+    unsigned_symmetric: bool = True
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -236,6 +243,78 @@ class QuantConfig:
                     "jm.Rule('glob', field=value)."
                 )
         object.__setattr__(self, "rules", tuple(self.rules))
+
+    @classmethod
+    def for_target(cls, target: str | Target, **overrides: Any) -> "QuantConfig":
+        """The configuration that simulates a runtime's integer arithmetic.
+
+        Bits, symmetry, bias format and placement are those of the target, and so are the scales
+        that it shares, the ranges that it fixes and the operations that it fuses. `jm.plan` says
+        what the target computes in float.
+
+        Args:
+            target: 'onnxruntime', 'openvino', 'litert', 'xla', 'htp' or 'tensorrt', or a
+                `jm.Target`.
+            **overrides: other values for fields of `QuantConfig`.
+
+        Returns:
+            A configuration with `target` set.
+
+        Raises:
+            ValueError: for an unknown target or field, and for an impossible value.
+
+        >>> jm.QuantConfig.for_target("litert", activation_range="mse")
+        """
+        if isinstance(target, str) and target in TARGETS:
+            target = TARGETS[target]
+        if not isinstance(target, Target):
+            near = suggestion(target, TARGETS) if isinstance(target, str) else ""
+            raise ValueError(
+                f"jaxmet.QuantConfig.for_target: the target is {shown(target)}. "
+                f"{near or 'Use ' + ', '.join(map(repr, TARGETS)) + ', or a jm.Target.'}"
+            )
+        names = _overridable(overrides, "for_target")
+        given = {n: getattr(target, n) for n in names if hasattr(target, n)}
+        return cls(**given | overrides, target=target)
+
+    @classmethod
+    def from_aimet(
+        cls, source: Any, *, ignore: Iterable[str] = (), **overrides: Any
+    ) -> "QuantConfig":
+        """The configuration that a quantsim configuration file of AIMET describes.
+
+        Read are `defaults`, `params`, `op_type`, `supergroups`, `model_input` and `model_output`.
+        Output quantizers, supergroups and encoding constraints of operation types become those of
+        a `target`. A quantized bias is 'int32'. Bit-widths are not in these sections: AIMET takes
+        them as arguments, and so does this function. An entry without a counterpart raises.
+
+        Args:
+            source: the path of a JSON file of at most 1 MiB, or its content as a dict.
+            ignore: entries to skip, as 'op_type.Gather' or 'supergroup_pass_list'; a section
+                stands for all in it. Default none.
+            **overrides: other values for fields of `QuantConfig`, as `weight_bits=4`.
+
+        Returns:
+            A configuration whose `target` is named 'aimet'.
+
+        Raises:
+            ValueError: for a malformed file, for entries that cannot be expressed, by name, and
+                for an unknown field.
+
+        >>> jm.QuantConfig.from_aimet("quantsim.json", ignore=["supergroup_pass_list"])
+        """
+        from jaxmet.tree.aimet_config import aimet_fields
+
+        _overridable(overrides, "from_aimet")
+        fields = aimet_fields(source, ignore)
+        if not fields.pop("weights"):
+            fields["rules"] = (Rule("*", quantize_weights=False),)
+        return cls(**fields | overrides)
+
+    @property
+    def device(self) -> Target:
+        """The target, or what holds without one."""
+        return UNSTATED if self.target is None else self.target
 
     def resolve(self, names: str | Iterable[str], kind: Kind) -> Settings:
         """What holds for the 'weight', 'activation' or 'bias' that has these names.
@@ -262,6 +341,7 @@ class QuantConfig:
             block=say["block"] if is_weight else None,
             calibrator=say[f"{kind}_range"],
             percentile=float(say["percentile"]),
+            unsigned_symmetric=self.unsigned_symmetric,
         )
 
     def rules_for(self, names: str | Iterable[str], kind: Kind) -> tuple[Rule, ...]:
@@ -285,6 +365,19 @@ class QuantConfig:
         return [r for r in self.rules if not any(match(r.glob, n) for n in names)]
 
 
+def _overridable(overrides: Iterable[str], caller: str) -> list[str]:
+    """The names of the fields that may be given beside a target; other names are refused."""
+    fields = (f.name for f in dataclasses.fields(QuantConfig))
+    names = [name for name in fields if name != "target"]
+    for name in overrides:
+        if name not in names:
+            raise ValueError(
+                f"jaxmet.QuantConfig.{caller}: {name!r} is no field to override. Fields are "
+                f"{', '.join(names)}."
+            )
+    return names
+
+
 OPTIONS = frozenset(
     field.name
     for kind in (QuantConfig, Rule)
@@ -304,6 +397,7 @@ _FLAGS = (
     "per_channel",
     "symmetric_weights",
     "symmetric_activations",
+    "unsigned_symmetric",
 )
 
 
@@ -317,6 +411,11 @@ def _check(fields: dict[str, Any], caller: str) -> None:
             check_calibrator(value, caller, name)
         elif name in _CHOICES:
             check_choices(caller, **{name: (value, _CHOICES[name])})
+        elif name == "target" and not isinstance(value, Target | None):
+            raise ValueError(
+                f"jaxmet.{caller}: target is {shown(value)}. Give a jm.Target or None, or "
+                "write jm.QuantConfig.for_target('litert')."
+            )
         elif name == "percentile" and not is_percentile(value):
             raise ValueError(
                 f"jaxmet.{caller}: percentile is {value!r}. Give a number above 50, up to "

@@ -14,7 +14,7 @@ import zoo
 from jaxmet.numerics.calibrators import (
     CALIBRATORS,
     RangeName,
-    Target,
+    RangeTarget,
     best_range,
     noise,
     percentile_range,
@@ -725,7 +725,7 @@ def test_what_is_no_calibrator_is_refused_when_it_is_named(wrong, said):
 def test_every_named_calibrator_is_an_entry_of_one_table():
     assert tuple(CALIBRATORS) == get_args(RangeName)
     values = values_in(jnp.asarray(data("skewed")[:100]), "mse")
-    target = Target(*map(jnp.float32, (0, 255, 1e-3)), symmetric=False)
+    target = RangeTarget(*map(jnp.float32, (0, 255, 1e-3)), symmetric=False)
     low, high = CALIBRATORS["minmax"](values, target)
     few = data("skewed")[:100]
     assert (float(low), float(high)) == (min(few.min(), 0), few.max())

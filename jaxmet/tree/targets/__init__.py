@@ -1,0 +1,15 @@
+"""The runtimes that `jm.QuantConfig.for_target` knows, each with its source.
+
+litert, onnxruntime, openvino, htp, tensorrt, xla: one `jm.Target` each.
+"""
+
+from jaxmet.tree.targets.htp import TARGET as htp
+from jaxmet.tree.targets.litert import TARGET as litert
+from jaxmet.tree.targets.onnxruntime import TARGET as onnxruntime
+from jaxmet.tree.targets.openvino import TARGET as openvino
+from jaxmet.tree.targets.target import Target as Target
+from jaxmet.tree.targets.tensorrt import TARGET as tensorrt
+from jaxmet.tree.targets.xla import TARGET as xla
+
+TARGETS = {t.name: t for t in (onnxruntime, openvino, litert, xla, htp, tensorrt)}
+"""All of them by name."""

@@ -1,0 +1,18 @@
+"""OpenVINO on CPUs: low-precision transformations of a model with FakeQuantize or Q and DQ."""
+
+from jaxmet.tree.targets.target import CLIPS, MAKERS, NORMS, SLOPES, Target, pairs
+
+TARGET = Target(
+    "openvino",
+    source="https://docs.openvino.ai/2024/documentation/openvino-extensibility/openvino-plugin-library/advanced-guides/low-precision-transformations.html",
+    fuses=NORMS | pairs(MAKERS, *CLIPS) | pairs(("conv", "dense"), *SLOPES),
+    # AlignQuantizationIntervals gives the inputs of a concatenation one interval.
+    shares=frozenset({"concat"}),
+    integers=frozenset(
+        {"conv", "dense", "matmul", "add", "multiply", "concat", "resize", "relu"}
+        | {"clip", "leaky_relu", "prelu", "avg_pool", "mean", "max_pool"}
+    ),
+    # The bias of an integer convolution is added to its dequantized result.
+    bias="float",
+)
+"""uint8 activations, int8 weights, float biases."""
