@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.frontends import check_apply
+from jaxmet.engine.integers.grid_arithmetic import TargetGrid, held_on, on_grid
 from jaxmet.engine.integers.integer_program import in_integers
-from jaxmet.engine.integers.integer_values import Floats, Held, Integers
+from jaxmet.engine.integers.integer_values import Floats, Held
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.lifted import lifted
 from jaxmet.layers.deployed import deployed, weights_on_grids
@@ -89,37 +90,22 @@ def run_integers(
 
 def _held(q: Quantizer, leaf: Any) -> Held:
     """A weight as integers on its grid, or in float where no product takes those."""
-    shape = tuple(jnp.shape(dense(leaf)))
+    given = dense(leaf)
+    shape = tuple(jnp.shape(given))
     if is_quantized(leaf):
         weight = leaf.weight
         values, scale, zero_point = weight.values, weight.scale, weight.zero_point
+        if zero_point is None:
+            zero_point = np.zeros(np.shape(scale), np.float32)
     else:
-        array = jnp.asarray(dense(leaf))
-        scale, zero_point = q.grid(array)
-        values = None
-    low, high = q.ends
-    if zero_point is None:
-        zero_point = np.zeros(np.shape(scale), np.float32)
+        values, (scale, zero_point) = None, q.grid(jnp.asarray(given))
     if jnp.ndim(scale) == 0:
-        scale, zero_point = (
-            jnp.reshape(a, (1,) * len(shape)) for a in (scale, zero_point)
-        )
-    sizes = zip(jnp.shape(scale), shape, strict=True)
-    if any(n not in (1, m) for n, m in sizes) or scale.dtype != np.float32:
-        full = dense(leaf) if is_quantized(leaf) else q(dense(leaf))
+        one = (1,) * len(shape)
+        scale, zero_point = (jnp.reshape(a, one) for a in (scale, zero_point))
+    grid = TargetGrid(scale, zero_point, *q.ends)
+    if not grid.fits(shape) or scale.dtype != np.float32:
+        full = given if is_quantized(leaf) else q(given)
         return Floats(jnp.asarray(full), True, shape)
     if values is None:
-        wide = array.astype(np.float32)
-        values = jnp.clip(jnp.rint(wide / scale) + zero_point, low, high)
-    offset = 0 if low >= -(2**7) and high < 2**7 or high - low >= 2**8 else 2**7
-    small = high - low < 2**8
-    values = values.astype(jnp.int32) - np.int32(offset)
-    return Integers(
-        values.astype(jnp.int8 if small else jnp.int32),
-        scale,
-        zero_point - np.float32(offset) if offset else zero_point,
-        low - offset,
-        high - offset,
-        offset,
-        True,
-    )
+        return on_grid(Floats(jnp.asarray(given, np.float32), True, shape), grid)
+    return held_on(grid, values, fixed=True)

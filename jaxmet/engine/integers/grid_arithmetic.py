@@ -36,6 +36,14 @@ class TargetGrid(NamedTuple):
         fits = self.low >= -(2**7) and self.high < 2**7
         return 0 if fits or self.high - self.low >= 2**8 else 2**7
 
+    def fits(self, shape: tuple[Any, ...]) -> bool:
+        """Whether values of a shape share it without blocks."""
+        return all(
+            n in (1, m)
+            for a in (self.scale, self.zero_point)
+            for n, m in zip(jnp.shape(a), shape, strict=True)
+        )
+
     @property
     def dtype(self) -> Any:
         low, high = self.low - self.offset, self.high - self.offset
@@ -61,16 +69,20 @@ def on_grid(value: Held, grid: TargetGrid) -> Integers:
         found, bounds = _of_joint(value, grid), value.bounds
     else:
         found = jnp.rint(value.array / grid.scale) + grid.zero_point
-    found = _within(found, grid, bounds)
+    return held_on(grid, _within(found, grid, bounds), fixed=value.fixed)
+
+
+def held_on(grid: TargetGrid, found: Any, *, fixed: bool) -> Integers:
+    """Integers of a grid, float or int32, as they are held."""
     offset = np.float32(grid.offset)
     return Integers(
-        (found - offset).astype(grid.dtype),
+        (found - np.asarray(grid.offset, found.dtype)).astype(grid.dtype),
         grid.scale,
         grid.zero_point - offset,
         grid.low - grid.offset,
         grid.high - grid.offset,
         grid.offset,
-        value.fixed,
+        fixed,
     )
 
 

@@ -105,8 +105,7 @@ class IntegerProgram:
         sides = [floats(v).stored for v in grid]
         plain = equation.invars[0].aval.dtype == jnp.float32
         target = target_grid(sides) if plain else None
-        blocks = equation.params["block"] is not None and not _fits(sides, x.shape)
-        if target is None or blocks:
+        if target is None or not target.fits(x.shape):
             return self._in_float(equation, "", values, None)[0]
         found = on_grid(x, target)
         if isinstance(x, Total) and x.detail is not None:
@@ -145,13 +144,6 @@ class IntegerProgram:
         arrays = [floats(v).array for v in values]
         results = compat.bind(equation.primitive, equation.params, arrays)
         return [Floats(a, fixed, tuple(jnp.shape(a))) for a in results]
-
-
-def _fits(sides: Sequence[Any], shape: Sequence[Any]) -> bool:
-    """Whether no block is shorter than its axis."""
-    return all(
-        n in (1, m) for a in sides for n, m in zip(jnp.shape(a), shape, strict=True)
-    )
 
 
 def in_integers(
