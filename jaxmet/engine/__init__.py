@@ -7,6 +7,7 @@ imports only from those above it; front-ends stand beside them.
 program/     a call as a flat list of equations
 axes/        labels that follow an axis, and views
 backend/     what XLA:CPU does badly, in an equal form
+integers/    equations on integers of grids, in place of floats
 nodes/       groups of equations: products, norms, activations, masks, names
 flow/        what is followed through a program: axes, live values, token masks
 pruned/      the program of a pruned or factorized tree

@@ -4,14 +4,19 @@ onnx_file       the model as ONNX, in integers
 encodings_file  a float ONNX file, and its grids for AIMET
 encodings_reader
                 AIMET's encodings as grids
+integer_steps   the operations of a model in integers
+integers_file   each layer's integers and scales as plain arrays
 onnx_graph      an ONNX graph by what makes and what reads its values
 onnx_passes     the ONNX graph in the form that runtimes fuse
 safetensors_file
                 trees and quantizers for any program
+stablehlo_file  the model in integers for JAX, without jaxmet
 """
 
 from jaxmet.export.encodings_file import encodings as encodings
 from jaxmet.export.encodings_reader import read_encodings as read_encodings
+from jaxmet.export.integers_file import integers as integers
 from jaxmet.export.onnx_file import onnx as onnx
 from jaxmet.export.safetensors_file import read_safetensors as read_safetensors
 from jaxmet.export.safetensors_file import safetensors as safetensors
+from jaxmet.export.stablehlo_file import stablehlo as stablehlo

@@ -54,7 +54,9 @@ def deployed(
         if node.norm is not None and _is_shift(node, leaves, quantizers):
             x = operands[0]
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
-            result = x + jnp.asarray(_shift(node, leaves), x.dtype).reshape(sizes)
+            # A known shift is a constant of the program, without an equation that shapes it.
+            shift = _shift(node, leaves).reshape(sizes).astype(x.dtype)
+            result = x + jnp.asarray(shift)
         else:
             result = run(*operands)
         with jax.named_scope(SCOPE + node.name):

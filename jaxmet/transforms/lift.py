@@ -1,5 +1,6 @@
 """The model on any tree that jaxmet makes, and in integers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 
 from jaxmet.engine.frontends import check_apply
 from jaxmet.engine.integers.grid_arithmetic import TargetGrid, held_on, on_grid
-from jaxmet.engine.integers.integer_program import in_integers
-from jaxmet.engine.integers.integer_values import Floats, Held
+from jaxmet.engine.integers.integer_program import IntegerStep, in_integers
+from jaxmet.engine.integers.integer_values import Floats, Held, at_hand, computed
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.lifted import lifted
 from jaxmet.layers.deployed import deployed, weights_on_grids
@@ -61,31 +62,38 @@ def lift(apply: Apply, quantizers: Quantizers | None = None) -> Apply:
     check_are_quantizers(quantizers, CALLER)
 
     def integer(params: Any, *inputs: Any, **kwargs: Any) -> Any:
-        return run_integers(apply, quantizers, params, inputs, kwargs)[0]
+        return integer_program(apply, quantizers, params, kwargs)(*inputs)[0]
 
     return integer
 
 
-def run_integers(
-    apply: Apply, quantizers: Quantizers, params: Any, inputs: tuple, kwargs: Any
-) -> tuple[Any, list[Any]]:
-    """The outputs in integers, and the operations that made them."""
+def integer_program(
+    apply: Apply, quantizers: Quantizers, params: Any, kwargs: Any
+) -> Callable[..., tuple[Any, list[IntegerStep]]]:
+    """`f(*inputs)`: the outputs in integers, and the operations that made them.
+
+    What is known of the parameters is computed now, outside of a trace of `f`.
+    """
     leaves = quantizers.leaves(params, CALLER)
     names = weights_on_grids(params, quantizers)
     held = [_held(quantizers.weights[name], leaves[name]) for name in names]
     function = deployed(apply, params, quantizers, kwargs)
-    found, structure = jax.tree.flatten(inputs)
-    trees: list[Any] = []
 
-    def flat(weights: list[Any], values: list[Any]) -> list[Any]:
-        arguments = jax.tree.unflatten(structure, values)
-        named = dict(zip(names, weights, strict=True))
-        made, tree = jax.tree.flatten(function(named, *arguments))
-        trees.append(tree)
-        return made
+    def run(*inputs: Any) -> tuple[Any, list[IntegerStep]]:
+        found, structure = jax.tree.flatten(inputs)
+        trees: list[Any] = []
 
-    results, steps = in_integers(flat, held, [jnp.asarray(x) for x in found])
-    return jax.tree.unflatten(trees[-1], results), steps
+        def flat(weights: list[Any], values: list[Any]) -> list[Any]:
+            arguments = jax.tree.unflatten(structure, values)
+            named = dict(zip(names, weights, strict=True))
+            made, tree = jax.tree.flatten(function(named, *arguments))
+            trees.append(tree)
+            return made
+
+        results, steps = in_integers(flat, held, [jnp.asarray(x) for x in found])
+        return jax.tree.unflatten(trees[-1], results), steps
+
+    return run
 
 
 def _held(q: Quantizer, leaf: Any) -> Held:
@@ -94,14 +102,16 @@ def _held(q: Quantizer, leaf: Any) -> Held:
     shape = tuple(jnp.shape(given))
     if is_quantized(leaf):
         weight = leaf.weight
-        values, scale, zero_point = weight.values, weight.scale, weight.zero_point
+        scale, zero_point = weight.scale, weight.zero_point
+        (values,) = computed(lambda: [weight.values], weight.integers)
         if zero_point is None:
             zero_point = np.zeros(np.shape(scale), np.float32)
     else:
         values, (scale, zero_point) = None, q.grid(jnp.asarray(given))
+    scale, zero_point = at_hand(scale), at_hand(zero_point)
     if jnp.ndim(scale) == 0:
         one = (1,) * len(shape)
-        scale, zero_point = (jnp.reshape(a, one) for a in (scale, zero_point))
+        scale, zero_point = scale.reshape(one), zero_point.reshape(one)
     grid = TargetGrid(scale, zero_point, *q.ends)
     if not grid.fits(shape) or scale.dtype != np.float32:
         full = given if is_quantized(leaf) else q(given)

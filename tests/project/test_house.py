@@ -173,7 +173,7 @@ def test_one_folder_of_the_engine_knows_front_ends(package: str) -> None:
 
 
 ENGINE = PACKAGE / "engine"
-ENGINE_ORDER = "program axes backend nodes flow pruned graph run".split()
+ENGINE_ORDER = "program axes backend integers nodes flow pruned graph run".split()
 MAP_LINE = re.compile(r"^ *([a-z_]+/?)  +\S")
 
 

@@ -6,6 +6,7 @@ ties to even; of an addition the zero points are inside of the rounding. Jacob e
 Inference](https://arxiv.org/abs/1712.05877), CVPR 2018, section 2.2, with a float multiplier.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxmet.engine.integers.integer_values import (
     Integers,
     Joint,
     Total,
+    computed,
     number,
     over,
 )
@@ -114,11 +116,27 @@ def _fused(a: Any, b: Any, c: Any) -> Any:
 
 
 def _within(found: Any, grid: TargetGrid, bounds: tuple[Bound, ...]) -> Any:
-    """The ends of the grid, and bounds of the values: rounding is monotone."""
-    low, high = np.float32(grid.low), np.float32(grid.high)
-    found = jnp.clip(found, low, high)
+    low, high = integer_bounds(grid, bounds)
+    return jnp.clip(found, low, high)
+
+
+def integer_bounds(grid: TargetGrid, bounds: tuple[Bound, ...]) -> tuple[Any, Any]:
+    """The lowest and highest integer: of the grid, and of bounds: rounding is monotone."""
+    ends = np.float32(grid.low), np.float32(grid.high)
+    low, high = ends
     for kind, bound in bounds:
-        whole = jnp.rint(jnp.asarray(bound, jnp.float32) / grid.scale)
-        whole = jnp.clip(whole + grid.zero_point, low, high)
-        found = (jnp.maximum if kind == "max" else jnp.minimum)(found, whole)
-    return found
+        apply = np.maximum if kind == "max" else np.minimum
+        traced = jnp.maximum if kind == "max" else jnp.minimum
+
+        (whole,) = computed(
+            partial(_bound_on, grid, bound), bound, grid.scale, grid.zero_point
+        )
+        known = all(number(a) is not None for a in (low, high, whole))
+        low, high = ((apply if known else traced)(a, whole) for a in (low, high))
+    return low, high
+
+
+def _bound_on(grid: TargetGrid, bound: Any) -> list[Any]:
+    steps = jnp.rint(jnp.asarray(bound, jnp.float32) / grid.scale)
+    ends = np.float32(grid.low), np.float32(grid.high)
+    return [jnp.clip(steps + grid.zero_point, *ends)]

@@ -6,7 +6,6 @@ What a convolution pads with is the zero point. On CPU depthwise convolutions, t
 colours and those with a window of one are computed in an equal form that is faster there.
 """
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -17,20 +16,14 @@ import numpy as np
 from jax import lax
 
 from jaxmet.engine.backend.cpu import integer_formulation
-from jaxmet.engine.integers.integer_values import Integers, Total, is_zero, times
+from jaxmet.engine.integers.integer_values import (
+    Integers,
+    Total,
+    is_zero,
+    number,
+    times,
+)
 from jaxmet.engine.program import compat
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerDetail:
-    """A product as integers: what `x` and `w` were, and the equation's own parameters."""
-
-    layer: str
-    primitive: str
-    x: Integers
-    w: Integers
-    params: dict[str, Any]
-    bias: Any = None
 
 
 def dot(a: Integers, b: Integers, params: dict[str, Any]) -> Total | None:
@@ -59,8 +52,7 @@ def dot(a: Integers, b: Integers, params: dict[str, Any]) -> Total | None:
     for i, (x, contract, _) in enumerate(sides):
         other = zeros[1 - i]
         if not is_zero(other):
-            summed = jnp.sum(x.values, contract, dtype=jnp.int32, keepdims=True)
-            sums = sums - _int32(other) * laid(summed, i)
+            sums = sums - _int32(other) * laid(_sum(x.values, contract), i)
     if not any(map(is_zero, zeros)):
         many = np.int32(math.prod(a.shape[i] for i in contract_a))
         sums = sums + many * _int32(zeros[0]) * _int32(zeros[1])
@@ -92,7 +84,7 @@ def convolution(x: Integers, w: Integers, params: dict[str, Any]) -> Total | Non
         return Total(_int32_convolution(shifted, weight, still), scale)
     sums = _int32_convolution(inside, w.values, still)
     if not is_zero(x.zero_point):
-        total = jnp.sum(w.values, summed, dtype=jnp.int32, keepdims=True)
+        total = _sum(w.values, summed)
         sums = sums - _int32(along(x.zero_point)) * along(total)
     return Total(sums, scale)
 
@@ -100,6 +92,14 @@ def convolution(x: Integers, w: Integers, params: dict[str, Any]) -> Total | Non
 def _even(x: Integers, axes: Any) -> bool:
     """Whether scale and zero point do not change along some axes."""
     return all(a.shape[i] == 1 for a in (x.scale, x.zero_point) for i in axes)
+
+
+def _sum(values: Any, axes: Any) -> Any:
+    """A sum in int32; of known integers it is known: XLA would compute it slowly itself."""
+    known = number(values)
+    if known is not None:
+        return known.sum(tuple(axes), np.int32, keepdims=True)
+    return jnp.sum(values, axes, dtype=jnp.int32, keepdims=True)
 
 
 def _int32(a: Any) -> Any:

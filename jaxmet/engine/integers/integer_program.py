@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.integers.grid_arithmetic import on_grid, target_grid
 from jaxmet.engine.integers.integer_rules import RULES, spread_constant
 from jaxmet.engine.integers.integer_values import (
@@ -15,7 +16,10 @@ from jaxmet.engine.integers.integer_values import (
     Held,
     Integers,
     Joint,
+    Origin,
     Total,
+    at_hand,
+    computed,
     floats,
 )
 from jaxmet.engine.program import compat
@@ -38,29 +42,30 @@ INLINE = (*compat.CALLS, *compat.CUSTOM, *compat.REMAT)
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class IntegerStep:
     """One operation: its layer, what it is, and None or why it is in float.
 
-    `detail` and `result` are there for a product whose sum is put on a grid.
+    Of one in integers also what it was made of, what it was put on a grid from, and the result;
+    None where nothing puts it on a grid.
     """
 
     layer: str
     operation: str
     why: str | None
-    detail: Any = None
+    origin: Origin | None = None
+    value: Total | Joint | None = None
     result: Integers | None = None
-    bounds: Any = ()
 
 
 @dataclasses.dataclass
 class IntegerProgram:
     """Runs equations on values that are floats or integers, and lists what it did."""
 
-    steps: list[Step] = dataclasses.field(default_factory=list)
+    steps: list[IntegerStep] = dataclasses.field(default_factory=list)
 
     def run(self, closed: Any, values: Sequence[Held], scope: str = "") -> list[Held]:
         jaxpr, consts = compat.open_jaxpr(closed)
-        known = [Floats(a, True, tuple(jnp.shape(a))) for a in consts]
+        known = [Floats(at_hand(a), True, tuple(jnp.shape(a))) for a in consts]
         environment: dict[Any, Held] = dict(zip(jaxpr.constvars, known, strict=True))
         environment.update(zip(jaxpr.invars, values, strict=True))
 
@@ -91,14 +96,18 @@ class IntegerProgram:
         found = rule(equation, layer, values) if rule is not None else None
         if found is None:
             return self._in_float(equation, layer, values, self._why(equation, values))
-        if name in COMPUTES and not isinstance(found, Integers):
-            if isinstance(found, Joint):
-                self.steps.append(Step(layer, "add", None))
-            elif name not in ("add", "mul"):
-                self.steps.append(Step(layer, COMPUTES[name], None))
-        elif name == "concatenate":
-            self.steps.append(Step(layer, "concat", None))
-        return [found]
+        return [self._noted(name, layer, found)]
+
+    def _noted(self, name: str, layer: str, found: Held) -> Held:
+        """The value, listed if an operation has begun with it."""
+        if name == "concatenate":
+            self.steps.append(IntegerStep(layer, COMPUTES[name], None))
+        origin = found.origin if isinstance(found, Total | Joint) else None
+        if isinstance(found, Total | Joint) and origin is not None and origin.index < 0:
+            origin = dataclasses.replace(origin, index=len(self.steps))
+            self.steps.append(IntegerStep(layer, COMPUTES[name], None, origin))
+            return dataclasses.replace(found, origin=origin)
+        return found
 
     def _quantized(self, equation: Any, values: list[Held]) -> Held:
         x, *grid = values
@@ -107,12 +116,12 @@ class IntegerProgram:
         target = target_grid(sides) if plain else None
         if target is None or not target.fits(x.shape):
             return self._in_float(equation, "", values, None)[0]
-        found = on_grid(x, target)
-        if isinstance(x, Total) and x.detail is not None:
-            at = max(i for i, s in enumerate(self.steps) if s.layer == x.detail.layer)
-            self.steps[at] = dataclasses.replace(
-                self.steps[at], detail=x.detail, result=found, bounds=x.bounds
-            )
+        owner = str(equation.source_info.name_stack).rpartition(SCOPE)[2]
+        found = dataclasses.replace(on_grid(x, target), layer=owner)
+        if isinstance(x, Total | Joint) and x.origin is not None:
+            at = x.origin.index
+            new = {"origin": x.origin, "value": x, "result": found}
+            self.steps[at] = dataclasses.replace(self.steps[at], **new)
         return found
 
     def _why(self, equation: Any, values: list[Held]) -> str:
@@ -140,9 +149,13 @@ class IntegerProgram:
         if name in COMPUTES and not fixed and layer:
             inexact = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact)
             if inexact:
-                self.steps.append(Step(layer, COMPUTES[name], why or "in float"))
-        arrays = [floats(v).array for v in values]
-        results = compat.bind(equation.primitive, equation.params, arrays)
+                self.steps.append(IntegerStep(layer, COMPUTES[name], why or "in float"))
+        held = [floats(v) for v in values]
+        run = lambda: compat.bind(
+            equation.primitive, equation.params, [v.array for v in held]
+        )
+        stored = [v.stored for v in held]
+        results = computed(run, *stored) if fixed else run()
         return [Floats(a, fixed, tuple(jnp.shape(a))) for a in results]
 
 
@@ -150,7 +163,7 @@ def in_integers(
     function: Callable[..., Sequence[Any]],
     held: Sequence[Held],
     inputs: Sequence[Any],
-) -> tuple[list[Any], list[Step]]:
+) -> tuple[list[Any], list[IntegerStep]]:
     """The results of `function(weights, inputs)` with weights as what they are held as."""
     shapes = [jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in held]
     closed = jax.make_jaxpr(lambda w, x: list(function(w, x)))(shapes, list(inputs))

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmet.engine.integers.integer_products import LayerDetail, convolution, dot
+from jaxmet.engine.integers.integer_products import convolution, dot
 from jaxmet.engine.integers.integer_values import (
     Floats,
     Held,
     Integers,
     Joint,
+    Origin,
     Total,
+    computed,
+    is_zero,
     number,
     times,
 )
@@ -41,9 +44,7 @@ def product(equation: Any, layer: str, values: list[Held]) -> Held | None:
     found = run(a, b, equation.params)
     if found is None:
         return None
-    x, w = (b, a) if a.fixed else (a, b)
-    detail = LayerDetail(layer, kind, x, w, equation.params)
-    return replace(found, detail=detail)
+    return replace(found, origin=Origin(layer, kind, (a, b), equation.params))
 
 
 def addition(equation: Any, layer: str, values: list[Held]) -> Held | None:
@@ -53,9 +54,9 @@ def addition(equation: Any, layer: str, values: list[Held]) -> Held | None:
         return _with_bias(a, b, -1.0) if isinstance(a, Total) else None
     if isinstance(a, Integers) and isinstance(b, Integers):
         alike = a.shape == b.shape and a.uniform and b.uniform
-        return (
-            Joint((a, b), layer=layer) if alike and not (a.fixed or b.fixed) else None
-        )
+        if not alike or a.fixed or b.fixed:
+            return None
+        return Joint((a, b), origin=Origin(layer, "add", (a, b), {}))
     if isinstance(b, Total):
         a, b = b, a
     return _with_bias(a, b, 1.0) if isinstance(a, Total) else None
@@ -67,20 +68,23 @@ def _with_bias(total: Total, bias: Held, sign: float) -> Total | None:
         return None
     if not _fits(bias.stored, total) or not _is_one(total.divisor):
         return None
-    array = jnp.asarray(bias.stored) * np.float32(sign)
-    steps = jnp.rint(array / jnp.asarray(total.scale))
-    held = jnp.abs(steps) < INT32
-    whole = jnp.where(held, steps, 0).astype(jnp.int32)
-    known = number(held)
-    rest = None
-    if known is None or not known.all():
-        rest = jnp.where(held, np.float32(0), array)
-        rest = rest if total.rest is None else total.rest + rest
-    detail = total.detail
-    if detail is not None:
-        before = 0 if detail.bias is None else detail.bias
-        detail = replace(detail, bias=before + whole)
-    return replace(total, sums=total.sums + whole, rest=rest, detail=detail)
+
+    def parts() -> tuple[Any, Any]:
+        array = jnp.asarray(bias.stored) * np.float32(sign)
+        steps = jnp.rint(array / jnp.asarray(total.scale))
+        held = jnp.abs(steps) < INT32
+        beside = jnp.where(held, np.float32(0), array)
+        return jnp.where(held, steps, 0).astype(jnp.int32), beside
+
+    whole, beside = computed(parts, bias.stored, total.scale)
+    rest = total.rest
+    if not is_zero(beside):
+        rest = beside if rest is None else rest + beside
+    origin = total.origin
+    if origin is not None:
+        before = 0 if origin.bias is None else origin.bias
+        origin = replace(origin, bias=before + whole)
+    return replace(total, sums=total.sums + whole, rest=rest, origin=origin)
 
 
 def _fits(array: Any, value: Held) -> bool:
@@ -137,8 +141,8 @@ def scaled(equation: Any, layer: str, values: list[Held]) -> Held | None:
     if not _fits(by, a) or (by < 0).any():
         return None
     if divides:
-        return replace(a, divisor=np.float32(1) * a.divisor * by, detail=None)
-    return replace(a, scale=times(a.scale, by), detail=None)
+        return replace(a, divisor=np.float32(1) * a.divisor * by)
+    return replace(a, scale=times(a.scale, by))
 
 
 def total_of(equation: Any, layer: str, values: list[Held]) -> Held | None:
@@ -158,11 +162,13 @@ def total_of(equation: Any, layer: str, values: list[Held]) -> Held | None:
         side = x.scale.reshape(
             [n for i, n in enumerate(x.scale.shape) if i not in axes]
         )
-        return Total(jnp.sum(whole, axes), side)
+        origin = Origin(layer, "reduce_sum", (x,), params)
+        return Total(jnp.sum(whole, axes), side, origin=origin)
     if not x.uniform or _is_large(math.prod(params["window_dimensions"]), x):
         return None
     (sums,) = compat.bind(equation.primitive, params, (whole,))
-    return Total(sums, x.scale)
+    origin = Origin(layer, "reduce_window_sum", (x,), params)
+    return Total(sums, x.scale, origin=origin)
 
 
 def _is_large(many: Any, x: Integers) -> bool:
@@ -209,7 +215,7 @@ def move(equation: Any, layer: str, values: list[Held]) -> Held | None:
         scale = side(equation, x.scale)
         if scale is None or not _is_one(x.divisor):
             return None
-        return replace(x, sums=to(x.sums), scale=scale, detail=None)
+        return replace(x, sums=to(x.sums), scale=scale)
     return None
 
 

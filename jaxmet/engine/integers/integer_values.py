@@ -7,19 +7,39 @@ what it is in float.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+
+from jaxmet.engine.program import compat
 
 Bound: TypeAlias = tuple[str, Any]  # 'max' or 'min', and with what
 
 
 def number(a: Any) -> np.ndarray | None:
     """The numbers of an array that is known while tracing, or None."""
-    return None if isinstance(a, Tracer) else np.asarray(a)
+    if isinstance(a, Tracer) or (hasattr(a, "dtype") and compat.is_key(a)):
+        return None
+    return np.asarray(a)
+
+
+def at_hand(a: Any) -> Any:
+    """An array as NumPy has it, where it is known: operations on it are not traced."""
+    known = number(a)
+    return a if known is None else known
+
+
+def computed(function: Callable[[], Sequence[Any]], *arrays: Any) -> list[Any]:
+    """The results of a function of these arrays: numbers at once, where those are known."""
+    if any(number(a) is None for a in arrays):
+        return list(function())
+    with jax.ensure_compile_time_eval():
+        return [np.asarray(a) for a in function()]
 
 
 def is_zero(a: Any) -> bool:
@@ -66,7 +86,8 @@ class Integers:
     """`scale * (values - zero_point)`: int8, or int32 for grids of more than 8 bits.
 
     Scale and zero point have the rank of the values. A grid from 0 to 255 is held less
-    `offset`, so that it fits int8. `low` and `high` are its ends as they are held.
+    `offset`, so that it fits int8. `low` and `high` are its ends as they are held. `layer` is
+    whose result it is.
     """
 
     values: Any
@@ -101,10 +122,25 @@ class Integers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """What made a sum: the layer, the equation and its parameters, what it read, its bias.
+
+    `index` is its place in the list of steps.
+    """
+
+    layer: str
+    equation: str
+    reads: tuple[Integers, ...]
+    params: dict[str, Any]
+    bias: Any = None
+    index: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
 class Total:
     """`scale * sums / divisor + rest`, within bounds: an accumulator.
 
-    `rest` is what int32 cannot hold of a bias. `detail` is what the layer was, for tables.
+    `rest` is what int32 cannot hold of a bias. `origin` is for tables.
     """
 
     sums: Any
@@ -112,7 +148,7 @@ class Total:
     divisor: Any = 1.0
     rest: Any = None
     bounds: tuple[Bound, ...] = ()
-    detail: Any = None
+    origin: Origin | None = None
     fixed: bool = False
 
     @property
@@ -135,7 +171,7 @@ class Joint:
 
     terms: tuple[Integers, Integers]
     bounds: tuple[Bound, ...] = ()
-    layer: str = ""
+    origin: Origin | None = None
     fixed: bool = False
 
     @property

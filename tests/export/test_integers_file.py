@@ -1,0 +1,147 @@
+"""Integers of layers in a file, computed with NumPy alone; and the artefact of `jax.export`."""
+
+import json
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmet as jm
+
+quiet = {"progress": False}
+
+
+class Net(nn.Module):
+    """A convolution with a norm, one over groups, a residual, a mean and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False, name="stem")(x)
+        x = nn.relu6(nn.BatchNorm(use_running_average=True, name="bn")(x))
+        y = nn.Conv(8, (3, 3), feature_group_count=4, name="grouped")(x)
+        x = nn.relu(x + y)
+        return nn.Dense(5, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+def made():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(0.2, 1, (6, 9, 9, 3)), jnp.float32)
+    model = Net()
+    params = model.init(jax.random.key(0), x)
+    noise = lambda a: a + jnp.asarray(0.3 * rng.random(size=a.shape), a.dtype)
+    params = jax.tree.map(noise, params)
+    graph = jm.trace(model.apply, params, x)
+    params = jm.fold_batch_norm(params, graph)
+    config = jm.QuantConfig(bias="int32")
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
+    return model.apply, params, graph, quantizers, x
+
+
+def forward(path, x):
+    """The network from its file, in NumPy; `docs/integers.md` has these lines."""
+    file = np.load(path)
+    operations = {o["layer"]: o for o in json.loads(str(file["operations"]))}
+    get = lambda layer, what: file[f"{layer}/{what}"]
+
+    def put(layer, sums):
+        y = np.rint(sums.astype(np.float32) * get(layer, "multiplier"))
+        y = y + get(layer, "output_zero_point")
+        return np.clip(y, get(layer, "low"), get(layer, "high")).astype(np.int64)
+
+    def conv(layer, q):
+        o, w = operations[layer], get(layer, "weight").astype(np.int64)
+        q = q - get(layer, "input_zero_point")
+        q = np.pad(q, [(0, 0), *o["padding"], (0, 0)])
+        rows, columns, inputs, outputs = w.shape
+        windows = np.lib.stride_tricks.sliding_window_view(q, (rows, columns), (1, 2))
+        windows = windows[:, :: o["strides"][0], :: o["strides"][1]]
+        parts = np.split(windows, o["groups"], axis=3)
+        kernels = np.split(w, o["groups"], axis=3)
+        sums = [
+            np.einsum("nhwcij,ijco->nhwo", a, b)
+            for a, b in zip(parts, kernels, strict=True)
+        ]
+        return put(layer, np.concatenate(sums, axis=3) + get(layer, "bias"))
+
+    def add(layer, a, b):
+        scales = [get(layer, f"{n}_scale") for n in ("input", "input1", "output")]
+        r_a, r_b = (np.float64(s / scales[2]) for s in scales[:2])
+        z_a, z_b, z = (
+            get(layer, f"{n}_zero_point") for n in ("input", "input1", "output")
+        )
+        shift = np.float32(z - np.float32(r_a * z_a + np.float32(r_b * z_b)))
+        y = np.float32(np.float32(b * r_b + shift) + a * r_a)
+        return np.clip(np.rint(y), get(layer, "low"), get(layer, "high")).astype(
+            np.int64
+        )
+
+    scale, zero = get("stem", "input_scale"), get("stem", "input_zero_point")
+    q = np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.int64)
+    stem = conv("stem", q)
+    both = add("grouped/add", stem, conv("grouped", stem))
+    pool = [n for n, o in operations.items() if o["operation"] == "sum"][0]
+    mean = put(pool, (both - get(pool, "input_zero_point")).sum((1, 2)))
+    sums = (mean - get("head", "input_zero_point")) @ get("head", "weight").astype(
+        np.int64
+    )
+    q = put("head", sums + get("head", "bias"))
+    return get("head", "output_scale") * (q - get("head", "output_zero_point")).astype(
+        np.float32
+    )
+
+
+def test_numpy_computes_the_network_from_the_file(tmp_path):
+    apply, params, _, quantizers, x = made()
+    path = tmp_path / "layers.npz"
+    table = jm.export.integers(path, apply, params, quantizers, x[:1])
+    assert set(table["integers"]) == {"yes"} and len(table) == 5
+    found = jax.jit(jm.lift(apply, quantizers))(params, x)
+    np.testing.assert_array_equal(forward(path, np.asarray(x)), found)
+    with np.load(path) as file:
+        assert file["stem/weight"].dtype == np.int8
+        assert file["stem/bias"].dtype == np.int32 and file["stem/bias"].shape == (8,)
+    with pytest.raises(ValueError, match="there is a file"):
+        jm.export.integers(path, apply, params, quantizers, x[:1])
+
+
+def test_what_is_in_float_is_listed(tmp_path):
+    apply = lambda p, x: jax.nn.softmax(x @ p["w"]) @ p["v"]
+    params = {"w": jnp.eye(4), "v": jnp.eye(4)}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    graph = jm.trace(apply, params, x)
+    quantizers = jm.calibrate(params, graph, [x], **quiet)
+    quantizers = quantizers.set("v", enabled=False)
+    table = jm.export.integers(tmp_path / "a.npz", apply, params, quantizers, x)
+    notes = dict(zip(table["layer"], table["note"], strict=True))
+    assert notes["v"] == "the weight is in float" and "softmax" in str(table)
+
+
+def test_the_artefact_runs_without_jaxmet(tmp_path):
+    pytest.importorskip("flatbuffers")
+    apply, params, graph, quantizers, x = made()
+    path = tmp_path / "model.jax"
+    integers = jm.quantize(params, graph, quantizers)
+    shape = jax.ShapeDtypeStruct((1, 9, 9, 3), jnp.float32)
+    table = jm.export.stablehlo(path, apply, integers, quantizers, shape)
+    assert set(table["integers"]) == {"yes"}
+    found = jax.jit(jm.lift(apply, quantizers))(integers, x)
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, jax, numpy as np\n"
+        "model = jax.export.deserialize(bytearray(open('model.jax', 'rb').read()))\n"
+        "assert set(model.platforms) == {'cpu', 'tpu', 'cuda'}\n"
+        "np.save('y.npy', model.call(np.load('x.npy')))\n"
+        "assert not {m for m in sys.modules if m.startswith(('jaxmet', 'flax'))}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), found)
+    with pytest.raises(ValueError, match="there is a file"):
+        jm.export.stablehlo(path, apply, integers, quantizers, shape)
+    with pytest.raises(ValueError, match="platforms"):
+        jm.export.stablehlo(
+            tmp_path / "b", apply, integers, quantizers, shape, platforms=["npu"]
+        )
