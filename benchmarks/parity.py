@@ -6,12 +6,15 @@
 
 *Identical* and *one step* are shares of the outputs that are the simulation's own, or next to it on
 the last grid; SQNR is that of the outputs against the float model, of the file and of the
-simulation. Times are of one thread, medians of pairs, over those of the float file.
+simulation. Times are of one thread, medians of pairs, over those of the float file. The second table
+is of `jm.lift(apply, quantizers)`: its outputs against the file's, the artefact of
+`jm.export.stablehlo` over the float parameters, its time over the float model's as jaxmet runs it.
 """
 
 import argparse
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,6 +34,7 @@ import jaxmet as jm
 from jaxmet.demo import data
 from jaxmet.demo.network import Network
 
+Row = list[Any]
 Model = tuple[str, Any, Any, jax.Array, jax.Array]
 
 
@@ -50,8 +54,8 @@ def models(images: Path | None) -> Iterator[Model]:
     yield "EfficientNet-Lite0", LinenLite(variant).apply, params, known, new
 
 
-def rows(model: Model, folder: Path) -> Iterator[list[Any]]:
-    """One row for each way to quantize."""
+def rows(model: Model, folder: Path) -> Iterator[tuple[Row, Row]]:
+    """Two rows for each way to quantize: of the file, and of the integers in JAX."""
     name, apply, params, known, new = model
     graph = jm.trace(apply, params, known[:1])
     batches = jm.batched(known, batch_size=32)
@@ -77,7 +81,7 @@ def rows(model: Model, folder: Path) -> Iterator[list[Any]]:
         apart = np.rint(np.abs(made - simulated) / step)
         fused = [k for k in kinds if k.startswith("QLinear") or k == "QGemm"]
         size = os.path.getsize(path) / os.path.getsize(folder / "float.onnx")
-        yield [
+        file = [
             name,
             way,
             f"{sum(kinds[k] for k in fused)} of {len(table)}",
@@ -88,6 +92,31 @@ def rows(model: Model, folder: Path) -> Iterator[list[Any]]:
             f"{size:.3f}",
             *(f"{ratio(folder, np.asarray(new[:n])):.2f}" for n in (1, 32)),
         ]
+        integers = jm.quantize(tree, graph, quantizers)
+        program = jm.lift(apply, quantizers)
+        ours = run(program, integers, new)
+        artefact = folder / "model.jax"
+        jm.export.stablehlo(
+            artefact, apply, integers, quantizers, known[:1], overwrite=True
+        )
+        floats = sum(a.nbytes for a in jax.tree.leaves(params))
+        apart = np.rint(np.abs(ours - made) / step)
+        replay = jm.evaluate(
+            apply, lambda node, compute, operands: (compute(*operands), None)
+        )
+        pairs = (program, integers), (replay, tree)
+        yield (
+            file,
+            [
+                name,
+                way,
+                f"{100 * np.mean(apart == 0):.3f}",
+                f"{100 * np.mean(apart <= 1):.3f}",
+                f"{100 * np.mean(np.rint(np.abs(ours - simulated) / step) == 0):.2f}",
+                f"{os.path.getsize(artefact) / floats:.3f}",
+                *(f"{jax_ratio(*pairs, new[:n]):.2f}" for n in (1, 32)),
+            ],
+        )
 
 
 def run(apply: Any, params: Any, inputs: jax.Array) -> np.ndarray:
@@ -137,6 +166,20 @@ def ratio(folder: Path, inputs: np.ndarray) -> float:
     return float(np.median([a / b for a, b in seconds[2:]]))
 
 
+def jax_ratio(one: Any, two: Any, inputs: jax.Array) -> float:
+    """The time of one function of (tree, inputs) over that of another, run in turn."""
+    compiled = [(jax.jit(f), tree) for f, tree in (one, two)]
+    seconds: list[list[float]] = []
+    for _ in range(12):
+        pair = []
+        for f, tree in compiled:
+            start = time.perf_counter()
+            jax.block_until_ready(f(tree, inputs))
+            pair.append(time.perf_counter() - start)
+        seconds.append(pair)
+    return float(np.median([a / b for a, b in seconds[2:]]))
+
+
 def decibels(exact: np.ndarray, noisy: np.ndarray) -> float:
     return float(10 * np.log10(np.sum(exact**2) / np.sum((exact - noisy) ** 2)))
 
@@ -156,11 +199,21 @@ def main() -> None:
         "network", "quantizers", "integer operations", "identical (%)", "one step (%)",
         "top-1 (%)", "SQNR file / simulated (dB)", "size / float", "time / float, 1", "32",
     )  # fmt: skip
-    print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
+    in_jax = (
+        "network", "quantizers", "identical to onnxruntime (%)", "one step (%)",
+        "identical to the simulation (%)", "StableHLO / float", "time / float replay, 1", "32",
+    )  # fmt: skip
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         for model in models(options.images):
-            for row in rows(model, Path(folder)):
-                print("|", " | ".join(map(str, row)), "|", flush=True)
+            for pair in rows(model, Path(folder)):
+                found.append(pair)
+                print(*pair, sep="\n", file=sys.stderr, flush=True)
+    for names, side in ((columns, 0), (in_jax, 1)):
+        print("|", " | ".join(names), "|\n|" + "---|" * len(names))
+        for pair in found:
+            print("|", " | ".join(map(str, pair[side])), "|")
+        print()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Integers of layers in a file, computed with NumPy alone; and the artefact of `jax.export`."""
 
-import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -41,66 +42,23 @@ def made():
     return model.apply, params, graph, quantizers, x
 
 
-def forward(path, x):
-    """The network from its file, in NumPy; `docs/integers.md` has these lines."""
-    file = np.load(path)
-    operations = {o["layer"]: o for o in json.loads(str(file["operations"]))}
-    get = lambda layer, what: file[f"{layer}/{what}"]
-
-    def put(layer, sums):
-        y = np.rint(sums.astype(np.float32) * get(layer, "multiplier"))
-        y = y + get(layer, "output_zero_point")
-        return np.clip(y, get(layer, "low"), get(layer, "high")).astype(np.int64)
-
-    def conv(layer, q):
-        o, w = operations[layer], get(layer, "weight").astype(np.int64)
-        q = q - get(layer, "input_zero_point")
-        q = np.pad(q, [(0, 0), *o["padding"], (0, 0)])
-        rows, columns, inputs, outputs = w.shape
-        windows = np.lib.stride_tricks.sliding_window_view(q, (rows, columns), (1, 2))
-        windows = windows[:, :: o["strides"][0], :: o["strides"][1]]
-        parts = np.split(windows, o["groups"], axis=3)
-        kernels = np.split(w, o["groups"], axis=3)
-        sums = [
-            np.einsum("nhwcij,ijco->nhwo", a, b)
-            for a, b in zip(parts, kernels, strict=True)
-        ]
-        return put(layer, np.concatenate(sums, axis=3) + get(layer, "bias"))
-
-    def add(layer, a, b):
-        scales = [get(layer, f"{n}_scale") for n in ("input", "input1", "output")]
-        r_a, r_b = (np.float64(s / scales[2]) for s in scales[:2])
-        z_a, z_b, z = (
-            get(layer, f"{n}_zero_point") for n in ("input", "input1", "output")
-        )
-        shift = np.float32(z - np.float32(r_a * z_a + np.float32(r_b * z_b)))
-        y = np.float32(np.float32(b * r_b + shift) + a * r_a)
-        return np.clip(np.rint(y), get(layer, "low"), get(layer, "high")).astype(
-            np.int64
-        )
-
-    scale, zero = get("stem", "input_scale"), get("stem", "input_zero_point")
-    q = np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.int64)
-    stem = conv("stem", q)
-    both = add("grouped/add", stem, conv("grouped", stem))
-    pool = [n for n, o in operations.items() if o["operation"] == "sum"][0]
-    mean = put(pool, (both - get(pool, "input_zero_point")).sum((1, 2)))
-    sums = (mean - get("head", "input_zero_point")) @ get("head", "weight").astype(
-        np.int64
-    )
-    q = put("head", sums + get("head", "bias"))
-    return get("head", "output_scale") * (q - get("head", "output_zero_point")).astype(
-        np.float32
-    )
+def test_the_page_on_integers_computes_the_network_with_numpy(tmp_path, monkeypatch):
+    apply, params, graph, quantizers, x = made()
+    monkeypatch.chdir(tmp_path)
+    scope = {"apply": apply, "params": params, "graph": graph, "quantizers": quantizers}
+    text = (Path(__file__).parents[2] / "docs/integers.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope |= {"x": x, "jax": jax, "jm": jm}
+    for block in blocks:
+        exec(block, scope)
+    assert len(blocks) == 2 and scope["logits"].shape == (6, 5)
 
 
-def test_numpy_computes_the_network_from_the_file(tmp_path):
+def test_layers_are_plain_arrays(tmp_path):
     apply, params, _, quantizers, x = made()
     path = tmp_path / "layers.npz"
     table = jm.export.integers(path, apply, params, quantizers, x[:1])
     assert set(table["integers"]) == {"yes"} and len(table) == 5
-    found = jax.jit(jm.lift(apply, quantizers))(params, x)
-    np.testing.assert_array_equal(forward(path, np.asarray(x)), found)
     with np.load(path) as file:
         assert file["stem/weight"].dtype == np.int8
         assert file["stem/bias"].dtype == np.int32 and file["stem/bias"].shape == (8,)

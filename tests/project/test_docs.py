@@ -176,7 +176,8 @@ SHARED = {
     "troubleshooting": (LEAST, MOST),
     "from-qwix": (LEAST, 0.5),
 }
-RUN_APART = {"compression", "deploy", "inside", "training"}
+RUN_APART = {"compression", "deploy", "inside", "integers", "training"}
+OWN_MODEL = {"integers", "training"}  # integers: tests/export/test_integers_file.py
 
 
 def test_every_page_with_code_is_run():
@@ -189,7 +190,7 @@ def test_every_page_with_code_is_run():
 BOTH = ("index", "quantize", "files")
 
 
-@pytest.mark.parametrize("name", sorted({*SHARED, *RUN_APART} - {"training"}))
+@pytest.mark.parametrize("name", sorted({*SHARED, *RUN_APART} - OWN_MODEL))
 def test_the_nnx_tab_is_the_same_model_as_a_function(name):
     scope = scope_of("nnx")
     blocks = blocks_of((DOCS / f"{name}.md").read_text(encoding="utf-8"))
