@@ -6,8 +6,8 @@
 
 *Identical* and *one step* are shares of the outputs that are the simulation's own, or next to it on
 the last grid; SQNR is that of the outputs against the float model, of the file and of the
-simulation. Times are of one thread, medians of pairs, over those of the float file. The second table
-is of `jm.lift(apply, quantizers)`: its outputs against the file's, the artefact of
+simulation. Times are of one thread, medians of pairs, over those of the float file. The second
+table is of `jm.lift(apply, quantizers)`: its outputs against the file's, the artefact of
 `jm.export.stablehlo` over the float parameters, its time over the float model's as jaxmet runs it.
 """
 
