@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.backend.litert_lowering import END
+from jaxmet.engine.backend.litert_lowering import END, LAYER
 from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
@@ -57,10 +57,10 @@ def deployed(
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
             # A known shift is a constant of the program, without an equation that shapes it.
             shift = _shift(node, leaves).reshape(sizes).astype(x.dtype)
-            with jax.named_scope(SCOPE + node.name + END):
+            with jax.named_scope(LAYER + node.name + END):
                 result = x + jnp.asarray(shift)
         else:
-            with jax.named_scope(SCOPE + node.name + END):
+            with jax.named_scope(LAYER + node.name + END):
                 result = run(*operands)
         with jax.named_scope(SCOPE + node.name):
             return fake_quantize_output(node, run, result, quantizers), None

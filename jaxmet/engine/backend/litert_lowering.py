@@ -21,6 +21,8 @@ from jaxmet.numerics.fake_quant import fake_quant_p
 LAYOUTS = re.compile(
     r"(, )?(operand|result)_layouts = \[(?:dense<[^>]*> : tensor<[^>]*>(?:, )?)*\]"
 )
+LAYER = "layer:"
+"""What begins the name scope that says whose equation it is, on a grid or not."""
 END = "|"
 """What ends the name in the scope of an equation: scopes of the model come after it."""
 UINT8 = 2**7
@@ -51,7 +53,7 @@ def litert_text(
 def owner_of(name: str) -> str | None:
     """The node or parameter that the name of a tensor of the file speaks of."""
     # Of a layer with what is fused to it the last part is the layer.
-    found = re.findall(f"{SCOPE}([^;{END}]+)", name)
+    found = re.findall(f"{LAYER}([^;{END}]+)", name)
     return found[-1] if found else None
 
 
@@ -64,7 +66,7 @@ def _ran(
     get = lambda v: v.val if isinstance(v, Literal) else known[v]
     for equation in jaxpr.eqns:
         operands = [*map(get, equation.invars)]
-        scope = jax.named_scope(SCOPE + _owner(equation) + END)
+        scope = jax.named_scope(LAYER + _owner(equation) + END)
         if equation.primitive is fake_quant_p:
             with scope:
                 found = [_quantized(equation, operands, caller)]
@@ -82,7 +84,9 @@ def _ran(
 
 def _owner(equation: Any) -> str:
     """The parameter or node that an equation belongs to, as the name scope says."""
-    return str(equation.source_info.name_stack).rpartition(SCOPE)[2].partition(END)[0]
+    stack = str(equation.source_info.name_stack)
+    begin = SCOPE if equation.primitive is fake_quant_p else LAYER
+    return stack.rpartition(begin)[2].partition(END)[0]
 
 
 def _has_fake_quant(equation: Any) -> bool:
