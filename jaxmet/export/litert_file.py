@@ -87,7 +87,7 @@ def litert(
     quantizers.leaves(params, CALLER)
 
     structure = jax.tree.structure(inputs)
-    run = deployed(apply, params, quantizers, kwargs)
+    run = deployed(apply, params, quantizers, kwargs, named=True)
     weights = fake_quantized_weights(params, quantizers)
     arguments = lambda leaves: jax.tree.unflatten(structure, leaves)
     flat = lambda *leaves: jax.tree.leaves(run(weights(), *arguments(leaves)))
