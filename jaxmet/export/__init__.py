@@ -6,6 +6,10 @@ encodings_reader
                 AIMET's encodings as grids
 integer_steps   the operations of a model in integers
 integers_file   each layer's integers and scales as plain arrays
+litert_file     the model as a LiteRT file (.tflite), in integers
+litert_interface
+                a LiteRT file with integers for inputs and outputs
+litert_table    the operations of a LiteRT file
 onnx_graph      an ONNX graph by what makes and what reads its values
 onnx_passes     the ONNX graph in the form that runtimes fuse
 safetensors_file
@@ -16,6 +20,7 @@ stablehlo_file  the model in integers for JAX, without jaxmet
 from jaxmet.export.encodings_file import encodings as encodings
 from jaxmet.export.encodings_reader import read_encodings as read_encodings
 from jaxmet.export.integers_file import integers as integers
+from jaxmet.export.litert_file import litert as litert
 from jaxmet.export.onnx_file import onnx as onnx
 from jaxmet.export.safetensors_file import read_safetensors as read_safetensors
 from jaxmet.export.safetensors_file import safetensors as safetensors

@@ -1,5 +1,6 @@
 """What a target runs: the simulation, norms that were folded gone, weights handed in."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmet.engine.backend.litert_lowering import END, LAYER
 from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
@@ -36,7 +38,12 @@ def weights_on_grids(params: Any, quantizers: Quantizers) -> list[str]:
 
 
 def deployed(
-    apply: Apply, params: Any, quantizers: Quantizers, kwargs: Any
+    apply: Apply,
+    params: Any,
+    quantizers: Quantizers,
+    kwargs: Any,
+    *,
+    named: bool = False,
 ) -> Function:
     """`f(weights, *inputs)`: the model on the grids of its activations.
 
@@ -48,6 +55,12 @@ def deployed(
     biases = [n for n, q in quantizers.weights.items() if q.product and n in leaves]
     leaves |= {n: quantizers.quantize_weight(n, leaves) for n in biases}
 
+    def own_scope(node: Node) -> Any:
+        # Only LiteRT's file names what is in float; other lowerings read the scopes as they are.
+        if not named:
+            return contextlib.nullcontext()
+        return jax.named_scope(LAYER + node.name + END)
+
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
         with jax.named_scope(SCOPE + node.name):
             operands = fake_quantize_derived(node, operands, quantizers)
@@ -56,9 +69,11 @@ def deployed(
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
             # A known shift is a constant of the program, without an equation that shapes it.
             shift = _shift(node, leaves).reshape(sizes).astype(x.dtype)
-            result = x + jnp.asarray(shift)
+            with own_scope(node):
+                result = x + jnp.asarray(shift)
         else:
-            result = run(*operands)
+            with own_scope(node):
+                result = run(*operands)
         with jax.named_scope(SCOPE + node.name):
             return fake_quantize_output(node, run, result, quantizers), None
 

@@ -176,7 +176,7 @@ SHARED = {
     "troubleshooting": (LEAST, MOST),
     "from-qwix": (LEAST, 0.5),
 }
-RUN_APART = {"compression", "deploy", "inside", "integers", "training"}
+RUN_APART = {"compression", "deploy", "inside", "integers", "litert", "training"}
 OWN_MODEL = {"integers", "training"}  # integers: tests/export/test_integers_file.py
 
 
@@ -243,6 +243,16 @@ def test_deploy_runs_as_printed(folder):
     far = jnp.abs(scope["logits"] - scope["simulated"]).max()
     assert far < 0.05 * jnp.abs(scope["simulated"]).max()
     assert (folder / "integers.npz").exists()
+
+
+@pytest.mark.slow
+def test_litert_runs_as_printed(folder):
+    for package in ("litert_converter", "ai_edge_litert"):
+        pytest.importorskip(package, reason="files need pip install '.[litert]'")
+    scope = run(DOCS / "litert.md", scope_of("linen"), "linen")
+    (output,) = scope["outputs"].values()
+    assert output.dtype == jnp.int8 and output.shape == (1, 4)
+    assert (folder / "model.tflite").exists()
 
 
 class Trained(nn.Module):

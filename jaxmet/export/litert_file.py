@@ -1,0 +1,192 @@
+"""A model and its quantizers as a LiteRT file (.tflite) in integers."""
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmet.engine.backend.litert_lowering import litert_text
+from jaxmet.engine.frontends import check_apply, refuse_module
+from jaxmet.engine.graph.graph import fitted, trace
+from jaxmet.engine.program.calls import Apply
+from jaxmet.export.litert_interface import integer_interface
+from jaxmet.export.litert_table import check_computable, litert_table
+from jaxmet.layers.deployed import deployed, fake_quantized_weights
+from jaxmet.transforms.lift import lift
+from jaxmet.tree.checks import check_choices, check_flags
+from jaxmet.tree.paths import path_parts
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
+from jaxmet.tree.table import Table
+from jaxmet.tree.writing import check_free, writable, written
+
+CALLER = "export.litert"
+CONVERTER = "0.5.0"
+"""The one version of litert-converter whose calls for integers are known."""
+
+
+def litert(
+    path: str | os.PathLike[str],
+    apply: Apply,
+    params: Any,
+    quantizers: Quantizers | None,
+    *inputs: Any,
+    io: str = "int8",
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Table:
+    r"""Write the model as a LiteRT file (.tflite), in integers where there are quantizers.
+
+    The file computes what `jm.simulate(apply, quantizers)(params, *inputs)` computes: weights are
+    int8, one scale per channel, values int8 (uint8 less 128), biases int32 at $s_x s_w$. Norms
+    that were folded are the biases that they stand for. TensorFlow is not needed:
+    `pip install '.[litert]'` installs LiteRT's own converter and its runtime.
+
+    The batch size is that of the examples.
+
+    Args:
+        path: the file to write.
+        apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
+        params: its parameters: any tree that jaxmet makes.
+        quantizers: the quantizers of `jm.calibrate` for this tree; None (with io='float') for
+            the float model.
+        *inputs: example inputs, or `jax.ShapeDtypeStruct`s of them, of the batch size that the
+            file will have.
+        io: 'int8' (the default), inputs and outputs are the integers of their quantizers, or
+            'float', the file quantizes inputs and dequantizes outputs.
+        overwrite: whether an existing file is replaced; default False.
+        **kwargs: keyword arguments for the model.
+
+    Returns:
+        A table with one row per operation that computes: whether it is in integers, and if not,
+        what is in float.
+
+    Raises:
+        ValueError: for a path that exists, for sizes that are no numbers, and for quantizers that
+            LiteRT has no integers for (in loops, of blocks, of 16 bits); ImportError without the
+            extra, or with another version of the converter.
+
+    >>> jm.export.litert("model.tflite", apply, params, quantizers, images[:1])
+    """
+    check_flags(CALLER, overwrite=overwrite)
+    check_choices(CALLER, io=(io, ("int8", "float")))
+    path = writable(path, CALLER)
+    check_free(path, overwrite, CALLER)
+    refuse_module(apply, params, CALLER)
+    check_apply(apply, CALLER)
+    if quantizers is None:
+        quantizers = Quantizers()
+    check_are_quantizers(quantizers, CALLER)
+    _check_converter()
+    _check_sizes(inputs)
+    graph = trace(apply, params, *inputs, **kwargs)
+    fitted(params, graph, CALLER)
+    quantizers.leaves(params, CALLER)
+
+    structure = jax.tree.structure(inputs)
+    run = deployed(apply, params, quantizers, kwargs, named=True)
+    weights = fake_quantized_weights(params, quantizers)
+    arguments = lambda leaves: jax.tree.unflatten(structure, leaves)
+    flat = lambda *leaves: jax.tree.leaves(run(weights(), *arguments(leaves)))
+    shapes = [
+        jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))
+        for x in jax.tree.leaves(inputs)
+    ]
+    shown = lift(apply)
+    outputs = jax.eval_shape(lambda *x: shown(params, *x, **kwargs), *inputs)
+    names = [_names(inputs if len(inputs) != 1 else inputs[0], "input")]
+    names.append(_names(outputs, "output"))
+    made = _converted(litert_text(flat, shapes, CALLER), *names)
+    check_computable(made, CALLER)
+    if io == "int8":
+        made = integer_interface(made, CALLER)
+    _check_loads(made)
+    written(path, lambda f: f.write(made))
+    return litert_table(made, CALLER)
+
+
+def _check_converter() -> None:
+    cure = "Install what it needs: pip install '.[litert]'."
+    try:
+        import ai_edge_litert  # noqa: F401
+        import litert_converter  # noqa: F401
+
+        found = importlib.metadata.version("litert-converter")
+    except ImportError as error:
+        raise ImportError(
+            f"jaxmet.{CALLER}: there is no package {error.name!r}. {cure}"
+        ) from error
+    if found != CONVERTER:
+        raise ImportError(
+            f"jaxmet.{CALLER}: litert-converter is {found}, and only with {CONVERTER} are its "
+            f"integers known. {cure}"
+        )
+
+
+def _check_sizes(inputs: Any) -> None:
+    """LiteRT's converter ends the process where a size is no number."""
+    for shape in map(np.shape, jax.tree.leaves(inputs)):
+        if not all(isinstance(n, int | np.integer) for n in shape):
+            raise ValueError(
+                f"jaxmet.{CALLER}: an example has the shape {shape}, and a LiteRT file has a "
+                "fixed batch size. Give examples of the size that the file will have."
+            )
+
+
+def _names(tree: Any, what: str) -> list[str]:
+    """A name for each leaf: what it is, and its path."""
+    found: list[str] = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        name = "_".join((what, *path_parts(path)))
+        while name in found:
+            name += "_"
+        found.append(name)
+    return found
+
+
+def _converted(text: str, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """The file of a StableHLO text."""
+    package = "litert_converter"  # it has no types
+    converter: Any = importlib.import_module(f"{package}.converter_api_ext")
+    ir: Any = importlib.import_module(f"{package}.mlir.ir")
+    passes: Any = importlib.import_module(f"{package}.mlir.passmanager")
+    config = converter.ConvertToTFLConfig()
+    config.model_origin_framework = "PYTORCH"  # else it keeps the calls as calls
+    config.qdq_conversion_mode = "DYNAMIC"  # inputs and outputs as they are
+    config.strict_qdq_mode = True  # else it makes operations of integers and floats
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    try:
+        with context, ir.Location.unknown():
+            module = ir.Module.parse(text)
+            converter.set_signature(
+                module.operation, "serving_default", [*inputs], [*outputs]
+            )
+            converter.run_convert_to_tfl_passes(module, passes.PassManager(), config)
+            return converter.export_flatbuffer_to_bytes(module.operation)
+    except Exception as error:
+        raise ValueError(
+            f"jaxmet.{CALLER}: LiteRT's converter refuses the model "
+            f"({str(error).strip().splitlines()[0]}). Write the part that it names otherwise, or "
+            "use jm.export.onnx."
+        ) from error
+
+
+def _check_loads(made: bytes) -> None:
+    """Refuse what the converter made and the runtime cannot run."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    try:
+        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        loaded = Interpreter(model_content=made, experimental_op_resolver_type=plain)
+        loaded.allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"jaxmet.{CALLER}: LiteRT cannot run the file that its converter made "
+            f"({str(error).strip().splitlines()[0]}). Calibrate with "
+            "jm.QuantConfig.for_target('litert'), leave that layer in float "
+            "(quantizers.set(name, enabled=False)), or use jm.export.onnx."
+        ) from error
