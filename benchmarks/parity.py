@@ -54,7 +54,7 @@ def models(images: Path | None) -> Iterator[Model]:
     yield "EfficientNet-Lite0", LinenLite(variant).apply, params, known, new
 
 
-def rows(model: Model, folder: Path) -> Iterator[tuple[Row, Row]]:
+def rows(model: Model, folder: Path, only: str) -> Iterator[tuple[Row, Row]]:
     """Two rows for each way to quantize: of the file, and of the integers in JAX."""
     name, apply, params, known, new = model
     graph = jm.trace(apply, params, known[:1])
@@ -71,6 +71,8 @@ def rows(model: Model, folder: Path) -> Iterator[tuple[Row, Row]]:
         "W4A8, a scale per channel": (folded, {"weight_bits": 4}),
     }
     for way, (tree, options) in ways.items():
+        if only not in f"{name}, {way}":
+            continue
         config = jm.QuantConfig(bias="int32", **options)
         quantizers = jm.calibrate(tree, graph, batches, config, progress=False)
         path = folder / "integers.onnx"
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, help="folder of calibration/, evaluation/"
     )
+    parser.add_argument("--only", default="", help="rows whose names have this in them")
     options = parser.parse_args()
     names = ("jax", "jaxlib", "flax", "jax2onnx", "onnx", "onnxruntime")
     print(
@@ -206,7 +209,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for model in models(options.images):
-            for pair in rows(model, Path(folder)):
+            for pair in rows(model, Path(folder), options.only):
                 found.append(pair)
                 print(*pair, sep="\n", file=sys.stderr, flush=True)
     for names, side in ((columns, 0), (in_jax, 1)):

@@ -113,7 +113,7 @@ def _held(q: Quantizer, leaf: Any) -> Held:
         one = (1,) * len(shape)
         scale, zero_point = scale.reshape(one), zero_point.reshape(one)
     grid = TargetGrid(scale, zero_point, *q.ends)
-    if not grid.fits(shape) or scale.dtype != np.float32:
+    if not grid.fits(shape) or given.dtype != np.float32:
         full = given if is_quantized(leaf) else q(given)
         return Floats(jnp.asarray(full), True, shape)
     if values is None:

@@ -190,6 +190,22 @@ def test_what_products_do_not_take_is_dequantized(options):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_stays_what_the_simulation_says(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 6)), dtype)
+    params = {"w": jnp.asarray(rng.normal(size=(6, 3)), dtype)}
+    apply = lambda p, x: jax.nn.relu(x @ p["w"])
+    graph = jm.trace(apply, params, x)
+    quantizers = jm.calibrate(params, graph, [x], **quiet)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, x)
+    for tree in (params, jm.quantize(params, graph, quantizers)):
+        found = jax.jit(jm.lift(apply, quantizers))(tree, x)
+        assert found.dtype == dtype
+        wide = lambda a: np.asarray(a, np.float32)
+        np.testing.assert_allclose(wide(found), wide(wanted), rtol=0.02, atol=0.05)
+
+
 def test_quantizers_of_another_tree_are_refused():
     x = jnp.ones((2, 3))
     apply = lambda p, x: x @ p["w"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxmet.engine.integers.integer_values import (
     Bound,
@@ -102,8 +103,25 @@ def _of_joint(value: Joint, grid: TargetGrid) -> Any:
     zeros = [x.zero_point + np.float32(x.offset) for x in (a, b)]
     shift = grid.zero_point - _fused(ratios[0], zeros[0], ratios[1] * zeros[1])
     whole = [x.values.astype(jnp.float32) + np.float32(x.offset) for x in (a, b)]
-    found = (shift + whole[1] * ratios[1]) + whole[0] * ratios[0]
-    return jnp.rint(found)
+    found = _rounded_once(whole[1], ratios[1], shift)
+    return jnp.rint(_rounded_once(whole[0], ratios[0], found))
+
+
+def _rounded_once(x: Any, ratio: Any, c: Any) -> Any:
+    """c + x ratio as processors with a fused operation compute it, for integers of 8 bits.
+
+    Whether a compiler fuses a product and a sum depends on what stands around them. So the ratio is
+    split in two numbers of few bits: both products are exact, and what the first sum loses (Knuth's
+    TwoSum) is added with the second.
+    """
+    whole = lax.bitcast_convert_type(jnp.asarray(ratio), jnp.int32)
+    upper = lax.bitcast_convert_type(whole & np.int32(-(2**9)), jnp.float32)
+    first, second = x * upper, x * (ratio - upper)
+    # XLA would take (c + first) - c for first: it cannot see through a bound that never binds.
+    total = jnp.maximum(c + first, np.finfo(np.float32).min)
+    moved = total - c
+    lost = (c - (total - moved)) + (first - moved)
+    return total + (lost + second)
 
 
 def _fused(a: Any, b: Any, c: Any) -> Any:

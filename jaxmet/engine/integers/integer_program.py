@@ -165,7 +165,10 @@ def in_integers(
     inputs: Sequence[Any],
 ) -> tuple[list[Any], list[IntegerStep]]:
     """The results of `function(weights, inputs)` with weights as what they are held as."""
-    shapes = [jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in held]
+    dtypes = [v.stored.dtype if isinstance(v, Floats) else jnp.float32 for v in held]
+    shapes = [
+        jax.ShapeDtypeStruct(v.shape, d) for v, d in zip(held, dtypes, strict=True)
+    ]
     closed = jax.make_jaxpr(lambda w, x: list(function(w, x)))(shapes, list(inputs))
     program = IntegerProgram()
     values = [Floats(x, False, tuple(jnp.shape(x))) for x in inputs]
