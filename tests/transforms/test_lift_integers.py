@@ -190,6 +190,33 @@ def test_what_products_do_not_take_is_dequantized(options):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_sums_that_int32_may_not_hold_are_floats():
+    """255 · 127 · 70,000 is above 2³¹."""
+    x = jnp.ones((2, 70_000)) * jnp.array([[1.0], [0.5]])
+    params = {"w": jnp.ones((70_000, 2))}
+    apply = lambda p, x: x @ p["w"]
+    graph = jm.trace(apply, params, x)
+    quantizers = jm.calibrate(params, graph, [x], **quiet)
+    found = jm.lift(apply, quantizers)(params, x)
+    wanted = jm.simulate(apply, quantizers)(params, x)
+    np.testing.assert_allclose(found, wanted, rtol=0.01)
+
+
+def test_what_an_index_does_not_find_is_nan_as_in_float():
+    params = {
+        "w": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+    }
+    apply = lambda p, i: p["w"].at[i].get(mode="fill") * 2.0
+    index = jnp.array([0, 4, 9])
+    graph = jm.trace(apply, params, index)
+    config = jm.QuantConfig(activation_bits=32)  # a grid has no NaN
+    quantizers = jm.calibrate(params, graph, [index[:2]], config, **quiet)
+    found = jm.lift(apply, quantizers)(params, index)
+    wanted = jm.simulate(apply, quantizers)(params, index)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert np.isnan(found[2]).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_what_the_simulation_says(dtype):
     rng = np.random.default_rng(0)

@@ -33,6 +33,8 @@ def dot(a: Integers, b: Integers, params: dict[str, Any]) -> Total | None:
     for x, contract, _ in sides:
         if not (x.small and _even(x, contract)):
             return None
+    if _overflows(a, b, math.prod(a.shape[i] for i in contract_a)):
+        return None
     rank_a, rank_b = (len(x.shape) - len(c) - len(n) for x, c, n in sides)
 
     def laid(array: Any, side: int) -> Any:
@@ -66,6 +68,8 @@ def convolution(x: Integers, w: Integers, params: dict[str, Any]) -> Total | Non
     plain = params["batch_group_count"] == 1 and params.get("out_sharding") is None
     if not (plain and x.small and w.small and x.uniform and _even(w, summed)):
         return None
+    if _overflows(x, w, math.prod(w.shape[i] for i in summed)):
+        return None
 
     def along(array: Any) -> Any:
         """What belongs to output channels, where the result has them."""
@@ -87,6 +91,11 @@ def convolution(x: Integers, w: Integers, params: dict[str, Any]) -> Total | Non
         total = _sum(w.values, summed)
         sums = sums - _int32(along(x.zero_point)) * along(total)
     return Total(sums, scale)
+
+
+def _overflows(a: Integers, b: Integers, many: Any) -> bool:
+    """Whether int32 may not hold a sum of so many products."""
+    return many * (a.high - a.low) * (b.high - b.low) >= 2**32
 
 
 def _even(x: Integers, axes: Any) -> bool:

@@ -199,6 +199,9 @@ def move(equation: Any, layer: str, values: list[Held]) -> Held | None:
     x, *others = values
     if any(not isinstance(v, Floats) for v in others):
         return None
+    # What lies outside is NaN among floats, and no integer says that.
+    if equation.params.get("mode") == lax.GatherScatterMode.FILL_OR_DROP:
+        return None
     operands = [v.array for v in others if isinstance(v, Floats)]
     to = lambda a: compat.bind(equation.primitive, equation.params, (a, *operands))[0]
     if isinstance(x, Integers) and x.uniform:
