@@ -14,8 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.program import compat
+from jaxmet.engine.program.scopes import SCOPE
 from jaxmet.numerics.fake_quant import fake_quant_p
 
 LAYOUTS = re.compile(

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from jaxmet.engine.program.scopes import grid_owner
 from jaxmet.numerics.fake_quant import fake_quant_p
 from jaxmet.tree.host_rounding import repeated
-
-SCOPE = "jaxmet:"
-"""What begins the name scope that says whose grid an equation is."""
 
 
 class WrittenGrid(NamedTuple):
@@ -119,7 +117,7 @@ def _lower(ctx: Any, eqn: Any) -> None:
         ) * scale
         ctx.bind_const_for_var(eqn.outvars[0], rounded.astype(value.dtype))
         return
-    written = WrittenGrid(_owner(eqn), int(low.min()), int(high.max()))
+    written = WrittenGrid(grid_owner(eqn), int(low.min()), int(high.max()))
     if value is None and low.min() < 0 and high.max() < 2**7:
         # onnxruntime turns int8 between operations into uint8, and then refuses opset 21
         zero_point, low, high = (a + 2**7 for a in (zero_point, low, high))
@@ -153,11 +151,6 @@ def _lower(ctx: Any, eqn: Any) -> None:
         numbers = np.clip(np.rint(value / s) + z, low, high).astype(kind)
         integers = constant("weight", numbers)
     _dequantize(ctx, eqn, integers, step, zero, options)
-
-
-def _owner(eqn: Any) -> str:
-    """The parameter or node whose grid it is, as the name scope says."""
-    return str(eqn.source_info.name_stack).rpartition(SCOPE)[2]
 
 
 def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:

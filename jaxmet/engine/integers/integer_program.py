@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxmet.engine.backend.onnx_lowering import SCOPE
 from jaxmet.engine.integers.grid_arithmetic import on_grid, target_grid
 from jaxmet.engine.integers.integer_rules import RULES, spread_constant
 from jaxmet.engine.integers.integer_values import (
@@ -23,6 +22,7 @@ from jaxmet.engine.integers.integer_values import (
     floats,
 )
 from jaxmet.engine.program import compat
+from jaxmet.engine.program.scopes import grid_owner
 from jaxmet.numerics.fake_quant import fake_quant_p
 
 COMPUTES = {
@@ -116,7 +116,7 @@ class IntegerProgram:
         target = target_grid(sides) if plain else None
         if target is None or not target.fits(x.shape):
             return self._in_float(equation, "", values, None)[0]
-        owner = str(equation.source_info.name_stack).rpartition(SCOPE)[2]
+        owner = grid_owner(equation)
         found = dataclasses.replace(on_grid(x, target), layer=owner)
         if isinstance(x, Total | Joint) and x.origin is not None:
             at = x.origin.index
