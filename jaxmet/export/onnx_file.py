@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 from jaxmet.engine.backend.onnx_lowering import WrittenGrid, onnx_model

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 from jaxmet.engine.program.calls import Apply
@@ -32,9 +33,9 @@ def stablehlo(
     """Write the model in integers as a file that JAX runs without jaxmet and without the model.
 
     It computes what `jm.lift(apply, quantizers)` computes, with the weights as int8 inside:
-    `jax.export.deserialize(path.read_bytes()).call(*inputs)`. JAX promises to read it for six
-    months, and other compilers of [StableHLO](https://openxla.org/stablehlo) its module. It needs
-    `pip install '.[stablehlo]'`.
+    `jax.export.deserialize(bytearray(path.read_bytes())).call(*inputs)`. JAX promises to read it
+    for six months, and other compilers of [StableHLO](https://openxla.org/stablehlo) its module.
+    It needs `pip install '.[stablehlo]'`.
 
     Args:
         path: the file to write.

@@ -89,7 +89,7 @@ def test_the_artefact_runs_without_jaxmet(tmp_path):
     found = jax.jit(jm.lift(apply, quantizers))(integers, x)
     np.save(tmp_path / "x.npy", x)
     code = (
-        "import sys, jax, numpy as np\n"
+        "import sys, jax.export, numpy as np\n"
         "model = jax.export.deserialize(bytearray(open('model.jax', 'rb').read()))\n"
         "assert set(model.platforms) == {'cpu', 'tpu', 'cuda'}\n"
         "np.save('y.npy', model.call(np.load('x.npy')))\n"
