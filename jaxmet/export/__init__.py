@@ -4,6 +4,7 @@ onnx_file       the model as ONNX, in integers
 encodings_file  a float ONNX file, and its grids for AIMET
 encodings_reader
                 AIMET's encodings as grids
+flat_model      a model as converters take it: a function of arrays, all named
 integer_steps   the operations of a model in integers
 integers_file   each layer's integers and scales as plain arrays
 litert_file     the model as a LiteRT file (.tflite), in integers

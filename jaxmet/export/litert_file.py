@@ -10,16 +10,12 @@ import jax
 import numpy as np
 
 from jaxmet.engine.backend.litert_lowering import litert_text
-from jaxmet.engine.frontends import check_apply, refuse_module
-from jaxmet.engine.graph.graph import fitted, trace
 from jaxmet.engine.program.calls import Apply
+from jaxmet.export.flat_model import flat_model
 from jaxmet.export.litert_interface import integer_interface
 from jaxmet.export.litert_table import check_computable, litert_table
-from jaxmet.layers.deployed import deployed, fake_quantized_weights
-from jaxmet.transforms.lift import lift
 from jaxmet.tree.checks import check_choices, check_flags
-from jaxmet.tree.paths import path_parts
-from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
+from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import check_free, writable, written
 
@@ -75,31 +71,13 @@ def litert(
     check_choices(CALLER, io=(io, ("int8", "float")))
     path = writable(path, CALLER)
     check_free(path, overwrite, CALLER)
-    refuse_module(apply, params, CALLER)
-    check_apply(apply, CALLER)
-    if quantizers is None:
-        quantizers = Quantizers()
-    check_are_quantizers(quantizers, CALLER)
     _check_converter()
     _check_sizes(inputs)
-    graph = trace(apply, params, *inputs, **kwargs)
-    fitted(params, graph, CALLER)
-    quantizers.leaves(params, CALLER)
-
-    structure = jax.tree.structure(inputs)
-    run = deployed(apply, params, quantizers, kwargs, named=True)
-    weights = fake_quantized_weights(params, quantizers)
-    arguments = lambda leaves: jax.tree.unflatten(structure, leaves)
-    flat = lambda *leaves: jax.tree.leaves(run(weights(), *arguments(leaves)))
-    shapes = [
-        jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x))
-        for x in jax.tree.leaves(inputs)
-    ]
-    shown = lift(apply)
-    outputs = jax.eval_shape(lambda *x: shown(params, *x, **kwargs), *inputs)
-    names = [_names(inputs if len(inputs) != 1 else inputs[0], "input")]
-    names.append(_names(outputs, "output"))
-    made = _converted(litert_text(flat, shapes, CALLER), *names)
+    model = flat_model(
+        CALLER, apply, params, quantizers, inputs, kwargs, batch="fixed", named=True
+    )
+    text = litert_text(model.function, model.shapes, CALLER)
+    made = _converted(text, model.inputs, model.outputs)
     check_computable(made, CALLER)
     if io == "int8":
         made = integer_interface(made, CALLER)
@@ -134,17 +112,6 @@ def _check_sizes(inputs: Any) -> None:
                 f"jaxmet.{CALLER}: an example has the shape {shape}, and a LiteRT file has a "
                 "fixed batch size. Give examples of the size that the file will have."
             )
-
-
-def _names(tree: Any, what: str) -> list[str]:
-    """A name for each leaf: what it is, and its path."""
-    found: list[str] = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        name = "_".join((what, *path_parts(path)))
-        while name in found:
-            name += "_"
-        found.append(name)
-    return found
 
 
 def _converted(text: str, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:

@@ -4,26 +4,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.export
-import numpy as np
-
 from jaxmet.engine.backend.onnx_lowering import WrittenGrid, onnx_model
-from jaxmet.engine.frontends import check_apply, refuse_module
-from jaxmet.engine.graph.graph import fitted, trace
 from jaxmet.engine.program.calls import Apply
+from jaxmet.export.flat_model import flat_model
 from jaxmet.export.onnx_graph import OnnxGraph
 from jaxmet.export.onnx_passes import fused
-from jaxmet.layers.deployed import deployed, fake_quantized_weights
-from jaxmet.transforms.lift import lift
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
-from jaxmet.tree.paths import path_parts
-from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
+from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import check_free, writable, written
 
 CALLER = "export.onnx"
-BATCH = "batch"
 COMPUTES = (
     "Conv", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div", "GlobalAveragePool", "Softmax",
     "Sigmoid", "Erf", "Tanh", "Concat", "MaxPool", "AveragePool", "ReduceSum", "ReduceMean",
@@ -99,32 +90,17 @@ def lowered(
     kwargs: Any,
 ) -> tuple[Any, dict[str, WrittenGrid]]:
     """The model before the passes, and its grids by the names of their scales."""
-    refuse_module(apply, params, caller)
-    check_apply(apply, caller)
     check_choices(caller, batch=(batch, ("dynamic", "fixed")))
     check_counts(caller, least=19, opset=opset)
-    if quantizers is None:
-        quantizers = Quantizers()
-    check_are_quantizers(quantizers, caller)
     _check_packages(opset, caller)
-    graph = trace(apply, params, *inputs, **kwargs)
-    fitted(params, graph, caller)
-    quantizers.leaves(params, caller)
-    shapes, names = _shapes(inputs, batch)
-    structure = jax.tree.structure(inputs)
-    run = deployed(apply, params, quantizers, kwargs)
-    weights = fake_quantized_weights(params, quantizers)
-    arguments = lambda leaves: jax.tree.unflatten(structure, leaves)
-    flat = lambda *leaves: jax.tree.leaves(run(weights(), *arguments(leaves)))
-    shown = lift(apply)
-    outputs = jax.eval_shape(lambda *x: shown(params, *x, **kwargs), *inputs)
+    model = flat_model(caller, apply, params, quantizers, inputs, kwargs, batch=batch)
     try:
         return onnx_model(
-            flat,
-            shapes,
+            model.function,
+            model.shapes,
             opset=opset,
-            input_names=names,
-            output_names=_names(outputs, "output"),
+            input_names=model.inputs,
+            output_names=model.outputs,
         )
     except Exception as error:
         symbolic = ("Symbolic dimension", "_DimExpr")
@@ -150,32 +126,6 @@ def _check_packages(opset: int, caller: str) -> None:
         raise ValueError(
             f"jaxmet.{caller}: opset is {opset}, and this onnx knows {most}. Use 21."
         )
-
-
-def _shapes(
-    inputs: tuple[Any, ...], batch: str
-) -> tuple[list[jax.ShapeDtypeStruct], list[str]]:
-    """What the function is traced for, a symbol along the first axes if asked for."""
-    leaves = jax.tree.leaves(inputs)
-    symbol = jax.export.symbolic_shape(BATCH)[0] if batch == "dynamic" else None
-    found = []
-    for leaf in leaves:
-        shape = np.shape(leaf)
-        if symbol is not None and shape:
-            shape = (symbol, *shape[1:])
-        found.append(jax.ShapeDtypeStruct(shape, jax.numpy.result_type(leaf)))
-    return found, _names(inputs if len(inputs) != 1 else inputs[0], "input")
-
-
-def _names(tree: Any, what: str) -> list[str]:
-    """A name for each leaf: what it is, and its path."""
-    found: list[str] = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        name = "_".join((what, *path_parts(path)))
-        while name in found:
-            name += "_"
-        found.append(name)
-    return found
 
 
 def _table(model: Any, grids: Mapping[str, WrittenGrid]) -> Table:

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.export
-import numpy as np
 
 from jaxmet.engine.program.calls import Apply
+from jaxmet.export.flat_model import example_shapes
 from jaxmet.export.integer_steps import integer_model, step_table
 from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.quantizers import Quantizers
@@ -72,18 +72,11 @@ def stablehlo(
     path = writable(path, CALLER)
     check_free(path, overwrite, CALLER)
     function, steps = integer_model(CALLER, apply, params, quantizers, inputs, kwargs)
-    symbol = jax.export.symbolic_shape("batch")[0] if batch == "dynamic" else None
-
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sizes = np.shape(x)
-        sizes = (symbol, *sizes[1:]) if symbol is not None and sizes else sizes
-        return jax.ShapeDtypeStruct(sizes, jax.numpy.result_type(x))
-
-    shapes = jax.tree.map(shape, inputs)
+    shapes = example_shapes(inputs, batch)
     try:
         found = jax.export.export(jax.jit(function), platforms=list(platforms))(*shapes)
     except (jax.errors.JAXTypeError, ValueError, TypeError) as error:
-        if symbol is None:
+        if batch == "fixed":
             raise
         raise ValueError(
             f"jaxmet.{CALLER}: the model cannot be exported for any batch size "

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.engine.backend.litert_lowering import END, LAYER
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
-from jaxmet.engine.program.scopes import SCOPE
+from jaxmet.engine.program.scopes import END, LAYER, SCOPE
 from jaxmet.engine.run.replay import Run, evaluate
 from jaxmet.layers.fake_quantized import fake_quantize_derived, fake_quantize_output
 from jaxmet.layers.folded_shift import folded_norm

@@ -15,16 +15,12 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxmet.engine.program import compat
-from jaxmet.engine.program.scopes import SCOPE
+from jaxmet.engine.program.scopes import END, LAYER, SCOPE
 from jaxmet.numerics.fake_quant import fake_quant_p
 
 LAYOUTS = re.compile(
     r"(, )?(operand|result)_layouts = \[(?:dense<[^>]*> : tensor<[^>]*>(?:, )?)*\]"
 )
-LAYER = "layer:"
-"""What begins the name scope that says whose equation it is, on a grid or not."""
-END = "|"
-"""What ends the name in the scope of an equation: scopes of the model come after it."""
 UINT8 = 2**7
 """By how much int8 is less than uint8."""
 

@@ -257,7 +257,6 @@ SIDES = {
     "squeeze": _squeezed,
     "reshape": _reshaped,
     "broadcast_in_dim": _spread,
-    "expand_dims": _spread,
 }
 
 
@@ -347,7 +346,7 @@ RULES: dict[str, Rule] = {
     "copy": same,
     **dict.fromkeys(
         (
-            "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice",
+            "transpose", "reshape", "squeeze", "broadcast_in_dim", "slice",
             "rev", "dynamic_slice", "gather",
         ),
         move,

@@ -8,7 +8,7 @@ what it is in float.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ class Total:
     rest: Any = None
     bounds: tuple[Bound, ...] = ()
     origin: Origin | None = None
-    fixed: bool = False
+    fixed: ClassVar[bool] = False  # one of its terms is an input's
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ class Joint:
     terms: tuple[Integers, Integers]
     bounds: tuple[Bound, ...] = ()
     origin: Origin | None = None
-    fixed: bool = False
+    fixed: ClassVar[bool] = False  # one of its terms is an input's
 
     @property
     def shape(self) -> tuple[Any, ...]:

@@ -4,6 +4,10 @@ from typing import Any
 
 SCOPE = "jaxmet:"
 """What begins the name scope that says whose grid an equation is."""
+LAYER = "layer:"
+"""What begins the name scope that says whose equation it is, on a grid or not."""
+END = "|"
+"""What ends the name in the scope of an equation: scopes of the model come after it."""
 
 
 def grid_owner(equation: Any) -> str:
