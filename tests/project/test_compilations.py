@@ -94,6 +94,7 @@ LIMITS = {
     "cost": 0,
     "plan": 0,
     "calibrate": 2,
+    "ptq": 40,  # it is five steps, and scales of int32 biases are seven small programs
 }
 
 
