@@ -4,6 +4,7 @@ onnx_file       the model as ONNX, in integers
 encodings_file  a float ONNX file, and its grids for AIMET
 encodings_reader
                 AIMET's encodings as grids
+file_check      a file run beside the simulation and the float model
 flat_model      a model as converters take it: a function of arrays, all named
 integer_steps   the operations of a model in integers
 integers_file   each layer's integers and scales as plain arrays
@@ -13,6 +14,7 @@ litert_interface
 litert_table    the operations of a LiteRT file
 onnx_graph      an ONNX graph by what makes and what reads its values
 onnx_passes     the ONNX graph in the form that runtimes fuse
+runtimes        a file in the runtime that runs it
 safetensors_file
                 trees and quantizers for any program
 stablehlo_file  the model in integers for JAX, without jaxmet
@@ -20,6 +22,7 @@ stablehlo_file  the model in integers for JAX, without jaxmet
 
 from jaxmet.export.encodings_file import encodings as encodings
 from jaxmet.export.encodings_reader import read_encodings as read_encodings
+from jaxmet.export.file_check import check as check
 from jaxmet.export.integers_file import integers as integers
 from jaxmet.export.litert_file import litert as litert
 from jaxmet.export.onnx_file import onnx as onnx

@@ -55,8 +55,8 @@ def flat_model(
     return FlatModel(
         function,
         jax.tree.leaves(example_shapes(inputs, batch)),
-        _names(inputs if len(inputs) != 1 else inputs[0], "input"),
-        _names(outputs, "output"),
+        input_names(inputs),
+        leaf_names(outputs, "output"),
     )
 
 
@@ -72,7 +72,12 @@ def example_shapes(inputs: Any, batch: str) -> Any:
     return jax.tree.map(shape, inputs)
 
 
-def _names(tree: Any, what: str) -> list[str]:
+def input_names(inputs: tuple[Any, ...]) -> list[str]:
+    """A name for each array that a model takes."""
+    return leaf_names(inputs if len(inputs) != 1 else inputs[0], "input")
+
+
+def leaf_names(tree: Any, what: str) -> list[str]:
     """A name for each leaf: what it is, and its path."""
     found: list[str] = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):

@@ -15,11 +15,13 @@ from jaxmet.export.flat_model import flat_model
 from jaxmet.export.litert_interface import integer_interface
 from jaxmet.export.litert_table import check_computable, litert_table
 from jaxmet.tree.checks import check_choices, check_flags
+from jaxmet.tree.packages import package
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import check_free, writable, written
 
 CALLER = "export.litert"
+INSTALL = "'.[litert]'"
 CONVERTER = "0.5.0"
 """The one version of litert-converter whose calls for integers are known."""
 
@@ -87,20 +89,13 @@ def litert(
 
 
 def _check_converter() -> None:
-    cure = "Install what it needs: pip install '.[litert]'."
-    try:
-        import ai_edge_litert  # noqa: F401
-        import litert_converter  # noqa: F401
-
-        found = importlib.metadata.version("litert-converter")
-    except ImportError as error:
-        raise ImportError(
-            f"jaxmet.{CALLER}: there is no package {error.name!r}. {cure}"
-        ) from error
+    for name in ("ai_edge_litert", "litert_converter"):
+        package(name, CALLER, INSTALL)
+    found = importlib.metadata.version("litert-converter")
     if found != CONVERTER:
         raise ImportError(
             f"jaxmet.{CALLER}: litert-converter is {found}, and only with {CONVERTER} are its "
-            f"integers known. {cure}"
+            f"integers known. Install it: pip install {INSTALL}."
         )
 
 

@@ -7,14 +7,16 @@ from typing import Any
 from jaxmet.engine.backend.onnx_lowering import WrittenGrid, onnx_model
 from jaxmet.engine.program.calls import Apply
 from jaxmet.export.flat_model import flat_model
-from jaxmet.export.onnx_graph import OnnxGraph
+from jaxmet.export.onnx_graph import INTEGERS, OnnxGraph, nodes_of
 from jaxmet.export.onnx_passes import fused
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
+from jaxmet.tree.packages import package
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import check_free, writable, written
 
 CALLER = "export.onnx"
+INSTALL = "'.[onnx]'"
 COMPUTES = (
     "Conv", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div", "GlobalAveragePool", "Softmax",
     "Sigmoid", "Erf", "Tanh", "Concat", "MaxPool", "AveragePool", "ReduceSum", "ReduceMean",
@@ -72,9 +74,8 @@ def onnx(
         CALLER, apply, params, quantizers, inputs, batch, opset, kwargs
     )
     model = fused(model)
-    import onnx as package
-
-    package.checker.check_model(model)
+    _name_layers(OnnxGraph(model), grids)
+    package("onnx.checker", CALLER, INSTALL).check_model(model)
     written(path, lambda f: f.write(model.SerializeToString()))
     return _table(model, grids)
 
@@ -113,19 +114,25 @@ def lowered(
 
 
 def _check_packages(opset: int, caller: str) -> None:
-    try:
-        import jax2onnx  # noqa: F401
-        import onnx
-    except ImportError as error:
-        raise ImportError(
-            f"jaxmet.{caller}: there is no package {error.name!r}. Install what it needs: "
-            "pip install '.[onnx]'."
-        ) from error
-    most = onnx.defs.onnx_opset_version()
+    for name in ("jax2onnx", "onnx"):
+        package(name, caller, INSTALL)
+    most = package("onnx", caller, INSTALL).defs.onnx_opset_version()
     if opset > most:
         raise ValueError(
             f"jaxmet.{caller}: opset is {opset}, and this onnx knows {most}. Use 21."
         )
+
+
+def _name_layers(graph: OnnxGraph, grids: Mapping[str, WrittenGrid]) -> None:
+    """Give values the names of the nodes that they are the results of, and to their integers."""
+    for node in reversed(
+        [*nodes_of(graph, "DequantizeLinear")]
+    ):  # the last is as in JAX
+        grid = grids.get(node.input[1])
+        if grid is None or graph.constant(node.input[0]) is not None:
+            continue
+        graph.rename(node.input[0], grid.owner + INTEGERS)
+        graph.rename(node.output[0], grid.owner)
 
 
 def _table(model: Any, grids: Mapping[str, WrittenGrid]) -> Table:

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+INTEGERS = "/integers"
+"""What follows the name of a node in that of its integers."""
+
 
 class OnnxGraph:
     """A graph with its nodes by what they make and by what they read."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxmet.tree.checks import check_flags
+from jaxmet.tree.packages import package
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.stored_trees import Saved, decoded, encoded
 from jaxmet.tree.table import Table
@@ -54,13 +55,13 @@ def safetensors(
     >>> jm.export.safetensors("small.safetensors", integers, quantizers)
     """
     check_flags(WRITER, overwrite=overwrite)
-    package = _package(WRITER)
+    library = _safetensors(WRITER)
     path = writable(path, WRITER)
     check_free(path, overwrite, WRITER)
     text, arrays = encoded(WRITER, params, quantizers, table, native=_is_native)
     # the format has no strides
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    written(path, lambda f: f.write(package.numpy.save(whole, {KEY: text})))
+    written(path, lambda f: f.write(library.numpy.save(whole, {KEY: text})))
 
 
 def read_safetensors(path: str | os.PathLike[str], *, like: Any = None) -> Saved:
@@ -85,11 +86,11 @@ def read_safetensors(path: str | os.PathLike[str], *, like: Any = None) -> Saved
     >>> saved = jm.export.read_safetensors("small.safetensors")
     >>> params, quantizers = saved.params, saved.quantizers
     """
-    package = _package(READER)
+    library = _safetensors(READER)
     path = readable(path, READER, f"jm.{WRITER}")
-    damage = (package.SafetensorError, KeyError, ValueError, TypeError, OSError)
+    damage = (library.SafetensorError, KeyError, ValueError, TypeError, OSError)
     try:
-        with package.safe_open(path, "numpy") as file:
+        with library.safe_open(path, "numpy") as file:
             text = (file.metadata() or {}).get(KEY)
             arrays = {}
             if text is not None:
@@ -111,13 +112,6 @@ def _is_native(dtype: np.dtype) -> bool:
     return dtype.name in TYPES and dtype.isnative
 
 
-def _package(caller: str) -> Any:
-    try:
-        import safetensors as package
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            f"jaxmet.{caller}: there is no package {error.name!r}. Install what it needs: "
-            "pip install '.[safetensors]'."
-        ) from error
-    return package
+def _safetensors(caller: str) -> Any:
+    package("safetensors.numpy", caller, "'.[safetensors]'")
+    return package("safetensors", caller, "'.[safetensors]'")

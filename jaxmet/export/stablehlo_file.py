@@ -1,6 +1,5 @@
 """The model in integers as a StableHLO artefact of `jax.export`."""
 
-import importlib.util
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.export.flat_model import example_shapes
 from jaxmet.export.integer_steps import integer_model, step_table
 from jaxmet.tree.checks import check_choices, check_flags
+from jaxmet.tree.packages import package
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import check_free, writable, written
@@ -60,11 +60,7 @@ def stablehlo(
 
     >>> jm.export.stablehlo("model.jax", apply, params, quantizers, images[:1])
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError(
-            f"jaxmet.{CALLER}: there is no package 'flatbuffers', in which jax.export writes. "
-            "Install it: pip install '.[stablehlo]'."
-        )
+    package("flatbuffers", CALLER, "'.[stablehlo]'")  # jax.export writes in it
     check_choices(CALLER, batch=(batch, ("dynamic", "fixed")))
     for platform in platforms:
         check_choices(CALLER, platforms=(platform, PLATFORMS))

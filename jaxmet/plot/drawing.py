@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxmet.plot.tables import number
+from jaxmet.tree.packages import package
 
+INSTALL = "altair vl-convert-python"
 ROWS = "rows"
 """Views of this name, or with a number after it, draw one mark for each of their records."""
 
@@ -22,26 +24,17 @@ WIDTH = 500
 
 def altair(caller: str) -> Any:
     """Altair, which only pictures need."""
-    return _package("altair", "altair", caller)
+    return package("altair", caller, INSTALL)
 
 
 def vl_convert(caller: str) -> Any:
     """What renders charts without a browser, and holds the scripts of the report."""
-    return _package("vl_convert", "vl-convert-python", caller)
+    return package("vl_convert", caller, INSTALL)
 
 
 def version_of_vega_lite(caller: str) -> str:
     """The version of Vega-Lite that Altair writes, as vl-convert names it."""
     return "_".join(altair(caller).SCHEMA_VERSION.split(".")[:2])
-
-
-def _package(module: str, name: str, caller: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise ImportError(
-            f"jaxmet.{caller}: {name} is not installed. Run `pip install altair vl-convert-python`."
-        ) from error
 
 
 def data(alt: Any, records: Iterable[Mapping[str, Any]]) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxmet.tree.packages import package
+
 
 class Table:
     """Named columns of equal length.
@@ -109,13 +111,7 @@ class Table:
 
         >>> frame = table.to_pandas()
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "jaxmet.Table.to_pandas: pandas is not installed. Run "
-                "`pip install pandas`."
-            ) from error
+        pandas = package("pandas", "Table.to_pandas", "pandas")
         return pandas.DataFrame(self.columns)
 
     def __getitem__(self, name: str) -> list[Any]:

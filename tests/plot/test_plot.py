@@ -646,7 +646,8 @@ for draw in (lambda: jm.plot.noise(None), lambda: jm.plot.graph(None)):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines() == [
-        f"jaxmet.plot.{name}: altair is not installed. Run `pip install altair vl-convert-python`."
+        f"jaxmet.plot.{name}: there is no package 'altair'. Install what it needs: pip install "
+        "altair vl-convert-python."
         for name in ("noise", "graph")
     ], done.stderr
 

@@ -1,0 +1,173 @@
+"""A file in the runtime that runs it: ONNX, LiteRT, or an artefact of `jax.export`."""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import numpy as np
+
+from jaxmet.export.onnx_graph import INTEGERS, OnnxGraph, nodes_of
+from jaxmet.tree.packages import package
+
+
+class LayerIntegers(NamedTuple):
+    """What a file computes at one layer: integers and their grid."""
+
+    values: Any
+    scale: Any
+    zero_point: Any
+
+
+class RunningFile(NamedTuple):
+    """What runs a file, and its own names.
+
+    `run` and `layers` take inputs by name. `layers` returns the integers of each layer, where the
+    runtime shows what lies between inputs and outputs. `fixed` says that the batch size is the
+    file's.
+    """
+
+    runtime: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    run: Callable[[Mapping[str, Any]], list[Any]]
+    layers: Callable[[Mapping[str, Any]], dict[str, LayerIntegers]] | None = None
+    fixed: bool = False
+
+
+def opened(
+    path: Path, inputs: Sequence[str], outputs: Sequence[str], caller: str
+) -> RunningFile:
+    """The file under `path` in its runtime, with the names of the model's inputs and outputs.
+
+    Raises:
+        ValueError: for a file of another kind, and for one that its runtime does not load.
+    """
+    openers = {".onnx": _onnx, ".tflite": _litert, ".jax": _jax}
+    if path.suffix not in openers:
+        raise ValueError(
+            f"jaxmet.{caller}: {path} is none of {', '.join(openers)}, by its name. Give a "
+            "file of jm.export.onnx, jm.export.litert or jm.export.stablehlo."
+        )
+    try:
+        file = openers[path.suffix](path, inputs, outputs, caller)
+    except ImportError:
+        raise
+    except Exception as error:  # each runtime has its own
+        raise ValueError(
+            f"jaxmet.{caller}: {path} cannot be loaded "
+            f"({str(error).strip().splitlines()[0]}). Write it again."
+        ) from error
+    if sorted(file.inputs) != sorted(inputs):
+        raise ValueError(
+            f"jaxmet.{caller}: the file has the inputs {', '.join(file.inputs)}, and the model "
+            f"{', '.join(inputs)}. Give the model and the batches that it was written for."
+        )
+    return file
+
+
+def _onnx(
+    path: Path, inputs: Sequence[str], outputs: Sequence[str], caller: str
+) -> RunningFile:
+    del inputs
+    install = "'.[onnx]'"
+    library, onnx = (package(n, caller, install) for n in ("onnxruntime", "onnx"))
+    content = path.read_bytes()
+    model = onnx.load_from_string(content)
+    whole = _session(library, content)
+    graph, grids = OnnxGraph(model), {}
+    for node in nodes_of(graph, "DequantizeLinear"):
+        if not node.input[0].endswith(INTEGERS):
+            continue
+        scale, zero = (graph.constant(name) for name in node.input[1:3])
+        grids[node.input[0]] = scale, zero
+        graph.graph.output.append(onnx.ValueInfoProto(name=node.input[0]))
+    shown = _session(library, model.SerializeToString()) if grids else whole
+
+    def run(arrays: Mapping[str, Any]) -> list[Any]:
+        return whole.run([*outputs], dict(arrays))
+
+    def layers(arrays: Mapping[str, Any]) -> dict[str, LayerIntegers]:
+        made = shown.run([*grids], dict(arrays))
+        return {
+            name.removesuffix(INTEGERS): LayerIntegers(value, *grid)
+            for (name, grid), value in zip(grids.items(), made, strict=True)
+        }
+
+    sizes = [s for i in whole.get_inputs() for s in i.shape[:1]]
+    fixed = any(isinstance(size, int) for size in sizes)
+    names = [i.name for i in whole.get_inputs()]
+    return RunningFile(_version("onnxruntime"), names, outputs, run, layers, fixed)
+
+
+def _session(library: Any, content: bytes) -> Any:
+    options = library.SessionOptions()
+    options.log_severity_level = 3
+    # Without VNNI sums of two 8-bit products saturate in 16 bits, unless it is told not to;
+    # then it loads no file in which one weight is read twice.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    providers = ["CPUExecutionProvider"]
+    try:
+        return library.InferenceSession(content, options, providers=providers)
+    except Exception:
+        options.add_session_config_entry("session.x64quantprecision", "0")
+        return library.InferenceSession(content, options, providers=providers)
+
+
+def _litert(
+    path: Path, inputs: Sequence[str], outputs: Sequence[str], caller: str
+) -> RunningFile:
+    del inputs
+    library = package("ai_edge_litert.interpreter", caller, "'.[litert]'")
+    interpreter = library.Interpreter(model_path=str(path))
+    runner = interpreter.get_signature_runner()
+    given, made = runner.get_input_details(), runner.get_output_details()
+
+    def run(arrays: Mapping[str, Any]) -> list[Any]:
+        found = runner(**{n: _rounded(x, given[n]) for n, x in arrays.items()})
+        return [_plain(found[name], made[name]) for name in outputs]
+
+    return RunningFile(_version("ai-edge-litert"), [*given], outputs, run, fixed=True)
+
+
+def _rounded(x: Any, details: Any) -> np.ndarray:
+    """Floats as the integers of an input of integers."""
+    kind = np.dtype(details["dtype"])
+    step, zero = details["quantization"]
+    if not step or np.issubdtype(np.asarray(x).dtype, np.integer):
+        return np.asarray(x, kind)
+    ends = np.iinfo(kind)
+    return np.clip(np.rint(x / np.float32(step)) + zero, ends.min, ends.max).astype(
+        kind
+    )
+
+
+def _plain(x: np.ndarray, details: Any) -> np.ndarray:
+    """The integers of an output as floats."""
+    step, zero = details["quantization"]
+    return (x.astype(np.float32) - zero) * np.float32(step) if step else x
+
+
+def _jax(
+    path: Path, inputs: Sequence[str], outputs: Sequence[str], caller: str
+) -> RunningFile:
+    package("flatbuffers", caller, "'.[stablehlo]'")
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    call = jax.jit(exported.call)
+
+    def run(arrays: Mapping[str, Any]) -> list[Any]:
+        leaves = [arrays[name] for name in inputs]
+        positions, keywords = jax.tree.unflatten(exported.in_tree, leaves)
+        return [np.asarray(x) for x in jax.tree.leaves(call(*positions, **keywords))]
+
+    sizes = [s.shape[0] for s in exported.in_avals if s.shape]
+    fixed = any(isinstance(size, int) for size in sizes)
+    count = len(exported.in_avals)  # it has no names
+    names = inputs if count == len(inputs) else list(map(str, range(count)))
+    return RunningFile(_version("jax"), names, outputs, run, fixed=fixed)
+
+
+def _version(name: str) -> str:
+    return f"{name} {importlib.metadata.version(name)}"
