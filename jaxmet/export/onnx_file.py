@@ -31,6 +31,7 @@ def onnx(
     *inputs: Any,
     batch: str = "dynamic",
     opset: int = 21,
+    weights: str = "int8",
     overwrite: bool = False,
     **kwargs: Any,
 ) -> Table:
@@ -54,6 +55,8 @@ def onnx(
         batch: 'dynamic' (the default), the first axis of every input has any size, or 'fixed',
             it has that of the examples.
         opset: the ONNX operator set, 19 or more; default 21.
+        weights: 'int8' (the default), or 'int4': weights of at most 4 bits take half a byte each,
+            and onnxruntime computes with them in float.
         overwrite: whether an existing file is replaced; default False.
         **kwargs: keyword arguments for the model.
 
@@ -68,10 +71,19 @@ def onnx(
     >>> jm.export.onnx("model.onnx", apply, params, quantizers, images[:1])
     """
     check_flags(CALLER, overwrite=overwrite)
+    check_choices(CALLER, weights=(weights, ("int8", "int4")))
     path = writable(path, CALLER)
     check_free(path, overwrite, CALLER)
     model, grids = lowered(
-        CALLER, apply, params, quantizers, inputs, batch, opset, kwargs
+        CALLER,
+        apply,
+        params,
+        quantizers,
+        inputs,
+        batch,
+        opset,
+        kwargs,
+        packed=weights == "int4",
     )
     model = fused(model)
     _name_layers(OnnxGraph(model), grids)
@@ -89,6 +101,8 @@ def lowered(
     batch: str,
     opset: int,
     kwargs: Any,
+    *,
+    packed: bool = False,
 ) -> tuple[Any, dict[str, WrittenGrid]]:
     """The model before the passes, and its grids by the names of their scales."""
     check_choices(caller, batch=(batch, ("dynamic", "fixed")))
@@ -102,6 +116,7 @@ def lowered(
             opset=opset,
             input_names=model.inputs,
             output_names=model.outputs,
+            packed=packed,
         )
     except Exception as error:
         symbolic = ("Symbolic dimension", "_DimExpr")

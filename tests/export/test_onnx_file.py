@@ -258,5 +258,66 @@ def test_grids_in_a_row_and_outputs_that_are_one_value(tmp_path):
         jm.export.onnx(tmp_path / "n.onnx", model, params, None, x[:1], opset=99)
     config = jm.QuantConfig(activation_bits=16)
     wide = jm.calibrate(params, graph, [x], config, **quiet)
-    with pytest.raises(ValueError, match=r"opset 19 has no integers of more than 8"):
+    with pytest.raises(
+        ValueError, match=r"opset 19 has no integers of more or fewer than 8"
+    ):
         jm.export.onnx(tmp_path / "n.onnx", model, params, wide, x[:1], opset=19)
+
+
+SMALL = {
+    "per channel": {},
+    "per tensor": {"per_channel": False},
+    "asymmetric": {"symmetric_weights": False},
+    "blocks": {"block": 4},
+    "3 bits": {"weight_bits": 3},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_of_four_bits_take_half_a_byte(name, tmp_path):
+    """The same integers in other types, so the same values."""
+    draw = lambda *n: jnp.asarray(np.random.default_rng(0).normal(size=n), jnp.float32)
+    params = {
+        "one": draw(64, 32),
+        "bias": draw(32),
+        "two": draw(32, 4),
+        "last": draw(4),
+    }
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)
+    config = jm.QuantConfig(**{"bias": "int32", "weight_bits": 4} | SMALL[name])
+    graph = jm.trace(chain, params, x)
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
+    sizes, outputs = {}, []
+    for kind in ("int8", "int4"):
+        path = tmp_path / f"{kind}.onnx"
+        jm.export.onnx(path, chain, params, quantizers, x[:1], weights=kind)
+        outputs.append(ran(path, x, plain=True)[0][0])
+        model = onnx.load(path)
+        sizes[kind] = {i.name: len(i.raw_data) for i in model.graph.initializer}
+    np.testing.assert_array_equal(*outputs)
+    halved = [n for n in sizes["int8"] if n.startswith("weight")]
+    assert sorted(sizes["int8"][n] for n in halved) == [32 * 4, 64 * 32]
+    assert all(2 * sizes["int4"][n] == sizes["int8"][n] for n in halved)
+    made = ran(tmp_path / "int4.onnx", x)[0][0]
+    wanted = jm.simulate(chain, quantizers)(params, x)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart == 0) >= 0.97 and apart.max() <= 1
+
+
+def test_four_bits_are_refused_where_there_are_none(tmp_path):
+    apply, params, graph, quantizers, images = demo()
+    path = tmp_path / "small.onnx"
+    with pytest.raises(ValueError, match=r"export\.onnx: weights is 'int2'"):
+        jm.export.onnx(path, apply, params, quantizers, images[:1], weights="int2")
+    four = jm.QuantConfig(bias="int32", weight_bits=4)
+    apply, params, graph, quantizers, images = demo(four)
+    with pytest.raises(ValueError, match=r"opset 19 has no integers of more or fewer"):
+        jm.export.onnx(
+            path, apply, params, quantizers, images[:1], weights="int4", opset=19
+        )
+    assert not path.exists()
+    jm.export.onnx(path, apply, params, quantizers, images[:1], weights="int4")
+    (made,), _ = ran(path, images)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, images)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart == 0) >= 0.97 and np.mean(apart <= 1) >= 0.999

@@ -29,6 +29,7 @@ class WrittenGrid(NamedTuple):
 
 
 _GRIDS: ContextVar[dict[str, WrittenGrid]] = ContextVar("grids")
+_PACKED: ContextVar[bool] = ContextVar("packed")
 
 
 def onnx_model(
@@ -38,10 +39,12 @@ def onnx_model(
     opset: int,
     input_names: Sequence[str],
     output_names: Sequence[str],
+    packed: bool = False,
 ) -> tuple[Any, dict[str, WrittenGrid]]:
     """The `onnx.ModelProto` of a function of arrays that returns a list of arrays.
 
-    With it come its grids, by the names of their scales.
+    With it come its grids, by the names of their scales. `packed` says that constants of at most
+    4 bits are int4, two in a byte.
 
     The function is traced first: jax2onnx changes flax while it traces, so the model would
     be another one.
@@ -51,6 +54,7 @@ def onnx_model(
     _register()
     grids: dict[str, WrittenGrid] = {}
     _GRIDS.set(grids)
+    _PACKED.set(packed)
     jaxpr = jax.make_jaxpr(lambda *x: list(function(*x)))(*inputs)
     outs = [id(v) for v in jaxpr.jaxpr.outvars]
     if len(outs) > len({*outs} - {id(v) for v in jaxpr.jaxpr.invars}):
@@ -122,7 +126,8 @@ def _lower(ctx: Any, eqn: Any) -> None:
         # onnxruntime turns int8 between operations into uint8, and then refuses opset 21
         zero_point, low, high = (a + 2**7 for a in (zero_point, low, high))
         written = written._replace(shift=2**7)
-    kind = _integer_type(int(low.min()), int(high.max()))
+    small = value is not None and _PACKED.get()
+    kind = _integer_type(int(low.min()), int(high.max()), small=small)
     _check_opset(ctx, kind, block)
     options = {}
     if block is not None:
@@ -240,19 +245,23 @@ def _between(
 
 
 def _check_opset(ctx: Any, kind: Any, block: int | None) -> None:
-    wide = np.dtype(kind).itemsize == 2
-    if ctx.opset < 21 and (wide or block is not None):
-        what = "blocks" if block is not None else "integers of more than 8 bits"
+    plain = np.dtype(kind) in (np.int8, np.uint8, np.int32)
+    if ctx.opset < 21 and (not plain or block is not None):
+        what = (
+            "blocks" if block is not None else "integers of more or fewer than 8 bits"
+        )
         raise ValueError(
             f"jaxmet.export.onnx: opset {ctx.opset} has no {what}. Use opset=21 or more."
         )
 
 
-def _integer_type(low: int, high: int) -> Any:
-    kinds = (np.int8, np.uint8, np.int16, np.uint16, np.int32)
+def _integer_type(low: int, high: int, *, small: bool = False) -> Any:
+    """The smallest type of these integers, of less than a byte only if `small`."""
+    kinds = (jnp.int4, np.int8, np.uint8, np.int16, np.uint16, np.int32)
     if low >= 0:
-        kinds = (np.uint8, np.uint16, np.int32)
-    fits = lambda t: np.iinfo(t).min <= low and high <= np.iinfo(t).max
+        kinds = (jnp.uint4, np.uint8, np.uint16, np.int32)
+    kinds = kinds if small else kinds[1:]
+    fits = lambda t: jnp.iinfo(t).min <= low and high <= jnp.iinfo(t).max
     return next(t for t in kinds if fits(t))
 
 
