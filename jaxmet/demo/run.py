@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -20,6 +21,9 @@ BATCH = 100
 SCORED = 128  # images a score of the compression
 REPORT = Path("jaxmet-report.html")
 REPORTED = "W8A8 per tensor, fold + equalize + correct"
+EIGHT = "W8A8 per channel, fold"
+INTEGERS = "W8A8 per channel, fold, in integers"
+FILE = "W8A8 per channel, fold, in onnxruntime"
 SMALL = "50 % MACs in float, fold + prune"
 NAMES = (
     "float",
@@ -27,7 +31,9 @@ NAMES = (
     "W8A8 per tensor, fold + equalize",
     REPORTED,
     "W8A8 per tensor, the same without data",
-    "W8A8 per channel, fold",
+    EIGHT,
+    INTEGERS,
+    FILE,
     "W4A8 per tensor, fold",
     "W4A8 per tensor, fold + equalize",
     "W4A8 per channel, fold",
@@ -46,7 +52,7 @@ class Variant(NamedTuple):
     weights: jm.Quantizers | None = None
 
 
-QUICK = ("float", "W8A8 per channel, fold", "W4A8 per channel, fold")
+QUICK = ("float", EIGHT, "W4A8 per channel, fold")
 
 
 def run(
@@ -62,12 +68,13 @@ def run(
     (binomial, 1.96 √(p(1−p)/n)), the paired difference to float with its interval, and the
     signal-to-noise ratio of the logits in dB. `show` is given each line of the table as soon
     as it is known. With `report`, a path, the page of one of the variants is written there.
-    `quick` leaves out what takes long: there are the rows of `QUICK`, and no page.
+    `quick` leaves out what takes long: there are the rows of `QUICK`, and no page. The row of the
+    ONNX file is there where the extra `onnx` is.
     """
     calibration, images, labels = packaged.load()
     trained = packaged.weights()
     apply = Network().apply
-    names = QUICK if quick else NAMES
+    names = QUICK if quick else _shown()
     title = f"Fashion-MNIST, {len(labels)} test images, 95 % intervals"
     rows: list[dict[str, Any]] = []
 
@@ -95,6 +102,10 @@ def run(
         quantizers = jm.calibrate(
             params, steps.graph, data, config, weights=weights, progress=False
         )
+        if name in (INTEGERS, FILE):
+            compute = _in_integers if name == INTEGERS else _in_onnxruntime
+            add(name, compute(apply, params, quantizers, images))
+            continue
         coarse = jm.round_weights(params, quantizers)
         add(name, _logits(device, quantizers, coarse, images))
         if name == REPORTED and report is not None:
@@ -114,6 +125,12 @@ def run(
                 title="jaxmet on Fashion-MNIST",
             )
     return jm.Table({key: [row[key] for row in rows] for key in rows[0]}, title=title)
+
+
+def _shown() -> tuple[str, ...]:
+    """The rows that can be computed here."""
+    extra = all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime")))
+    return NAMES if extra else tuple(n for n in NAMES if n != FILE)
 
 
 def _line(row: dict[str, Any], names: Sequence[str]) -> str:
@@ -146,7 +163,9 @@ class _Steps:
         """A variant by what its name says."""
         bits, _, rest = name.partition(" ")
         config = jm.QuantConfig(
-            weight_bits=int(bits[1]), per_channel=rest.startswith("per channel")
+            weight_bits=int(bits[1]),
+            per_channel=rest.startswith("per channel"),
+            bias="int32",
         )
         blind = "without data" in name
         data = None if blind else self.batches
@@ -203,7 +222,33 @@ def _logits(
         device(quantizers, params, images[i : i + BATCH])
         for i in range(0, len(images), BATCH)
     ]
-    return np.asarray(jnp.concatenate(parts))
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def _in_integers(
+    apply: Any, params: Any, quantizers: jm.Quantizers, images: jax.Array
+) -> np.ndarray:
+    """The same network computed in int8 and int32."""
+    graph = jm.trace(apply, params, images[:1])
+    program = jax.jit(jm.lift(apply, quantizers))
+    device = lambda _, integers, images: program(integers, images)
+    return _logits(device, quantizers, jm.quantize(params, graph, quantizers), images)
+
+
+def _in_onnxruntime(
+    apply: Any, params: Any, quantizers: jm.Quantizers, images: jax.Array
+) -> np.ndarray:
+    """The same network as a file, run without JAX."""
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        jm.export.onnx(path, apply, params, quantizers, images[:1])
+        session = runtime.InferenceSession(path.read_bytes(), options)
+    device = lambda *given: session.run(None, {"input": np.asarray(given[-1])})[0]
+    return _logits(device, quantizers, params, images)
 
 
 def _row(

@@ -107,6 +107,20 @@ def test_each_step_wins_back_what_it_should(table):
 
 
 @slow
+@pytest.mark.parametrize("name", [demo.INTEGERS, demo.FILE])
+def test_integers_are_what_was_simulated(name, table):
+    if name not in demo._shown():
+        pytest.skip("needs pip install '.[onnx]'")
+    pairs = zip(*(float_of(table[n]) for n in (name, demo.EIGHT)), strict=True)
+    assert all(abs(one - two) <= 0.1 for one, two in pairs)
+
+
+def float_of(row):
+    """Accuracy and SQNR."""
+    return float(row[0].split()[0]), float(row[2])
+
+
+@slow
 def test_half_of_the_work_is_not_half_of_the_network(table):
     assert 12 < decibels(table)["50 % MACs in float, fold + prune"] < 40
 
