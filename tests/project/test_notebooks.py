@@ -26,10 +26,11 @@ NAMES = (
     "04_training",
     "05_compression",
     "06_see_inside",
+    "07_int8_file",
 )
 # For each notebook: how many pictures it draws, and which network is right more often than
 # which other one.
-PICTURES = dict(zip(NAMES, (1, 4, 3, 2, 2, 5), strict=True))
+PICTURES = dict(zip(NAMES, (1, 4, 3, 2, 2, 5, 1), strict=True))
 BETTER = {
     "01_quick_tour": [
         ("8 bits, fold + equalize + correct", "8 bits, fold"),
@@ -49,7 +50,9 @@ BETTER = {
         ("4 bits", "4 bits, one grid wrong"),
         ("4 bits, five weights with 8", "4 bits"),
     ],
+    "07_int8_file": [("int8 file", "int4 file"), ("int8 in JAX", "int4 file")],
 }
+EXTRAS = dict.fromkeys(NAMES, "plot") | {"07_int8_file": "plot,onnx"}
 MACHINE = re.compile(
     r"/(?:work|tmp|home|root|usr|opt|mnt|Users|content)/|site-packages|Traceback"
     r"|0x[0-9a-f]{6}|\d+(?:\.\d+)?s/it|it/s"
@@ -119,7 +122,7 @@ def check_outputs(name, notebook, slack=0.0):
         assert found[more] > found[less] - slack, (more, less)
 
 
-def test_there_are_six_notebooks_and_nothing_is_left_of_a_run():
+def test_there_are_seven_notebooks_and_nothing_is_left_of_a_run():
     assert sorted(p.stem for p in FOLDER.glob("*.ipynb")) == sorted(NAMES)
     kinds = {p.suffix for p in FOLDER.iterdir() if p.is_file()}
     assert kinds == {".ipynb", ".py"}
@@ -160,7 +163,7 @@ def test_each_begins_alike_and_goes_on_in_short_cells(name):
     source_url = address["project"]["urls"]["Source"]
     assert install == (
         "try:\n    import jaxmet as jm\nexcept ImportError:\n"
-        f'    %pip install --quiet "jaxmet[plot] @ git+{source_url}"\n'
+        f'    %pip install --quiet "jaxmet[{EXTRAS[name]}] @ git+{source_url}"\n'
         "    import jaxmet as jm"
     )
     assert "JAXMET_NOTEBOOK" in setup and "jax.devices()" in setup
@@ -212,6 +215,16 @@ def test_the_analyser_puts_the_wrong_grid_first():
     assert float(found) > 0.9
 
 
+def test_layers_of_the_file_compute_what_is_simulated():
+    text = "\n".join(map(text_of, code_cells(read("07_int8_file"))))
+    rows = re.findall(r"^(\S+) +(\d+) +[\d.]+ +(\d+) +(\d+) +\d", text, re.MULTILINE)
+    layers = [row for row in rows if row[0] != "output"]
+    assert len(layers) == 23 and "22 of 22 operations in integers" in text
+    assert all(
+        int(far) == 0 and int(n) < 1e-5 * int(of) + 2 for _, of, n, far in layers
+    )
+
+
 def test_adaround_wins_in_every_layer():
     rows = [
         [float(v) for v in re.findall(r" {2,}(\d+\.?\d*)", line)]
@@ -241,7 +254,8 @@ def test_cells_without_a_picture_are_seen():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, tmp_path, monkeypatch):
-    needed = ("nbclient", "nbformat", "ipykernel", "altair", "vl_convert")
+    needed = ["nbclient", "nbformat", "ipykernel", "altair", "vl_convert"]
+    needed += ["jax2onnx", "onnxruntime"] if "onnx" in EXTRAS[name] else []
     missing = [n for n in needed if importlib.util.find_spec(n) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing: pip install '.[notebooks]'")
