@@ -190,13 +190,15 @@ def test_what_products_do_not_take_is_dequantized(options):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_sums_that_int32_may_not_hold_are_floats():
-    """255 · 127 · 70,000 is above 2³¹."""
-    x = jnp.ones((2, 70_000)) * jnp.array([[1.0], [0.5]])
-    params = {"w": jnp.ones((70_000, 2))}
+@pytest.mark.parametrize(("many", "symmetric"), [(70_000, True), (40_000, False)])
+def test_sums_that_int32_may_not_hold_are_floats(many, symmetric):
+    """255 · 127 · 70,000 is above 2³¹, and so is 255 · 255 · 40,000."""
+    x = jnp.ones((2, many)) * jnp.array([[1.0], [0.5]])
+    params = {"w": jnp.ones((many, 2))}
     apply = lambda p, x: x @ p["w"]
     graph = jm.trace(apply, params, x)
-    quantizers = jm.calibrate(params, graph, [x], **quiet)
+    config = jm.QuantConfig(symmetric_weights=symmetric)
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
     found = jm.lift(apply, quantizers)(params, x)
     wanted = jm.simulate(apply, quantizers)(params, x)
     np.testing.assert_allclose(found, wanted, rtol=0.01)

@@ -95,7 +95,15 @@ def convolution(x: Integers, w: Integers, params: dict[str, Any]) -> Total | Non
 
 def _overflows(a: Integers, b: Integers, many: Any) -> bool:
     """Whether int32 may not hold a sum of so many products."""
-    return many * (a.high - a.low) * (b.high - b.low) >= 2**32
+    return many * _most(a) * _most(b) >= 2**31
+
+
+def _most(x: Integers) -> int:
+    """The largest |q - z| of a grid, as far as its zero points are known."""
+    zero = number(x.zero_point)
+    if zero is None:
+        return x.high - x.low
+    return int(max(x.high - zero.min(), zero.max() - x.low))
 
 
 def _even(x: Integers, axes: Any) -> bool:
