@@ -49,10 +49,14 @@ def deployed(
     `weights` are arrays by name in place of those of the tree, on their grids already. Biases
     are rounded, and a folded norm, which is the identity but for a shift, is that shift.
     """
+    given = named_leaves(params)  # integers know their scale
     params = _plain(params)
     leaves = named_leaves(params)
     biases = [n for n, q in quantizers.weights.items() if q.product and n in leaves]
-    leaves |= {n: quantizers.quantize_weight(n, leaves) for n in biases}
+    on_grids = [n for n in biases if is_quantized(given[n])]
+    leaves |= {
+        n: quantizers.quantize_weight(n, given) for n in biases if n not in on_grids
+    }
 
     def own_scope(node: Node) -> Any:
         # Only LiteRT's file names what is in float; other lowerings read the scopes as they are.

@@ -20,7 +20,7 @@ from jaxmet.tree.host_rounding import (
     round_on_host,
     rounded,
 )
-from jaxmet.tree.leaves import as_before, dense, with_weight
+from jaxmet.tree.leaves import as_before, dense, is_quantized, with_weight
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.quantizer import (
     Quantizer,
@@ -247,7 +247,11 @@ class Quantizers:
             return params[name]
         bias = jnp.asarray(dense(params[name]))
         rest = self._beside(name, params, bias)
-        s_w, _ = q_w.grid(dense(params[weight_name]), ends[1])
+        weight = params[weight_name]
+        if is_quantized(weight) and ends[1] is None:
+            s_w = weight.weight.scale  # what it was rounded with: nothing to look for
+        else:
+            s_w, _ = q_w.grid(dense(weight), ends[1])
         s_x, _ = q_x.grid(None, ends[2])
         s_x = s_x.astype(s_w.dtype)
         product = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)

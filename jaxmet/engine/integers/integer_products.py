@@ -7,7 +7,7 @@ colours and those with a window of one are computed in an equal form that is fas
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -24,6 +24,9 @@ from jaxmet.engine.integers.integer_values import (
     times,
 )
 from jaxmet.engine.program import compat
+
+PARTS = 16
+"""In so many parts a sum is cut."""
 
 
 def dot(a: Integers, b: Integers, params: dict[str, Any]) -> Total | None:
@@ -116,6 +119,15 @@ def _sum(values: Any, axes: Any) -> Any:
     known = number(values)
     if known is not None:
         return known.sum(tuple(axes), np.int32, keepdims=True)
+    values = jnp.asarray(values)
+    axis = max(axes, key=lambda i: values.shape[i])
+    each = values.shape[axis] // PARTS
+    if each:
+        # XLA:CPU would first write all values as int32: parts are added as they are read.
+        cut = lambda i, j: lax.slice_in_dim(values, i, j, axis=axis).astype(jnp.int32)
+        rest = cut(PARTS * each, values.shape[axis])
+        values = reduce(jnp.add, (cut(i * each, (i + 1) * each) for i in range(PARTS)))
+        values = jnp.concatenate([values, rest], axis) if rest.size else values
     return jnp.sum(values, axes, dtype=jnp.int32, keepdims=True)
 
 
