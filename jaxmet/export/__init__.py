@@ -12,8 +12,10 @@ litert_file     the model as a LiteRT file (.tflite), in integers
 litert_interface
                 a LiteRT file with integers for inputs and outputs
 litert_table    the operations of a LiteRT file
+onnx_forms      what JAX writes as several operations as the one that ONNX has
 onnx_graph      an ONNX graph by what makes and what reads its values
 onnx_passes     the ONNX graph in the form that runtimes fuse
+onnx_products   products as the operations that runtimes have in integers
 runtimes        a file in the runtime that runs it
 safetensors_file
                 trees and quantizers for any program

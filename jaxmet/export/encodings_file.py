@@ -89,7 +89,7 @@ def encodings(
     for path in paths:
         check_free(path, overwrite, WRITER)
     model, grids = lowered(WRITER, apply, params, quantizers, inputs, batch, 21, kwargs)
-    model = fused(model, clips=False)
+    model = fused(model, integers=False)
     found = list(_taken_out(OnnxGraph(model), grids))
     blocks = [e.name for e in found if e.block_size is not None]
     if blocks and version != "2.0.0":

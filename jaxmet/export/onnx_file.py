@@ -19,7 +19,7 @@ CALLER = "export.onnx"
 INSTALL = "'.[onnx]'"
 COMPUTES = (
     "Conv", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div", "GlobalAveragePool", "Softmax",
-    "Sigmoid", "Erf", "Tanh", "Concat", "MaxPool", "AveragePool", "ReduceSum", "ReduceMean",
+    "Sigmoid", "Erf", "Tanh", "Concat", "AveragePool", "LeakyRelu", "ReduceSum", "ReduceMean",
 )  # fmt: skip
 
 
@@ -140,14 +140,20 @@ def _check_packages(opset: int, caller: str) -> None:
 
 def _name_layers(graph: OnnxGraph, grids: Mapping[str, WrittenGrid]) -> None:
     """Give values the names of the nodes that they are the results of, and to their integers."""
-    for node in reversed(
-        [*nodes_of(graph, "DequantizeLinear")]
-    ):  # the last is as in JAX
+    nodes = [*nodes_of(graph, "QuantizeLinear")]
+    for node in reversed(nodes):  # of several with one grid the last is as in JAX
         grid = grids.get(node.input[1])
-        if grid is None or graph.constant(node.input[0]) is not None:
+        if grid is None:
             continue
-        graph.rename(node.input[0], grid.owner + INTEGERS)
-        graph.rename(node.output[0], grid.owner)
+        integers = node.output[0]
+        while (bound := graph.only_consumer(integers)) is not None:
+            if bound.op_type not in ("Max", "Min"):
+                break
+            integers = bound.output[0]
+        integers = graph.rename(integers, grid.owner + INTEGERS)
+        for reader in graph.consumers[integers][:]:
+            if reader.op_type == "DequantizeLinear" and reader.input[1] in grids:
+                graph.rename(reader.output[0], grid.owner)
 
 
 def _table(model: Any, grids: Mapping[str, WrittenGrid]) -> Table:
@@ -188,7 +194,11 @@ def _owner(graph: OnnxGraph, node: Any, grids: Mapping[str, WrittenGrid]) -> str
     return grid.owner if grid is not None else None
 
 
-MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad")
+MOVES = (
+    "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad", "Gather",
+    "Expand", "Tile", "MaxPool",
+)  # fmt: skip
+"""Operations that runtimes do on integers themselves."""
 
 
 def _is_float(graph: OnnxGraph, name: str) -> bool:

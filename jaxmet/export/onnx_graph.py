@@ -164,6 +164,14 @@ def rank_of(graph: OnnxGraph, name: str) -> int | None:
     return None if value is None else len(value.type.tensor_type.shape.dim)
 
 
+def sizes_of(graph: OnnxGraph, name: str) -> list[int] | None:
+    """The sizes of a value, 0 for those that are no numbers; None where nothing is known."""
+    value = value_info(graph, name)
+    if value is None:
+        return None
+    return [d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
 def size_of(graph: OnnxGraph, name: str, axes: Any) -> float | None:
     value = value_info(graph, name)
     if value is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmet.export.onnx_forms import leaky_relus, moves, scaled_grids, softmaxes
 from jaxmet.export.onnx_graph import (
     OnnxGraph,
     attribute,
@@ -19,14 +20,22 @@ from jaxmet.export.onnx_graph import (
     set_attributes,
     size_of,
 )
+from jaxmet.export.onnx_products import (
+    dense_layers,
+    products_of_activations,
+    without_zero_biases,
+)
 
 PRODUCTS = ("Conv", "Gemm")
 
 
-def fused(model: Any, *, clips: bool = True) -> Any:
-    """The model after all passes, without `clips` with its clips in float."""
+def fused(model: Any, *, integers: bool = True) -> Any:
+    """The model after all passes, without `integers` with each grid as it was."""
     graph = OnnxGraph(model)
-    for each in (_weights, _biases, _pools, _means, *([_clips] if clips else ())):
+    forms = (softmaxes, leaky_relus, _weights, dense_layers, products_of_activations)
+    values = (_biases, without_zero_biases, _pools, _means)
+    grids = (scaled_grids, moves, _clips) if integers else ()
+    for each in (*forms, *values, *grids):
         each(graph)
         graph.prune()
     return model

@@ -78,12 +78,14 @@ def _onnx(
     model = onnx.load_from_string(content)
     whole = _session(library, content)
     graph, grids = OnnxGraph(model), {}
-    for node in nodes_of(graph, "DequantizeLinear"):
-        if not node.input[0].endswith(INTEGERS):
+    for node in nodes_of(graph, "QuantizeLinear", "Max", "Min"):
+        name, source = node.output[0], node
+        if not name.endswith(INTEGERS):
             continue
-        scale, zero = (graph.constant(name) for name in node.input[1:3])
-        grids[node.input[0]] = scale, zero
-        graph.graph.output.append(onnx.ValueInfoProto(name=node.input[0]))
+        while source.op_type != "QuantizeLinear":  # before bounds of the integers
+            source = graph.producers[source.input[0]]
+        grids[name] = [graph.constant(n) for n in source.input[1:3]]
+        graph.graph.output.append(onnx.ValueInfoProto(name=name))
     shown = _session(library, model.SerializeToString()) if grids else whole
 
     def run(arrays: Mapping[str, Any]) -> list[Any]:

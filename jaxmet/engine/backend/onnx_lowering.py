@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from jaxmet.engine.program.known import with_known_computed
 from jaxmet.engine.program.scopes import grid_owner
 from jaxmet.numerics.fake_quant import fake_quant_p
 from jaxmet.tree.host_rounding import repeated
@@ -60,6 +61,9 @@ def onnx_model(
     if len(outs) > len({*outs} - {id(v) for v in jaxpr.jaxpr.invars}):
         # one value has one name there: those that are given twice, or given back, are copied
         jaxpr = jax.make_jaxpr(lambda *x: [jnp.copy(y) for y in function(*x)])(*inputs)
+    # A weight that the model derives, and its grid, are numbers here and integers in the file.
+    is_grid = lambda equation: equation.primitive is fake_quant_p
+    jaxpr = jax.make_jaxpr(with_known_computed(jaxpr, is_grid))(*inputs)
     run = jaxpr_as_fun(jaxpr)
     one = len(jaxpr.jaxpr.outvars) == 1
     model = jax2onnx.to_onnx(
@@ -102,60 +106,110 @@ def _lower(ctx: Any, eqn: Any) -> None:
     if any(v is None for v in known):
         _lower_open(ctx, eqn, known)
         return
-    scale, zero_point, low, high = map(np.asarray, known)
-    block, value = eqn.params["block"], ctx.try_evaluate_const(x)
+    value, arrays = ctx.try_evaluate_const(x), [*map(np.asarray, known)]
+    if value is not None:
+        _lower_constant(ctx, eqn, np.asarray(value), *arrays)
+    else:
+        _lower_value(ctx, eqn, *arrays)
+
+
+def _lower_value(
+    ctx: Any,
+    eqn: Any,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> None:
+    """A value on its grid: a QuantizeLinear and a DequantizeLinear."""
     shape = tuple(eqn.outvars[0].aval.shape)
-    pairs = list(zip(scale.shape, shape, strict=True))
-    axes = [i for i, (n, m) in enumerate(pairs) if n not in (1, m)] if block else []
-    block = block if axes else None  # one block is all there is
+    blocks = eqn.params["block"] and any(
+        n not in (1, m) for n, m in zip(scale.shape, shape, strict=True)
+    )
     places = [i for i, n in enumerate(scale.shape) if n != 1]
-    made = ctx.get_value_for_var(x) if value is None else None
-    if block is None and len(places) > 1:
-        if value is None:
-            raise ValueError(
-                "jaxmet.export.onnx: an activation has scales along several axes. Give it one "
-                "scale, or one axis."
-            )
-        rounded = (
-            np.clip(np.rint(value / scale) + zero_point, low, high) - zero_point
-        ) * scale
-        ctx.bind_const_for_var(eqn.outvars[0], rounded.astype(value.dtype))
-        return
+    if blocks or len(places) > 1:
+        raise ValueError(
+            "jaxmet.export.onnx: an activation has scales along several axes, or of blocks. Give "
+            "it one scale, or one axis."
+        )
     written = WrittenGrid(grid_owner(eqn), int(low.min()), int(high.max()))
-    if value is None and low.min() < 0 and high.max() < 2**7:
+    if low.min() < 0 and high.max() < 2**7:
         # onnxruntime turns int8 between operations into uint8, and then refuses opset 21
         zero_point, low, high = (a + 2**7 for a in (zero_point, low, high))
         written = written._replace(shift=2**7)
-    small = value is not None and _PACKED.get()
-    kind = _integer_type(int(low.min()), int(high.max()), small=small)
+    kind = _integer_type(int(low.min()), int(high.max()))
+    _check_opset(ctx, kind, None)
+    options = {"axis": places[0]} if places else {}
+    step, zero = _written(ctx, written, scale, zero_point, kind)
+    made = ctx.get_value_for_var(eqn.invars[0])
+    if np.dtype(kind).itemsize > 1:  # onnxruntime has no Max and Min of 16 bits
+        ends = (np.max(scale * (a - zero_point)) for a in (low, np.min(high)))
+        made = _between(ctx, made, np.float32, shape, *ends)
+    integers = _quantized(ctx, made, step, zero, kind, shape, low, high, options)
+    _dequantize(ctx, eqn, integers, step, zero, options)
+
+
+def _lower_constant(
+    ctx: Any,
+    eqn: Any,
+    value: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> None:
+    """A constant on its grid: its integers, and a DequantizeLinear."""
+    shape, block = value.shape, eqn.params["block"]
+    pairs = list(zip(scale.shape, shape, strict=True))
+    axes = [i for i, (n, m) in enumerate(pairs) if n not in (1, m)] if block else []
+    block = block if axes else None  # one block is all there is
+    s, z = (repeated(a, shape, block) for a in (scale, zero_point))
+    integers = np.clip(np.rint(value / s) + z, low, high)
+    places = [i for i, n in enumerate(scale.shape) if n != 1]
+    if block is None and len(places) > 1:
+        first, last = places[0], places[-1]
+        whole = all(scale.shape[i] == shape[i] for i in range(first, last + 1))
+        if not whole:
+            rounded = ((integers - z) * s).astype(value.dtype)
+            ctx.bind_const_for_var(eqn.outvars[0], rounded)
+            return
+        # Axes side by side that have scales are one axis in the file.
+        integers = integers.reshape(*shape[:first], -1, *shape[last + 1 :])
+        places = [first]
+    kind = _integer_type(int(low.min()), int(high.max()), small=_PACKED.get())
     _check_opset(ctx, kind, block)
-    options = {}
+    options = {"axis": places[0]} if places else {}
     if block is not None:
         options = {"axis": axes[0], "block_size": block}
         sizes = [scale.shape[i] if i == axes[0] else n for i, n in enumerate(shape)]
         scale, zero_point = (np.broadcast_to(a, sizes) for a in (scale, zero_point))
-    elif places:
-        options = {"axis": places[0]}
-        scale, zero_point = scale.reshape(-1), zero_point.reshape(-1)
-    else:
-        scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    build = ctx.builder
-    constant = lambda name, a: build.add_initializer_from_array(ctx.fresh_name(name), a)
-    step = constant("scale", np.array(scale, np.float32))
-    _GRIDS.get()[step.name] = written
-    zero = constant("zero_point", np.array(zero_point).astype(kind))
-    wide = np.dtype(kind).itemsize > 1
-    if value is None:
-        if wide:  # onnxruntime has no Max and Min of 16 bits
-            ends = (np.max(scale * (a - zero_point)) for a in (low, np.min(high)))
-            made = _between(ctx, made, np.float32, shape, *ends)
-        integers = _quantized(ctx, made, step, zero, kind, shape, low, high, options)
-    else:
-        grid = [np.asarray(v) for v in known]
-        s, z = (repeated(a, shape, block) for a in grid[:2])
-        numbers = np.clip(np.rint(value / s) + z, low, high).astype(kind)
-        integers = constant("weight", numbers)
-    _dequantize(ctx, eqn, integers, step, zero, options)
+    written = WrittenGrid(grid_owner(eqn), int(low.min()), int(high.max()))
+    step, zero = _written(ctx, written, scale, zero_point, kind, flat=block is None)
+    weight = ctx.builder.add_initializer_from_array(
+        ctx.fresh_name("weight"), integers.astype(kind)
+    )
+    _dequantize(ctx, eqn, weight, step, zero, options, integers.shape)
+
+
+def _written(
+    ctx: Any,
+    grid: WrittenGrid,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    kind: Any,
+    *,
+    flat: bool = True,
+) -> tuple[Any, Any]:
+    """Scale and zero point as the file has them: a number, a vector, or those of blocks."""
+    if flat:
+        sizes = () if scale.size == 1 else (-1,)
+        scale, zero_point = (
+            np.broadcast_to(a, scale.shape).reshape(sizes) for a in (scale, zero_point)
+        )
+    add = ctx.builder.add_initializer_from_array
+    step = add(ctx.fresh_name("scale"), np.array(scale, np.float32))
+    _GRIDS.get()[step.name] = grid
+    return step, add(ctx.fresh_name("zero_point"), np.array(zero_point).astype(kind))
 
 
 def _lower_open(ctx: Any, eqn: Any, known: Sequence[Any]) -> None:
@@ -216,14 +270,27 @@ def _quantized(
 
 
 def _dequantize(
-    ctx: Any, eqn: Any, integers: Any, step: Any, zero: Any, options: dict[str, Any]
+    ctx: Any,
+    eqn: Any,
+    integers: Any,
+    step: Any,
+    zero: Any,
+    options: dict[str, Any],
+    stored: tuple[int, ...] | None = None,
 ) -> None:
-    """The result of an equation is what integers stand for."""
+    """The result of an equation is what integers stand for, that are `stored` in this shape."""
+    shape = tuple(eqn.outvars[0].aval.shape)
+    stored = shape if stored is None else stored
+    build = ctx.builder
     name = ctx.fresh_name("value")
-    made = ctx.builder.DequantizeLinear(
-        integers, step, zero, _outputs=[name], **options
-    )
-    _stamp(ctx, made, np.float32, tuple(eqn.outvars[0].aval.shape))
+    made = build.DequantizeLinear(integers, step, zero, _outputs=[name], **options)
+    _stamp(ctx, made, np.float32, stored)
+    if stored != shape:
+        to = build.add_initializer_from_array(
+            ctx.fresh_name("sizes"), np.array(shape, np.int64)
+        )
+        made = build.Reshape(made, to, _outputs=[ctx.fresh_name("value")])
+        _stamp(ctx, made, np.float32, shape)
     ctx.bind_value_for_var(eqn.outvars[0], made)
 
 

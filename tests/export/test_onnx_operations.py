@@ -1,0 +1,197 @@
+"""Operations beside others in integers: which of them onnxruntime computes in integers."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxmet as jm
+
+pytestmark = pytest.mark.slow
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("jax2onnx")
+
+RNG = np.random.default_rng(0)
+SIZES = {
+    "a": (3, 3, 3, 8),
+    "b": (3, 3, 8, 8),
+    "wide": (3, 3, 16, 8),
+    "dense": (8, 8),
+    "bias": (8,),
+    "heads": (8, 2, 4),
+    "heads_bias": (2, 4),
+    "out": (2, 4, 8),
+    "table": (20, 8),
+}
+PARAMS = {
+    name: jnp.asarray(RNG.normal(size=size) / 2, jnp.float32)
+    for name, size in SIZES.items()
+}
+INPUTS = jnp.asarray(RNG.normal(size=(16, 8, 8, 3)), jnp.float32)
+LAID = {"Transpose", "Reshape", "Flatten", "Slice", "Gather", "Expand", "Identity"}
+LAID |= {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Shape",
+    "Concat",
+    "Squeeze",
+    "Unsqueeze",
+}
+
+
+def conv(x, w):
+    places = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=places)
+
+
+def after(operation):
+    """Between two convolutions."""
+    return lambda p, x: conv(operation(conv(x, p["a"])), p["b"])
+
+
+def of_two(operation, last="b"):
+    """Of two convolutions, the second by a weight that the model derives."""
+    both = lambda p, x: (conv(x, p["a"]), conv(x, 0.5 * p["a"]))
+    return lambda p, x: conv(operation(*both(p, x)), p[last])
+
+
+def tokens(p, x):
+    return conv(x, p["a"]).reshape(x.shape[0], -1, 8)
+
+
+def average(x):
+    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+
+
+def largest(x):
+    sizes = (1, 2, 2, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, sizes, sizes, "VALID")
+
+
+def dense(p, x):
+    return tokens(p, x) @ p["dense"] + p["bias"][None, None]
+
+
+def attention(p, x):
+    t = tokens(p, x)
+    heads = jnp.einsum("btd,dhc->bthc", t, p["heads"])
+    q = heads + p["heads_bias"][None, None]
+    k = jnp.einsum("btd,dhc->bthc", t, 1.1 * p["heads"])
+    scores = jax.nn.softmax(jnp.einsum("bthc,bshc->bhts", q / 2.0, k))
+    return jnp.einsum(
+        "bthc,hcd->btd", jnp.einsum("bhts,bshc->bthc", scores, k), p["out"]
+    )
+
+
+def scores(p, x):
+    t = tokens(p, x)
+    return jax.nn.softmax(t @ t.swapaxes(1, 2) / 8) @ t @ p["dense"]
+
+
+INTEGERS = {
+    "relu": (after(jax.nn.relu), {"QLinearConv": 2}),
+    "clip": (after(lambda x: jnp.clip(x, -1, 2)), {"QLinearConv": 2}),
+    "leaky relu": (after(jax.nn.leaky_relu), {"QLinearLeakyRelu": 1}),
+    "sigmoid": (after(jax.nn.sigmoid), {"QLinearSigmoid": 1}),
+    "softmax": (after(jax.nn.softmax), {"QLinearSoftmax": 1}),
+    "average pool": (after(average), {"QLinearAveragePool": 1}),
+    "max pool": (after(largest), {"QLinearConv": 2}),
+    "mean": (
+        lambda p, x: jnp.mean(conv(x, p["a"]), (1, 2)) @ p["dense"],
+        {"QLinearGlobalAveragePool": 1, "QGemm": 1},
+    ),
+    "add": (of_two(jnp.add), {"QLinearConv": 3, "QLinearAdd": 1}),
+    "multiply": (of_two(jnp.multiply), {"QLinearMul": 1}),
+    "concatenate": (
+        of_two(lambda *x: jnp.concatenate(x, -1), "wide"),
+        {"QLinearConcat": 1},
+    ),
+    "transpose": (after(lambda x: x.swapaxes(1, 2)), {"QLinearConv": 2}),
+    "slice": (after(lambda x: x[:, 2:6]), {"QLinearConv": 2}),
+    "repeat": (after(lambda x: jnp.repeat(x, 2, 1)), {"QLinearConv": 2}),
+    "resize": (
+        after(lambda x: jax.image.resize(x, (x.shape[0], 16, 16, 8), "nearest")),
+        {"QLinearConv": 2},
+    ),
+    "dense on tokens": (dense, {"QGemm": 1}),
+    "attention": (attention, {"QGemm": 3, "QLinearMatMul": 2, "QLinearSoftmax": 1}),
+    "scaled scores": (scores, {"QGemm": 1, "QLinearMatMul": 2, "QLinearSoftmax": 1}),
+}
+FLOAT = {
+    "tanh": (after(jnp.tanh), {"Tanh"}),
+    "silu": (after(jax.nn.silu), {"Sigmoid", "Mul"}),
+    "subtract": (of_two(jnp.subtract), {"Sub"}),
+    "sum": (
+        lambda p, x: jnp.sum(conv(x, p["a"]), (1, 2)) @ p["dense"],
+        {"ReduceSum"},
+    ),
+    "linear resize": (
+        after(lambda x: jax.image.resize(x, (x.shape[0], 16, 16, 8), "linear")),
+        {"Einsum"},
+    ),
+}
+
+
+def written(model, tmp_path, **options):
+    """The file, its quantizers, and onnxruntime's operations."""
+    graph = jm.trace(model, PARAMS, INPUTS)
+    config = jm.QuantConfig.for_target("onnxruntime", **options)
+    quantizers = jm.calibrate(PARAMS, graph, [INPUTS], config, progress=False)
+    path = tmp_path / "model.onnx"
+    table = jm.export.onnx(path, model, PARAMS, quantizers, INPUTS[:1])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    return path, quantizers, table, Counter(n.op_type for n in nodes)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_it_is_computed_in_integers(name, tmp_path):
+    model, wanted = INTEGERS[name]
+    path, quantizers, table, kinds = written(model, tmp_path)
+    assert set(table["integers"]) == {"yes"}
+    assert {k: kinds[k] for k in wanted} == wanted
+    others = {k for k in kinds if not k.startswith("QLinear") and k not in LAID}
+    assert others <= {"QGemm", "NhwcMaxPool", "MaxPool"}
+    checked = jm.export.check(
+        path, model, PARAMS, quantizers, [INPUTS], against_float=False
+    )
+    assert set(checked["value"][1:]) >= set(quantizers.activations)
+    assert max(checked["largest (steps)"][1:]) <= 1
+    # Its softmax rounds otherwise; halves of 0.5 a lie between two steps of a.
+    assert min(checked["identical (%)"][1:]) >= 95
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_it_is_computed_in_float_and_right(name, tmp_path):
+    model, wanted = FLOAT[name]
+    path, quantizers, _, kinds = written(model, tmp_path)
+    assert wanted <= set(kinds)
+    checked = jm.export.check(
+        path, model, PARAMS, quantizers, [INPUTS], against_float=False
+    )
+    assert max(checked["largest (steps)"][1:]) <= 1
+    assert min(checked["identical (%)"][1:]) >= 99
+
+
+@pytest.mark.parametrize("name", ["attention", "scaled scores", "repeat"])
+def test_encodings_have_the_grids_as_they_are(name, tmp_path):
+    """What is moved into other grids in integers stays where it is in a float file."""
+    model, _ = INTEGERS[name]
+    _, quantizers, *_ = written(model, tmp_path)
+    jm.export.encodings(tmp_path, model, PARAMS, quantizers, INPUTS[:1], overwrite=True)
+    grids = jm.export.read_encodings(tmp_path / "model.encodings")
+    scales = {float(g["scale"].ravel()[0]) for g in grids.values() if g["axis"] is None}
+    assert scales == {
+        float(np.ravel(q.grid(None)[0])[0]) for q in quantizers.activations.values()
+    }
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (made,) = session.run(None, {"input": np.asarray(INPUTS)})
+    wanted = model(jm.round_weights(PARAMS, quantizers), INPUTS)
+    np.testing.assert_allclose(made, wanted, rtol=1e-3, atol=1e-3)
