@@ -157,15 +157,12 @@ class Case:
     @cached_property
     def step(self) -> float:
         """Of the grid of the outputs."""
-        return last_step(self.saved.quantizers)
+        last = list(self.saved.quantizers.activations.values())[-1]
+        return float(np.ravel(last.scale)[0])
 
     @property
     def label(self) -> list[str]:
         return [self.network, self.way]
-
-
-def last_step(quantizers: jm.Quantizers) -> float:
-    return float(np.ravel(list(quantizers.activations.values())[-1].scale)[0])
 
 
 def cases(folder: Path, images: Path | None, only: str) -> Iterator[Case]:
@@ -176,10 +173,12 @@ def cases(folder: Path, images: Path | None, only: str) -> Iterator[Case]:
                 continue
             place = folder / _plain(network) / _plain(way)
             case = Case(network, way, place, images)
-            if not (case.folder / "simulated.npy").is_file():
+            if not (case.folder / "model.npz").is_file():
                 if network in (LITE, PICTURES) and images is None:
                     continue
                 _make(case)
+            if not (case.folder / "simulated.npy").is_file():
+                _simulate(case)
             yield case
 
 
@@ -188,7 +187,7 @@ def _plain(name: str) -> str:
 
 
 def _make(case: Case) -> None:
-    """Tree, quantizers, and the outputs of two float programs of the simulation."""
+    """Its tree and quantizers."""
     case.folder.mkdir(parents=True, exist_ok=True)
     params, known, new = case.load()
     graph = jm.trace(case.apply, params, known[:1])
@@ -207,15 +206,17 @@ def _make(case: Case) -> None:
         tree = jm.correct_bias(tree, graph, quantizers, batches, progress=False)
         quantizers = jm.calibrate(tree, graph, batches, config, progress=False)
     jm.save(case.folder / "model.npz", params=tree, quantizers=quantizers)
-    programs = (
-        jm.simulate(case.apply, quantizers, cpu_formulations=fast)
-        for fast in (True, False)
-    )
-    simulated, other = (run(program, tree, new) for program in programs)
-    levels = simulated / last_step(quantizers)
+
+
+def _simulate(case: Case) -> None:
+    """The outputs of the simulation, weights rounded once."""
+    tree, quantizers = case.saved.params, case.saved.quantizers
+    rounded = jm.round_weights(tree, quantizers)
+    program = jm.simulate(case.apply, quantizers, weights=False)
+    simulated = run(program, rounded, case.inputs)
+    levels = simulated / case.step
     if np.max(np.abs(levels - np.rint(levels))) > 1e-2:
         raise ValueError(f"{case.network}: its outputs are not on its last grid.")
-    case.keep("other_program", other)
     case.keep("simulated", simulated)
 
 

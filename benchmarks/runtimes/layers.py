@@ -22,8 +22,8 @@ from runtimes.figures import Row
 from runtimes.in_onnxruntime import operations, session, written
 
 COLUMNS = (
-    "network", "quantizers", "layers", "values (million)", "differ (a million)",
-    "identical (%)", "most steps", "where most differ (a million)",
+    "network", "quantizers", "layers", "values (million)", "identical (%)",
+    "differ, of a million", "of one input", "most steps", "where most differ, of a million",
 )  # fmt: skip
 BATCH = 16
 
@@ -67,8 +67,9 @@ def rows(case: Case) -> list[Row]:
             *case.label,
             len(count),
             f"{total / 1e6:.1f}",
-            f"{1e6 * wrong / total:.2f}",
             f"{100 * (1 - wrong / total):.5f}",
+            f"{1e6 * wrong / total:.2f}",
+            f"{wrong / len(case.inputs):.2f}",
             max(most.values()),
             ", ".join(places) or "–",
         ]
