@@ -25,7 +25,8 @@ from runtimes import (
     in_litert,
     in_onnxruntime,
     in_openvino,
-    layers,
+    litert_layers,
+    onnx_layers,
 )
 from runtimes.cases import PICTURES, cases
 from runtimes.figures import print_device, print_table
@@ -33,9 +34,18 @@ from runtimes.figures import print_device, print_table
 TABLES: dict[str, tuple[Any, str, str]] = {  # what makes it, what it needs, its title
     "onnxruntime": (in_onnxruntime, "onnxruntime", "ONNX files in onnxruntime"),
     "jax": (in_jax, "flatbuffers", "Integers in JAX"),
-    "layers": (layers, "onnxruntime", "Each layer fed the integers of onnxruntime"),
+    "onnx-layers": (
+        onnx_layers,
+        "onnxruntime",
+        "Layers fed the integers of onnxruntime",
+    ),
     "openvino": (in_openvino, "openvino", "The same ONNX files in OpenVINO"),
     "litert": (in_litert, "litert_converter", "LiteRT files"),
+    "litert-layers": (
+        litert_layers,
+        "litert_converter",
+        "Layers fed the integers of LiteRT",
+    ),
     "accuracy": (accuracy, "onnxruntime", PICTURES),
 }
 

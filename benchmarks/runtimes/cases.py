@@ -53,6 +53,7 @@ class Network(NamedTuple):
     module: Callable[[], Any]
     load: Callable[[Path | None], Loaded]
     ways: dict[str, dict[str, Any]] = WAYS
+    target: str | None = None
 
 
 def _garments(params: Any) -> Loaded:
@@ -94,7 +95,10 @@ NETWORKS = {
         RESIDUAL["resnet50"], lambda _: _garments(load_residual("resnet50")[1])
     ),
     "DeepLab": Network(DFQ["deeplab"], lambda _: _scenes()),
-    "transformer block": Network(TransformerBlock, lambda _: _tokens()),
+    # LiteRT has a softmax in integers for one range alone.
+    "transformer block": Network(
+        TransformerBlock, lambda _: _tokens(), target="litert"
+    ),
     LITE: Network(lambda: LinenLite(LITE_MODEL), lambda f: _pictures(f, 256)),
     PICTURES: Network(
         lambda: LinenLite(LITE_MODEL), lambda f: _pictures(f, 512), CORRECTED
@@ -193,14 +197,17 @@ def _make(case: Case) -> None:
     graph = jm.trace(case.apply, params, known[:1])
     batches = jm.batched(known, batch_size=BATCH)
     tree = folded = jm.fold_batch_norm(params, graph)
-    place, options = case.folder.parent, NETWORKS[case.network].ways[case.way]
+    place, network = case.folder.parent, NETWORKS[case.network]
     if not (place / "exact.npy").is_file():
         jm.save(place / "float.npz", params=folded)
         np.save(place / "inputs.npy", np.asarray(new))
         np.save(place / "exact.npy", run(jm.lift(case.apply), folded, new))
     if "equalized" in case.way:
         tree = jm.equalize(folded, graph, batches=batches, progress=False)
-    config = jm.QuantConfig(bias="int32", **options)
+    options = {"bias": "int32"} | network.ways[case.way]
+    config = jm.QuantConfig(**options)
+    if network.target is not None:
+        config = jm.QuantConfig.for_target(network.target, **options)
     quantizers = jm.calibrate(tree, graph, batches, config, progress=False)
     if "corrected" in case.way:
         tree = jm.correct_bias(tree, graph, quantizers, batches, progress=False)

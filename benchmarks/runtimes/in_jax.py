@@ -12,7 +12,7 @@ from runtimes.figures import Row, percent, shares, time_ratio
 
 COLUMNS = (
     "network", "quantizers", "identical to onnxruntime (%)", "one step (%)",
-    "identical to the simulation (%)", "StableHLO / float", "jm.save / float",
+    "identical to the simulation (%)", "StableHLO / float", "jm.save, compressed / float",
 )  # fmt: skip
 TIMES = ("network", "quantizers", "time / float replay, 1", "32")
 
@@ -66,5 +66,5 @@ def stored(case: Case, integers: Any) -> list[Path]:
     artefact, tree = case.folder / "model.jax", case.folder / "integers.npz"
     model = (case.apply, integers, quantizers, case.example)
     jm.export.stablehlo(artefact, *model, overwrite=True)
-    jm.save(tree, params=integers, quantizers=quantizers)
+    jm.save(tree, params=integers, quantizers=quantizers, compress=True)
     return [artefact, tree]

@@ -22,13 +22,11 @@ TIMES = ("network", "quantizers", "time / float, 1", "32")
 
 def rows(case: Case) -> list[Row]:
     """The file against the simulation and onnxruntime."""
-    path = case.folder / f"integers{BATCH}.tflite"
-    saved = case.saved
-    model = (case.apply, saved.params, saved.quantizers, case.inputs[:BATCH])
     try:
-        table = jm.export.litert(path, *model, io="float", overwrite=True)
+        path = written(case, BATCH)
     except ValueError as error:
         return [[*case.label, f"refused: {error}", *"–" * (len(COLUMNS) - 3)]]
+    table = jm.load(path.with_suffix(".npz")).table
     call, x = runner(path), case.inputs
     parts = [call(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
     made = case.keep("litert", np.concatenate(parts))
@@ -54,18 +52,26 @@ def times(case: Case) -> list[Row]:
     """The integer file over the float one, both fed floats."""
     found = []
     for count in (1, BATCH):
-        path, x = case.folder / f"integers{count}.tflite", case.inputs[:count]
-        if not path.is_file():
-            saved = case.saved
-            model = (case.apply, saved.params, saved.quantizers, x)
-            try:
-                jm.export.litert(path, *model, io="float")
-            except ValueError:
-                return [[*case.label, "–", "–"]]
+        x = case.inputs[:count]
+        try:
+            path = written(case, count)
+        except ValueError:
+            return [[*case.label, "–", "–"]]
         calls = [runner(p) for p in (path, float_file(case, count))]
         runs = [lambda call=call, x=x: call(x) for call in calls]
         found.append(time_ratio(*runs, pairs=40 if count == 1 else 12))
     return [[*case.label, *found]]
+
+
+def written(case: Case, count: int) -> Path:
+    """The integer file at this batch size, fed floats; with its table."""
+    path = case.folder / f"integers{count}.tflite"
+    if not path.is_file():
+        saved = case.saved
+        model = (case.apply, saved.params, saved.quantizers, case.inputs[:count])
+        table = jm.export.litert(path, *model, io="float")
+        jm.save(path.with_suffix(".npz"), table=table)
+    return path
 
 
 def float_file(case: Case, count: int) -> Path:
