@@ -77,12 +77,15 @@ def owners(
     quantizers = case.saved.quantizers
     nodes = {*quantizers.activations} | {name for name, _ in quantizers.shared}
     for index, name in tensors.items():
-        layer = (owner_of(name) or "").removesuffix("/add")
-        if not layer:
+        owner = owner_of(name)
+        if owner is None:
             continue
+        layer = owner.removesuffix("/add")
+        # What follows an addition is named after the layer before it, as that layer's own norm is.
+        before = f"{layer}/" if layer != owner else (f"{layer}/", f"{layer}_bn")
         for node in nodes:
             quantizer = quantizers.activation(node)
-            near = node == layer or node.startswith((f"{layer}/", f"{layer}_bn"))
+            near = node == owner or node.startswith(before)
             if quantizer is None or not near:
                 continue
             scale, zero = (
