@@ -56,7 +56,7 @@ def compiled(path: Path) -> Any:
     """The file on one thread of the processor."""
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     return openvino.Core().compile_model(path, "CPU", options)
 
 
