@@ -4,7 +4,7 @@
     apt-get install dataset-fashion-mnist              # scenes of the segmentation network
     python benchmarks/parity.py --folder made --images pictures
     python benchmarks/parity.py --folder made --times  # the times alone, on a quiet machine
-    pip install '.[benchmarks,litert]'                 # elsewhere: it pins what others forbid
+    pip install '.[benchmarks,litert]'                 # elsewhere: its pins clash
     python benchmarks/parity.py --folder made litert
 
 Networks, their quantizers and all outputs are kept in `--folder`, and runtimes are compared with

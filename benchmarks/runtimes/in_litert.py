@@ -14,8 +14,8 @@ from runtimes.figures import Row, decibels, same_top, shares, time_ratio
 
 COLUMNS = (
     "network", "quantizers", "integer operations", "identical to the simulation (%)",
-    "one step (%)", "largest output (%)", "identical to onnxruntime (%)", "one step (%)",
-    "largest output (%)", "SQNR file / simulated (dB)", "size / float",
+    "one step (%)", "top-1 (%)", "identical to onnxruntime (%)", "one step (%)",
+    "top-1 (%)", "SQNR file / simulated (dB)", "size / float",
 )  # fmt: skip
 TIMES = ("network", "quantizers", "time / float, 1", "32")
 

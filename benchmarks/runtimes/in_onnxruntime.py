@@ -16,7 +16,7 @@ from runtimes.figures import Row, decibels, same_top, shares, time_ratio
 
 COLUMNS = (
     "network", "quantizers", "integer operations", "identical (%)", "one step (%)",
-    "largest output (%)", "two float programs: identical (%)", "one step (%)",
+    "top-1 (%)", "two float programs: identical (%)", "one step (%)",
     "SQNR file / simulated (dB)", "size / float",
 )  # fmt: skip
 TIMES = ("network", "quantizers", "time / float, 1", "32")

@@ -15,7 +15,7 @@ from runtimes.in_onnxruntime import written
 
 COLUMNS = (
     "network", "quantizers", "layers in integers", "identical to the simulation (%)",
-    "one step (%)", "largest output (%)", "identical to onnxruntime (%)", "one step (%)",
+    "one step (%)", "top-1 (%)", "identical to onnxruntime (%)", "one step (%)",
     "SQNR file / simulated (dB)",
 )  # fmt: skip
 TIMES = ("network", "quantizers", "time / float, 1", "32")
@@ -56,7 +56,11 @@ def compiled(path: Path) -> Any:
     """The file on one thread of the processor."""
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    options = {
+        "INFERENCE_NUM_THREADS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
     return openvino.Core().compile_model(path, "CPU", options)
 
 
