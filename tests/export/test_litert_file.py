@@ -93,6 +93,18 @@ def test_every_operation_of_the_demo_is_an_integer_one(name, io, tmp_path):
     assert np.mean(made.argmax(1) == np.argmax(wanted, 1)) >= 0.99
 
 
+def test_the_file_gives_what_integers_in_jax_give(tmp_path):
+    apply, params, quantizers, images = demo()
+    path = tmp_path / "demo.tflite"
+    jm.export.litert(path, apply, params, quantizers, images[:64])
+    made = in_batches(path, images, 64)
+    graph = jm.trace(apply, params, images[:1])
+    integers = jm.quantize(params, graph, quantizers)
+    wanted = jax.jit(jm.lift(apply, quantizers))(integers, images)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart == 0) >= 0.98 and apart.max() <= 1
+
+
 def test_layers_that_are_left_in_float(tmp_path):
     apply, params, quantizers, images = demo()
     quantizers = quantizers.set("block3/*", enabled=False)
