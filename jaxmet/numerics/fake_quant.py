@@ -151,11 +151,24 @@ def _along(a: Any, shape: Sequence[Any], block: int | None) -> jax.Array:
     return lax.broadcast_in_dim(a, shape, range(a.ndim))
 
 
+def quotient(x: Float[Array, "*shape"], scale: Float[Array, "*shape"]) -> jax.Array:
+    """$x/s$, divided: XLA multiplies by the reciprocal of what it broadcasts, which moves ties.
+
+    Args:
+        x: values, a float array.
+        scale: a positive scale for each value, of the same shape and dtype.
+
+    Returns:
+        The quotients, of the same shape and dtype.
+    """
+    return lax.div(x, lax.optimization_barrier(scale))
+
+
 def _integers(x: Any, grid: Sequence[Any], block: int | None) -> tuple[jax.Array, ...]:
     """Wide x, the grid at the shape of x, x/s, and its integer before clipping."""
     s, z, low, high = (_along(a, x.shape, block) for a in grid)
     wide = lax.convert_element_type(x, s.dtype)
-    ratio = lax.div(wide, s)  # a reciprocal would move ties
+    ratio = quotient(wide, s)
     q = lax.add(lax.round(ratio, lax.RoundingMethod.TO_NEAREST_EVEN), z)
     return s, z, low, high, ratio, q
 

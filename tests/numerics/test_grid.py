@@ -84,6 +84,18 @@ def test_ties_go_to_even_and_division_is_exact():
     np.testing.assert_array_equal(np.rint(fn(x, scale)), q)
 
 
+@pytest.mark.parametrize("run", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("many", [1, 32])
+def test_a_scale_that_is_spread_out_divides_too(run, many):
+    """Weights halfway between two steps of a scale per channel, and of one."""
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(1e-3, 2e-3, (1, many)).astype(np.float32)
+    x = (rng.integers(-120, 120, (512, 32)) + 0.5).astype(np.float32) * scale
+    wanted = np.clip(np.rint(x / scale), -127, 127) * scale
+    found = run(lambda x, s: fake_quant(x, s, jnp.zeros_like(s), -127, 127))(x, scale)
+    np.testing.assert_array_equal(found, wanted)
+
+
 @quick
 @hypothesis.given(values, scales, points)
 def test_idempotent_monotone_exact_zero_and_near(x, scale, zero_point):

@@ -23,6 +23,7 @@ from jaxmet.engine.integers.integer_values import (
     number,
     over,
 )
+from jaxmet.numerics.fake_quant import quotient
 
 
 class TargetGrid(NamedTuple):
@@ -71,7 +72,9 @@ def on_grid(value: Held, grid: TargetGrid) -> Integers:
     elif isinstance(value, Joint):
         found, bounds = _of_joint(value, grid), value.bounds
     else:
-        found = jnp.rint(value.array / grid.scale) + grid.zero_point
+        array = jnp.asarray(value.array)
+        scale = jnp.broadcast_to(jnp.asarray(grid.scale, array.dtype), array.shape)
+        found = jnp.rint(quotient(array, scale)) + grid.zero_point
     return held_on(grid, _within(found, grid, bounds), fixed=value.fixed)
 
 
