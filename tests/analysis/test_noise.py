@@ -112,7 +112,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def convolutions():
     model, x = Net(), jax.random.normal(jax.random.key(0), (128, 8, 8, 3))
-    params = model.init(jax.random.key(1), x[:1])
+    params = jax.jit(model.init)(jax.random.key(1), x[:1])
     graph = jm.trace(model.apply, params, x[:1])
     batches = jm.batched(x, batch_size=32)
     return model.apply, params, graph, batches, x

@@ -25,7 +25,7 @@ class ClassToken(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_parameter_may_be_concatenated_in_front(batch):
     images = jax.random.normal(jax.random.key(0), (batch, 8, 8, 3))
-    params = ClassToken().init(jax.random.key(1), images)
+    params = jax.jit(ClassToken().init)(jax.random.key(1), images)
     graph = jm.trace(ClassToken().apply, params, images)
     names = ["input", "patch", "patch/concat", "patch/add", "head", "output"]
     assert [n.name for n in graph.nodes] == names

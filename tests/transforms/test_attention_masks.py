@@ -215,7 +215,9 @@ class Flax(nn.Module):
 
 def flax_block(masked):
     model = Flax(masked)
-    return model.apply, model.init(jax.random.key(3), jnp.ones((1, TOKENS, WIDTH)))
+    return model.apply, jax.jit(model.init)(
+        jax.random.key(3), jnp.ones((1, TOKENS, WIDTH))
+    )
 
 
 def haiku_block(masked):
@@ -227,7 +229,9 @@ def haiku_block(masked):
         return x + layer(x, x, x, mask=mask)
 
     model = hk.without_apply_rng(hk.transform(call))
-    return model.apply, model.init(jax.random.key(4), jnp.ones((1, TOKENS, WIDTH)))
+    return model.apply, jax.jit(model.init)(
+        jax.random.key(4), jnp.ones((1, TOKENS, WIDTH))
+    )
 
 
 def equinox_block(masked):

@@ -37,7 +37,7 @@ def made(seed=0, **options):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
     net = Net(**options)
-    variables = net.init(jax.random.key(seed), x)
+    variables = jax.jit(net.init)(jax.random.key(seed), x)
 
     def random(path, a):
         name = jax.tree_util.keystr(path)

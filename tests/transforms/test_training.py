@@ -49,7 +49,7 @@ def labels(n=16):
 def start(**options):
     """The model, variables with norms that are no identity, and the inference graph."""
     model = Net(**options)
-    params = model.init(jax.random.key(1), images(2))
+    params = jax.jit(model.init)(jax.random.key(1), images(2))
     rng = np.random.default_rng(3)
     leaves = named_leaves(params)
     new = {}

@@ -51,7 +51,7 @@ def shapes(tree):
 def test_a_linen_model_of_the_left_widths_computes_the_same(ratio):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 5, 2)), jnp.float32)
     model = Linen()
-    params = shaken(model.init(jax.random.key(0), x))
+    params = shaken(jax.jit(model.init)(jax.random.key(0), x))
     graph = jm.trace(model.apply, params, x)
     small = jm.prune(params, graph, ratio)
     plain = jm.rebuild(small)
@@ -84,7 +84,7 @@ def test_an_nnx_model_is_updated_with_them():
 def test_factors_are_two_kernels():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 6)), jnp.float32)
     model = nn.Conv(9, (3, 1), name="conv")
-    params = shaken(model.init(jax.random.key(0), x))
+    params = shaken(jax.jit(model.init)(jax.random.key(0), x))
     graph = jm.trace(model.apply, params, x)
     small = jm.factorize(params, graph, ratios=0.5, method="spatial")
     plain = jm.rebuild(small)["params"]
