@@ -75,7 +75,7 @@ def test_noise_shows_where_it_enters_and_not_before():
     assert "most noise enters at 1/tanh" in table.title
     outputs = decibel(
         apply(params, x),
-        np.float64(jm.simulate(apply, coarse)(params, x))
+        np.float64(jax.jit(jm.simulate(apply, coarse))(params, x))
         - np.float64(apply(params, x)),
     )
     assert f"outputs {outputs:.1f} dB" in table.title

@@ -69,7 +69,7 @@ def test_it_is_the_jacobian_times_the_error(net):
     shares = powers[:-1] / powers[:-1].sum()
     assert np.array(table["share"])[:-1] == pytest.approx(shares, rel=1e-5)
     exact = plain(params, x)
-    measured = decibel(exact, jm.simulate(plain, quantizers)(params, x))
+    measured = decibel(exact, jax.jit(jm.simulate(plain, quantizers))(params, x))
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=0.8)
 
 
@@ -243,7 +243,9 @@ def test_loops_and_derived_and_shared_grids(case):
     graph = jm.trace(apply, params, x)
     quantizers = jm.calibrate(params, graph, [x], progress=False)
     table = jm.noise(params, graph, quantizers, [x], progress=False)
-    measured = decibel(apply(params, x), jm.simulate(apply, quantizers)(params, x))
+    measured = decibel(
+        apply(params, x), jax.jit(jm.simulate(apply, quantizers))(params, x)
+    )
     # Few weights, whose errors are not many draws.
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=3)
     assert set(table["tensor"]) >= {*quantizers.activations, *quantizers.weights}
@@ -333,7 +335,7 @@ def test_a_model_of_a_whole_batch_is_measured_on_the_batch(net, model):
     config = jm.QuantConfig(activation_bits=32)
     q = jm.calibrate(params, graph, [x], config, progress=False)
     table = jm.noise(params, graph, q, [x], examples=512, progress=False)
-    exact, noisy = model(params, x), jm.simulate(model, q)(params, x)
+    exact, noisy = model(params, x), jax.jit(jm.simulate(model, q))(params, x)
     # The first order, its signs drawn 512 times: 6 / sqrt(512) dB are one deviation.
     measured = decibel(exact, noisy)
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=1.0)

@@ -158,7 +158,7 @@ def test_rounding_false_corrects_biases_only(small: Any, rounded: Any) -> None:
     y = np.asarray(dense(small[0], x), np.float64)
     for new, q in ((params, quantizers), rounded[:2]):
         q = dataclasses.replace(q, activations={}, shared=())
-        z = np.asarray(jm.simulate(dense, q)(new, x), np.float64)
+        z = np.asarray(jax.jit(jm.simulate(dense, q))(new, x), np.float64)
         found.append(np.sum((z - y) ** 2) / np.sum(y**2))
     assert found[1] < 0.5 * found[0]
 

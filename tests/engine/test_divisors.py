@@ -50,7 +50,9 @@ def measured(apply, params, x, placement="operations"):
     config = jm.QuantConfig(placement=placement)
     quantizers = jm.calibrate(params, graph, [x[:128]], config, progress=False)
     wanted = np.asarray(apply(params, x[128:]), np.float64)
-    found = np.asarray(jm.simulate(apply, quantizers)(params, x[128:]), np.float64)
+    found = np.asarray(
+        jax.jit(jm.simulate(apply, quantizers))(params, x[128:]), np.float64
+    )
     assert np.isfinite(found).all()
     return 10 * np.log10(np.sum(wanted**2) / np.sum((wanted - found) ** 2))
 

@@ -343,7 +343,7 @@ def test_weight_scales_follow_the_weight_under_every_transformation():
     np.testing.assert_allclose(
         rounded, 2 * q(params["params"]["head"]["kernel"]), rtol=1e-6
     )
-    slope = jax.grad(lambda p: jnp.sum(run(p)))(params)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(run(p))))(params)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(slope))
     w = params["params"]["head"]["kernel"]
     best, rough = (
@@ -619,7 +619,7 @@ def test_weights_follow_a_calibrator_of_the_users_own(symmetric, per_channel):
     exact = net(jm.round_weights(NET, q.pin(NET)), BATCH)
     device = jax.jit(jm.simulate(net, q))
     np.testing.assert_allclose(device(NET, BATCH), exact, rtol=1e-5, atol=1e-4)
-    jax.grad(lambda p: jnp.sum(jm.simulate(net, q)(p, BATCH)))(NET)
+    jax.jit(jax.grad(lambda p: jnp.sum(jm.simulate(net, q)(p, BATCH))))(NET)
 
 
 def test_activations_have_the_range_of_a_calibrator_of_the_users_own():
@@ -696,7 +696,7 @@ def test_a_file_holds_no_function(tmp_path):
     pinned = q.pin(NET)
     jm.save(path, quantizers=pinned)
     found = jm.load(path).quantizers
-    one, two = (jm.simulate(net, z)(NET, BATCH) for z in (pinned, found))
+    one, two = (jax.jit(jm.simulate(net, z))(NET, BATCH) for z in (pinned, found))
     np.testing.assert_array_equal(one, two)
 
 

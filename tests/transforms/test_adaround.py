@@ -1,6 +1,7 @@
 """Adaptive rounding on whole models: oracles in float64, bad input, interruptions."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -34,6 +35,7 @@ def spec(q):
     return {n: np.asarray(w.scale) for n, w in q.weights.items() if w.scale is not None}
 
 
+@functools.cache
 def mlp(seed=0, sizes=(12, 16, 8), act=jax.nn.relu, rows=256):
     """Two dense layers on inputs that hang together, so that rounding has what to win."""
     rng = np.random.default_rng(seed)
@@ -68,7 +70,7 @@ def run(apply, params, inputs, *, config=W3, method="coordinate", **more):
 
 
 def error(apply, params, quantizers, inputs, exact):
-    y = jm.simulate(apply, quantizers)(params, *inputs)
+    y = jax.jit(jm.simulate(apply, quantizers))(params, *inputs)
     pairs = zip(jax.tree.leaves(y), jax.tree.leaves(exact), strict=True)
     return sum(float(jnp.sum(jnp.square(a - b))) for a, b in pairs)
 
@@ -82,6 +84,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def model(name):
     if MODELS[name] is not None:
         apply, params, x = MODELS[name]()
@@ -369,7 +372,7 @@ def test_constant_inputs_and_layers_that_nothing_reaches(method, fill):
     new, q, report = run(apply, dead, (x,), method=method)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
     assert max(report["ratio"]) <= 1
-    exact, y = apply(dead, x), jm.simulate(apply, q)(new, x)
+    exact, y = apply(dead, x), jax.jit(jm.simulate(apply, q))(new, x)
     np.testing.assert_allclose(y, exact, atol=1e-3)
 
 

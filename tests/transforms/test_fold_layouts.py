@@ -388,8 +388,8 @@ def test_quantizers_follow_and_training_folds_likewise():
         old, new = (p.weights[f"part{i}/w"].scale for p in (q, moved))
         np.testing.assert_allclose(new, np.asarray(old) * np.abs(own), rtol=1e-5)
     found = jm.calibrate(after, graph, [x], progress=False)
-    trained = jm.simulate(apply, found, fold=graph)(params, x)
-    deployed = jm.simulate(apply, found)(after, x)
+    trained = jax.jit(jm.simulate(apply, found, fold=graph))(params, x)
+    deployed = jax.jit(jm.simulate(apply, found))(after, x)
     np.testing.assert_allclose(trained, deployed, atol=0.05 * np.abs(deployed).max())
 
 

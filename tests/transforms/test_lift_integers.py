@@ -206,8 +206,8 @@ def test_what_an_index_does_not_find_is_nan_as_in_float():
     graph = jm.trace(apply, params, index)
     config = jm.QuantConfig(activation_bits=32)  # a grid has no NaN
     quantizers = jm.calibrate(params, graph, [index[:2]], config, **quiet)
-    found = jm.lift(apply, quantizers)(params, index)
-    wanted = jm.simulate(apply, quantizers)(params, index)
+    found = jax.jit(jm.lift(apply, quantizers))(params, index)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, index)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert np.isnan(found[2]).all()
 

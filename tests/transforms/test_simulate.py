@@ -288,7 +288,7 @@ def test_a_derived_weight_has_not_the_quantizer_of_a_parameter_of_the_tree():
         expected = np.maximum(y @ rounded(w), 0) @ rounded(u[:5]) + y @ read
         if tree is not quantizers:  # `set` means the node below it, too
             tree = tree.set("v/product", bits=3)
-        found = jm.simulate(weight_norm, tree)(params, x)
+        found = jax.jit(jm.simulate(weight_norm, tree))(params, x)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         fast = jm.simulate(weight_norm, tree, weights=False)
         found = fast(jm.round_weights(params, tree), x)
@@ -307,7 +307,9 @@ def test_only_what_a_derived_weight_is_computed_from_stays_in_float():
     w = np.asarray(params["v"], np.float64) * [1.0, 2.0]
     scale = np.abs(w).max(0) / 3
     np.testing.assert_allclose(
-        jm.simulate(apply, quantizers)(params, x), np.rint(w / scale) * scale, atol=1e-6
+        jax.jit(jm.simulate(apply, quantizers))(params, x),
+        np.rint(w / scale) * scale,
+        atol=1e-6,
     )
 
 
