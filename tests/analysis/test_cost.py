@@ -70,7 +70,7 @@ def test_operations_are_those_that_xla_counts(kind):
 
 
 def test_shapes_are_enough_and_factors_count_as_two_layers():
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(20, 30)), jnp.float32)
+    kernel = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(20, 30))))
     params = {"a": {"kernel": kernel}}
 
     def apply(params, x):

@@ -55,10 +55,10 @@ def prune_at_random(params, rng, share=0.6):
             and jnp.issubdtype(leaf.dtype, jnp.floating)
         )
         if keep:
-            part = leaf
+            part = np.asarray(leaf)
             for axis, _, indices in keep:
-                part = jnp.take(part, np.array(indices), axis=axis)
-            found[name] = Compressed(Pruned(part, keep))
+                part = np.take(part, np.array(indices), axis=axis)
+            found[name] = Compressed(Pruned(jnp.asarray(part), keep))
     return replace_leaves(params, found), found
 
 

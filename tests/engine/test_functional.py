@@ -34,7 +34,7 @@ def net():
     return module
 
 
-X = jnp.asarray(np.random.default_rng(0).normal(1.0, 2.0, (5, 4)), jnp.float32)
+X = jax.device_put(np.float32(np.random.default_rng(0).normal(1.0, 2.0, (5, 4))))
 
 
 def test_it_computes_what_the_module_computes(net):

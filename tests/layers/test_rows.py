@@ -69,8 +69,8 @@ def test_every_product_of_the_zoo_is_one_of_matrices(name):
 @pytest.mark.parametrize("spread", [1, 2])
 def test_windows_of_every_kind(groups, stride, padding, dilation, spread):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 7, 6, 4)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 2, 4 // groups, 8)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(2, 7, 6, 4))))
+    w = jax.device_put(np.float32(rng.normal(size=(3, 2, 4 // groups, 8))))
 
     def apply(p, x):
         return lax.conv_general_dilated(
@@ -87,8 +87,8 @@ def test_windows_of_every_kind(groups, stride, padding, dilation, spread):
 def test_rows_that_are_drawn_are_some_of_all():
     """Different positions, the same for all examples, each whole."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(2, 6, 6, 3))))
+    w = jax.device_put(np.float32(rng.normal(size=(3, 3, 3, 4))))
 
     def conv(p, x):
         return lax.conv_general_dilated(
@@ -122,8 +122,8 @@ def test_rows_that_are_drawn_are_some_of_all():
 
 def test_padding_holds_the_offset():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(1, 5, 5, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(1, 5, 5, 3))))
+    w = jax.device_put(np.float32(rng.normal(size=(3, 3, 3, 4))))
     offset = jnp.asarray([1.0, -2.0, 3.0])
 
     def conv(p, x):

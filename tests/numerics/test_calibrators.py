@@ -330,7 +330,7 @@ def test_channels_and_blocks_are_searched_one_by_one(method):
 @pytest.mark.slow
 def test_weight_scales_follow_the_weight_under_every_transformation():
     apply, params, graph = model("conv_bn_relu")
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(2, 8, 8, 3))))
     config = jm.QuantConfig(weight_range="mse", weight_bits=3)
     quantizers = jm.calibrate(params, graph, [x], config, progress=False)
     q = quantizers.weights["head/kernel"]
@@ -385,7 +385,7 @@ SHAPES = {"conv_bn_relu": (8, 8, 3), "concatenation": (8, 8, 3), "scan": (6,)}
 def rows(name, number):
     rng = np.random.default_rng(6)
     grow = np.linspace(0.3, 2.0, number).reshape(-1, *(1 for _ in SHAPES[name]))
-    return jnp.asarray(grow * rng.laplace(size=(number, *SHAPES[name])), jnp.float32)
+    return jax.device_put(np.float32(grow * rng.laplace(size=(number, *SHAPES[name]))))
 
 
 def calibrated(name, batches, method, **options):
@@ -487,7 +487,7 @@ def test_a_branch_never_taken_and_one_taken_sometimes():
 
 
 def test_samples_are_a_choice():
-    x = jnp.asarray(np.random.default_rng(8).normal(size=(4, 64, 64, 3)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(8).normal(size=(4, 64, 64, 3))))
     x = x.at[1, 2, 3, 0].set(50.0)
 
     def apply(params, x):
@@ -581,10 +581,10 @@ def scale_between(low, high, bits, symmetric):
 
 RNG = np.random.default_rng(11)
 NET = {
-    "w": jnp.asarray(RNG.standard_t(3, size=(12, 5)), jnp.float32),
-    "v": jnp.asarray(RNG.normal(size=(5, 7)), jnp.float32),
+    "w": jax.device_put(np.float32(RNG.standard_t(3, size=(12, 5)))),
+    "v": jax.device_put(np.float32(RNG.normal(size=(5, 7)))),
 }
-BATCH = jnp.asarray(RNG.normal(size=(200, 12)) + 0.3, jnp.float32)
+BATCH = jax.device_put(np.float32(RNG.normal(size=(200, 12)) + 0.3))
 
 
 def net(params, x):

@@ -55,7 +55,7 @@ def mean_product(a, b):
 
 
 def narrow(x):
-    return None if x is None else jnp.asarray(x, jnp.float32)
+    return None if x is None else jax.device_put(np.float32(x))
 
 
 def wide(x):

@@ -146,7 +146,7 @@ def test_coordinate_descent_is_near_the_best_of_all_roundings(bits, symmetric):
     w = rng.normal(size=(4, 3)).astype(np.float32)
     apply = lambda p, x: x @ p["w"]
     config = jm.QuantConfig(bits, 32, symmetric_weights=symmetric)
-    inputs = (jnp.asarray(x, jnp.float32),)
+    inputs = (jax.device_put(np.float32(x)),)
     new, q, _ = run(apply, {"w": jnp.asarray(w)}, inputs, config=config,
                     method=jm.Coordinate(scales="given"), damping=0.0, bias=False)  # fmt: skip
     grid = q.weights["w"]
@@ -266,10 +266,10 @@ def test_every_kind_of_grid(config, method):
 @pytest.mark.slow
 def test_layers_of_a_scan_are_rounded_side_by_side():
     rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=(3, 8, 8)) / 3, jnp.float32)
-    b = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
-    v = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8)), jnp.float32)
+    w = jax.device_put(np.float32(rng.normal(size=(3, 8, 8)) / 3))
+    b = jax.device_put(np.float32(rng.normal(size=(3, 8))))
+    v = jax.device_put(np.float32(rng.normal(size=(8, 5))))
+    x = jax.device_put(np.float32(rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8))))
 
     def apply(p, x):
         body = lambda h, wb: (jnp.tanh(h @ wb[0] + wb[1][None]), None)
@@ -592,8 +592,8 @@ np.savez({out!r}, *jax.tree.leaves(new))
 
 def deep():
     rng = np.random.default_rng(0)
-    params = [jnp.asarray(rng.normal(size=(8, 8)) / 2, jnp.float32) for _ in range(6)]
-    x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+    params = [jax.device_put(np.float32(rng.normal(size=(8, 8)) / 2)) for _ in range(6)]
+    x = jax.device_put(np.float32(rng.normal(size=(64, 8))))
 
     def apply(p, x):
         for w in p:
@@ -682,12 +682,12 @@ def test_the_scales_found_are_the_best_of_all_candidates(config, shared):
     x = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6))
     w = rng.standard_t(1, size=(6, 4)).astype(np.float32)
     apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.asarray(w)}
-    graph, q = prepared(apply, params, jnp.asarray(x, jnp.float32), config=config)
+    graph, q = prepared(apply, params, jax.device_put(np.float32(x)), config=config)
     found = jm.search_scales(
         params,
         graph,
         q,
-        [(jnp.asarray(x, jnp.float32),)],
+        [(jax.device_put(np.float32(x)),)],
         candidates=10,
         progress=False,
     )

@@ -3,7 +3,6 @@
 import contextlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -32,7 +31,7 @@ def compilations():
 def network(blocks, seed=0):
     """Depthwise and pointwise convolutions around additions, and a matrix after them."""
     rng, width, form = np.random.default_rng(seed), 12, ("NHWC", "HWIO", "NHWC")
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)
+    draw = lambda *shape: jax.device_put(np.float32(rng.normal(size=shape) / 3))
 
     def conv(p, x, groups):
         y = lax.conv_general_dilated(
@@ -59,7 +58,7 @@ def network(blocks, seed=0):
     params = {"blocks": [one() for _ in range(blocks)]}
     params["head"] = {"w": draw(width, 10), "b": draw(10)}
     batches = [
-        jnp.asarray(rng.normal(size=(n, 6, 6, width)), jnp.float32) for n in (8, 5)
+        jax.device_put(np.float32(rng.normal(size=(n, 6, 6, width)))) for n in (8, 5)
     ]
     return apply, params, batches
 

@@ -194,8 +194,8 @@ def scrambled(params: Any, graph: Graph, seed: int, largest: float = 1e3) -> Any
             member = next(
                 m for m in graph.members if (m.node, m.role) == (node.carrier, "out")
             )
-            upper = jnp.asarray(
-                node.bounds[1] / along(member.layout, scales), jnp.float32
+            upper = jax.device_put(
+                np.float32(node.bounds[1] / along(member.layout, scales))
             )
             tree[member.parameter] = Compressed(tree[member.parameter], upper=upper)
     return replace_leaves(params, tree)
@@ -265,8 +265,8 @@ def test_published_pair_and_triple() -> None:
     """The numbers of a published test, from (O, I, H, W) to the layout used here."""
 
     def hwio(values: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(
-            np.transpose(values.reshape(shape), (2, 3, 1, 0)), jnp.float32
+        return jax.device_put(
+            np.float32(np.transpose(values.reshape(shape), (2, 3, 1, 0)))
         )
 
     one = np.arange(1.0, 13)
@@ -374,10 +374,10 @@ def test_symmetric_clip_and_clip_twice() -> None:
 
     rng = np.random.default_rng(0)
     params = {
-        "a": jnp.asarray(rng.normal(size=(5, 4)) * [1, 10, 0.1, 3], jnp.float32),
-        "b": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+        "a": jax.device_put(np.float32(rng.normal(size=(5, 4)) * [1, 10, 0.1, 3])),
+        "b": jax.device_put(np.float32(rng.normal(size=(4, 3)))),
     }
-    x = jnp.asarray(rng.normal(size=(9, 5)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(9, 5))))
     graph = trace(apply, params, x)
     once = equalize(params, graph, **RANGE)
     assert once["a"].lower.shape == once["a"].upper.shape == (4,)
@@ -513,14 +513,14 @@ def test_a_layer_that_reads_what_it_makes() -> None:
     rng = np.random.default_rng(3)
     spread = np.exp(rng.normal(size=(2, 6)))
     params = {
-        "in": jnp.asarray(rng.normal(size=(4, 6)) * spread[0], jnp.float32),
+        "in": jax.device_put(np.float32(rng.normal(size=(4, 6)) * spread[0])),
         "blocks": [
-            jnp.asarray(rng.normal(size=(6, 6)) * spread[1] * k, jnp.float32)
+            jax.device_put(np.float32(rng.normal(size=(6, 6)) * spread[1] * k))
             for k in (0.1, 0.2)
         ],
-        "out": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32),
+        "out": jax.device_put(np.float32(rng.normal(size=(6, 3)))),
     }
-    x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(5, 4))))
     out, report = equalize(params, trace(apply, params, x), **RANGE, with_report=True)
     assert difference(apply(params, x), apply(out, x)) < 1e-5
     ws = [np.asarray(w, np.float64) for w in (out["in"], *out["blocks"], out["out"])]
@@ -560,10 +560,10 @@ def test_random_chains(
     def weight(i: int, o: int) -> jax.Array:
         w = rng.normal(size=(i, o)) * np.exp(rng.uniform(-spread, spread, o))
         w = w * (rng.random(o) >= dead) * (rng.random((i, 1)) >= dead)
-        return jnp.asarray(w, jnp.float32)
+        return jax.device_put(np.float32(w))
 
     params = {str(k): weight(*shape) for k, shape in enumerate(pairwise(sizes))}
-    x = jnp.asarray(rng.normal(size=(7, sizes[0])), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(7, sizes[0]))))
     out = equalized_chain(sizes)(params)
     assert all(np.all(np.isfinite(w)) for w in out.values())
     assert difference(chain(params, x), chain(out, x)) < 1e-4

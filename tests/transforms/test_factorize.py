@@ -576,9 +576,9 @@ def test_factors_of_weights_however_they_are_stored(stored, data):
     """Against the SVD in float64 of the matrix that the inputs meet."""
     shape, layer, matrix = STORED[stored]
     rng = np.random.default_rng(3)
-    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    params = {"w": jax.device_put(np.float32(rng.normal(size=shape)))}
     mix = rng.normal(size=(12, 12)) * np.linspace(2, 0.05, 12)
-    x = jnp.asarray(rng.normal(size=(8, 6, 12)) @ mix, jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(8, 6, 12)) @ mix))
     apply = lambda p, x: relu(layer(x, p["w"]))
     graph = jm.trace(apply, params, x)
     small, report = jm.factorize(
@@ -645,8 +645,8 @@ KERNELS = {
 def test_factors_of_kernels_however_they_are_stored(stored, method):
     shape, layer, matrix = KERNELS[stored]
     rng = np.random.default_rng(4)
-    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
-    x = jnp.asarray(rng.normal(size=(4, 8, 7, 4)), jnp.float32)
+    params = {"w": jax.device_put(np.float32(rng.normal(size=shape)))}
+    x = jax.device_put(np.float32(rng.normal(size=(4, 8, 7, 4))))
     apply = lambda p, x: relu(layer(x, p["w"]))
     graph = jm.trace(apply, params, x)
     small, whitened = (
@@ -704,7 +704,7 @@ def test_factors_in_numpy_are_those_in_jax(kind, poor, with_gram, dtype):
     weight, gram = jnp.asarray(weight, dtype), None
     if with_gram:
         rows = rng.normal(size=(groups, 200, mine * others * ins))
-        gram = jnp.asarray(np.swapaxes(rows, 1, 2) @ rows / 200, jnp.float32)
+        gram = jax.device_put(np.float32(np.swapaxes(rows, 1, 2) @ rows / 200))
     solve = lambda w, g: factors_of(w, shape, 2, g)
     one, two = run_once(solve, weight, gram), jax.jit(solve)(weight, gram)
     assert all(isinstance(v, np.ndarray | np.generic) for v in one)

@@ -38,7 +38,7 @@ class Net(nn.Module):
 @functools.cache
 def made(seed=0, **options):
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(4, 6, 6, 3))))
     net = Net(**options)
     variables = jax.jit(net.init)(jax.random.key(seed), x)
 
@@ -47,7 +47,7 @@ def made(seed=0, **options):
         a = rng.normal(size=a.shape)
         if "var" in name or ("bn" in name and "scale" in name):
             a = 0.5 + np.abs(a)
-        return jnp.asarray(a if "kernel" not in name else a / 3, jnp.float32)
+        return jax.device_put(np.float32(a if "kernel" not in name else a / 3))
 
     variables = jax.tree_util.tree_map_with_path(random, variables)
     return net.apply, variables, x

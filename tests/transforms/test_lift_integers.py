@@ -120,8 +120,8 @@ def test_convolutions_are_sums_of_integers(case, seed, symmetric):
 def test_dots_of_two_activations_are_sums_of_integers(seed, flip, batched):
     """Both have zero points; a weight on the left as well as on the right."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(0.5, 1, (2, 5, 6)), jnp.float32)
-    params = {"w": jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)}
+    x = jax.device_put(np.float32(rng.normal(0.5, 1, (2, 5, 6))))
+    params = {"w": jax.device_put(np.float32(rng.normal(size=(6, 6))))}
 
     def apply(params, x):
         y = jnp.einsum("ij,bkj->bki" if flip else "ji,bkj->bki", params["w"], x)
@@ -167,9 +167,12 @@ def test_models_of_the_zoo(name):
     ids=str,
 )
 def test_what_products_do_not_take_is_dequantized(options):
-    x = jnp.asarray(np.random.default_rng(0).normal(0.3, 1, (8, 12)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(0.3, 1, (8, 12))))
     rng = np.random.default_rng(1)
-    params = {"w": jnp.asarray(rng.normal(size=(12, 6)), jnp.float32), "b": jnp.ones(6)}
+    params = {
+        "w": jax.device_put(np.float32(rng.normal(size=(12, 6)))),
+        "b": jnp.ones(6),
+    }
 
     def apply(params, x):
         return jax.nn.relu(x @ params["w"] + params["b"][None])
@@ -199,7 +202,7 @@ def test_sums_that_int32_may_not_hold_are_floats():
 
 def test_what_an_index_does_not_find_is_nan_as_in_float():
     params = {
-        "w": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+        "w": jax.device_put(np.float32(np.random.default_rng(0).normal(size=(5, 3))))
     }
     apply = lambda p, i: p["w"].at[i].get(mode="fill") * 2.0
     index = jnp.array([0, 4, 9])

@@ -37,7 +37,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net():
     model, rng = Net(), np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(24, 6, 6, 3)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(24, 6, 6, 3))))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
 
     def drawn(leaf):
@@ -169,8 +169,8 @@ def chain(seed=0, n=400):
         "a": {"kernel": rng.normal(size=(4, 6)), "bias": rng.normal(size=6)},
         "b": {"kernel": rng.normal(size=(6, 3)), "bias": rng.normal(size=3)},
     }
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    x = jnp.asarray(rng.normal(size=(n, 4)), jnp.float32)
+    params = jax.tree.map(lambda a: jax.device_put(np.float32(a)), params)
+    x = jax.device_put(np.float32(rng.normal(size=(n, 4))))
 
     def apply(p, x):
         h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"][None])

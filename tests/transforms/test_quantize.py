@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 @functools.cache
 def prepared(equalize):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 6, 3)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(4, 6, 6, 3))))
     model = Net()
     params = jax.jit(model.init)(jax.random.key(0), x)
     rng = np.random.default_rng(1)
@@ -205,7 +205,7 @@ def test_an_nnx_tree():
             return self.two(nnx.relu(self.one(x)))
 
     apply, params, _ = jm.functional(Small(nnx.Rngs(0)))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(5, 4))))
     graph = jm.trace(apply, params, x)
     quantizers = jm.calibrate(params, graph, [x], **quiet)
     integers = jm.quantize(params, graph, quantizers)

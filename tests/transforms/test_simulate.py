@@ -220,7 +220,9 @@ def test_editing_switches_off_what_the_glob_means():
     only_head = quantizers.set("*", enabled=False).set("head/kernel", enabled=True)
     w = np.asarray(params["params"]["head"]["kernel"])
     rounded = by_hand.weight_on_grid(w, (3,), 8)
-    edited = replace_leaves(params, {"head/kernel": jnp.asarray(rounded, jnp.float32)})
+    edited = replace_leaves(
+        params, {"head/kernel": jax.device_put(np.float32(rounded))}
+    )
     np.testing.assert_allclose(run(only_head), apply(edited, *inputs), atol=1e-5)
     assert largest(run(quantizers), run(only_head)) > 1e-3
 
@@ -267,9 +269,9 @@ def test_a_derived_weight_has_not_the_quantizer_of_a_parameter_of_the_tree():
     rng = np.random.default_rng(0)
     shapes = {"v": (4, 5), "g": (5,), "u": (6, 5)}
     params = {
-        k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in shapes.items()
+        k: jax.device_put(np.float32(rng.normal(size=n))) for k, n in shapes.items()
     }
-    x = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(8, 4))))
     graph = jm.trace(weight_norm, params, x)
     layers = {n.name: n.weight.name for n in graph.layers}
     assert layers == {"v/product": None, "u/product": None, "v": "v"}

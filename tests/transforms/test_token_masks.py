@@ -127,10 +127,10 @@ def test_what_counts_of_a_transformer_is_what_it_computes_of_each_sequence(ids):
 TOKENS = RNG.normal(size=(*KEEP.shape, 4)).astype(np.float32)
 TOKENS = np.where(KEEP[..., None], TOKENS, 1e3).astype(np.float32)
 WIDE = {
-    "a": jnp.asarray(RNG.normal(size=(4, 6)), jnp.float32),
-    "b": jnp.asarray(RNG.normal(size=(6, 6)), jnp.float32),
-    "c": jnp.asarray(RNG.normal(size=(3, 6, 6)), jnp.float32),
-    "layers": jnp.asarray(RNG.normal(size=(3, 6, 6)) / 3, jnp.float32),
+    "a": jax.device_put(np.float32(RNG.normal(size=(4, 6)))),
+    "b": jax.device_put(np.float32(RNG.normal(size=(6, 6)))),
+    "c": jax.device_put(np.float32(RNG.normal(size=(3, 6, 6)))),
+    "layers": jax.device_put(np.float32(RNG.normal(size=(3, 6, 6)) / 3)),
 }
 
 

@@ -20,7 +20,7 @@ W3 = jm.QuantConfig(weight_bits=BITS, activation_bits=32)
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).normal(size=shape)))
 
 
 def autoencoder(p, x):
