@@ -252,8 +252,8 @@ def test_the_side_of_zero_is_never_given_up(method, symmetric):
     assert high == pytest.approx(6.0, rel=1e-2)  # a fifth of all values lie at six
 
 
-@pytest.mark.one_in(5)
-@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("bits", [2, 16])
 @pytest.mark.parametrize("method", METHODS)
 def test_degenerate_data_has_finite_grids_that_hold_it(method, bits):
     cases = [

@@ -266,15 +266,17 @@ def assert_same(one: Any, two: Any) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-# Every function meets every net once, and every chain on another one.
+# Every function meets two nets, each compressed by another chain; the next one the other two.
 MEETINGS = [
-    pytest.param(case, name, [*CHAINS][(i + j) % len(CHAINS)], id=f"{case.name}-{name}")
+    pytest.param(case, name, chain, id=f"{case.name}-{name}")
     for i, case in enumerate(CASES)
     for j, name in enumerate(NETS)
+    for chain in [[*CHAINS][(i + j // 2) % len(CHAINS)]]
+    if (i + j) % 2 == 0
 ]
 
 
-@pytest.mark.one_in(48)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("case, name, chain", MEETINGS)
 def test_the_float_graph_does_what_a_new_trace_does(case, name, chain):
     if name in case.skip:
