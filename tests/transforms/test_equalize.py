@@ -205,6 +205,11 @@ def model(name: str, frontend: str | None = None) -> tuple[Any, Any, Any, Graph]
     return *zoo.model(name, frontend), zoo.traced(name, frontend)
 
 
+def ran(apply: Any, params: Any, out: Any, inputs: Any) -> tuple[Any, Any]:
+    """The model, and what was made of it."""
+    return jax.jit(apply)(params, *inputs), jax.jit(lift(apply))(out, *inputs)
+
+
 def difference(one: Any, two: Any) -> float:
     """The largest difference of two outputs, relative to the largest entry of the first."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
@@ -224,7 +229,7 @@ def test_scrambled_networks_get_equal_ranges_back(name: str) -> None:
     before = jax.tree.map(np.array, start)
     out, report = equalize(start, graph, **RANGE, with_report=True)
     jax.tree.map(np.testing.assert_array_equal, before, start)
-    assert difference(apply(params, *inputs), lift(apply)(out, *inputs)) < 2e-5
+    assert difference(*ran(apply, params, out, inputs)) < 2e-5
     left = {row["group"] for row in report if row["note"] is not None}
     outputs = {
         r["group"] for r in report if r["note"] == "skipped: an output of the model"
@@ -334,10 +339,9 @@ def test_clips_are_exact_in_float64(name: str) -> None:
         graph = trace(apply, params, *inputs)
         out = equalize(params, graph, **RANGE)
         assert any(is_compressed(leaf) for leaf in named_leaves(out).values())
-        wanted = apply(params, *inputs)
-        assert difference(wanted, lift(apply)(out, *inputs)) < 1e-12
+        assert difference(*ran(apply, params, out, inputs)) < 1e-12
         relu_only = equalize(params, graph, **RANGE, clip="relu")
-        assert difference(wanted, lift(apply)(relu_only, *inputs)) > 1e-3
+        assert difference(*ran(apply, params, relu_only, inputs)) > 1e-3
 
 
 def test_modes_of_clips() -> None:
@@ -446,7 +450,7 @@ def test_half_precision_keeps_its_dtype() -> None:
     assert {a.dtype for a in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), out)
     assert np.abs(gaps("pooling", wide)).max() < 0.02
-    assert difference(apply(params, *inputs), apply(wide, *inputs)) < 0.03
+    assert difference(*(jax.jit(apply)(p, *inputs) for p in (params, wide))) < 0.03
 
 
 def test_scales_are_limited_by_name() -> None:
