@@ -1,5 +1,6 @@
 """Pictures: each draws what its table says, mark by mark in the rendered SVG."""
 
+import functools
 import json
 import math
 import re
@@ -32,9 +33,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def svg_of(chart: Any) -> ET.Element:
-    return ET.fromstring(
-        vl_convert.vegalite_to_svg(chart.to_dict(), version_of_vega_lite("test"))
-    )
+    return rendered(json.dumps(chart.to_dict()))
+
+
+@functools.lru_cache(maxsize=4)
+def rendered(spec: str) -> ET.Element:
+    version = version_of_vega_lite("test")
+    return ET.fromstring(vl_convert.vegalite_to_svg(json.loads(spec), version))
 
 
 def marks(chart: Any) -> int:

@@ -243,14 +243,16 @@ def test_scales_that_are_numbers_are_kept_and_others_searched():
         assert np.any(np.asarray(free.weights[name].scale) != scale)
 
 
-@pytest.mark.parametrize("config", [
-    jm.QuantConfig(4, 32, per_channel=False),
-    jm.QuantConfig(4, 32, block=4),
-    jm.QuantConfig(4, 32, symmetric_weights=False),
-])  # fmt: skip
-@pytest.mark.parametrize("method", METHODS)
+GRIDS = [{"per_channel": False}, {"block": 4}, {"symmetric_weights": False}]
+
+
+@pytest.mark.parametrize(  # the default method on each, each other method on one
+    ("options", "method"),
+    [*((g, METHODS[0]) for g in GRIDS), *zip(GRIDS, METHODS[1:], strict=True)],
+)
 @pytest.mark.slow
-def test_every_kind_of_grid(config, method):
+def test_every_kind_of_grid(options, method):
+    config = jm.QuantConfig(4, 32, **options)
     apply, params, x = mlp()
     _, before = prepared(apply, params, x, config=config)
     new, after, report = run(apply, params, (x,), config=config, method=method)

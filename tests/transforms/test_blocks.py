@@ -134,7 +134,8 @@ def test_rounding_is_better_than_nearest(method):
         PARAMS, graph, q, [X], key=jax.random.key(0), method=method, progress=False
     )
     exact = apply(PARAMS, X)
-    error = lambda p, q: float(jnp.mean((jm.simulate(apply, q)(p, X) - exact) ** 2))
+    simulated = lambda p, q: jax.jit(jm.simulate(apply, q))(p, X)
+    error = lambda p, q: float(jnp.mean((simulated(p, q) - exact) ** 2))
     assert error(new, found) < 0.9 * error(PARAMS, q)
     for name, one in found.weights.items():
         weight = new[name.split("/")[0]]["kernel"]
