@@ -48,12 +48,15 @@ def data(name):
     return x.astype(np.float32)
 
 
+tallied = jax.jit(histogram)  # one program for all values of a shape
+
+
 def ends_of(bits, symmetric, x):
     return grid_ends(bits, signed=symmetric and bool(x.min() < 0))
 
 
 def chosen(x, method, bits, symmetric, tail=1e-3):
-    values = values_of(histogram(jnp.asarray(x)))
+    values = values_of(tallied(x))
     given = [jnp.float32(v) for v in (*ends_of(bits, symmetric, x), tail)]
     low, high = best_range(values, *given, method=method, symmetric=symmetric)
     return float(low), float(high)
@@ -154,7 +157,7 @@ def test_the_numbers_that_aimet_states():
     low, high = chosen(x, "percentile", 8, False, tail=0.0)
     assert (low, high) == (x.min(), x.max())  # 100 is min–max
     low, high = chosen(x, "percentile", 8, False, tail=0.5)
-    width = float(histogram(jnp.asarray(x)).width)
+    width = float(tallied(x).width)
     assert abs(low - np.median(x)) <= width and abs(high - np.median(x)) <= width
 
 
@@ -165,7 +168,7 @@ def test_the_noise_that_is_expected_is_the_noise_that_is(bits, share):
         x = data(name)
         range_ = share * min(x.min(), 0.0), share * x.max()
         scale, zero = on_grid(*range_, ends, False)
-        values = values_of(histogram(jnp.asarray(x)))
+        values = values_of(tallied(x))
         given = [jnp.float32(v) for v in (scale, zero)]
         rounding, clipping = noise(values, *given, tuple(map(jnp.float32, ends)))
         assert float(rounding + clipping) == pytest.approx(
@@ -178,7 +181,7 @@ def test_the_noise_that_is_expected_is_the_noise_that_is(bits, share):
 def test_percentile_is_that_of_the_raw_samples(name, tail):
     x = data(name)
     low, high = chosen(x, "percentile", 8, False, tail)
-    width = float(histogram(jnp.asarray(x)).width)
+    width = float(tallied(x).width)
     expected = np.quantile(x, [tail, 1 - tail], method="inverted_cdf")
     np.testing.assert_allclose((low, high), expected, atol=1.01 * width)
     few = np.sort(x[:500])
@@ -222,7 +225,7 @@ def kl(x, low, high, ends, symmetric, width):
 @pytest.mark.parametrize("name", ["laplace", "relu", "outlier"])
 def test_entropy_is_near_the_least_divergence_of_raw_histograms(name, bits, symmetric):
     x, ends = data(name), ends_of(bits, symmetric, data(name))
-    width = float(histogram(jnp.asarray(x)).width)
+    width = float(tallied(x).width)
     whole = min(x.min(), 0.0), x.max()
     shares = np.linspace(1, 0.02, 50)
     pairs = [(s, s) for s in shares]
@@ -413,7 +416,7 @@ def test_percentiles_of_every_node_over_all_batches(name):
             low, high = np.quantile(v, [0.02, 0.98], method="inverted_cdf")
             ends.append((min(low, 0.0), max(high, 0.0)))
         low, high = np.asarray(ends).T.reshape(2, *np.shape(q.scale))
-        width = [float(histogram(jnp.asarray(v)).width) for v in layers]
+        width = [float(tallied(v).width) for v in layers]
         expected = (high - low) / 255
         within = 2.5 * np.reshape(width, np.shape(q.scale)) / 255
         np.testing.assert_allclose(q.scale, expected, atol=np.max(within))
