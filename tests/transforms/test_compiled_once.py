@@ -155,7 +155,7 @@ CONFIGS = {
 )
 def test_filling_up_changes_nothing(config, damping, monkeypatch):
     """Layers solved at their own sizes, in one part, against those of a few sizes."""
-    given = prepared(2, CONFIGS[config])
+    given = prepared(1, CONFIGS[config])
     monkeypatch.setattr(size_classes, "TOGETHER", 7)  # several parts of outputs
     found = jm.adaround(*given, damping=damping, with_report=True, **QUIET)
     monkeypatch.setattr(size_classes, "parts_of", lambda problem, kind: [problem])
