@@ -97,7 +97,7 @@ def numbers(seed, **shapes):
     }
     other = lambda s: rng.normal(size=s)
     return {
-        k: jnp.asarray(draw.get(k, other)(s), jnp.float32) for k, s in shapes.items()
+        k: jax.device_put(np.float32(draw.get(k, other)(s))) for k, s in shapes.items()
     }
 
 

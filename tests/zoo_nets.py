@@ -45,7 +45,7 @@ def draw(key: jax.Array, name: str, like: Any) -> jax.Array:
     else:  # a weight; equinox puts its outputs first, all others last
         window = shape[1:] if leaf == "weight" else shape[:-1]
         values = rng.normal(0.0, np.sqrt(1.5 / max(1, np.prod(window))), shape)
-    return jnp.asarray(values, like.dtype)
+    return jnp.asarray(np.asarray(values, like.dtype), like.dtype)
 
 
 def parts(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def fill(tree: Any, key: jax.Array) -> Any:
 def normal(*shape: int) -> Inputs:
     def inputs(key: jax.Array) -> tuple[jax.Array, ...]:
         values = generator(key, "input").normal(0.2, 1.0, shape)
-        return (jnp.asarray(values, jnp.float32),)
+        return (jax.device_put(np.float32(values)),)
 
     return inputs
 
@@ -80,7 +80,7 @@ def image(size: int = 8, channels: int = 3, batch: int = 2) -> Inputs:
 def tokens(*shape: int, vocabulary: int) -> Inputs:
     def inputs(key: jax.Array) -> tuple[jax.Array, ...]:
         values = generator(key, "input").integers(0, vocabulary, shape)
-        return (jnp.asarray(values, jnp.int32),)
+        return (jax.device_put(np.int32(values)),)
 
     return inputs
 

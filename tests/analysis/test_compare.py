@@ -23,8 +23,8 @@ def plain(layers=3, size=6):
     rng = np.random.default_rng(1)
     params = {
         f"{i}": {
-            "w": jnp.asarray(rng.normal(size=(size, size)), jnp.float32),
-            "b": jnp.asarray(rng.normal(size=size), jnp.float32),
+            "w": jax.device_put(np.float32(rng.normal(size=(size, size)))),
+            "b": jax.device_put(np.float32(rng.normal(size=size))),
         }
         for i in range(layers)
     }
@@ -35,7 +35,7 @@ def plain(layers=3, size=6):
             x = jnp.tanh(x) if i < layers - 1 else x
         return x
 
-    x = jnp.asarray(rng.normal(size=(64, size)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(64, size))))
     return apply, params, jm.trace(apply, params, x), x
 
 
@@ -75,7 +75,7 @@ def test_noise_shows_where_it_enters_and_not_before():
     assert "most noise enters at 1/tanh" in table.title
     outputs = decibel(
         apply(params, x),
-        np.float64(jm.simulate(apply, coarse)(params, x))
+        np.float64(jax.jit(jm.simulate(apply, coarse))(params, x))
         - np.float64(apply(params, x)),
     )
     assert f"outputs {outputs:.1f} dB" in table.title
@@ -230,12 +230,15 @@ def test_without_grids_there_is_nothing_to_say():
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_reference_is_refused_only_where_channels_are_rescaled(bits, per_channel):
     rng = np.random.default_rng(bits)
-    w = jnp.asarray(
-        rng.normal(size=(40, 24)) * np.exp(rng.normal(size=24)), jnp.float32
+    w = jax.device_put(
+        np.float32(rng.normal(size=(40, 24)) * np.exp(rng.normal(size=24)))
     )
-    v = jnp.asarray(rng.normal(size=(24, 5)), jnp.float32)
+    v = jax.device_put(np.float32(rng.normal(size=(24, 5))))
     apply = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
-    params, x = {"w": w, "v": v}, jnp.asarray(rng.normal(size=(32, 40)), jnp.float32)
+    params, x = (
+        {"w": w, "v": v},
+        jax.device_put(np.float32(rng.normal(size=(32, 40)))),
+    )
     graph = jm.trace(apply, params, x)
     config = jm.QuantConfig(weight_bits=bits, per_channel=per_channel)
     quantizers = jm.calibrate(params, graph, [x], config, progress=False).pin(params)

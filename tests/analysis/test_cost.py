@@ -25,7 +25,7 @@ class Mnist(nn.Module):
 
 def test_multiplications_of_a_published_network():
     model, x = Mnist(), jnp.zeros((1, 28, 28, 1))
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     table = jm.cost(params, jm.trace(model.apply, params, x), x)
     assert table["macs"][:4] == [627_200, 10_035_200, 3_211_264, 10_240]
     weights = [800, 51_200, 3_211_264, 10_240]
@@ -70,7 +70,7 @@ def test_operations_are_those_that_xla_counts(kind):
 
 
 def test_shapes_are_enough_and_factors_count_as_two_layers():
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(20, 30)), jnp.float32)
+    kernel = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(20, 30))))
     params = {"a": {"kernel": kernel}}
 
     def apply(params, x):

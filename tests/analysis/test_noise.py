@@ -49,7 +49,7 @@ def test_it_is_the_jacobian_times_the_error(net):
         tree = {n: dict(params[n], kernel=kernels[n]) for n in "ab"}
         return plain(tree, x[None])[0]
 
-    slopes = jax.vmap(jax.jacobian(with_kernels), (None, 0))(kernels, x)
+    slopes = jax.jit(jax.vmap(jax.jacobian(with_kernels), (None, 0)))(kernels, x)
     for name in "ab":
         error = quantizers.weights[f"{name}/kernel"](kernels[name]) - kernels[name]
         expected = jnp.sum(jnp.sum(slopes[name] * error[None, None], axis=(2, 3)) ** 2)
@@ -69,7 +69,7 @@ def test_it_is_the_jacobian_times_the_error(net):
     shares = powers[:-1] / powers[:-1].sum()
     assert np.array(table["share"])[:-1] == pytest.approx(shares, rel=1e-5)
     exact = plain(params, x)
-    measured = decibel(exact, jm.simulate(plain, quantizers)(params, x))
+    measured = decibel(exact, jax.jit(jm.simulate(plain, quantizers))(params, x))
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=0.8)
 
 
@@ -112,7 +112,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def convolutions():
     model, x = Net(), jax.random.normal(jax.random.key(0), (128, 8, 8, 3))
-    params = model.init(jax.random.key(1), x[:1])
+    params = jax.jit(model.init)(jax.random.key(1), x[:1])
     graph = jm.trace(model.apply, params, x[:1])
     batches = jm.batched(x, batch_size=32)
     return model.apply, params, graph, batches, x
@@ -243,7 +243,9 @@ def test_loops_and_derived_and_shared_grids(case):
     graph = jm.trace(apply, params, x)
     quantizers = jm.calibrate(params, graph, [x], progress=False)
     table = jm.noise(params, graph, quantizers, [x], progress=False)
-    measured = decibel(apply(params, x), jm.simulate(apply, quantizers)(params, x))
+    measured = decibel(
+        apply(params, x), jax.jit(jm.simulate(apply, quantizers))(params, x)
+    )
     # Few weights, whose errors are not many draws.
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=3)
     assert set(table["tensor"]) >= {*quantizers.activations, *quantizers.weights}
@@ -333,7 +335,7 @@ def test_a_model_of_a_whole_batch_is_measured_on_the_batch(net, model):
     config = jm.QuantConfig(activation_bits=32)
     q = jm.calibrate(params, graph, [x], config, progress=False)
     table = jm.noise(params, graph, q, [x], examples=512, progress=False)
-    exact, noisy = model(params, x), jm.simulate(model, q)(params, x)
+    exact, noisy = model(params, x), jax.jit(jm.simulate(model, q))(params, x)
     # The first order, its signs drawn 512 times: 6 / sqrt(512) dB are one deviation.
     measured = decibel(exact, noisy)
     assert table["SQNR (dB)"][-1] == pytest.approx(measured, abs=1.0)

@@ -112,7 +112,7 @@ def small() -> tuple[Any, list[jax.Array]]:
     rng = np.random.default_rng(3)
     shapes = {"a": (6, 8), "b": (8, 5), "bias": (8,)}
     params = {
-        n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()
+        n: jax.device_put(np.float32(rng.normal(size=s))) for n, s in shapes.items()
     }
     mixed = rng.normal(size=(6, 6))  # inputs that depend on each other
     x = (rng.normal(size=(2, 32, 6)) @ mixed).astype(np.float32)
@@ -158,7 +158,7 @@ def test_rounding_false_corrects_biases_only(small: Any, rounded: Any) -> None:
     y = np.asarray(dense(small[0], x), np.float64)
     for new, q in ((params, quantizers), rounded[:2]):
         q = dataclasses.replace(q, activations={}, shared=())
-        z = np.asarray(jm.simulate(dense, q)(new, x), np.float64)
+        z = np.asarray(jax.jit(jm.simulate(dense, q))(new, x), np.float64)
         found.append(np.sum((z - y) ** 2) / np.sum(y**2))
     assert found[1] < 0.5 * found[0]
 

@@ -229,7 +229,7 @@ class Tied(nn.Module):
 @pytest.mark.slow
 def test_layers_that_read_the_same_channels_take_one_ratio():
     model, x = Tied(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
-    params = model.init(jax.random.key(1), x)
+    params = jax.jit(model.init)(jax.random.key(1), x)
     graph, wanted = jm.trace(model.apply, params, x), model.apply(params, x)
 
     def score(apply, params):
@@ -312,7 +312,7 @@ def test_depthwise_convolutions_count_once():
             return nn.Dense(3, name="head")(nn.relu(x).mean((1, 2)))
 
     model, x = Depthwise(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
-    params = model.init(jax.random.key(1), x)
+    params = jax.jit(model.init)(jax.random.key(1), x)
     graph = jm.trace(model.apply, params, x)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     table = jm.score_ratios(

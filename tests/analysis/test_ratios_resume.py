@@ -38,7 +38,7 @@ def score(apply, params):
 
 table = jm.score_ratios(
     params, graph, score, batches=[x], progress=False,
-    ratios=[i / 20 for i in range(1, 20)], checkpoint=folder / "kept",
+    ratios=[i / 10 for i in range(1, 10)], checkpoint=folder / "kept",
 )
 jm.save(folder / "table.npz", table=table)
 """
@@ -60,7 +60,7 @@ def run(folder):
 def test_a_killed_run_loses_no_finished_cell(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(whole).wait(timeout=600) == 0
-    rng, kills = random.Random(0), 3
+    rng, kills = random.Random(0), 2
     for _ in range(kills):
         process, before = run(broken), cells(broken)
         stop = before + rng.randint(3, 12)

@@ -23,7 +23,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net():
     model, x = Net(), jax.random.normal(jax.random.key(0), (8, 6, 6, 3))
-    params = model.init(jax.random.key(1), x)
+    params = jax.jit(model.init)(jax.random.key(1), x)
     graph = jm.trace(model.apply, params, x)
     config = jm.QuantConfig(weight_bits=4, bias="int32")
     quantizers = jm.calibrate(params, graph, [x], config, progress=False)

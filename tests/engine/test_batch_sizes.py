@@ -70,7 +70,7 @@ def test_image_models_have_the_same_nodes_at_all_sizes(blocks, readout):
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.booleans(), st.data(), st.integers(1, 6), st.sampled_from([*READOUTS]))
 def test_many_models_have_the_same_nodes_at_all_sizes(images, data, count, readout):
     blocks = [

@@ -25,7 +25,7 @@ class ClassToken(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_parameter_may_be_concatenated_in_front(batch):
     images = jax.random.normal(jax.random.key(0), (batch, 8, 8, 3))
-    params = ClassToken().init(jax.random.key(1), images)
+    params = jax.jit(ClassToken().init)(jax.random.key(1), images)
     graph = jm.trace(ClassToken().apply, params, images)
     names = ["input", "patch", "patch/concat", "patch/add", "head", "output"]
     assert [n.name for n in graph.nodes] == names
@@ -54,7 +54,9 @@ def test_random_state_in_the_tree_is_left_alone():
     new = jm.equalize(folded, graph, objective="range")
     quantizers = jm.calibrate(new, graph, [images], progress=False)
     assert not np.array_equal(new["conv"]["kernel"][...], params["conv"]["kernel"][...])
-    np.testing.assert_allclose(jm.lift(apply)(new, images), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jm.lift(apply))(new, images), expected, atol=1e-5
+    )
     assert merge(new)(images).shape == (4, 2)
     simulated = jax.jit(jm.simulate(apply, quantizers))(new, images)
     assert 0 < float(jnp.abs(simulated - expected).max()) < 0.05

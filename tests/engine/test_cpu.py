@@ -45,7 +45,7 @@ def conv(
     def drawn(letters, space):
         places = sizes | dict(zip("DHW"[-len(window) :], space, strict=True))
         shape = [places[c] for c in letters]
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return jax.device_put(np.float32(rng.normal(size=shape)))
 
     def apply(p, x):
         return lax.conv_general_dilated(

@@ -10,11 +10,13 @@ from jax import lax
 
 import jaxmet as jm
 from jaxmet.engine.program.program import flatten as program
+from jaxmet.tree import plain_arrays
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
-from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
 from zoo import CASES, model
+
+densify = jax.jit(plain_arrays.densify)  # one program a tree, not one an operation
 
 QUICK = (
     "inverted_residual",
@@ -53,10 +55,10 @@ def prune_at_random(params, rng, share=0.6):
             and jnp.issubdtype(leaf.dtype, jnp.floating)
         )
         if keep:
-            part = leaf
+            part = np.asarray(leaf)
             for axis, _, indices in keep:
-                part = jnp.take(part, np.array(indices), axis=axis)
-            found[name] = Compressed(Pruned(part, keep))
+                part = np.take(part, np.array(indices), axis=axis)
+            found[name] = Compressed(Pruned(jnp.asarray(part), keep))
     return replace_leaves(params, found), found
 
 
@@ -132,7 +134,9 @@ def test_two_convolutions_are_the_one_they_stand_for(kind, method):
         by_hand[y, z, :, outs] = np.asarray(one) @ np.asarray(two)
     np.testing.assert_allclose(dense["conv"]["kernel"], by_hand, atol=1e-5)
     wanted = apply(dense, x)
-    np.testing.assert_allclose(jm.lift(apply)(tree, x), wanted, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.jit(jm.lift(apply))(tree, x), wanted, rtol=1e-4, atol=1e-3
+    )
     graph = jm.trace(apply, tree, x)
     assert [n.name for n in graph.layers] == ["conv/in", "conv/out"]
     kernels = [n.weight.name for n in graph.layers if n.weight is not None]
@@ -180,7 +184,7 @@ def test_a_pruned_factor():
         )
 
     tree = {"conv": {"kernel": Compressed(pruned)}}
-    found = jm.lift(apply)(tree, x)
+    found = jax.jit(jm.lift(apply))(tree, x)
     np.testing.assert_allclose(found, apply(densify(tree), x), atol=1e-3)
     assert np.all(np.asarray(found)[..., [2, 3, 4, 5]] == 0)
 
@@ -221,7 +225,7 @@ def test_nothing_that_was_pruned_is_computed():
     # The gradient is that of what is kept, through the rectifier's own rule.
     loss = lambda tree: jnp.sum(jm.lift(apply)(tree, x) ** 2)
     grads = jax.jit(jax.grad(loss))(tree)
-    full = jax.grad(lambda tree: jnp.sum(apply(tree, x) ** 2))(dense)
+    full = jax.jit(jax.grad(lambda tree: jnp.sum(apply(tree, x) ** 2)))(dense)
     np.testing.assert_allclose(
         grads["a"]["kernel"].weight.part,
         full["a"]["kernel"][..., list(kept)],
@@ -259,7 +263,7 @@ def test_a_pruned_factor_that_the_model_casts():
     x = jax.random.normal(keys[2], (4, 8, 8, 3))
     small = jm.factorize(params, jm.trace(apply, params, x), ratios=0.6)
     small = jm.prune(small, jm.trace(apply, small, x), 0.5)
-    exact, found = apply(densify(small), x), jm.lift(apply)(small, x)
+    exact, found = apply(densify(small), x), jax.jit(jm.lift(apply))(small, x)
     assert found.dtype == jnp.bfloat16
     off = jnp.linalg.norm((exact - found).astype(jnp.float32))
     assert off < 0.01 * jnp.linalg.norm(exact.astype(jnp.float32))

@@ -10,7 +10,7 @@ from flax import nnx
 import jaxmet as jm
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.normal(1.0, 2.0, (7, 3, 6, 6)), jnp.float32)
+X = jax.device_put(np.float32(RNG.normal(1.0, 2.0, (7, 3, 6, 6))))
 MOMENTUM = 0.9
 
 
@@ -101,14 +101,14 @@ def test_its_batch_norms_fold(mode, steps, affine):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_norm_folds_into_a_mapped_convolution_without_bias(groups):
     one = eqx.nn.Conv2d(4, 6, 3, groups=groups, use_bias=False, key=jax.random.key(0))
-    norm = {k: jnp.asarray(RNG.uniform(0.5, 2.0, 6), jnp.float32) for k in "mvsb"}
+    norm = {k: jax.device_put(np.float32(RNG.uniform(0.5, 2.0, 6))) for k in "mvsb"}
 
     def apply(p, x):
         y = jax.vmap(p["conv"])(x)
         p = {k: v[None, :, None, None] for k, v in p["norm"].items()}
         return (y - p["m"]) * jax.lax.rsqrt(p["v"] + 1e-3) * p["s"] + p["b"]
 
-    x = jnp.asarray(RNG.normal(size=(4, 4, 8, 8)), jnp.float32)
+    x = jax.device_put(np.float32(RNG.normal(size=(4, 4, 8, 8))))
     params = {"conv": one, "norm": norm}
     graph = jm.trace(apply, params, x)
     folded, report = jm.fold_batch_norm(params, graph, with_report=True)
@@ -121,7 +121,7 @@ def test_debiased_statistics_are_what_the_data_gave():
     model, state = trained(steps=1)
     channels = np.asarray(jax.vmap(model.stem)(X), np.float64)
     moments = (f((0, 2, 3)) * (1 - MOMENTUM) for f in (channels.mean, channels.var))
-    averages = tuple(jnp.asarray(m, jnp.float32) for m in moments)
+    averages = tuple(jax.device_put(np.float32(m)) for m in moments)
     state = state.set(model.norm.batch_state_index, averages)
     apply, params, _ = jm.functional(model, state)
     graph = jm.trace(apply, params, X)
@@ -180,7 +180,7 @@ def test_a_norm_in_training_is_known_as_such(mutable):
 
 def test_a_module_without_state():
     model = eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(1))
-    x = jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
+    x = jax.device_put(np.float32(RNG.normal(size=(5, 4))))
     apply, params, merge = jm.functional(model)
     np.testing.assert_allclose(apply(params, x), jax.vmap(model)(x), rtol=1e-6)
     assert len(jm.trace(apply, params, x).layers) == 3

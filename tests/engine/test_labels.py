@@ -369,7 +369,7 @@ def check_law(graph, apply, params, inputs):
     def hook(node, run, operands):
         if node.name not in clips:
             return run(*operands), None
-        s = jnp.asarray(clips[node.name], jnp.float32)
+        s = jax.device_put(np.float32(clips[node.name]))
         s = s.reshape((1,) * (operands[0].ndim - 1) + (-1,))
         return run(operands[0] * s) / s, None
 
@@ -472,7 +472,9 @@ def small(body, cin=6):
     """x -> a -> body -> b with 6 channels out of a, and its graph."""
     rng = np.random.default_rng(1)
     shapes = {"a": (3, 3, 3, 6), "b": (1, 1, cin, 4), "x": (2, 8, 8, 3)}
-    p = {k: jnp.asarray(rng.normal(0, 0.5, s), jnp.float32) for k, s in shapes.items()}
+    p = {
+        k: jax.device_put(np.float32(rng.normal(0, 0.5, s))) for k, s in shapes.items()
+    }
     x = p.pop("x")
 
     def apply(p, x):

@@ -154,7 +154,7 @@ def stored_model(form):
 
     rng = np.random.default_rng(3)
     dense = form["layout"] == "dense"
-    f32 = lambda a: jnp.asarray(a, jnp.float32)
+    f32 = lambda a: jax.device_put(np.float32(a))
     norm_leaves = {
         "mean": rng.normal(size=5),
         "var": rng.uniform(0.2, 3.0, 5),
@@ -361,7 +361,7 @@ def test_other_norms_over_data_are_one_node(name):
         return OTHERS[name](p["norm"]["s"], x @ p["one"]["w"]) @ p["two"]["w"]
 
     rng = np.random.default_rng(5)
-    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    f32 = lambda *shape: jax.device_put(np.float32(rng.normal(size=shape)))
     params = {"one": {"w": f32(6, 8)}, "norm": {"s": f32(8)}, "two": {"w": f32(8, 3)}}
     graph = jm.trace(apply, params, f32(4, 5, 6))
     kinds = [n.kind for n in graph.nodes]
@@ -386,7 +386,7 @@ def response(x):
 @pytest.mark.parametrize("name", NO_NORMS)
 def test_what_grows_with_its_input_is_no_norm(name):
     rng = np.random.default_rng(5)
-    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    f32 = lambda *shape: jax.device_put(np.float32(rng.normal(size=shape)))
     apply = lambda p, x: NO_NORMS[name](x @ p["w"])
     graph = jm.trace(apply, {"w": f32(6, 8)}, f32(4, 5, 6))
     assert "norm" not in [n.kind for n in graph.nodes]
@@ -403,7 +403,7 @@ def test_batch_statistics_in_one_gain_and_shift_are_known_as_such():
         return y * inverse[None] + shift[None], (mean, var)
 
     rng = np.random.default_rng(5)
-    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    f32 = lambda *shape: jax.device_put(np.float32(rng.normal(size=shape)))
     params = {"w": f32(6, 8), "norm": {"scale": f32(8), "bias": f32(8)}}
     graph = jm.trace(apply, params, f32(7, 6))
     assert graph["norm"].norm.over == "batch"
@@ -426,7 +426,7 @@ def test_every_norm_is_counted_with_its_reason():
         return norm("alone", jnp.tanh(y), p["alone"]["var"])
 
     rng = np.random.default_rng(5)
-    f32 = lambda *shape: jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
+    f32 = lambda *shape: jax.device_put(np.float32(rng.uniform(0.5, 1.5, shape)))
     leaves = lambda: {k: f32(6) for k in ("mean", "var", "scale")}
     params = {
         "w": f32(6, 6),
@@ -476,7 +476,7 @@ def network(norm):
 
 def network_params():
     rng = np.random.default_rng(7)
-    f32 = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    f32 = lambda *shape: jax.device_put(np.float32(rng.normal(size=shape)))
     norm = lambda n: {
         "mean": f32(n),
         "var": jnp.abs(f32(n)) + 0.3,

@@ -113,14 +113,14 @@ def test_cuts_inside_calls_that_are_inlined(name, front):
     assert pieces[0].nodes[-1] == "block/first" and pieces[1].nodes == (
         "block/first/relu",
     )
-    close(composed(pieces, params, *inputs), apply(params, *inputs))
+    close(composed(pieces, params, *inputs), jax.jit(apply)(params, *inputs))
 
 
 @pytest.mark.parametrize("name", ["scan", "rnn", "cond"])
 def test_loops_and_branches_stay_whole(name):
     apply, params, inputs, graph = model(name)
     pieces = jm.segments(graph, params, *inputs, cuts=["input", "head"])
-    close(composed(pieces, params, *inputs), apply(params, *inputs))
+    close(composed(pieces, params, *inputs), jax.jit(apply)(params, *inputs))
     inside = next(n.name for n in graph.nodes if n.region)
     body = {"rnn": "scan"}.get(name, name)
     message = (
@@ -143,10 +143,10 @@ def test_shapes_are_enough_and_cuts_may_come_in_any_order():
     shapes = jax.eval_shape(lambda: (params, *inputs))
     pieces = jm.segments(graph, *shapes, cuts=["merge", "stem"])
     assert [p.name for p in pieces] == ["stem", "merge", None]
-    close(composed(pieces, params, *inputs), apply(params, *inputs))
+    close(composed(pieces, params, *inputs), jax.jit(apply)(params, *inputs))
     whole = jm.segments(graph, *shapes, cuts=[])
     assert len(whole) == 1
-    close(composed(whole, params, *inputs), apply(params, *inputs))
+    close(composed(whole, params, *inputs), jax.jit(apply)(params, *inputs))
 
 
 def test_a_hook_sees_every_node_and_changes_it():
@@ -160,7 +160,7 @@ def test_a_hook_sees_every_node_and_changes_it():
 
     pieces = jm.segments(graph, params, *inputs, cuts=["head"], hook=hook)
     found = composed(pieces, params, *inputs)
-    close(found, 2.0 * apply(params, *inputs))
+    close(found, 2.0 * jax.jit(apply)(params, *inputs))
     assert {*seen} == {n.name for n in graph.nodes}
 
 
@@ -182,7 +182,7 @@ def test_float_and_quantized_copies_in_lock_step():
     scale = quantizers.activations["merge"].scale
     difference = np.abs(found - expected)
     assert np.mean(difference > 1e-5) < 0.05 and np.max(difference) < 1.5 * scale
-    assert np.max(np.abs(found - apply(params, *inputs))) > 1e-3
+    assert np.max(np.abs(found - jax.jit(apply)(params, *inputs))) > 1e-3
 
 
 def test_bounds_of_compressed_leaves_hold_in_pieces():
@@ -193,7 +193,7 @@ def test_bounds_of_compressed_leaves_hold_in_pieces():
     pieces = jm.segments(graph, tree, *inputs, cuts=["depthwise_bn", "project"])
     found = composed(pieces, tree, *inputs)
     close(found, jax.jit(jm.lift(apply))(tree, *inputs))
-    assert np.max(np.abs(found - apply(params, *inputs))) > 0.05
+    assert np.max(np.abs(found - jax.jit(apply)(params, *inputs))) > 0.05
 
 
 def test_random_numbers_and_updated_statistics():

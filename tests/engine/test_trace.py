@@ -175,7 +175,7 @@ def test_features_are_where_the_outputs_of_the_weight_are(name):
     """Moving one index of an output axis moves that feature alone; in_features too."""
     use, shape, x_shape, _, _ = VIEWS[name]
     rng = np.random.default_rng(0)
-    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, x_shape))
+    w, x = (jax.device_put(np.float32(rng.normal(size=s))) for s in (shape, x_shape))
 
     seen = {}
 

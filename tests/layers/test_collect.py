@@ -11,7 +11,7 @@ from jaxmet.tree.batches import as_batches
 
 RNG = np.random.default_rng(0)
 KERNELS = {"first": RNG.normal(size=(4, 6)), "second": RNG.normal(size=(6, 3))}
-PARAMS = {n: {"kernel": jnp.asarray(w, jnp.float32)} for n, w in KERNELS.items()}
+PARAMS = {n: {"kernel": jax.device_put(np.float32(w))} for n, w in KERNELS.items()}
 ROWS = np.asarray(RNG.normal(size=(35, 4)), np.float32)
 
 

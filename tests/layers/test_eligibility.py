@@ -63,7 +63,7 @@ def shared_norm(p, x):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    draw = lambda *shape: jax.device_put(np.float32(rng.normal(size=shape)))
     norm = {"scale": draw(6), "bias": draw(6), "mean": draw(6)}
     square = {"one": draw(6, 6), "two": draw(6, 6), "v": draw(6, 6), "s": draw(2, 6, 6)}
     return square | {

@@ -31,7 +31,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net():
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    params = Net().init(jax.random.key(0), x)
+    params = jax.jit(Net().init)(jax.random.key(0), x)
     return params, jm.trace(Net().apply, params, x[:1]), x
 
 

@@ -16,7 +16,7 @@ from zoo import CASES
 
 def seen(apply, params, *inputs, most=None):
     """By product: rows, matrix and what the equations themselves make of them."""
-    found = {}
+    nodes, seed = {}, seed_of(jax.random.key(0))
 
     def hook(node, run, operands):
         if node.kind == "product" and not node.region:
@@ -25,12 +25,13 @@ def seen(apply, params, *inputs, most=None):
                 jnp.zeros_like(v) if i not in (0, node.weight.operand) else v
                 for i, v in enumerate(operands)
             ]
-            rows = rows_of(node, x, w.shape, most=most, seed=seed_of(jax.random.key(0)))
-            found[node.name] = node, rows, matrix_of(node, w), run(*rest), rest
+            rows = rows_of(node, x, w.shape, most=most, seed=seed)
+            nodes[node.name] = node
+            return run(*operands), (rows, matrix_of(node, w), run(*rest))
         return run(*operands), None
 
-    evaluate(apply, hook)(params, *inputs)
-    return found
+    _, found = jax.jit(evaluate(apply, hook))(params, *inputs)
+    return {name: (node, *found[name]) for name, node in nodes.items()}
 
 
 def sums(node, rows, matrix, y):
@@ -49,7 +50,7 @@ def sums(node, rows, matrix, y):
 @pytest.mark.slow
 def test_every_product_of_the_zoo_is_one_of_matrices(name):
     apply, params, inputs = next(iter(CASES[name].make.values()))(jax.random.key(1))
-    for node, rows, matrix, y, _ in seen(apply, params, *inputs).values():
+    for node, rows, matrix, y in seen(apply, params, *inputs).values():
         assert why_no_matrix(node) is None
         pair = sums(node, rows, matrix, y)
         if pair is None:
@@ -69,8 +70,8 @@ def test_every_product_of_the_zoo_is_one_of_matrices(name):
 @pytest.mark.parametrize("spread", [1, 2])
 def test_windows_of_every_kind(groups, stride, padding, dilation, spread):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 7, 6, 4)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 2, 4 // groups, 8)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(2, 7, 6, 4))))
+    w = jax.device_put(np.float32(rng.normal(size=(3, 2, 4 // groups, 8))))
 
     def apply(p, x):
         return lax.conv_general_dilated(
@@ -79,7 +80,7 @@ def test_windows_of_every_kind(groups, stride, padding, dilation, spread):
         )  # fmt: skip
 
     y = apply({"w": w}, x)
-    ((node, rows, matrix, _, _),) = seen(apply, {"w": w}, x).values()
+    ((node, rows, matrix, _),) = seen(apply, {"w": w}, x).values()
     z = np.einsum("gri,gio->rgo", rows, matrix).reshape(y.shape)
     np.testing.assert_allclose(z, y, atol=1e-5)
 
@@ -87,16 +88,16 @@ def test_windows_of_every_kind(groups, stride, padding, dilation, spread):
 def test_rows_that_are_drawn_are_some_of_all():
     """Different positions, the same for all examples, each whole."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(2, 6, 6, 3))))
+    w = jax.device_put(np.float32(rng.normal(size=(3, 3, 3, 4))))
 
     def conv(p, x):
         return lax.conv_general_dilated(
             x, p["w"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    ((_, every, _, _, _),) = seen(conv, {"w": w}, x).values()
-    ((_, some, _, _, _),) = seen(conv, {"w": w}, x, most=11).values()
+    ((_, every, _, _),) = seen(conv, {"w": w}, x).values()
+    ((_, some, _, _),) = seen(conv, {"w": w}, x, most=11).values()
     assert some.shape == (1, 10, 27) and every.shape == (1, 36, 27)
     place = [
         np.flatnonzero((np.asarray(every[0]) == r).all(1)) for r in np.asarray(some[0])
@@ -105,8 +106,8 @@ def test_rows_that_are_drawn_are_some_of_all():
     place = np.concatenate(place)
     assert len(set(place)) == 10 and np.array_equal(place[5:], place[:5] + 18)
     dense = seen(lambda p, x: x @ p["w"], {"w": w[0, 0]}, x[:, 0])
-    ((_, every, _, _, _),) = dense.values()
-    ((_, some, _, _, _),) = seen(
+    ((_, every, _, _),) = dense.values()
+    ((_, some, _, _),) = seen(
         lambda p, x: x @ p["w"], {"w": w[0, 0]}, x[:, 0], most=4
     ).values()
     assert {tuple(r) for r in np.asarray(some[0])} < {
@@ -114,7 +115,7 @@ def test_rows_that_are_drawn_are_some_of_all():
     }
     assert len({tuple(r) for r in np.asarray(some[0])}) == 4
     # examples along another axis than the first: as many rows
-    ((_, turned, _, _, _),) = seen(
+    ((_, turned, _, _),) = seen(
         lambda p, x: p["w"].T @ x, {"w": w[0, 0]}, x[:, 0].reshape(-1, 3).T, most=4
     ).values()
     np.testing.assert_array_equal(turned, some)
@@ -122,8 +123,8 @@ def test_rows_that_are_drawn_are_some_of_all():
 
 def test_padding_holds_the_offset():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(1, 5, 5, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(1, 5, 5, 3))))
+    w = jax.device_put(np.float32(rng.normal(size=(3, 3, 3, 4))))
     offset = jnp.asarray([1.0, -2.0, 3.0])
 
     def conv(p, x):
@@ -131,7 +132,7 @@ def test_padding_holds_the_offset():
             x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    ((node, _, matrix, _, _),) = seen(conv, {"w": w}, x).values()
+    ((node, _, matrix, _),) = seen(conv, {"w": w}, x).values()
     rows = rows_of(node, x, w.shape, offset=offset)
     wide = jnp.broadcast_to(offset, (1, 7, 7, 3)).at[:, 1:-1, 1:-1].set(x)
     y = lax.conv_general_dilated(

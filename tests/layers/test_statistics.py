@@ -48,7 +48,10 @@ KNOWN = {name: pair for name, pair in SMOOTH.items() if pair[1] is not None}
 
 
 def moments(mean, variance):
-    return normal(jnp.asarray(mean, jnp.float32), jnp.asarray(variance, jnp.float32))
+    return normal(
+        jax.device_put(np.float32(mean)),
+        jax.device_put(np.float32(variance)),
+    )
 
 
 def close(got, want, rtol=0.0, atol=0.0):
@@ -218,7 +221,7 @@ def drawn(params, batch):
     """What the norm's statistics say, drawn."""
     mean, var = (np.asarray(params["norm"][k], np.float64) for k in ("mean", "var"))
     x = np.random.default_rng(3).normal(mean, np.sqrt(var), (batch, 4, 4, CHANNELS))
-    return jnp.asarray(x, jnp.float32)
+    return jax.device_put(np.float32(x))
 
 
 def observed(apply, params, x):
@@ -400,9 +403,9 @@ def test_unknown_inputs_are_implied_by_what_they_make():
             return nn.Conv(4, (1, 1), name="head")(x)
 
     true = np.array([0.3, -0.5, 2.0])
-    x = jax.random.normal(KEY, (64, 9, 9, 3)) + jnp.asarray(true, jnp.float32).reshape(
-        ROW
-    )
+    x = jax.random.normal(KEY, (64, 9, 9, 3)) + jax.device_put(
+        np.float32(true)
+    ).reshape(ROW)
     params = fill(jax.eval_shape(Net().init, KEY, x), KEY)
     graph = jm.trace(Net().apply, params, x)
     params = jm.reestimate_batch_norm(params, graph, [x], progress=False)

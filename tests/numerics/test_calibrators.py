@@ -48,12 +48,15 @@ def data(name):
     return x.astype(np.float32)
 
 
+tallied = jax.jit(histogram)  # one program for all values of a shape
+
+
 def ends_of(bits, symmetric, x):
     return grid_ends(bits, signed=symmetric and bool(x.min() < 0))
 
 
 def chosen(x, method, bits, symmetric, tail=1e-3):
-    values = values_of(histogram(jnp.asarray(x)))
+    values = values_of(tallied(x))
     given = [jnp.float32(v) for v in (*ends_of(bits, symmetric, x), tail)]
     low, high = best_range(values, *given, method=method, symmetric=symmetric)
     return float(low), float(high)
@@ -154,7 +157,7 @@ def test_the_numbers_that_aimet_states():
     low, high = chosen(x, "percentile", 8, False, tail=0.0)
     assert (low, high) == (x.min(), x.max())  # 100 is min–max
     low, high = chosen(x, "percentile", 8, False, tail=0.5)
-    width = float(histogram(jnp.asarray(x)).width)
+    width = float(tallied(x).width)
     assert abs(low - np.median(x)) <= width and abs(high - np.median(x)) <= width
 
 
@@ -165,7 +168,7 @@ def test_the_noise_that_is_expected_is_the_noise_that_is(bits, share):
         x = data(name)
         range_ = share * min(x.min(), 0.0), share * x.max()
         scale, zero = on_grid(*range_, ends, False)
-        values = values_of(histogram(jnp.asarray(x)))
+        values = values_of(tallied(x))
         given = [jnp.float32(v) for v in (scale, zero)]
         rounding, clipping = noise(values, *given, tuple(map(jnp.float32, ends)))
         assert float(rounding + clipping) == pytest.approx(
@@ -178,7 +181,7 @@ def test_the_noise_that_is_expected_is_the_noise_that_is(bits, share):
 def test_percentile_is_that_of_the_raw_samples(name, tail):
     x = data(name)
     low, high = chosen(x, "percentile", 8, False, tail)
-    width = float(histogram(jnp.asarray(x)).width)
+    width = float(tallied(x).width)
     expected = np.quantile(x, [tail, 1 - tail], method="inverted_cdf")
     np.testing.assert_allclose((low, high), expected, atol=1.01 * width)
     few = np.sort(x[:500])
@@ -222,7 +225,7 @@ def kl(x, low, high, ends, symmetric, width):
 @pytest.mark.parametrize("name", ["laplace", "relu", "outlier"])
 def test_entropy_is_near_the_least_divergence_of_raw_histograms(name, bits, symmetric):
     x, ends = data(name), ends_of(bits, symmetric, data(name))
-    width = float(histogram(jnp.asarray(x)).width)
+    width = float(tallied(x).width)
     whole = min(x.min(), 0.0), x.max()
     shares = np.linspace(1, 0.02, 50)
     pairs = [(s, s) for s in shares]
@@ -252,8 +255,8 @@ def test_the_side_of_zero_is_never_given_up(method, symmetric):
     assert high == pytest.approx(6.0, rel=1e-2)  # a fifth of all values lie at six
 
 
-@pytest.mark.one_in(5)
-@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("bits", [2, 16])
 @pytest.mark.parametrize("method", METHODS)
 def test_degenerate_data_has_finite_grids_that_hold_it(method, bits):
     cases = [
@@ -330,7 +333,7 @@ def test_channels_and_blocks_are_searched_one_by_one(method):
 @pytest.mark.slow
 def test_weight_scales_follow_the_weight_under_every_transformation():
     apply, params, graph = model("conv_bn_relu")
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(2, 8, 8, 3))))
     config = jm.QuantConfig(weight_range="mse", weight_bits=3)
     quantizers = jm.calibrate(params, graph, [x], config, progress=False)
     q = quantizers.weights["head/kernel"]
@@ -343,7 +346,7 @@ def test_weight_scales_follow_the_weight_under_every_transformation():
     np.testing.assert_allclose(
         rounded, 2 * q(params["params"]["head"]["kernel"]), rtol=1e-6
     )
-    slope = jax.grad(lambda p: jnp.sum(run(p)))(params)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(run(p))))(params)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(slope))
     w = params["params"]["head"]["kernel"]
     best, rough = (
@@ -385,7 +388,7 @@ SHAPES = {"conv_bn_relu": (8, 8, 3), "concatenation": (8, 8, 3), "scan": (6,)}
 def rows(name, number):
     rng = np.random.default_rng(6)
     grow = np.linspace(0.3, 2.0, number).reshape(-1, *(1 for _ in SHAPES[name]))
-    return jnp.asarray(grow * rng.laplace(size=(number, *SHAPES[name])), jnp.float32)
+    return jax.device_put(np.float32(grow * rng.laplace(size=(number, *SHAPES[name]))))
 
 
 def calibrated(name, batches, method, **options):
@@ -413,7 +416,7 @@ def test_percentiles_of_every_node_over_all_batches(name):
             low, high = np.quantile(v, [0.02, 0.98], method="inverted_cdf")
             ends.append((min(low, 0.0), max(high, 0.0)))
         low, high = np.asarray(ends).T.reshape(2, *np.shape(q.scale))
-        width = [float(histogram(jnp.asarray(v)).width) for v in layers]
+        width = [float(tallied(v).width) for v in layers]
         expected = (high - low) / 255
         within = 2.5 * np.reshape(width, np.shape(q.scale)) / 255
         np.testing.assert_allclose(q.scale, expected, atol=np.max(within))
@@ -487,7 +490,7 @@ def test_a_branch_never_taken_and_one_taken_sometimes():
 
 
 def test_samples_are_a_choice():
-    x = jnp.asarray(np.random.default_rng(8).normal(size=(4, 64, 64, 3)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(8).normal(size=(4, 64, 64, 3))))
     x = x.at[1, 2, 3, 0].set(50.0)
 
     def apply(params, x):
@@ -581,10 +584,10 @@ def scale_between(low, high, bits, symmetric):
 
 RNG = np.random.default_rng(11)
 NET = {
-    "w": jnp.asarray(RNG.standard_t(3, size=(12, 5)), jnp.float32),
-    "v": jnp.asarray(RNG.normal(size=(5, 7)), jnp.float32),
+    "w": jax.device_put(np.float32(RNG.standard_t(3, size=(12, 5)))),
+    "v": jax.device_put(np.float32(RNG.normal(size=(5, 7)))),
 }
-BATCH = jnp.asarray(RNG.normal(size=(200, 12)) + 0.3, jnp.float32)
+BATCH = jax.device_put(np.float32(RNG.normal(size=(200, 12)) + 0.3))
 
 
 def net(params, x):
@@ -619,7 +622,7 @@ def test_weights_follow_a_calibrator_of_the_users_own(symmetric, per_channel):
     exact = net(jm.round_weights(NET, q.pin(NET)), BATCH)
     device = jax.jit(jm.simulate(net, q))
     np.testing.assert_allclose(device(NET, BATCH), exact, rtol=1e-5, atol=1e-4)
-    jax.grad(lambda p: jnp.sum(jm.simulate(net, q)(p, BATCH)))(NET)
+    jax.jit(jax.grad(lambda p: jnp.sum(jm.simulate(net, q)(p, BATCH))))(NET)
 
 
 def test_activations_have_the_range_of_a_calibrator_of_the_users_own():
@@ -696,7 +699,7 @@ def test_a_file_holds_no_function(tmp_path):
     pinned = q.pin(NET)
     jm.save(path, quantizers=pinned)
     found = jm.load(path).quantizers
-    one, two = (jm.simulate(net, z)(NET, BATCH) for z in (pinned, found))
+    one, two = (jax.jit(jm.simulate(net, z))(NET, BATCH) for z in (pinned, found))
     np.testing.assert_array_equal(one, two)
 
 

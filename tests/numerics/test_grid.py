@@ -118,9 +118,9 @@ def test_powers_of_two_scale_through(x, scale, exponent):
 
 def case(seed=0, shape=(2, 6, 4)):
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    scale = jnp.asarray(rng.uniform(0.05, 0.3, (1, 1, 4)), jnp.float32)
-    return x, scale, jnp.asarray([[[0.0, 3, 5, 8]]], jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=shape)))
+    scale = jax.device_put(np.float32(rng.uniform(0.05, 0.3, (1, 1, 4))))
+    return x, scale, jax.device_put(np.float32([[[0.0, 3, 5, 8]]]))
 
 
 def per_channel(x, scale, zero_point):
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_the_surrogate():
     weights = np.random.default_rng(2).normal(size=x0.shape)
 
     def loss(*args):
-        return (jnp.asarray(weights, jnp.float32) * per_channel(*args) ** 2).sum()
+        return (jax.device_put(np.float32(weights)) * per_channel(*args) ** 2).sum()
 
     def oracle(*args):
         return (weights * surrogate(*args, at) ** 2).sum()
@@ -227,7 +227,7 @@ def loss(x, scale, zero_point):
 
 @pytest.mark.parametrize("batched", [(0, None, None), (None, 0, 0), (0, 0, None)])
 def test_vmapped_gradients_are_a_loop(batched):
-    x = jnp.asarray([[-0.3, 0.17], [0.42, 3.1], [0.9, -2.0]], jnp.float32)
+    x = jax.device_put(np.float32([[-0.3, 0.17], [0.42, 3.1], [0.9, -2.0]]))
     s, z = jnp.asarray([0.1, 0.2, 0.3]), jnp.asarray([0.0, 1.0, 2.0])
 
     def loss(x, s, z):

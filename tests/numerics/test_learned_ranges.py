@@ -107,7 +107,7 @@ def test_range_learning_is_that_of_aimet():
 def test_nothing_trains_where_learn_is_none():
     for symmetric in (True, False):
         q = quantizer(symmetric, None)
-        gradient = jax.grad(lambda q: jnp.sum(q(jnp.asarray(X, jnp.float32))))(q)
+        gradient = jax.grad(lambda q: jnp.sum(q(jax.device_put(np.float32(X)))))(q)
         assert jax.tree.leaves(gradient)
         assert all(not np.any(g) for g in jax.tree.leaves(gradient))
 
@@ -119,7 +119,7 @@ HOSTILE = (-1.0, 0.0, 1e-30, -1e-30, 1e30, -1e30, np.inf, -np.inf, 7.5)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_any_numbers_in_the_leaves_are_a_valid_grid(symmetric, learn):
     q = quantizer(symmetric, learn)
-    x = jnp.asarray(X, jnp.float32)
+    x = jax.device_put(np.float32(X))
     leaves, tree = jax.tree.flatten(q)
     low, high = q.ends
 
@@ -141,7 +141,7 @@ def test_any_numbers_in_the_leaves_are_a_valid_grid(symmetric, learn):
 
 def test_a_collapsed_scale_grows_back():
     """Gradient descent from a scale of nearly zero, of either sign, finds a grid again."""
-    x = jnp.asarray(X, jnp.float32)
+    x = jax.device_put(np.float32(X))
     for start in (1e-12, -1e-12):
         q = Quantizer(jnp.float32(start), bits=BITS)
         loss = jax.jit(jax.value_and_grad(lambda q: jnp.mean((q(x) - x) ** 2)))
@@ -186,7 +186,7 @@ def test_bad_forms_are_refused():
 def test_switches_and_widths_are_data():
     q = quantizer(True, "lsq"), quantizer(False, "lsq")
     quantizers = jm.Quantizers({"w": q[0]}, {"a": q[1]})
-    x = jnp.asarray(X, jnp.float32)
+    x = jax.device_put(np.float32(X))
     count = []
 
     @jax.jit

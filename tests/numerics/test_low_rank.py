@@ -27,7 +27,7 @@ low_rank, masked, refit, spectrum = map(
 
 
 def narrow(x):
-    return jnp.asarray(x, jnp.float32)
+    return jax.device_put(np.float32(x))
 
 
 def wide(x):

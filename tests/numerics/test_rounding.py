@@ -55,7 +55,7 @@ def mean_product(a, b):
 
 
 def narrow(x):
-    return None if x is None else jnp.asarray(x, jnp.float32)
+    return None if x is None else jax.device_put(np.float32(x))
 
 
 def wide(x):
@@ -241,7 +241,7 @@ def by_force(target, gram, grid):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("ins", [2, 4, 6])
+@pytest.mark.parametrize("ins", [2, 6])
 def test_descent_beside_all_there_is(start, symmetric, ins):
     weight, x = layer(ins, groups=4, rows=60, ins=ins, outs=24)
     gram = mean_product(x, x)
@@ -510,7 +510,7 @@ def test_search_in_parts_is_the_search_at_once(monkeypatch):
     )
     once = search()
     monkeypatch.setattr("jaxmet.numerics.rounding.search.AT_ONCE", 2 * weight.size)
-    jax.clear_caches()
+    search_scales.clear_cache()  # it is read while tracing
     assert np.array_equal(search().best, once.best)
 
 

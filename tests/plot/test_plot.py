@@ -1,5 +1,6 @@
 """Pictures: each draws what its table says, mark by mark in the rendered SVG."""
 
+import functools
 import json
 import math
 import re
@@ -32,9 +33,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def svg_of(chart: Any) -> ET.Element:
-    return ET.fromstring(
-        vl_convert.vegalite_to_svg(chart.to_dict(), version_of_vega_lite("test"))
-    )
+    return rendered(json.dumps(chart.to_dict()))
+
+
+@functools.lru_cache(maxsize=4)
+def rendered(spec: str) -> ET.Element:
+    version = version_of_vega_lite("test")
+    return ET.fromstring(vl_convert.vegalite_to_svg(json.loads(spec), version))
 
 
 def marks(chart: Any) -> int:
@@ -305,7 +310,7 @@ def network(names: list[str]) -> tuple[Any, jm.Graph]:
     """Layers of 6 channels in a row, with these names."""
     rng = np.random.default_rng(1)
     params = {
-        n: {"w": jnp.asarray(rng.normal(size=(6, 6)) * (1 + i), jnp.float32)}
+        n: {"w": jax.device_put(np.float32(rng.normal(size=(6, 6)) * (1 + i)))}
         for i, n in enumerate(names)
     }
 
@@ -351,7 +356,7 @@ def test_ranges_before_and_after(strange: tuple[Any, jm.Graph]) -> None:
 
 
 def test_neighbours_share_a_bar_where_channels_are_many() -> None:
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1000)), jnp.float32)
+    weight = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(3, 1000))))
     graph = jm.trace(lambda p, x: x @ p["w"], {"w": weight}, jnp.ones((1, 3)))
     rows = values_of(jm.plot.weight_ranges({"w": weight}, graph))
     assert len(rows) <= 72
@@ -380,7 +385,7 @@ def test_compressed_leaves_are_drawn_as_what_they_stand_for(
 
 def test_pruned_channels_have_no_range(strange: tuple[Any, jm.Graph]) -> None:
     params, graph = strange
-    rows = [jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)]
+    rows = [jax.device_put(np.float32(np.random.default_rng(0).normal(size=(16, 6))))]
     small = jm.prune(params, graph, {"größe": 0.5}, batches=rows, progress=False)
     table = relative_table(small, graph)
     lost = dict(zip(table["layer"], table["without range"], strict=True))
@@ -395,7 +400,7 @@ def test_pruned_channels_have_no_range(strange: tuple[Any, jm.Graph]) -> None:
 def test_a_million_channels_are_quick() -> None:
     layers, channels = 100, 10_000
     rng = np.random.default_rng(0)
-    weight = jnp.asarray(rng.normal(size=(4, channels)), jnp.float32)
+    weight = jax.device_put(np.float32(rng.normal(size=(4, channels))))
     params = {f"layer{i}": {"w": weight} for i in range(layers)}
 
     def apply(params: Any, x: jax.Array) -> list[jax.Array]:
@@ -475,7 +480,7 @@ def test_one_value_far_out_is_seen() -> None:
 def test_histograms_count_every_value_and_draw_the_grid() -> None:
     params, graph = network(["a.b[0]", "two"])
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+    images = jax.device_put(np.float32(rng.normal(size=(8, 6))))
     batches = [images[:4], images[4:]]
     config = jm.QuantConfig(4, 4, per_channel=False)
     quantizers = jm.calibrate(params, graph, batches, config, progress=False)

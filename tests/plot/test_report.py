@@ -46,7 +46,7 @@ class Model(NamedTuple):
 def model() -> Model:
     rng = np.random.default_rng(1)
     params = {
-        n: {"w": jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)} for n in NAMES
+        n: {"w": jax.device_put(np.float32(rng.normal(size=(6, 6))))} for n in NAMES
     }
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def model() -> Model:
             x = jax.nn.relu(x @ params[name]["w"])
         return x
 
-    batch = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    batch = jax.device_put(np.float32(rng.normal(size=(4, 6))))
     graph = jm.trace(apply, params, batch)
     quantizers = jm.calibrate(params, graph, [batch], progress=False)
     return Model(params, graph, quantizers, batch)
@@ -230,7 +230,7 @@ def test_only_what_was_given_is_there(model: Model, tmp_path: Path) -> None:
 
 def test_a_network_of_fifty_layers_is_small(tmp_path: Path) -> None:
     names = [f"block{i}/conv" for i in range(51)]
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
+    weight = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(8, 8))))
     params = dict.fromkeys(names, weight)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ def apply(params, x, *, scale=1.0):
 
 def tree(seed):
     rng = np.random.default_rng(seed)
-    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    draw = lambda *n: jax.device_put(np.float32(rng.normal(size=n)))
     sizes = zip((5, *SIZES), SIZES, strict=False)
     return {
         str(i): {"kernel": draw(*n), "bias": draw(n[1])} for i, n in enumerate(sizes)
@@ -200,7 +200,7 @@ def family(depth):
         return x
 
     rng = np.random.default_rng(depth)
-    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    draw = lambda *n: jax.device_put(np.float32(rng.normal(size=n)))
     pairs = zip((5, *sizes), sizes, strict=False)
     return model, {
         str(i): {"kernel": draw(*n), "bias": draw(n[1])} for i, n in enumerate(pairs)

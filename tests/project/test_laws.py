@@ -291,22 +291,22 @@ def wrong_tree_raises(transform, model, frontend):
         transform.run({"params": {"other": jnp.ones(3)}}, graph, [inputs])
 
 
-# Networks of each transform; the others run with the slow tests, in linen: that nnx gives
-# the same is a law of its own.
-EVERY_DAY = {"linen": 2, "nnx": 1}
+# Networks of each transform in both front-ends; the others run with the slow tests, in linen:
+# that nnx gives the same is a law of its own.
+EVERY_DAY = 1
 
 CELLS = [
     pytest.param(
         *(t, m, f, name),
         id=f"{t.name}-{m}-{f}-{name}".replace(" ", "_"),
-        marks=[pytest.mark.slow] * (i >= EVERY_DAY[f]),
+        marks=[pytest.mark.slow] * (i >= EVERY_DAY),
     )
     for t in TRANSFORMS
     for i, m in enumerate(t.acts_on)
     for f in FRONTENDS
     for name in LAWS
     if name not in t.excused
-    if f == "linen" or (i < EVERY_DAY["linen"] and name != "linen equals nnx")
+    if f == "linen" or (i < EVERY_DAY and name != "linen equals nnx")
 ]
 
 

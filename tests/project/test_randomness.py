@@ -186,7 +186,7 @@ def test_later_batches_show_other_positions(form):
     size, rank = 16, 6
     image = np.eye(size, dtype=np.float32).reshape(1, 4, 4, size)
     weight = np.random.default_rng(0).normal(size=(1, 1, size, size))
-    params = {"k": jnp.asarray(weight, jnp.float32)}
+    params = {"k": jax.device_put(np.float32(weight))}
     graph = jm.trace(lambda p, x: convolved(x, p["k"]), params, image)
 
     def kept(number: int) -> int:

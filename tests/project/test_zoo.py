@@ -30,7 +30,6 @@ def outputs(name, front):
     return arrays(jax.jit(apply)(params, *inputs))
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "front"), RUNS)
 def test_runs_under_jit(name, front):
     _, params, inputs = model(name, front)
@@ -43,7 +42,7 @@ def test_runs_under_jit(name, front):
             assert np.max(np.std(leaf, axis=0)) > 1e-3
     for leaf in jax.tree.leaves(params):
         assert isinstance(leaf, jax.Array)
-        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.all(leaf != 0)
+        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or np.asarray(leaf).all()
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -1,6 +1,7 @@
 """Adaptive rounding on whole models: oracles in float64, bad input, interruptions."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -34,6 +35,7 @@ def spec(q):
     return {n: np.asarray(w.scale) for n, w in q.weights.items() if w.scale is not None}
 
 
+@functools.cache
 def mlp(seed=0, sizes=(12, 16, 8), act=jax.nn.relu, rows=256):
     """Two dense layers on inputs that hang together, so that rounding has what to win."""
     rng = np.random.default_rng(seed)
@@ -68,7 +70,7 @@ def run(apply, params, inputs, *, config=W3, method="coordinate", **more):
 
 
 def error(apply, params, quantizers, inputs, exact):
-    y = jm.simulate(apply, quantizers)(params, *inputs)
+    y = jax.jit(jm.simulate(apply, quantizers))(params, *inputs)
     pairs = zip(jax.tree.leaves(y), jax.tree.leaves(exact), strict=True)
     return sum(float(jnp.sum(jnp.square(a - b))) for a, b in pairs)
 
@@ -82,6 +84,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def model(name):
     if MODELS[name] is not None:
         apply, params, x = MODELS[name]()
@@ -106,7 +109,7 @@ def test_it_beats_nearest_rounding_and_stays_on_the_grid(name, method):
     apply, params, inputs = model(name)
     graph, before = prepared(apply, params, *inputs)
     new, after, report = run(apply, params, inputs, method=method)
-    exact = apply(params, *inputs)
+    exact = jax.jit(apply)(params, *inputs)
     gained = error(apply, new, after, inputs, exact)
     assert gained < 0.8 * error(apply, params, before, inputs, exact)
     ratios = [r for r in report["ratio"] if r is not None]
@@ -143,7 +146,7 @@ def test_coordinate_descent_is_near_the_best_of_all_roundings(bits, symmetric):
     w = rng.normal(size=(4, 3)).astype(np.float32)
     apply = lambda p, x: x @ p["w"]
     config = jm.QuantConfig(bits, 32, symmetric_weights=symmetric)
-    inputs = (jnp.asarray(x, jnp.float32),)
+    inputs = (jax.device_put(np.float32(x)),)
     new, q, _ = run(apply, {"w": jnp.asarray(w)}, inputs, config=config,
                     method=jm.Coordinate(scales="given"), damping=0.0, bias=False)  # fmt: skip
     grid = q.weights["w"]
@@ -240,14 +243,16 @@ def test_scales_that_are_numbers_are_kept_and_others_searched():
         assert np.any(np.asarray(free.weights[name].scale) != scale)
 
 
-@pytest.mark.parametrize("config", [
-    jm.QuantConfig(4, 32, per_channel=False),
-    jm.QuantConfig(4, 32, block=4),
-    jm.QuantConfig(4, 32, symmetric_weights=False),
-])  # fmt: skip
-@pytest.mark.parametrize("method", METHODS)
+GRIDS = [{"per_channel": False}, {"block": 4}, {"symmetric_weights": False}]
+
+
+@pytest.mark.parametrize(  # the default method on each, each other method on one
+    ("options", "method"),
+    [*((g, METHODS[0]) for g in GRIDS), *zip(GRIDS, METHODS[1:], strict=True)],
+)
 @pytest.mark.slow
-def test_every_kind_of_grid(config, method):
+def test_every_kind_of_grid(options, method):
+    config = jm.QuantConfig(4, 32, **options)
     apply, params, x = mlp()
     _, before = prepared(apply, params, x, config=config)
     new, after, report = run(apply, params, (x,), config=config, method=method)
@@ -263,10 +268,10 @@ def test_every_kind_of_grid(config, method):
 @pytest.mark.slow
 def test_layers_of_a_scan_are_rounded_side_by_side():
     rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=(3, 8, 8)) / 3, jnp.float32)
-    b = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
-    v = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8)), jnp.float32)
+    w = jax.device_put(np.float32(rng.normal(size=(3, 8, 8)) / 3))
+    b = jax.device_put(np.float32(rng.normal(size=(3, 8))))
+    v = jax.device_put(np.float32(rng.normal(size=(8, 5))))
+    x = jax.device_put(np.float32(rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8))))
 
     def apply(p, x):
         body = lambda h, wb: (jnp.tanh(h @ wb[0] + wb[1][None]), None)
@@ -369,7 +374,7 @@ def test_constant_inputs_and_layers_that_nothing_reaches(method, fill):
     new, q, report = run(apply, dead, (x,), method=method)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
     assert max(report["ratio"]) <= 1
-    exact, y = apply(dead, x), jm.simulate(apply, q)(new, x)
+    exact, y = apply(dead, x), jax.jit(jm.simulate(apply, q))(new, x)
     np.testing.assert_allclose(y, exact, atol=1e-3)
 
 
@@ -589,8 +594,8 @@ np.savez({out!r}, *jax.tree.leaves(new))
 
 def deep():
     rng = np.random.default_rng(0)
-    params = [jnp.asarray(rng.normal(size=(8, 8)) / 2, jnp.float32) for _ in range(6)]
-    x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+    params = [jax.device_put(np.float32(rng.normal(size=(8, 8)) / 2)) for _ in range(6)]
+    x = jax.device_put(np.float32(rng.normal(size=(64, 8))))
 
     def apply(p, x):
         for w in p:
@@ -679,12 +684,12 @@ def test_the_scales_found_are_the_best_of_all_candidates(config, shared):
     x = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6))
     w = rng.standard_t(1, size=(6, 4)).astype(np.float32)
     apply, params = (lambda p, x: x @ p["w"]), {"w": jnp.asarray(w)}
-    graph, q = prepared(apply, params, jnp.asarray(x, jnp.float32), config=config)
+    graph, q = prepared(apply, params, jax.device_put(np.float32(x)), config=config)
     found = jm.search_scales(
         params,
         graph,
         q,
-        [(jnp.asarray(x, jnp.float32),)],
+        [(jax.device_put(np.float32(x)),)],
         candidates=10,
         progress=False,
     )

@@ -13,7 +13,7 @@ PARAMS = {
     "first": {"kernel": RNG.normal(size=(10, 7)).astype(np.float32)},
     "second": {"kernel": RNG.normal(size=(7, 3)).astype(np.float32)},
 }
-X = jnp.asarray(RNG.normal(size=(64, 10)) @ RNG.normal(size=(10, 10)), jnp.float32)
+X = jax.device_put(np.float32(RNG.normal(size=(64, 10)) @ RNG.normal(size=(10, 10))))
 
 
 def apply(params, x):
@@ -72,7 +72,7 @@ def test_quantized_weights_are_those_of_a_loop_over_blocks(block):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_ranges_are_those_of_each_block_alone(method, symmetric):
     """What stands beside a short block cannot influence its range."""
-    x = jnp.asarray(RNG.normal(size=(11, 3)) + 0.3, jnp.float32)
+    x = jax.device_put(np.float32(RNG.normal(size=(11, 3)) + 0.3))
     low, high = (-7, 7) if symmetric else (0, 15)
     options = {"method": method, "symmetric": symmetric, "percentile": 90}
     found = range_of(x, low, high, axis=(1,), block=4, block_axis=0, **options)
@@ -134,7 +134,8 @@ def test_rounding_is_better_than_nearest(method):
         PARAMS, graph, q, [X], key=jax.random.key(0), method=method, progress=False
     )
     exact = apply(PARAMS, X)
-    error = lambda p, q: float(jnp.mean((jm.simulate(apply, q)(p, X) - exact) ** 2))
+    simulated = lambda p, q: jax.jit(jm.simulate(apply, q))(p, X)
+    error = lambda p, q: float(jnp.mean((simulated(p, q) - exact) ** 2))
     assert error(new, found) < 0.9 * error(PARAMS, q)
     for name, one in found.weights.items():
         weight = new[name.split("/")[0]]["kernel"]
@@ -146,8 +147,8 @@ def test_rounding_is_better_than_nearest(method):
 
 def test_convolutions_and_grouped_layouts():
     """The input axis of a kernel, not the window."""
-    kernel = jnp.asarray(RNG.normal(size=(3, 3, 5, 4)), jnp.float32)
-    x = jnp.asarray(RNG.normal(size=(2, 6, 6, 5)), jnp.float32)
+    kernel = jax.device_put(np.float32(RNG.normal(size=(3, 3, 5, 4))))
+    x = jax.device_put(np.float32(RNG.normal(size=(2, 6, 6, 5))))
     conv = lambda p, x: jax.lax.conv_general_dilated(
         x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

@@ -29,8 +29,8 @@ def rows(name, number, seed=0):
     rng = np.random.default_rng(seed)
     # later rows are larger, so that no batch speaks for the others
     grow = np.linspace(0.3, 2.0, number).reshape(-1, *(1 for _ in SHAPES[name]))
-    return jnp.asarray(
-        grow * rng.normal(0.1, 1.0, (number, *SHAPES[name])), jnp.float32
+    return jax.device_put(
+        np.float32(grow * rng.normal(0.1, 1.0, (number, *SHAPES[name])))
     )
 
 

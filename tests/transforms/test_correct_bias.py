@@ -42,7 +42,7 @@ def data(name, batches, size=8, seed=0):
     _, _, inputs = zoo.model(name)
     rng = np.random.default_rng(seed)
     shape = (batches, size, *inputs[0].shape[1:])
-    return [jnp.asarray(x, jnp.float32) for x in rng.normal(0.3, 1.0, shape)]
+    return [jax.device_put(np.float32(x)) for x in rng.normal(0.3, 1.0, shape)]
 
 
 class Watch:
@@ -103,9 +103,9 @@ def einsum_biased():
         "heads": {"w": (6, 3, 4), "b": (3, 4)},
         "out": {"w": (3, 4, 5), "b": (5,)},
     }
-    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    draw = lambda shape: jax.device_put(np.float32(rng.normal(size=shape)))
     params = jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple))
-    x = [jnp.asarray(rng.normal(0.4, 1, (16, 6)), jnp.float32) for _ in range(2)]
+    x = [jax.device_put(np.float32(rng.normal(0.4, 1, (16, 6)))) for _ in range(2)]
     return apply, params, jm.trace(apply, params, x[0]), x
 
 
@@ -143,8 +143,8 @@ def plain_mlp():
     sizes = [6, 9, 8, 5]
     params = {
         f"layer{i}": {
-            "w": jnp.asarray(rng.normal(size=(a, b)), jnp.float32),
-            "b": jnp.asarray(rng.normal(size=(b,)), jnp.float32),
+            "w": jax.device_put(np.float32(rng.normal(size=(a, b)))),
+            "b": jax.device_put(np.float32(rng.normal(size=(b,)))),
         }
         for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
     }
@@ -155,7 +155,7 @@ def plain_mlp():
             x = jax.nn.relu(x) if i < 2 else x
         return x
 
-    x = jnp.asarray(rng.normal(0.3, 1.0, (40, 6)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(0.3, 1.0, (40, 6))))
     return apply, params, jm.trace(apply, params, x), x
 
 
@@ -259,12 +259,12 @@ def test_each_copy_runs_over_the_data_once():
     rng = np.random.default_rng(0)
     params = {
         f"{i}": {
-            "w": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32),
+            "w": jax.device_put(np.float32(rng.normal(size=(4, 4)))),
             "b": jnp.ones(4),
         }
         for i in range(3)
     }
-    x = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(6, 4))))
     graph = jm.trace(apply, params, x)
     correct(params, graph, weights_only(graph), jm.batched(x, 2))
     jax.effects_barrier()
@@ -465,8 +465,8 @@ def norm_then(product, activation, beta, gamma):
         "norm": {
             "mean": 0.0 * ones,
             "var": 1e6 * ones,  # so that epsilon says nothing
-            "scale": jnp.asarray(gamma, jnp.float32),
-            "bias": jnp.asarray(beta, jnp.float32),
+            "scale": jax.device_put(np.float32(gamma)),
+            "bias": jax.device_put(np.float32(beta)),
         },
     }
 
@@ -498,7 +498,7 @@ def test_goldens(activation, wanted):
     """Weights that are all rounded up by one, as in AIMET's own test."""
     apply, params = norm_then(conv_with_bias, activation, [-2, 1], [1, 3])
     integers = np.random.default_rng(0).integers(50, 100, (3, 1, 2, 3))
-    kernel = jnp.asarray(integers, jnp.float32)
+    kernel = jax.device_put(np.float32(integers))
     exact = kernel - 1.0
     params["second"] = {"w": kernel, "b": jnp.full(3, 5.0)}
     reference = {**params, "second": {"w": exact, "b": jnp.full(3, 5.0)}}
@@ -537,7 +537,7 @@ def test_mean_inputs_through_activations(name, groups):
     kernel = rng.normal(size=(3, 3, 4 // groups, 8)).astype(np.float32)
     params["second"] = {
         "w": jnp.asarray(kernel),
-        "b": jnp.asarray(rng.normal(size=8), jnp.float32),
+        "b": jax.device_put(np.float32(rng.normal(size=8))),
     }
     graph = jm.trace(apply, params, jnp.ones((1, 5, 5, 4)))
     step = 0.4
@@ -597,7 +597,7 @@ def test_without_data_most_of_the_shift_goes():
     for node in norms:  # each after those before it
         y = watch(params)[node.inputs[0].node].reshape(-1, 8 if node != norms[2] else 4)
         moments = {node.norm.mean: y.mean(0), node.norm.variance: y.var(0)}
-        moments = {name: jnp.asarray(v, jnp.float32) for name, v in moments.items()}
+        moments = {name: jax.device_put(np.float32(v)) for name, v in moments.items()}
         params = replace_leaves(params, moments)
     quantizers = weights_only(graph.without("expand"))
     new = correct(params, graph, quantizers)

@@ -194,8 +194,8 @@ def scrambled(params: Any, graph: Graph, seed: int, largest: float = 1e3) -> Any
             member = next(
                 m for m in graph.members if (m.node, m.role) == (node.carrier, "out")
             )
-            upper = jnp.asarray(
-                node.bounds[1] / along(member.layout, scales), jnp.float32
+            upper = jax.device_put(
+                np.float32(node.bounds[1] / along(member.layout, scales))
             )
             tree[member.parameter] = Compressed(tree[member.parameter], upper=upper)
     return replace_leaves(params, tree)
@@ -203,6 +203,11 @@ def scrambled(params: Any, graph: Graph, seed: int, largest: float = 1e3) -> Any
 
 def model(name: str, frontend: str | None = None) -> tuple[Any, Any, Any, Graph]:
     return *zoo.model(name, frontend), zoo.traced(name, frontend)
+
+
+def ran(apply: Any, params: Any, out: Any, inputs: Any) -> tuple[Any, Any]:
+    """The model, and what was made of it."""
+    return jax.jit(apply)(params, *inputs), jax.jit(lift(apply))(out, *inputs)
 
 
 def difference(one: Any, two: Any) -> float:
@@ -224,7 +229,7 @@ def test_scrambled_networks_get_equal_ranges_back(name: str) -> None:
     before = jax.tree.map(np.array, start)
     out, report = equalize(start, graph, **RANGE, with_report=True)
     jax.tree.map(np.testing.assert_array_equal, before, start)
-    assert difference(apply(params, *inputs), lift(apply)(out, *inputs)) < 2e-5
+    assert difference(*ran(apply, params, out, inputs)) < 2e-5
     left = {row["group"] for row in report if row["note"] is not None}
     outputs = {
         r["group"] for r in report if r["note"] == "skipped: an output of the model"
@@ -265,8 +270,8 @@ def test_published_pair_and_triple() -> None:
     """The numbers of a published test, from (O, I, H, W) to the layout used here."""
 
     def hwio(values: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(
-            np.transpose(values.reshape(shape), (2, 3, 1, 0)), jnp.float32
+        return jax.device_put(
+            np.float32(np.transpose(values.reshape(shape), (2, 3, 1, 0)))
         )
 
     one = np.arange(1.0, 13)
@@ -334,10 +339,9 @@ def test_clips_are_exact_in_float64(name: str) -> None:
         graph = trace(apply, params, *inputs)
         out = equalize(params, graph, **RANGE)
         assert any(is_compressed(leaf) for leaf in named_leaves(out).values())
-        wanted = apply(params, *inputs)
-        assert difference(wanted, lift(apply)(out, *inputs)) < 1e-12
+        assert difference(*ran(apply, params, out, inputs)) < 1e-12
         relu_only = equalize(params, graph, **RANGE, clip="relu")
-        assert difference(wanted, lift(apply)(relu_only, *inputs)) > 1e-3
+        assert difference(*ran(apply, params, relu_only, inputs)) > 1e-3
 
 
 def test_modes_of_clips() -> None:
@@ -374,10 +378,10 @@ def test_symmetric_clip_and_clip_twice() -> None:
 
     rng = np.random.default_rng(0)
     params = {
-        "a": jnp.asarray(rng.normal(size=(5, 4)) * [1, 10, 0.1, 3], jnp.float32),
-        "b": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+        "a": jax.device_put(np.float32(rng.normal(size=(5, 4)) * [1, 10, 0.1, 3])),
+        "b": jax.device_put(np.float32(rng.normal(size=(4, 3)))),
     }
-    x = jnp.asarray(rng.normal(size=(9, 5)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(9, 5))))
     graph = trace(apply, params, x)
     once = equalize(params, graph, **RANGE)
     assert once["a"].lower.shape == once["a"].upper.shape == (4,)
@@ -446,7 +450,7 @@ def test_half_precision_keeps_its_dtype() -> None:
     assert {a.dtype for a in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), out)
     assert np.abs(gaps("pooling", wide)).max() < 0.02
-    assert difference(apply(params, *inputs), apply(wide, *inputs)) < 0.03
+    assert difference(*(jax.jit(apply)(p, *inputs) for p in (params, wide))) < 0.03
 
 
 def test_scales_are_limited_by_name() -> None:
@@ -513,14 +517,14 @@ def test_a_layer_that_reads_what_it_makes() -> None:
     rng = np.random.default_rng(3)
     spread = np.exp(rng.normal(size=(2, 6)))
     params = {
-        "in": jnp.asarray(rng.normal(size=(4, 6)) * spread[0], jnp.float32),
+        "in": jax.device_put(np.float32(rng.normal(size=(4, 6)) * spread[0])),
         "blocks": [
-            jnp.asarray(rng.normal(size=(6, 6)) * spread[1] * k, jnp.float32)
+            jax.device_put(np.float32(rng.normal(size=(6, 6)) * spread[1] * k))
             for k in (0.1, 0.2)
         ],
-        "out": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32),
+        "out": jax.device_put(np.float32(rng.normal(size=(6, 3)))),
     }
-    x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(5, 4))))
     out, report = equalize(params, trace(apply, params, x), **RANGE, with_report=True)
     assert difference(apply(params, x), apply(out, x)) < 1e-5
     ws = [np.asarray(w, np.float64) for w in (out["in"], *out["blocks"], out["out"])]
@@ -560,10 +564,10 @@ def test_random_chains(
     def weight(i: int, o: int) -> jax.Array:
         w = rng.normal(size=(i, o)) * np.exp(rng.uniform(-spread, spread, o))
         w = w * (rng.random(o) >= dead) * (rng.random((i, 1)) >= dead)
-        return jnp.asarray(w, jnp.float32)
+        return jax.device_put(np.float32(w))
 
     params = {str(k): weight(*shape) for k, shape in enumerate(pairwise(sizes))}
-    x = jnp.asarray(rng.normal(size=(7, sizes[0])), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(7, sizes[0]))))
     out = equalized_chain(sizes)(params)
     assert all(np.all(np.isfinite(w)) for w in out.values())
     assert difference(chain(params, x), chain(out, x)) < 1e-4

@@ -40,7 +40,7 @@ def model(p: Any, x: jax.Array) -> jax.Array:
 
 @cache
 def graph() -> Graph:
-    p = [(jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)) for w, b in chain(
+    p = [(jax.device_put(np.float32(w)), jax.device_put(np.float32(b))) for w, b in chain(
         np.random.default_rng(0)
     )]  # fmt: skip
     return trace(model, p, jnp.ones((2, SIZES[0])))
@@ -192,8 +192,8 @@ def test_norm_with_a_gain_of_nearly_zero(dead: str, objective: str) -> None:
             "var": np.exp(rng.normal(size=6)),
         }
     p[dead]["scale"][1], p[dead]["bias"][1] = 1e-8, 0.7
-    p = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)
-    x = jnp.asarray(rng.normal(size=(8, 5, 5, 3)), jnp.float32)
+    p = jax.tree.map(lambda a: jax.device_put(np.float32(a)), p)
+    x = jax.device_put(np.float32(rng.normal(size=(8, 5, 5, 3))))
     g = trace(convolutions, p, x[:2])
     folded = fold_batch_norm(p, g)
     out = equalize(folded, g, objective=objective)
@@ -213,7 +213,7 @@ def test_measured_noise_keeps_precision() -> None:
     p[1][0][:, 2] *= 1e-8
     p[1][1][2] = -10.0
     x = rng.normal(size=(64, SIZES[0]))
-    batches = batched(jnp.asarray(x, jnp.float32), batch_size=32)
+    batches = batched(jax.device_put(np.float32(x)), batch_size=32)
     config = QuantConfig(per_channel=False)
     out = equalize(
         as_leaves(p), graph(), batches=batches, config=config, progress=False

@@ -13,11 +13,13 @@ import jaxmet as jm
 from jaxmet.layers.once import run_once
 from jaxmet.numerics.low_rank import masked
 from jaxmet.transforms.factors import Shape, factors_of, placed_matrix, spectrum_of
+from jaxmet.tree import plain_arrays
 from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
-from jaxmet.tree.plain_arrays import densify
 from jaxmet.tree.structures import Keep, Pruned
 from zoo import model
+
+densify = jax.jit(plain_arrays.densify)  # one program a tree, not one an operation
 
 
 class Net(nn.Module):
@@ -219,9 +221,11 @@ def test_bounds_stay_with_the_second_factor():
             leaves["expand/out/kernel"].weight,
         )
     )
-    wanted = jm.lift(apply)(replace_leaves(tree, {"expand/kernel": dense}), *inputs)
+    wanted = jax.jit(jm.lift(apply))(
+        replace_leaves(tree, {"expand/kernel": dense}), *inputs
+    )
     np.testing.assert_allclose(
-        jm.lift(apply)(small, *inputs), wanted, rtol=1e-4, atol=1e-4
+        jax.jit(jm.lift(apply))(small, *inputs), wanted, rtol=1e-4, atol=1e-4
     )
 
 
@@ -250,7 +254,7 @@ def test_factors_are_calibrated_simulated_and_trained(net):
     assert {"stem/in/kernel", "stem/out/kernel"} <= set(quantizers.weights)
     between = [e.node for e in graph["stem/out"].inputs]
     assert between == ["stem/in"] and quantizers.activation("stem/in") is not None
-    exact = jm.lift(apply)(small, x)
+    exact = jax.jit(jm.lift(apply))(small, x)
     noisy = jax.jit(jm.simulate(apply, quantizers))(small, x)
     error = np.sqrt(np.mean((noisy - exact) ** 2) / np.mean(exact**2))
     assert 1e-4 < error < 0.1
@@ -326,7 +330,7 @@ def test_the_first_factor_is_laid_out_as_the_second_reads_it(method):
     graph = jm.trace(apply, params, x)
     small = jm.factorize(params, graph, ranks={"w": 6}, method=method)
     exact = apply(densify(small), x)
-    np.testing.assert_allclose(jm.lift(apply)(small, x), exact, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jm.lift(apply))(small, x), exact, atol=1e-4)
 
 
 def test_factors_of_factors():
@@ -349,7 +353,9 @@ def test_factors_of_factors():
     again = jm.trace(apply, small, x)
     assert "b/in/out" in [n.name for n in again.layers]
     exact = apply(densify(small), x)
-    np.testing.assert_allclose(jm.lift(apply)(small, x), exact, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.jit(jm.lift(apply))(small, x), exact, rtol=1e-4, atol=1e-3
+    )
     before, after = jm.cost(params, dense, x), jm.cost(small, again, x)
     assert after["macs"][-1] < 0.8 * before["macs"][-1]
 
@@ -389,14 +395,14 @@ def test_a_weight_on_the_left_runs_as_two_products():
         graph = jm.trace(apply, small, x)
         assert [n.name for n in graph.layers] == ["a/in", "a/out", "b/in", "b/out"]
         exact = apply(densify(small), x)
-        np.testing.assert_allclose(jm.lift(apply)(small, x), exact, atol=1e-3)
+        np.testing.assert_allclose(jax.jit(jm.lift(apply))(small, x), exact, atol=1e-3)
         before, after = (
             jm.cost(t, g, x)["macs"][-1] for t, g in ((params, dense), (small, graph))
         )
         assert 0.4 * before < after <= 0.5 * before
     pruned = jm.prune(small, graph, 0.5)
     exact = apply(densify(pruned), x)
-    np.testing.assert_allclose(jm.lift(apply)(pruned, x), exact, atol=1e-3)
+    np.testing.assert_allclose(jax.jit(jm.lift(apply))(pruned, x), exact, atol=1e-3)
     less = jm.cost(pruned, jm.trace(apply, pruned, x), x)["macs"][-1]
     assert less < 0.7 * after
 
@@ -435,11 +441,11 @@ def test_what_padding_holds_reaches_both_factors(kind, method):
     x, offset = jax.random.normal(keys[2], (2, 7, 6, 4)), jnp.array([1.0, -2.0, 3.0, 4])
     params = {"w": Compressed(weight, input_offset=offset)}
     graph = jm.trace(apply, params, x)
-    wanted = jm.lift(apply)(params, x)
+    wanted = jax.jit(jm.lift(apply))(params, x)
     assert np.abs(wanted - apply({"w": weight}, x)).max() > 1
     small = jm.factorize(params, graph, ranks={"w": 1}, method=method)
     assert jm.widths(small)["rank"] == [1]
-    np.testing.assert_allclose(jm.lift(apply)(small, x), wanted, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jm.lift(apply))(small, x), wanted, atol=1e-4)
 
 
 def test_factors_compute_in_the_precision_of_the_weight():
@@ -460,7 +466,7 @@ def test_factors_compute_in_the_precision_of_the_weight():
     }
     x = jax.random.normal(keys[2], (2, 6, 6, 8), jnp.bfloat16)
     small = jm.factorize(params, jm.trace(apply, params, x), ratios=0.6)
-    made, exact = jm.lift(apply)(small, x), apply(densify(small), x)
+    made, exact = jax.jit(jm.lift(apply))(small, x), apply(densify(small), x)
     assert made.dtype == exact.dtype == jnp.float32
     np.testing.assert_allclose(made, exact, rtol=0.05, atol=0.05 * np.std(exact))
     assert len(jm.widths(small)) == 2
@@ -570,9 +576,9 @@ def test_factors_of_weights_however_they_are_stored(stored, data):
     """Against the SVD in float64 of the matrix that the inputs meet."""
     shape, layer, matrix = STORED[stored]
     rng = np.random.default_rng(3)
-    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    params = {"w": jax.device_put(np.float32(rng.normal(size=shape)))}
     mix = rng.normal(size=(12, 12)) * np.linspace(2, 0.05, 12)
-    x = jnp.asarray(rng.normal(size=(8, 6, 12)) @ mix, jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(8, 6, 12)) @ mix))
     apply = lambda p, x: relu(layer(x, p["w"]))
     graph = jm.trace(apply, params, x)
     small, report = jm.factorize(
@@ -605,7 +611,7 @@ def test_factors_of_weights_however_they_are_stored(stored, data):
     again = jm.trace(apply, small, x)
     assert len(again.layers) == 2
     quantizers = jm.calibrate(small, again, [x], progress=False)
-    noisy = jm.simulate(apply, quantizers)(small, x)
+    noisy = jax.jit(jm.simulate(apply, quantizers))(small, x)
     assert np.linalg.norm(noisy - lifted(small, x)) < 0.05 * np.linalg.norm(noisy)
 
 
@@ -639,8 +645,8 @@ KERNELS = {
 def test_factors_of_kernels_however_they_are_stored(stored, method):
     shape, layer, matrix = KERNELS[stored]
     rng = np.random.default_rng(4)
-    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
-    x = jnp.asarray(rng.normal(size=(4, 8, 7, 4)), jnp.float32)
+    params = {"w": jax.device_put(np.float32(rng.normal(size=shape)))}
+    x = jax.device_put(np.float32(rng.normal(size=(4, 8, 7, 4))))
     apply = lambda p, x: relu(layer(x, p["w"]))
     graph = jm.trace(apply, params, x)
     small, whitened = (
@@ -653,7 +659,10 @@ def test_factors_of_kernels_however_they_are_stored(stored, method):
 
     def error(tree):
         np.testing.assert_allclose(
-            jm.lift(apply)(tree, x), apply(densify(tree), x), rtol=1e-4, atol=1e-4
+            jax.jit(jm.lift(apply))(tree, x),
+            apply(densify(tree), x),
+            rtol=1e-4,
+            atol=1e-4,
         )
         return np.linalg.norm(np.asarray(layer(x, densify(tree)["w"])) - exact)
 
@@ -695,7 +704,7 @@ def test_factors_in_numpy_are_those_in_jax(kind, poor, with_gram, dtype):
     weight, gram = jnp.asarray(weight, dtype), None
     if with_gram:
         rows = rng.normal(size=(groups, 200, mine * others * ins))
-        gram = jnp.asarray(np.swapaxes(rows, 1, 2) @ rows / 200, jnp.float32)
+        gram = jax.device_put(np.float32(np.swapaxes(rows, 1, 2) @ rows / 200))
     solve = lambda w, g: factors_of(w, shape, 2, g)
     one, two = run_once(solve, weight, gram), jax.jit(solve)(weight, gram)
     assert all(isinstance(v, np.ndarray | np.generic) for v in one)

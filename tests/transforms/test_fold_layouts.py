@@ -388,8 +388,8 @@ def test_quantizers_follow_and_training_folds_likewise():
         old, new = (p.weights[f"part{i}/w"].scale for p in (q, moved))
         np.testing.assert_allclose(new, np.asarray(old) * np.abs(own), rtol=1e-5)
     found = jm.calibrate(after, graph, [x], progress=False)
-    trained = jm.simulate(apply, found, fold=graph)(params, x)
-    deployed = jm.simulate(apply, found)(after, x)
+    trained = jax.jit(jm.simulate(apply, found, fold=graph))(params, x)
+    deployed = jax.jit(jm.simulate(apply, found))(after, x)
     np.testing.assert_allclose(trained, deployed, atol=0.05 * np.abs(deployed).max())
 
 
@@ -406,7 +406,9 @@ def any_norms(draw):
     roles = ("mean", "var", "scale", "bias")
     norm = {role: np.array(draw(row)) for role in roles}
     signs = {role: draw(sign) if role != "var" else 1 for role in roles}
-    return {role: jnp.asarray(norm[role] * signs[role], jnp.float32) for role in roles}
+    return {
+        role: jax.device_put(np.float32(norm[role] * signs[role])) for role in roles
+    }
 
 
 @settings(max_examples=80)
@@ -455,7 +457,7 @@ def test_any_numbers_stay_finite_and_mean_the_same(norm, epsilon, behind):
 
 def test_the_numerics_against_float64():
     mean, var, scale = (np.random.default_rng(3).uniform(0.1, 4, 50) for _ in range(3))
-    single = [jnp.asarray(a, jnp.float32) for a in (mean, var, scale)]
+    single = [jax.device_put(np.float32(a)) for a in (mean, var, scale)]
     g = norm_gain(single[1], single[2], 1e-3)
     close(g, scale / np.sqrt(var + 1e-3), 1e-6)
     close(norm_gain(single[1], None, 1e-3), 1 / np.sqrt(var + 1e-3), 1e-6)

@@ -1,5 +1,7 @@
 """Biases as integers, in folded norms too, against integer arithmetic by hand."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,18 +35,19 @@ class Net(nn.Module):
         return nn.Dense(3, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
+@functools.cache
 def made(seed=0, **options):
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(4, 6, 6, 3)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(4, 6, 6, 3))))
     net = Net(**options)
-    variables = net.init(jax.random.key(seed), x)
+    variables = jax.jit(net.init)(jax.random.key(seed), x)
 
     def random(path, a):
         name = jax.tree_util.keystr(path)
         a = rng.normal(size=a.shape)
         if "var" in name or ("bn" in name and "scale" in name):
             a = 0.5 + np.abs(a)
-        return jnp.asarray(a if "kernel" not in name else a / 3, jnp.float32)
+        return jax.device_put(np.float32(a if "kernel" not in name else a / 3))
 
     variables = jax.tree_util.tree_map_with_path(random, variables)
     return net.apply, variables, x
@@ -267,9 +270,9 @@ def test_saved_edited_and_seen(tmp_path):
     np.testing.assert_array_equal(rounded["bn0/bias"], named_leaves(params)["bn0/bias"])
     with pytest.raises(ValueError, match=r"'bn0/bias' is a sum with 'bn0/mean'"):
         jm.round_weights({"params": params["params"]}, q)
-    gradient = jax.grad(
+    gradient = jax.jit(jax.grad(
         lambda p: jnp.sum(jm.simulate(apply, q)(p, x) ** 2)
-    )(params)  # fmt: skip
+    ))(params)  # fmt: skip
     assert np.any(named_leaves(gradient)["bn0/bias"] != 0)
 
 

@@ -16,8 +16,8 @@ def bounded(params, seed=0):
     rng = np.random.default_rng(seed)
     leaves, new = named_leaves(params), {}
     for name in ("expand", "depthwise"):
-        lower = jnp.asarray(rng.uniform(-1.0, 0.3, 8), jnp.float32)
-        upper = jnp.asarray(rng.uniform(0.5, 2.0, 8), jnp.float32)
+        lower = jax.device_put(np.float32(rng.uniform(-1.0, 0.3, 8)))
+        upper = jax.device_put(np.float32(rng.uniform(0.5, 2.0, 8)))
         new[f"{name}/kernel"] = jm.Compressed(leaves[f"{name}/kernel"], lower, upper)
     return replace_leaves(params, new), new
 

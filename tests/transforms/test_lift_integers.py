@@ -11,7 +11,7 @@ from jax import lax
 import jaxmet as jm
 from jaxmet.demo import data
 from jaxmet.demo.network import Network
-from zoo import CASES
+from zoo import CASES, model, traced
 
 quiet = {"progress": False}
 
@@ -30,9 +30,9 @@ def steps_apart(one, two, quantizers):
     return np.rint(np.abs(np.asarray(one) - np.asarray(two)) / step)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_demo_is_within_one_step_of_its_simulation(bits):
-    x = jnp.asarray(data.load()[0][:256])
+    x = jnp.asarray(data.load()[0][:128])
     apply = Network().apply
     params, graph, quantizers = prepared(apply, data.weights(), x, weight_bits=bits)
     before = jax.tree.map(np.array, params)
@@ -43,7 +43,7 @@ def test_the_demo_is_within_one_step_of_its_simulation(bits):
     apart = steps_apart(found, simulated, quantizers)
     assert np.mean(apart == 0) >= 0.98 and np.max(apart) <= 1
     # floats are rounded on the way, to the same bits
-    np.testing.assert_array_equal(found, program(params, x))
+    np.testing.assert_array_equal(found[:16], program(params, x[:16]))
     jax.tree.map(np.testing.assert_array_equal, before, params)
 
 
@@ -73,7 +73,7 @@ def convolutions(draw):
     }
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(case=convolutions(), seed=st.integers(0, 2**16), symmetric=st.booleans())
 def test_convolutions_are_sums_of_integers(case, seed, symmetric):
     """In any layout, against sums in float64 of the same integers."""
@@ -115,13 +115,13 @@ def test_convolutions_are_sums_of_integers(case, seed, symmetric):
     assert np.max(np.abs(made - wanted), initial=0) <= 1
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(seed=st.integers(0, 2**16), flip=st.booleans(), batched=st.booleans())
 def test_dots_of_two_activations_are_sums_of_integers(seed, flip, batched):
     """Both have zero points; a weight on the left as well as on the right."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(0.5, 1, (2, 5, 6)), jnp.float32)
-    params = {"w": jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)}
+    x = jax.device_put(np.float32(rng.normal(0.5, 1, (2, 5, 6))))
+    params = {"w": jax.device_put(np.float32(rng.normal(size=(6, 6))))}
 
     def apply(params, x):
         y = jnp.einsum("ij,bkj->bki" if flip else "ji,bkj->bki", params["w"], x)
@@ -135,24 +135,18 @@ def test_dots_of_two_activations_are_sums_of_integers(seed, flip, batched):
     assert np.mean(apart == 0) >= 0.95 and np.max(apart) <= 1
 
 
-def several(name):
-    return pytest.param(
-        name, marks=() if sum(map(ord, name)) % 4 == 0 else pytest.mark.slow
-    )
-
-
-@pytest.mark.parametrize("name", [several(name) for name in CASES])
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("name", CASES)
 def test_models_of_the_zoo(name):
     """Whatever the model and however much of it is in float, it is the simulation."""
-    case = CASES[name]
-    apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
-    graph = jm.trace(apply, params, *inputs)
+    apply, params, inputs = model(name)
+    graph = traced(name)
     params = jm.fold_batch_norm(params, graph)
     quantizers = jm.calibrate(params, graph, [tuple(inputs)], **quiet)
     made = jax.jit(jm.lift(apply, quantizers))(
         jm.quantize(params, graph, quantizers), *inputs
     )
-    wanted = jm.simulate(apply, quantizers)(params, *inputs)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, *inputs)
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for one, two in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         assert one.shape == two.shape and one.dtype == two.dtype
@@ -173,17 +167,21 @@ def test_models_of_the_zoo(name):
     ids=str,
 )
 def test_what_products_do_not_take_is_dequantized(options):
-    x = jnp.asarray(np.random.default_rng(0).normal(0.3, 1, (8, 12)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(0.3, 1, (8, 12))))
     rng = np.random.default_rng(1)
-    params = {"w": jnp.asarray(rng.normal(size=(12, 6)), jnp.float32), "b": jnp.ones(6)}
+    params = {
+        "w": jax.device_put(np.float32(rng.normal(size=(12, 6)))),
+        "b": jnp.ones(6),
+    }
 
     def apply(params, x):
         return jax.nn.relu(x @ params["w"] + params["b"][None])
 
     graph = jm.trace(apply, params, x)
     quantizers = jm.calibrate(params, graph, [x], jm.QuantConfig(**options), **quiet)
-    found = jm.lift(apply, quantizers)(jm.quantize(params, graph, quantizers), x)
-    wanted = jm.simulate(apply, quantizers)(params, x)
+    integers = jm.quantize(params, graph, quantizers)
+    found = jax.jit(jm.lift(apply, quantizers))(integers, x)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, x)
     if options.get("activation_bits", 8) == 8:
         assert np.max(steps_apart(found, wanted, quantizers)) <= 1
     else:
@@ -199,22 +197,22 @@ def test_sums_that_int32_may_not_hold_are_floats(many, symmetric):
     graph = jm.trace(apply, params, x)
     config = jm.QuantConfig(symmetric_weights=symmetric)
     quantizers = jm.calibrate(params, graph, [x], config, **quiet)
-    found = jm.lift(apply, quantizers)(params, x)
-    wanted = jm.simulate(apply, quantizers)(params, x)
+    found = jax.jit(jm.lift(apply, quantizers))(params, x)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, x)
     np.testing.assert_allclose(found, wanted, rtol=0.01)
 
 
 def test_what_an_index_does_not_find_is_nan_as_in_float():
     params = {
-        "w": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+        "w": jax.device_put(np.float32(np.random.default_rng(0).normal(size=(5, 3))))
     }
     apply = lambda p, i: p["w"].at[i].get(mode="fill") * 2.0
     index = jnp.array([0, 4, 9])
     graph = jm.trace(apply, params, index)
     config = jm.QuantConfig(activation_bits=32)  # a grid has no NaN
     quantizers = jm.calibrate(params, graph, [index[:2]], config, **quiet)
-    found = jm.lift(apply, quantizers)(params, index)
-    wanted = jm.simulate(apply, quantizers)(params, index)
+    found = jax.jit(jm.lift(apply, quantizers))(params, index)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, index)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert np.isnan(found[2]).all()
 

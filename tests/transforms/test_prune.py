@@ -37,7 +37,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net():
     model, rng = Net(), np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(24, 6, 6, 3)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(24, 6, 6, 3))))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
 
     def drawn(leaf):
@@ -169,8 +169,8 @@ def chain(seed=0, n=400):
         "a": {"kernel": rng.normal(size=(4, 6)), "bias": rng.normal(size=6)},
         "b": {"kernel": rng.normal(size=(6, 3)), "bias": rng.normal(size=3)},
     }
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    x = jnp.asarray(rng.normal(size=(n, 4)), jnp.float32)
+    params = jax.tree.map(lambda a: jax.device_put(np.float32(a)), params)
+    x = jax.device_put(np.float32(rng.normal(size=(n, 4))))
 
     def apply(p, x):
         h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"][None])
@@ -200,7 +200,7 @@ def test_what_stays_is_refitted_by_least_squares_and_chosen_by_its_loss():
     fit, loss = best_fit(hidden, wanted, best)
     np.testing.assert_allclose(named_leaves(small)["b/kernel"], fit[:-1], atol=2e-3)
     np.testing.assert_allclose(small["b"]["bias"], fit[-1], atol=2e-3)
-    error = np.asarray(jm.lift(apply)(small, x)) - wanted
+    error = np.asarray(jax.jit(jm.lift(apply))(small, x)) - wanted
     assert np.sum(error**2) == pytest.approx(loss, rel=1e-3)
     share = np.sqrt(loss / np.sum((wanted - wanted.mean(0)) ** 2))
     assert report.where(channels="a")["error"][0] == pytest.approx(share, rel=1e-2)
@@ -255,8 +255,10 @@ def test_bounds_lose_the_channels_that_they_bound():
             mask = jnp.zeros(8).at[np.array(keep.indices)].set(1.0)
             zeroed = lambda a, m=mask: a * m.reshape((1,) * (a.ndim - 1) + (8,))
             new[name] = with_weight(leaf, zeroed(dense(leaf)))
-    wanted = jm.lift(apply)(replace_leaves(tree, new), *inputs)
-    np.testing.assert_allclose(jm.lift(apply)(small, *inputs), wanted, atol=1e-4)
+    wanted = jax.jit(jm.lift(apply))(replace_leaves(tree, new), *inputs)
+    np.testing.assert_allclose(
+        jax.jit(jm.lift(apply))(small, *inputs), wanted, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -269,15 +271,21 @@ def test_pruned_twice_factorized_equalized_and_quantized(net):
     graph = jm.trace(apply, small, x)
     folded = jm.fold_batch_norm(small, graph)
     np.testing.assert_allclose(
-        jm.lift(apply)(folded, x), jm.lift(apply)(small, x), rtol=1e-3, atol=1e-4
+        jax.jit(jm.lift(apply))(folded, x),
+        jax.jit(jm.lift(apply))(small, x),
+        rtol=1e-3,
+        atol=1e-4,
     )
     equal = jm.equalize(folded, graph, objective="range", progress=False)
     np.testing.assert_allclose(
-        jm.lift(apply)(equal, x), jm.lift(apply)(small, x), rtol=1e-3, atol=1e-3
+        jax.jit(jm.lift(apply))(equal, x),
+        jax.jit(jm.lift(apply))(small, x),
+        rtol=1e-3,
+        atol=1e-3,
     )
     quantizers = jm.calibrate(equal, graph, [x], progress=False)
     noisy = jax.jit(jm.simulate(apply, quantizers))(equal, x)
-    exact = jm.lift(apply)(equal, x)
+    exact = jax.jit(jm.lift(apply))(equal, x)
     assert 0 < jnp.mean((noisy - exact) ** 2) < 1e-2 * jnp.mean(exact**2)
 
 

@@ -7,8 +7,10 @@ import pytest
 
 import jaxmet as jm
 from by_hand import best_fit
-from jaxmet.tree.plain_arrays import densify
+from jaxmet.tree import plain_arrays
 from zoo import model, traced
+
+densify = jax.jit(plain_arrays.densify)  # one program a tree, not one an operation
 
 # How a weight of so many axes reads eight channels, in some as two axes of two and four.
 FORMS = {
@@ -65,7 +67,9 @@ def test_channels_that_are_read_with_zeros_go_first(name):
     assert not np.any(np.asarray(matrix(name, params["b"]))[dead])
     small = jm.prune(params, graph, 0.5)
     np.testing.assert_array_equal(kept_columns(small), [1, 2, 5, 7])
-    np.testing.assert_allclose(jm.lift(apply)(small, x), apply(params, x), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jm.lift(apply))(small, x), apply(params, x), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -86,7 +90,7 @@ def test_data_choose_and_refit_a_weight_of_any_form(name):
         np.testing.assert_array_equal(kept, np.delete(np.arange(8), np.argmin(losses)))
     fit, loss = best_fit(hidden, wanted, kept, bias=False)
     tight = {"rtol": 2e-2, "atol": 5e-2} if name == "cast" else {"atol": 2e-3}
-    made = jm.lift(apply)(small, x)
+    made = jax.jit(jm.lift(apply))(small, x)
     np.testing.assert_allclose(made, np.asarray(hidden)[:, kept] @ fit, **tight)
     share = np.sqrt(loss / np.sum(np.asarray(wanted, np.float64) ** 2))
     errors = [e for e in report["error"] if e is not None]
@@ -106,7 +110,7 @@ def test_a_ratio_is_shared_by_the_axes_that_a_layer_sums_over(ratio):
     (heads, each) = small["b"].weight.part.shape[:2]
     assert 0.85 * ratio < heads * each / 600 <= ratio
     np.testing.assert_allclose(
-        jm.lift(apply)(small, x), apply(densify(small), x), atol=1e-3
+        jax.jit(jm.lift(apply))(small, x), apply(densify(small), x), atol=1e-3
     )
     table = jm.score_ratios(
         params, graph, lambda run, tree: -jnp.mean((run(tree, x) - wanted) ** 2),
@@ -114,7 +118,7 @@ def test_a_ratio_is_shared_by_the_axes_that_a_layer_sums_over(ratio):
         ratios=(ratio,), progress=False,
     )  # fmt: skip
     row = next(r for r in table if r["ratio"] < 1)
-    made = -jnp.mean((jm.lift(apply)(small, x) - wanted) ** 2)
+    made = -jnp.mean((jax.jit(jm.lift(apply))(small, x) - wanted) ** 2)
     assert row["score"] == pytest.approx(float(made), rel=1e-3)
     after = jm.cost(small, jm.trace(apply, small, x), x[:1])["macs"][-1]
     assert row["macs"] == pytest.approx(after, abs=2)
@@ -138,7 +142,7 @@ def test_consumers_that_are_no_one_matrix_are_judged_by_their_weights():
         assert [(r["kept"], r["of"]) for r in rows] == [(4, 8)]
         assert (rows[0]["note"] is None) == (batches is None)
         np.testing.assert_allclose(
-            jm.lift(apply)(small, x), apply(params, x), atol=1e-5
+            jax.jit(jm.lift(apply))(small, x), apply(params, x), atol=1e-5
         )
     assert "not refitted: 'b'" in rows[0]["note"]
 
@@ -163,7 +167,7 @@ def test_pieces_of_what_a_layer_makes_are_pruned_each_for_itself(sighted):
     shapes = {r["parameter"]: r["stored"] for r in jm.widths(both)}
     assert shapes == {"a": [(6, 8)], "b": [(6, 5)], "c": [(2, 5)]}
     wanted = apply(densify(both), x)
-    np.testing.assert_allclose(jm.lift(apply)(both, x), wanted, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jm.lift(apply))(both, x), wanted, atol=1e-4)
     one = jm.prune(params, graph, {"c": 0.5}, **options)
     assert one["b"] is params["b"]
     (keep,) = one["a"].weight.keep

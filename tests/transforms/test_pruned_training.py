@@ -43,7 +43,7 @@ class Nnx(nnx.Module):
 def linen():
     """Tree, how it runs, how it trains: its logits and the tree with new statistics."""
     model = Linen()
-    params = model.init(jax.random.key(0), X)
+    params = jax.jit(model.init)(jax.random.key(0), X)
     lifted = jm.lift(model.apply)
 
     def train(params, x):

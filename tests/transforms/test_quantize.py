@@ -1,5 +1,7 @@
 """Integers in place of weights: the same outputs as rounded floats, and few bytes."""
 
+import functools
+
 import flax.linen as nn
 import flax.nnx as nnx
 import jax
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 import jaxmet as jm
 from jaxmet.tree.leaves import dense, is_quantized
 from jaxmet.tree.names import named_leaves
-from zoo import CASES
+from zoo import CASES, model, traced
 
 quiet = {"progress": False}
 
@@ -29,19 +31,31 @@ class Net(nn.Module):
         return nn.Dense(5, name="head")(jnp.mean(nn.relu(x), axis=(1, 2)))
 
 
-def made(config=None, equalize=True):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 6, 3)), jnp.float32)
+@functools.cache
+def prepared(equalize):
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(4, 6, 6, 3))))
     model = Net()
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     rng = np.random.default_rng(1)
-    noise = lambda a: a + jnp.asarray(0.3 * rng.random(size=a.shape), a.dtype)
-    params = jax.tree.map(noise, params)
+    noise = lambda a: jnp.asarray(a + 0.3 * rng.random(size=a.shape), a.dtype)
+    params = jax.tree.map(noise, jax.tree.map(np.asarray, params))
     graph = jm.trace(model.apply, params, x)
     params = jm.fold_batch_norm(params, graph)
     if equalize:
         params = jm.equalize(params, graph, batches=[x], **quiet)
+    return model.apply, params, graph, x
+
+
+def made(config=None, equalize=True):
+    apply, params, graph, x = prepared(equalize)
     quantizers = jm.calibrate(params, graph, [x], config, **quiet)
-    return model.apply, params, graph, quantizers, x
+    return apply, params, graph, quantizers, x
+
+
+@functools.cache
+def lifted():
+    """One program for all rounded trees."""
+    return jax.jit(jm.lift(prepared(True)[0]))
 
 
 def same(one, two):
@@ -96,10 +110,9 @@ def test_integers_run_as_rounded_floats_do(name):
         sizes = {2: 1 / 4, 3: 1 / 2, 4: 1 / 2, 5: 1, 8: 1, 12: 2, 32: 4}
         last = -(-w.shape[-1] * sizes[bits] // 1)
         assert w.integers.nbytes == last * np.prod(w.shape[:-1])
-    run = jax.jit(lambda f, p: f(p, x), static_argnums=0)
-    alike(run(jm.lift(apply), integers), run(jm.lift(apply), rounded))
-    device = jm.simulate(apply, quantizers, weights=False)
-    alike(run(device, integers), run(device, rounded))
+    alike(lifted()(integers, x), lifted()(rounded, x))
+    device = jax.jit(jm.simulate(apply, quantizers, weights=False))
+    alike(device(integers, x), device(rounded, x))
     stays = {n for n, leaf in named_leaves(integers).items() if not is_quantized(leaf)}
     kernels = {"conv/kernel", "grouped/kernel", "head/kernel"}
     biases = {"grouped/bias", "head/bias"} if "int32" in name else set()
@@ -136,12 +149,11 @@ def test_any_shape_is_packed_and_unpacked(data):
     np.testing.assert_array_equal(leaf.values, values)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", CASES)
 def test_every_tree_of_the_zoo(name):
-    case = CASES[name]
-    apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
-    graph = jm.trace(apply, params, *inputs)
+    _, params, inputs = model(name)
+    graph = traced(name)
     quantizers = jm.calibrate(params, graph, [tuple(inputs)], **quiet)
     integers = jm.quantize(params, graph, quantizers)
     rounded = jm.round_weights(params, quantizers)
@@ -176,8 +188,7 @@ def test_what_was_pruned_and_factorized_becomes_integers_too():
     quantizers = jm.calibrate(small, graph, [x], **quiet)
     integers = jm.quantize(small, graph, quantizers)
     rounded = jm.round_weights(small, quantizers)
-    run = jax.jit(lambda f, p: f(p, x), static_argnums=0)
-    alike(run(jm.lift(apply), integers), run(jm.lift(apply), rounded))
+    alike(lifted()(integers, x), lifted()(rounded, x))
     head = integers["params"]["head"]["kernel"].weight
     assert is_quantized(head.first) and is_quantized(head.second)
 
@@ -194,7 +205,7 @@ def test_an_nnx_tree():
             return self.two(nnx.relu(self.one(x)))
 
     apply, params, _ = jm.functional(Small(nnx.Rngs(0)))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(5, 4))))
     graph = jm.trace(apply, params, x)
     quantizers = jm.calibrate(params, graph, [x], **quiet)
     integers = jm.quantize(params, graph, quantizers)

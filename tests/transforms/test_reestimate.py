@@ -176,7 +176,7 @@ def test_keyword_arguments_go_to_the_model_and_sharded_batches_are_one():
             return nn.Dense(2, name="last")(nn.relu(x))
 
     x = jax.random.normal(KEY, (16, 3))
-    params = Net().init(KEY, x)
+    params = jax.jit(Net().init)(KEY, x)
     graph = jm.trace(Net().apply, params, x, scale=jnp.float32(1))
     twice: Any = {"scale": jnp.float32(2), **QUIET}
     one = jm.reestimate_batch_norm(params, graph, [x], **twice)

@@ -15,7 +15,9 @@ correct = functools.partial(jm.correct_bias, progress=False)
 
 def drawn(seed=0, **shapes):
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    return {
+        k: jax.device_put(np.float32(rng.normal(size=s))) for k, s in shapes.items()
+    }
 
 
 def conv(x, w, stride=1):
@@ -55,7 +57,9 @@ def network():
     params = drawn(
         a=(3, 3, 3, 4), ab=(4,), v=(3, 3, 4, 5), w=(3, 3, 4, 5), d=(4, 5), e=(4, 5)
     ) | drawn(1, b=(5,))
-    x = jnp.asarray(np.random.default_rng(2).normal(0.3, 1, (12, 8, 8, 3)), jnp.float32)
+    x = jax.device_put(
+        np.float32(np.random.default_rng(2).normal(0.3, 1, (12, 8, 8, 3)))
+    )
     return params, x
 
 
@@ -146,7 +150,7 @@ def test_layers_after_one_another_and_what_comes_after_them():
         return h @ p["z"] + along(p["c"], 2)
 
     params = drawn(w=(6, 6), b=(6,), z=(6, 3), c=(3,))
-    x = jnp.asarray(np.random.default_rng(5).normal(0.4, 1, (40, 6)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(5).normal(0.4, 1, (40, 6))))
     graph = jm.trace(apply, params, x)
     quantizers = quantizers_of(graph)
     new = correct(params, graph, quantizers, jm.batched(x, 16))

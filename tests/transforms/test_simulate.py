@@ -220,7 +220,9 @@ def test_editing_switches_off_what_the_glob_means():
     only_head = quantizers.set("*", enabled=False).set("head/kernel", enabled=True)
     w = np.asarray(params["params"]["head"]["kernel"])
     rounded = by_hand.weight_on_grid(w, (3,), 8)
-    edited = replace_leaves(params, {"head/kernel": jnp.asarray(rounded, jnp.float32)})
+    edited = replace_leaves(
+        params, {"head/kernel": jax.device_put(np.float32(rounded))}
+    )
     np.testing.assert_allclose(run(only_head), apply(edited, *inputs), atol=1e-5)
     assert largest(run(quantizers), run(only_head)) > 1e-3
 
@@ -267,9 +269,9 @@ def test_a_derived_weight_has_not_the_quantizer_of_a_parameter_of_the_tree():
     rng = np.random.default_rng(0)
     shapes = {"v": (4, 5), "g": (5,), "u": (6, 5)}
     params = {
-        k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in shapes.items()
+        k: jax.device_put(np.float32(rng.normal(size=n))) for k, n in shapes.items()
     }
-    x = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(8, 4))))
     graph = jm.trace(weight_norm, params, x)
     layers = {n.name: n.weight.name for n in graph.layers}
     assert layers == {"v/product": None, "u/product": None, "v": "v"}
@@ -288,7 +290,7 @@ def test_a_derived_weight_has_not_the_quantizer_of_a_parameter_of_the_tree():
         expected = np.maximum(y @ rounded(w), 0) @ rounded(u[:5]) + y @ read
         if tree is not quantizers:  # `set` means the node below it, too
             tree = tree.set("v/product", bits=3)
-        found = jm.simulate(weight_norm, tree)(params, x)
+        found = jax.jit(jm.simulate(weight_norm, tree))(params, x)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         fast = jm.simulate(weight_norm, tree, weights=False)
         found = fast(jm.round_weights(params, tree), x)
@@ -307,7 +309,9 @@ def test_only_what_a_derived_weight_is_computed_from_stays_in_float():
     w = np.asarray(params["v"], np.float64) * [1.0, 2.0]
     scale = np.abs(w).max(0) / 3
     np.testing.assert_allclose(
-        jm.simulate(apply, quantizers)(params, x), np.rint(w / scale) * scale, atol=1e-6
+        jax.jit(jm.simulate(apply, quantizers))(params, x),
+        np.rint(w / scale) * scale,
+        atol=1e-6,
     )
 
 

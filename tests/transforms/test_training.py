@@ -49,7 +49,7 @@ def labels(n=16):
 def start(**options):
     """The model, variables with norms that are no identity, and the inference graph."""
     model = Net(**options)
-    params = model.init(jax.random.key(1), images(2))
+    params = jax.jit(model.init)(jax.random.key(1), images(2))
     rng = np.random.default_rng(3)
     leaves = named_leaves(params)
     new = {}
@@ -58,7 +58,7 @@ def start(**options):
             low, high = {"mean": (-1, 1), "bias": (-0.5, 0.5)}.get(
                 name.split("/")[1], (0.3, 3)
             )
-            new[name] = jnp.asarray(rng.uniform(low, high, leaf.shape), jnp.float32)
+            new[name] = jax.device_put(np.float32(rng.uniform(low, high, leaf.shape)))
     params = replace_leaves(params, new)
     return model, params, jm.trace(model.apply, params, images(1))
 

@@ -20,7 +20,7 @@ W3 = jm.QuantConfig(weight_bits=BITS, activation_bits=32)
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).normal(size=shape)))
 
 
 def autoencoder(p, x):
@@ -58,7 +58,7 @@ def pure():
 
 def linen():
     module = Autoencoder()
-    variables = module.init(jax.random.key(0), normal(2, 5))
+    variables = jax.jit(module.init)(jax.random.key(0), normal(2, 5))
     stats = {"mean": normal(6, seed=3), "var": jnp.square(normal(6, seed=4)) + 0.5}
     return module.apply, variables | {"batch_stats": {"norm": stats}}
 
@@ -223,7 +223,7 @@ def test_a_tied_embedding_has_one_scale_per_row():
             return embed.attend(nn.relu(nn.Dense(8, name="inner")(embed(ids))))
 
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 20, (64, 3)))
-    params = Tied().init(jax.random.key(0), ids)
+    params = jax.jit(Tied().init)(jax.random.key(0), ids)
     graph = jm.trace(Tied().apply, params, ids)
     quantizers = jm.calibrate(params, graph, [ids], W3, progress=False)
     assert quantizers.weights["embed/embedding"].axis == (0,)

@@ -83,7 +83,7 @@ class Net(nn.Module):
 
 def placed(config):
     x = jnp.ones((1, 6, 6, 3))
-    params = Net().init(jax.random.key(0), x)
+    params = jax.jit(Net().init)(jax.random.key(0), x)
     graph = jm.trace(Net().apply, params, x)
     table = jm.plan(params, graph, config)
     kinds = zip(table["name"], table["kind"], strict=True)

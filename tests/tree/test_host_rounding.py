@@ -35,7 +35,7 @@ KINDS = [
 @pytest.mark.parametrize(("form", "kind"), [*itertools.product(FORMS, KINDS)])
 def test_a_weight_as_jax_rounds_it(form, kind) -> None:
     rng = np.random.default_rng(len(form))
-    x = jnp.asarray(rng.normal(size=(3, 3, 12, 8)) + 0.3, jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(3, 3, 12, 8)) + 0.3))
     follows = jm.Quantizer(bits=4, **form, **kind)
     stated = follows.holding(*follows.grid(x))
     raised = dataclasses.replace(stated, least=0.3 * jnp.ones_like(stated.scale))
@@ -60,7 +60,7 @@ def test_a_weight_as_jax_rounds_it(form, kind) -> None:
 @pytest.mark.parametrize("bits", [2, 7, 16])
 def test_other_widths_cover_the_same_range(form, kind, bits) -> None:
     rng = np.random.default_rng(bits)
-    x = jnp.asarray(rng.normal(size=(3, 3, 12, 8)), jnp.float32)
+    x = jax.device_put(np.float32(rng.normal(size=(3, 3, 12, 8))))
     follows = jm.Quantizer(bits=5, **form, **kind)
     held = follows.holding(*follows.grid(x))
     roomy = dataclasses.replace(held, headroom=2)
@@ -93,7 +93,7 @@ def test_what_only_jax_can_do_is_left_to_it() -> None:
 
 def test_int32_biases_as_jax_rounds_them() -> None:
     rng = np.random.default_rng(0)
-    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    draw = lambda *n: jax.device_put(np.float32(rng.normal(size=n)))
     params = {"w": draw(6, 4), "b": draw(4), "mean": draw(4), "own": draw(4)}
     for axis, beside in itertools.product(
         (None, (1,)), ((), (("mean", -1.0), ("own", 1.0)))

@@ -38,7 +38,7 @@ class Nnx(nnx.Module):
 
 
 def test_linen_names_have_no_collection():
-    variables = Linen().init(jax.random.key(0), jnp.ones((1, 2, 2, 1)))
+    variables = jax.jit(Linen().init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)))
     names = {"stem/kernel", "stem/bias", "stem_bn/scale", "stem_bn/bias"}
     statistics = {"stem_bn/mean", "stem_bn/var"}
     assert set(parameter_names(variables)) == names | statistics

@@ -49,9 +49,9 @@ def shapes(tree):
 
 @pytest.mark.parametrize("ratio", [0.7, 0.4])
 def test_a_linen_model_of_the_left_widths_computes_the_same(ratio):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 5, 2)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(3, 5, 5, 2))))
     model = Linen()
-    params = shaken(model.init(jax.random.key(0), x))
+    params = shaken(jax.jit(model.init)(jax.random.key(0), x))
     graph = jm.trace(model.apply, params, x)
     small = jm.prune(params, graph, ratio)
     plain = jm.rebuild(small)
@@ -68,7 +68,7 @@ def test_a_linen_model_of_the_left_widths_computes_the_same(ratio):
 
 
 def test_an_nnx_model_is_updated_with_them():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(3, 5))))
     apply, params, _ = jm.functional(Nnx((8, 10), nnx.Rngs(0)))
     params = shaken(params)
     graph = jm.trace(apply, params, x)
@@ -82,9 +82,9 @@ def test_an_nnx_model_is_updated_with_them():
 
 
 def test_factors_are_two_kernels():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 6)), jnp.float32)
+    x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(3, 4, 4, 6))))
     model = nn.Conv(9, (3, 1), name="conv")
-    params = shaken(model.init(jax.random.key(0), x))
+    params = shaken(jax.jit(model.init)(jax.random.key(0), x))
     graph = jm.trace(model.apply, params, x)
     small = jm.factorize(params, graph, ratios=0.5, method="spatial")
     plain = jm.rebuild(small)["params"]

@@ -14,7 +14,7 @@ from jaxmet.tree.quantizers import Quantizers
 
 
 def f32(*values):
-    return jnp.asarray(values, jnp.float32)
+    return jax.device_put(np.float32(values))
 
 
 def rounded(x, scale, zero_point, low, high):
@@ -24,7 +24,7 @@ def rounded(x, scale, zero_point, low, high):
 
 
 def kernel(seed=0, shape=(3, 3, 4, 5)):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).normal(size=shape)))
 
 
 def tree():
