@@ -9,8 +9,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.engine.frontends import check_apply, refuse_module
-from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet.engine.graph.graph import Graph, WithArguments, trace
 from jaxmet.engine.program.calls import Apply
+from jaxmet.engine.run.programs import split_keywords
 from jaxmet.engine.run.replay import output_masks
 from jaxmet.engine.run.shared_programs import share_programs
 from jaxmet.layers.arguments import accepting, key_of, refuse_options
@@ -100,6 +101,9 @@ def ptq(
     check_flags("ptq", rounding=rounding, progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")
+    arrays, kwargs = split_keywords(kwargs)
+    if arrays:  # like settings: each step then runs one model
+        apply = WithArguments(apply, arrays)
     of_scales, of_rounding = jax.random.split(key_of(key, "ptq"))
     with accepting(read.first, "ptq", apply, params, kwargs):
         graph = trace(apply, params, *read.first, **kwargs)

@@ -87,9 +87,9 @@ def check(
         A table with a row for each output, and one for each quantized node that the file shows.
 
     Raises:
-        ValueError: for a file of another kind, of another model or of another batch size, and for
-            one that its runtime does not load; FileNotFoundError where there is none; ImportError
-            without the extra.
+        ValueError: for a file of another kind, for one whose inputs or layers are not those of
+            the model, of another batch size, and for one that its runtime does not load;
+            FileNotFoundError where there is none; ImportError without the extra.
 
     >>> jm.export.check("model.onnx", apply, params, quantizers, batches)
     """
@@ -154,7 +154,8 @@ class _Models:
 
 
 def _arrays(tree: Any) -> list[np.ndarray]:
-    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+    """The leaves in the types that JAX gives them, as the model of the file was traced."""
+    return [np.asarray(jnp.asarray(x)) for x in jax.tree.leaves(tree)]
 
 
 def _after_the_file(

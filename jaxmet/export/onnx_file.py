@@ -18,8 +18,9 @@ from jaxmet.tree.writing import check_free, writable, written
 CALLER = "export.onnx"
 INSTALL = "'.[onnx]'"
 COMPUTES = (
-    "Conv", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div", "GlobalAveragePool", "Softmax",
-    "Sigmoid", "Erf", "Tanh", "Concat", "AveragePool", "LeakyRelu", "ReduceSum", "ReduceMean",
+    "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div",
+    "GlobalAveragePool", "Softmax", "Sigmoid", "Erf", "Tanh", "Concat", "AveragePool", "LeakyRelu", "ReduceSum", "ReduceMean",
+    "ReduceMax", "ReduceMin", "Exp", "Log", "Pow", "Sqrt", "Elu", "Resize", "LayerNormalization",
 )  # fmt: skip
 
 

@@ -86,12 +86,15 @@ def _onnx(
             source = graph.producers[source.input[0]]
         grids[name] = [graph.constant(n) for n in source.input[1:3]]
         graph.graph.output.append(onnx.ValueInfoProto(name=name))
-    shown = _session(library, model.SerializeToString()) if grids else whole
 
     def run(arrays: Mapping[str, Any]) -> list[Any]:
         return whole.run([*outputs], dict(arrays))
 
+    shown = _session(library, model.SerializeToString()) if grids else None
+
     def layers(arrays: Mapping[str, Any]) -> dict[str, LayerIntegers]:
+        if shown is None:
+            return {}
         made = shown.run([*grids], dict(arrays))
         return {
             name.removesuffix(INTEGERS): LayerIntegers(value, *grid)

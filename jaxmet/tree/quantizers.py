@@ -163,7 +163,24 @@ class Quantizers:
                     f"jaxmet.{caller}: {name!r} is {kind_of(array)}, not an array. Pass the "
                     "parameters that the quantizers are of."
                 )
+            self._check_size(name, array, caller)
         return leaves
+
+    def _check_size(self, name: str, array: Any, caller: str) -> None:
+        """Refuse a stated scale that does not fit its weight: quantizers of another tree."""
+        q = self.weights[name]
+        scale = q.maximum if q.maximum is not None else q.scale
+        shape = jnp.shape(array)
+        if name in self.derived or scale is None or q.block is not None:
+            return
+        sizes = jnp.shape(scale)
+        fits = all(n in (1, m) for n, m in zip(sizes, shape, strict=False))
+        if sizes and not (fits and len(sizes) == len(shape)):
+            raise ValueError(
+                f"jaxmet.{caller}: the quantizer of {name!r} has scales of shape {sizes}, and "
+                f"the parameter has the shape {shape}. Pass the parameters that the quantizers "
+                "are of, or calibrate for these."
+            )
 
     def pin(self, params: Any) -> "Quantizers":
         """A copy whose weight scales are leaves, computed from `params` as it is now.

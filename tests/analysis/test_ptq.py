@@ -212,3 +212,22 @@ def test_weight_grids_of_another_model_are_not_kept(case: Any) -> None:
     strange = jm.Quantizers({"elsewhere": jm.Quantizer(scale=jnp.float32(1.0))})
     with pytest.raises(ValueError, match="jaxmet.calibrate.*elsewhere"):
         jm.calibrate(trained, graph, batches, weights=strange, progress=False)
+
+
+def test_arrays_among_the_keywords_reach_every_step() -> None:
+    """As if the model had them inside: a scale, and the key of its noise."""
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jax.device_put(np.float32(rng.normal(size=n)))
+    params, x = {"one": draw(5, 6), "two": draw(6, 3)}, draw(8, 5)
+    given = {"gain": draw(6), "seed": jax.random.key(3)}
+
+    def apply(params: Any, x: Any, *, gain: Any, seed: Any, twice: bool) -> Any:
+        x = jax.nn.relu(x @ params["one"]) * gain[None]
+        x = x + 0.1 * jax.random.normal(seed, x.shape)
+        return (2.0 if twice else 1.0) * (x @ params["two"])
+
+    inside = lambda params, x: apply(params, x, **given, twice=True)
+    found = jm.ptq(apply, params, [x], progress=False, **given, twice=True)
+    wanted = jm.ptq(inside, params, [x], progress=False)
+    jax.tree.map(np.testing.assert_array_equal, found[:2], wanted[:2])
+    assert found[2]["SQNR (dB)"] == wanted[2]["SQNR (dB)"]

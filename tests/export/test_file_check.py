@@ -121,6 +121,26 @@ def test_a_layer_that_computes_something_else_is_the_only_one_that_is_found(
     assert set(table["time / float"]) == {None}
 
 
+@pytest.mark.parametrize("bits", [None, 32])
+def test_files_that_show_no_layers(bits, tmp_path, model):
+    """A float file, and one whose activations are in float."""
+    pytest.importorskip("jax2onnx")
+    params, quantizers, batches = model
+    path, x = tmp_path / "model.onnx", next(iter(batches))
+    if bits is not None:
+        graph = jm.trace(network, params, x)
+        config = jm.QuantConfig(activation_bits=bits)
+        quantizers = jm.calibrate(params, graph, batches, config, **quiet)
+    jm.export.onnx(path, network, params, bits and quantizers, x)
+    wide = [np.asarray(b, np.float64) for b in batches]
+    table = jm.export.check(
+        path, network, params, quantizers, wide, against_float=False
+    )
+    assert table["value"] == ["output"]
+    exact = table["SQNR (dB)"][0]
+    assert exact > 80 if bits is None else exact > 20
+
+
 def test_an_artefact_of_stablehlo(tmp_path, model):
     pytest.importorskip("flatbuffers")
     params, quantizers, batches = model

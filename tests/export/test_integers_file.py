@@ -103,3 +103,32 @@ def test_the_artefact_runs_without_jaxmet(tmp_path):
         jm.export.stablehlo(
             tmp_path / "b", apply, integers, quantizers, shape, platforms=["npu"]
         )
+
+
+def test_weights_that_the_model_lays_out_are_numbers(tmp_path):
+    """A transposed weight and a bias that is spread, as the model writes them."""
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jax.device_put(np.float32(rng.normal(size=n)))
+    params = {"w": draw(8, 3, 3), "b": draw(8), "head": draw(5, 8)}
+
+    def model(params, x):
+        places = ("NCW", "OIW", "NCW")
+        x = jax.lax.conv_general_dilated(
+            x, params["w"], (1,), "SAME", dimension_numbers=places
+        )
+        x = jax.nn.relu(x + params["b"][None, :, None])
+        return jnp.mean(x, 2) @ params["head"].T
+
+    x = draw(4, 3, 8)
+    graph = jm.trace(model, params, x)
+    config = jm.QuantConfig(bias="int32")
+    quantizers = jm.calibrate(params, graph, [x], config, progress=False)
+    path = tmp_path / "layers.npz"
+    jm.export.integers(path, model, params, quantizers, x[:1])
+    integers = jm.quantize(params, graph, quantizers)
+    with np.load(path) as file:
+        wanted = integers["head"].weight.values
+        np.testing.assert_array_equal(file["head/weight"], np.transpose(wanted))
+        s_w, s_x = file["w/weight_scale"], file["w/input_scale"]
+        bias = np.rint(np.asarray(params["b"], np.float64) / (s_w * s_x))
+        assert np.max(np.abs(file["w/bias"] - bias)) <= 1

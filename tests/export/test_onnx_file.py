@@ -321,3 +321,11 @@ def test_four_bits_are_refused_where_there_are_none(tmp_path):
     wanted = jax.jit(jm.simulate(apply, quantizers))(params, images)
     apart = steps_apart(made, wanted, quantizers)
     assert np.mean(apart == 0) >= 0.97 and np.mean(apart <= 1) >= 0.999
+
+
+def test_products_of_bfloat16_are_refused(tmp_path):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), chain_params())
+    x = jnp.ones((4, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"export\.onnx: .* bfloat16.*float32"):
+        jm.export.onnx(tmp_path / "m.onnx", chain, params, None, x)
+    assert not (tmp_path / "m.onnx").exists()

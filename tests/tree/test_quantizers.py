@@ -440,3 +440,14 @@ def test_a_stated_range_is_meant_as_it_is(calibrated):
     stated = old.set("input", bits=16, minimum=0.0, maximum=6.0)
     for q in (stated, stated.set("input", bits=8)):
         np.testing.assert_allclose(ranges(q.activations["input"]), [0, 6], atol=0.05)
+
+
+def test_pinned_scales_of_another_tree_are_refused():
+    draw = lambda *n: jax.device_put(np.float32(np.ones(n)))
+    tree, other = {"w": draw(4, 6)}, {"w": draw(4, 8)}
+    apply = lambda p, x: x @ p["w"]
+    graph = jm.trace(apply, tree, draw(2, 4))
+    quantizers = jm.calibrate(tree, graph, [draw(2, 4)], progress=False).pin(tree)
+    with pytest.raises(ValueError, match=r"round_weights: .*'w'.*\(1, 6\).*\(4, 8\)"):
+        jm.round_weights(other, quantizers)
+    assert jm.round_weights(tree, quantizers)["w"].shape == (4, 6)

@@ -29,6 +29,7 @@ class WrittenGrid(NamedTuple):
     shift: int = 0
 
 
+PRODUCTS = ("dot_general", "conv_general_dilated")
 _GRIDS: ContextVar[dict[str, WrittenGrid]] = ContextVar("grids")
 _PACKED: ContextVar[bool] = ContextVar("packed")
 
@@ -61,6 +62,7 @@ def onnx_model(
     if len(outs) > len({*outs} - {id(v) for v in jaxpr.jaxpr.invars}):
         # one value has one name there: those that are given twice, or given back, are copied
         jaxpr = jax.make_jaxpr(lambda *x: [jnp.copy(y) for y in function(*x)])(*inputs)
+    _refuse_half_precision(jaxpr)
     # A weight that the model derives, and its grid, are numbers here and integers in the file.
     is_grid = lambda equation: equation.primitive is fake_quant_p
     jaxpr = jax.make_jaxpr(with_known_computed(jaxpr, is_grid))(*inputs)
@@ -75,6 +77,18 @@ def onnx_model(
         output_names=list(output_names),
     )
     return model, grids
+
+
+def _refuse_half_precision(closed: Any) -> None:
+    """Refuse products of bfloat16: a file with them does not load."""
+    for equation in closed.jaxpr.eqns:
+        dtypes = [v.aval.dtype for v in (*equation.invars[:1], *equation.outvars)]
+        if equation.primitive.name in PRODUCTS and jnp.bfloat16 in dtypes:
+            raise ValueError(
+                "jaxmet.export.onnx: the model computes products in bfloat16, for which "
+                "onnxruntime has no kernels. Build the model with dtype=float32 and cast its parameters: "
+                "jax.tree.map(lambda a: a.astype('float32'), params)."
+            )
 
 
 def _register() -> None:

@@ -18,6 +18,7 @@ from jaxmet.engine.integers.integer_values import (
     Origin,
     Total,
     at_hand,
+    at_once,
     computed,
     floats,
 )
@@ -93,7 +94,11 @@ class IntegerProgram:
         if all(isinstance(v, Floats) for v in values):
             return self._in_float(equation, layer, values, None)
         rule = RULES.get(name)
-        found = rule(equation, layer, values) if rule is not None else None
+        found = None
+        if rule is not None:
+            # What is done to weights alone is done now: a file needs the numbers.
+            with at_once(values):
+                found = rule(equation, layer, values)
         if found is None:
             return self._in_float(equation, layer, values, self._why(equation, values))
         return [self._noted(name, layer, found)]

@@ -321,7 +321,8 @@ def spread_constant(equation: Any, values: list[Held]) -> Held | None:
     if not isinstance(x, Floats) or not x.fixed or jnp.ndim(x.stored) != len(x.shape):
         return None
     shape = tuple(equation.params["shape"])
-    return Floats(_spread(equation, jnp.asarray(x.stored)), True, shape)
+    spread = lambda: [_spread(equation, jnp.asarray(x.stored))]
+    return Floats(computed(spread, x.stored)[0], True, shape)
 
 
 RULES: dict[str, Rule] = {

@@ -5,6 +5,7 @@ a grid, and a `Joint` two values on grids that are added there. Each but `Floats
 what it is in float.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -40,6 +41,19 @@ def computed(function: Callable[[], Sequence[Any]], *arrays: Any) -> list[Any]:
         return list(function())
     with jax.ensure_compile_time_eval():
         return [np.asarray(a) for a in function()]
+
+
+def at_once(values: Sequence["Held"]) -> Any:
+    """Where operations on these values are computed, not traced, if all are known."""
+    leaves = [
+        (v.stored,) if isinstance(v, Floats) else (v.values, v.scale, v.zero_point)
+        for v in values
+        if isinstance(v, Floats | Integers) and v.fixed
+    ]
+    known = [a for group in leaves for a in group if number(a) is not None]
+    if len(leaves) < len(values) or len(known) < sum(map(len, leaves)):
+        return contextlib.nullcontext()
+    return jax.ensure_compile_time_eval()
 
 
 def is_zero(a: Any) -> bool:
