@@ -19,8 +19,8 @@ CALLER = "export.onnx"
 INSTALL = "'.[onnx]'"
 COMPUTES = (
     "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div",
-    "GlobalAveragePool", "Softmax", "Sigmoid", "Erf", "Tanh", "Concat", "AveragePool", "LeakyRelu", "ReduceSum", "ReduceMean",
-    "ReduceMax", "ReduceMin", "Exp", "Log", "Pow", "Sqrt", "Elu", "Resize", "LayerNormalization",
+    "GlobalAveragePool", "Softmax", "Sigmoid", "Erf", "Tanh", "Concat", "AveragePool",
+    "LeakyRelu", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "Exp", "Log", "Pow", "Sqrt", "Elu", "Resize", "LayerNormalization",
 )  # fmt: skip
 
 

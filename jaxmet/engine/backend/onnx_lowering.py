@@ -86,8 +86,8 @@ def _refuse_half_precision(closed: Any) -> None:
         if equation.primitive.name in PRODUCTS and jnp.bfloat16 in dtypes:
             raise ValueError(
                 "jaxmet.export.onnx: the model computes products in bfloat16, for which "
-                "onnxruntime has no kernels. Build the model with dtype=float32 and cast its parameters: "
-                "jax.tree.map(lambda a: a.astype('float32'), params)."
+                "onnxruntime has no kernels. Build the model with dtype=float32 and cast its "
+                "parameters: jax.tree.map(lambda a: a.astype('float32'), params)."
             )
 
 
