@@ -18,9 +18,10 @@ from jaxmet.tree.writing import check_free, writable, written
 CALLER = "export.onnx"
 INSTALL = "'.[onnx]'"
 COMPUTES = (
-    "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div",
-    "GlobalAveragePool", "Softmax", "Sigmoid", "Erf", "Tanh", "Concat", "AveragePool",
-    "LeakyRelu", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "Exp", "Log", "Pow", "Sqrt", "Elu", "Resize", "LayerNormalization",
+    "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Add", "Mul", "Sub", "Div", "Softmax",
+    "GlobalAveragePool", "AveragePool", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin",
+    "Concat", "Sigmoid", "Erf", "Tanh", "LeakyRelu", "Elu", "Exp", "Log", "Pow", "Sqrt", "Resize",
+    "LayerNormalization",
 )  # fmt: skip
 
 

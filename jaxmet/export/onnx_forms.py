@@ -69,6 +69,52 @@ def leaky_relus(graph: OnnxGraph) -> None:
         graph.prune()
 
 
+def bounds(graph: OnnxGraph) -> None:
+    """Maxima and minima of a value and numbers as Relu or Clip, which quantizers know."""
+    for node in reversed([*nodes_of(graph, "Max", "Min")]):
+        if graph.producers.get(node.output[0]) is not node:
+            continue  # within another one
+        source, steps = node.output[0], []
+        while (step := _bound(graph, source)) is not None:
+            source, kind, number = step
+            steps.append((kind, number))
+            if graph.only_consumer(source) is None:
+                break
+        if not steps:
+            continue
+        low, high = -np.inf, np.inf
+        for kind, number in reversed(steps):  # from the value on
+            low, high = (kind(end, number) for end in (low, high))
+        if (low, high) == (0, np.inf):
+            made = graph.insert(node, "Relu", source)
+        else:
+            ends = [_end(graph, node, end) for end in (low, high)]
+            made = graph.insert(node, "Clip", source, *ends)
+        redirect(graph, node.output[0], made)
+        graph.prune()
+
+
+def _bound(graph: OnnxGraph, name: str) -> tuple[str, Any, float] | None:
+    """What a maximum or minimum with one float is of, its function, and the float."""
+    node = graph.producers.get(name)
+    kinds = {"Max": max, "Min": min}
+    if node is None or node.op_type not in kinds or len(node.input) != 2:
+        return None
+    known = [graph.constant(n) for n in node.input]
+    i = next((i for i, a in enumerate(known) if a is not None), None)
+    number = None if i is None else known[i]
+    if i is None or number is None or number.size != 1 or number.dtype != np.float32:
+        return None
+    return node.input[1 - i], kinds[node.op_type], float(number.ravel()[0])
+
+
+def _end(graph: OnnxGraph, node: Any, end: float) -> str:
+    """The name of a bound of a Clip, nothing for none."""
+    if not np.isfinite(end):
+        return ""
+    return graph.add_constant(f"{node.output[0]}_end", np.asarray(end, np.float32))
+
+
 def scaled_grids(graph: OnnxGraph) -> None:
     """A value on a grid times a number as the grid with that scale, where any will do."""
     for node in nodes_of(graph, "Mul", "Div"):

@@ -10,6 +10,9 @@ INTEGERS = "/integers"
 """What follows the name of a node in that of its integers."""
 
 
+SAME_NUMBERS = ("Reshape", "Identity", "Unsqueeze", "Expand")
+
+
 class OnnxGraph:
     """A graph with its nodes by what they make and by what they read."""
 
@@ -30,15 +33,18 @@ class OnnxGraph:
         self.types = {v.name: v.type.tensor_type.elem_type for v in values}
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The numbers of an initializer, also through a Reshape of one."""
+        """The numbers of an initializer, also through a Reshape, or one number spread out."""
         from onnx import numpy_helper
 
         if name in self.arrays:
             return numpy_helper.to_array(self.arrays[name])
         node = self.producers.get(name)
-        if node is None or node.op_type not in ("Reshape", "Identity", "Unsqueeze"):
+        if node is None or node.op_type not in SAME_NUMBERS:
             return None
-        return self.constant(node.input[0])
+        found = self.constant(node.input[0])
+        if node.op_type == "Expand" and found is not None and found.size != 1:
+            return None
+        return found
 
     def add_constant(self, name: str, array: np.ndarray) -> str:
         """A new initializer; the name that it got."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmet.export.onnx_forms import leaky_relus, moves, scaled_grids, softmaxes
+from jaxmet.export.onnx_forms import bounds, leaky_relus, moves, scaled_grids, softmaxes
 from jaxmet.export.onnx_graph import (
     OnnxGraph,
     attribute,
@@ -35,7 +35,7 @@ def fused(model: Any, *, integers: bool = True) -> Any:
     forms = (softmaxes, leaky_relus, _weights, dense_layers, products_of_activations)
     values = (_biases, without_zero_biases, _pools, _means)
     grids = (scaled_grids, moves, _clips) if integers else ()
-    for each in (*forms, *values, *grids):
+    for each in (*forms, *values, *grids, bounds):
         each(graph)
         graph.prune()
     return model

@@ -195,3 +195,23 @@ def test_encodings_have_the_grids_as_they_are(name, tmp_path):
     (made,) = session.run(None, {"input": np.asarray(INPUTS)})
     wanted = model(jm.round_weights(PARAMS, quantizers), INPUTS)
     np.testing.assert_allclose(made, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_bounds_of_a_float_file_are_what_quantizers_know(tmp_path):
+    """relu6, a clip written in the other order, and bounds that leave one number."""
+
+    def model(p, x):
+        y = jax.nn.relu6(conv(x, p["a"]))
+        y = jnp.maximum(jnp.minimum(conv(y, p["b"]), 2.0), -1.0)
+        y = jax.nn.relu(conv(y, p["b"]))
+        z = jnp.minimum(jnp.maximum(y, 3.0), 1.0)
+        return jnp.minimum(conv(y, p["b"]), 0.5) + z
+
+    path = tmp_path / "float.onnx"
+    jm.export.onnx(path, model, PARAMS, None, INPUTS[:1])
+    kinds = Counter(n.op_type for n in onnx.load(path).graph.node)
+    assert kinds["Relu"] == 1 and kinds["Clip"] == 4
+    assert not kinds["Max"] + kinds["Min"]
+    session = onnxruntime.InferenceSession(path)
+    (made,) = session.run(None, {"input": np.asarray(INPUTS)})
+    np.testing.assert_allclose(made, model(PARAMS, INPUTS), rtol=1e-3, atol=1e-3)
