@@ -285,3 +285,28 @@ def test_what_is_refused(tmp_path, monkeypatch):
     ):
         jm.export.litert(free, *model, x)
     assert not free.exists() and path.read_text() == "mine"
+
+
+def test_heads_and_derived_weights_are_integers(tmp_path):
+    """Scales along two axes are scales along one; what is made of a weight is a weight."""
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jnp.asarray(rng.normal(size=n) / 3, jnp.float32)
+    params = {"in": draw(8, 2, 4), "bias": draw(2, 4), "out": draw(2, 4, 8)}
+
+    def model(params, x):
+        one = jnp.einsum("btd,dhc->bthc", x, params["in"]) + params["bias"][None, None]
+        two = jnp.einsum("btd,dhc->bthc", x, 1.1 * params["in"])
+        return jnp.einsum("bthc,hcd->btd", jax.nn.relu(one + two), params["out"])
+
+    x = draw(4, 6, 8)
+    graph = jm.trace(model, params, x)
+    config = jm.QuantConfig.for_target("litert")
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
+    path = tmp_path / "heads.tflite"
+    table = jm.export.litert(path, model, params, quantizers, x)
+    assert set(table["integers"]) == {"yes"}
+    assert list(table["operation"]).count("FULLY_CONNECTED") == 3
+    made = ran(path, input=x)["output"]
+    wanted = jax.jit(jm.simulate(model, quantizers))(params, x)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart == 0) >= 0.97 and apart.max() <= 1

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxmet.engine.program import compat
+from jaxmet.engine.program.known import with_known_computed
 from jaxmet.engine.program.scopes import END, LAYER, SCOPE
 from jaxmet.numerics.fake_quant import fake_quant_p
 
@@ -35,6 +36,9 @@ def litert_text(
     Locations are in it, and say whose result an equation is.
     """
     closed = jax.make_jaxpr(lambda *x: list(function(*x)))(*inputs)
+    # A weight that the model derives, and its grid, are numbers here and integers in the file.
+    is_grid = lambda equation: equation.primitive is fake_quant_p
+    closed = jax.make_jaxpr(with_known_computed(closed, is_grid))(*inputs)
     jaxpr, constants = compat.open_jaxpr(closed)
 
     def run(*values: Any) -> list[Any]:
@@ -128,13 +132,23 @@ def _quantized(equation: Any, operands: Sequence[Any], caller: str) -> Any:
         refuse("is an activation of less than 8 bits", "Use activation_bits=8")
     if is_constant:  # rounded here: the converter breaks ties otherwise
         x = np.clip(np.rint(np.asarray(x) / scale), low, high) * scale
-    if (
-        len(axes) > 1
-    ):  # of a weight: there are no such integers, so it is on its grid in float
-        return jnp.asarray(x)
+    shape = x.shape
+    if len(axes) > 1:
+        first, last = axes[0], axes[-1]
+        if scale.shape[first : last + 1] != shape[first : last + 1]:
+            return jnp.asarray(
+                x
+            )  # there are no such integers: it is on its grid in float
+        # Axes side by side that have scales are one axis in the file.
+        x, scale, zero = (
+            np.reshape(a, (*a.shape[:first], -1, *a.shape[last + 1 :]))
+            for a in (x, scale, np.broadcast_to(zero, scale.shape))
+        )
+        axes = [first]
     shift = UINT8 if most >= UINT8 else 0
     kind = _type(x.shape, scale, zero - shift, least - shift, most - shift, axes)
-    return _call("dequantize", _call("quantize", x, jnp.int8, kind), x.dtype, kind)
+    made = _call("dequantize", _call("quantize", x, jnp.int8, kind), x.dtype, kind)
+    return made.reshape(shape)
 
 
 def _refuse(caller: str, owner: str, what: str, cure: str) -> None:
