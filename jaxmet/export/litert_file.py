@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxmet.engine.backend.litert_lowering import litert_text
 from jaxmet.engine.program.calls import Apply
 from jaxmet.export.flat_model import flat_model
 from jaxmet.export.litert_interface import integer_interface
-from jaxmet.export.litert_table import check_computable, litert_table
+from jaxmet.export.litert_table import check_computable, layer_of, litert_table
 from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.packages import package
 from jaxmet.tree.quantizers import Quantizers
@@ -146,9 +147,13 @@ def _check_loads(made: bytes) -> None:
         loaded = Interpreter(model_content=made, experimental_op_resolver_type=plain)
         loaded.allocate_tensors()
     except (RuntimeError, ValueError) as error:
+        said = str(error).strip()
+        number = re.search(r"Node number (\d+)", said)
+        layer = None if number is None else layer_of(made, int(number[1]))
+        where = f" at {layer!r}" if layer else ""
         raise ValueError(
-            f"jaxmet.{CALLER}: LiteRT cannot run the file that its converter made "
-            f"({str(error).strip().splitlines()[0]}). Calibrate with "
-            "jm.QuantConfig.for_target('litert'), leave that layer in float "
-            "(quantizers.set(name, enabled=False)), or use jm.export.onnx."
+            f"jaxmet.{CALLER}: LiteRT cannot run the file that its converter made{where} "
+            f"({said.splitlines()[0]}). Calibrate with jm.QuantConfig.for_target('litert'), leave "
+            "that layer in float (quantizers.set(name, enabled=False)), write it otherwise, or use "
+            "jm.export.onnx."
         ) from error

@@ -90,6 +90,16 @@ def litert_table(made: bytes, caller: str) -> Table:
     )
 
 
+def layer_of(made: bytes, number: int) -> str | None:
+    """Whose operation it is that a runtime names by its number."""
+    operations = [o for g in _graphs(made)[:1] for o in _operations(made, g)]
+    if number >= len(operations):
+        return None
+    told = operations[number]
+    owners = (owner_of(t.name) for t in told.makes + told.reads)
+    return next((owner for owner in owners if owner), None)
+
+
 def _graphs(made: bytes) -> list[Any]:
     from litert_converter import schema_py_generated as schema
 

@@ -310,3 +310,21 @@ def test_heads_and_derived_weights_are_integers(tmp_path):
     wanted = jax.jit(jm.simulate(model, quantizers))(params, x)
     apart = steps_apart(made, wanted, quantizers)
     assert np.mean(apart == 0) >= 0.97 and apart.max() <= 1
+
+
+def test_what_the_runtime_cannot_run_is_refused_with_the_layer(tmp_path):
+    """The converter's own transposed convolution, which does not load, in float either."""
+
+    class Up(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.ConvTranspose(4, (3, 3), (2, 2), name="up")(x))
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 6, 3)), jnp.float32)
+    params = Up().init(jax.random.key(0), x)
+    path = tmp_path / "up.tflite"
+    with pytest.raises(
+        ValueError, match=r"export\.litert: LiteRT cannot run .* at 'up'"
+    ):
+        jm.export.litert(path, Up().apply, params, None, x, io="float")
+    assert not path.exists()
