@@ -11,6 +11,8 @@ integers_file   each layer's integers and scales as plain arrays
 litert_file     the model as a LiteRT file (.tflite), in integers
 litert_interface
                 a LiteRT file with integers for inputs and outputs
+litert_requantized
+                a LiteRT file by way of a float one
 litert_table    the operations of a LiteRT file
 onnx_forms      what JAX writes as several operations as the one that ONNX has
 onnx_graph      an ONNX graph by what makes and what reads its values

@@ -2,19 +2,24 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxmet.engine.backend.litert_lowering import litert_text
+from jaxmet.engine.graph.graph import trace
 from jaxmet.engine.program.calls import Apply
-from jaxmet.export.flat_model import flat_model
+from jaxmet.export.flat_model import FlatModel, flat_model
 from jaxmet.export.litert_interface import integer_interface
+from jaxmet.export.litert_requantized import requantized
 from jaxmet.export.litert_table import check_computable, layer_of, litert_table
+from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.packages import package
 from jaxmet.tree.quantizers import Quantizers
@@ -43,6 +48,10 @@ def litert(
     int8, one scale per channel, values int8 (uint8 less 128), biases int32 at $s_x s_w$. Norms
     that were folded are the biases that they stand for. TensorFlow is not needed:
     `pip install '.[litert]'` installs LiteRT's own converter and its runtime.
+
+    With another version of the converter than the one whose integers are known, or where that
+    refuses the model, the file is made of a float one by ai-edge-quantizer, if it is installed,
+    with the ranges of the quantizers: 8 bits and a scale per channel only. The table says so.
 
     The batch size is that of the examples.
 
@@ -74,30 +83,58 @@ def litert(
     check_choices(CALLER, io=(io, ("int8", "float")))
     path = writable(path, CALLER)
     check_free(path, overwrite, CALLER)
-    _check_converter()
+    is_known = _check_converter(quantizers)
     _check_sizes(inputs)
-    model = flat_model(
-        CALLER, apply, params, quantizers, inputs, kwargs, batch="fixed", named=True
-    )
+    flat = partial(flat_model, CALLER, apply, batch="fixed", named=True)
+    model = flat(params, quantizers, inputs, kwargs)
+    made, how = None, ""
+    if is_known:
+        try:
+            made = _file(model, io)
+        except ValueError:
+            if quantizers is None or not _can_requantize():
+                raise
+    if made is None:
+        assert quantizers is not None
+        graph = trace(apply, params, *inputs, **kwargs)
+        rounded = round_weights(params, quantizers)
+        floats = _file(flat(rounded, None, inputs, kwargs), "float")
+        leaves = dict(zip(model.inputs, jax.tree.leaves(inputs), strict=True))
+        made = requantized(floats, graph, quantizers, leaves, CALLER, io)
+        how = " by ai-edge-quantizer"
+    written(path, lambda f: f.write(made))
+    return litert_table(made, CALLER + how)
+
+
+def _file(model: FlatModel, io: str) -> bytes:
+    """What the converter makes of a model."""
     text = litert_text(model.function, model.shapes, CALLER)
     made = _converted(text, model.inputs, model.outputs)
     check_computable(made, CALLER)
     if io == "int8":
         made = integer_interface(made, CALLER)
     _check_loads(made)
-    written(path, lambda f: f.write(made))
-    return litert_table(made, CALLER)
+    return made
 
 
-def _check_converter() -> None:
+def _check_converter(quantizers: Quantizers | None) -> bool:
+    """Whether the converter that is installed is the one whose integers are known."""
     for name in ("ai_edge_litert", "litert_converter"):
         package(name, CALLER, INSTALL)
     found = importlib.metadata.version("litert-converter")
-    if found != CONVERTER:
+    if found == CONVERTER or quantizers is None:
+        return True
+    if not _can_requantize():
         raise ImportError(
             f"jaxmet.{CALLER}: litert-converter is {found}, and only with {CONVERTER} are its "
-            f"integers known. Install it: pip install {INSTALL}."
+            f"integers known. Install it: pip install {INSTALL}; or pip install "
+            "ai-edge-quantizer, which makes them of a float file."
         )
+    return False
+
+
+def _can_requantize() -> bool:
+    return importlib.util.find_spec("ai_edge_quantizer") is not None
 
 
 def _check_sizes(inputs: Any) -> None:

@@ -328,3 +328,32 @@ def test_what_the_runtime_cannot_run_is_refused_with_the_layer(tmp_path):
     ):
         jm.export.litert(path, Up().apply, params, None, x, io="float")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("io", ["int8", "float"])
+def test_by_way_of_a_float_file(io, tmp_path, monkeypatch):
+    """With a converter whose integers are not known."""
+    pytest.importorskip("ai_edge_quantizer")
+    monkeypatch.setattr("jaxmet.export.litert_file.CONVERTER", "another")
+    apply, params, quantizers, images = demo()
+    path = tmp_path / "demo.tflite"
+    table = jm.export.litert(path, apply, params, quantizers, images[:64], io=io)
+    assert "ai-edge-quantizer" in table.title and set(table["integers"]) == {"yes"}
+    assert len(table) == 22
+    made = in_batches(path, images, 64)
+    wanted = jax.jit(jm.simulate(apply, quantizers))(params, images)
+    apart = steps_apart(made, wanted, quantizers)
+    assert np.mean(apart == 0) >= 0.95 and np.mean(apart <= 1) >= 0.999
+    four = demo(weight_bits=4)
+    with pytest.raises(ValueError, match=r"export\.litert: the weight .* 8 bits"):
+        jm.export.litert(tmp_path / "four.tflite", *four[:3], images[:1])
+
+
+def test_another_converter_alone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmet.export.litert_file.CONVERTER", "another")
+    monkeypatch.setattr("jaxmet.export.litert_file._can_requantize", lambda: False)
+    apply, params, quantizers, images = demo()
+    with pytest.raises(
+        ImportError, match=r"export\.litert: litert-converter is .*quantizer"
+    ):
+        jm.export.litert(tmp_path / "m.tflite", apply, params, quantizers, images[:1])

@@ -50,10 +50,15 @@ def litert_text(
     return LAYOUTS.sub("", text)  # the converter has no place for layouts
 
 
+def owners_of(name: str) -> list[str]:
+    """The nodes or parameters that the name of a tensor of the file speaks of."""
+    return re.findall(f"{LAYER}([^;{END}]+)", name)
+
+
 def owner_of(name: str) -> str | None:
-    """The node or parameter that the name of a tensor of the file speaks of."""
+    """The node or parameter whose tensor it is."""
     # Of a layer with what is fused to it the last part is the layer.
-    found = re.findall(f"{LAYER}([^;{END}]+)", name)
+    found = owners_of(name)
     return found[-1] if found else None
 
 
