@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import jaxmet as jm
+from jaxmet.export.runtimes import has_vnni
 from runtimes.cases import BATCH, Case
 from runtimes.figures import Row, decibels, same_top, shares, time_ratio
 
@@ -76,8 +77,9 @@ def session(path: Path, optimized: Path | None = None, *, fused: bool = True) ->
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # Without VNNI sums of two 8-bit products saturate in 16 bits, unless it is told to be exact.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_vnni():
+        # Sums of two 8-bit products saturate in 16 bits there, unless it is told to be exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)

@@ -110,15 +110,24 @@ def _onnx(
 def _session(library: Any, content: bytes) -> Any:
     options = library.SessionOptions()
     options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    make = lambda: library.InferenceSession(content, options, providers=providers)
+    if has_vnni():
+        return make()
     # Without VNNI sums of two 8-bit products saturate in 16 bits, unless it is told not to;
     # then it loads no file in which one weight is read twice.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    providers = ["CPUExecutionProvider"]
     try:
-        return library.InferenceSession(content, options, providers=providers)
+        return make()
     except Exception:
         options.add_session_config_entry("session.x64quantprecision", "0")
-        return library.InferenceSession(content, options, providers=providers)
+        return make()
+
+
+def has_vnni() -> bool:
+    """Whether an x86 processor is known to add 8-bit products in 32 bits."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and "vnni" in flags.read_text()
 
 
 def _litert(
