@@ -14,6 +14,7 @@ from jaxmet.export.onnx_graph import (
     nodes_of,
     rank_of,
     redirect,
+    sizes_of,
 )
 
 SPREADS = ("Identity", "Expand", "Reshape", "Unsqueeze")
@@ -45,6 +46,9 @@ def softmaxes(graph: OnnxGraph) -> None:
         if axes[0] is None or len(axes[0]) != 1:
             continue
         if total.input[0] != exp.output[0] or most.input[0] != x:
+            continue
+        spread = node.input[1], sub.input[1]
+        if not all(_lies_along(graph, name, axes[0][0]) for name in spread):
             continue
         made = graph.insert(node, "Softmax", x, axis=axes[0][0])
         redirect(graph, node.output[0], made)
@@ -173,6 +177,16 @@ def _before(graph: OnnxGraph, name: str, passed: Sequence[str]) -> Any | None:
     while node is not None and node.op_type in passed:
         node = graph.producers.get(node.input[0])
     return node
+
+
+def _lies_along(graph: OnnxGraph, name: str, axis: int) -> bool:
+    """Whether what a reduction gave has size 1 at its axis, before it is spread out."""
+    node = graph.producers.get(name)
+    while node is not None and node.op_type in ("Identity", "Expand"):
+        name = node.input[0]
+        node = graph.producers.get(name)
+    sizes = sizes_of(graph, name)
+    return sizes is not None and len(sizes) > axis and sizes[axis] == 1
 
 
 def _axes(graph: OnnxGraph, node: Any, rank: int | None) -> list[int] | None:

@@ -215,3 +215,19 @@ def test_bounds_of_a_float_file_are_what_quantizers_know(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (made,) = session.run(None, {"input": np.asarray(INPUTS)})
     np.testing.assert_allclose(made, model(PARAMS, INPUTS), rtol=1e-3, atol=1e-3)
+
+
+def test_sums_that_lie_along_another_axis_are_no_softmax(tmp_path):
+    """Of a square matrix both ways have the same shapes."""
+
+    def model(p, x):
+        y = tokens(p, x)[:, :8] @ p["dense"]
+        y = jnp.exp(y - jnp.max(y, 2)[:, None, :])
+        return y / jnp.sum(y, 2)[:, None, :]
+
+    path = tmp_path / "model.onnx"
+    jm.export.onnx(path, model, PARAMS, None, INPUTS[:1])
+    session = onnxruntime.InferenceSession(path)
+    (made,) = session.run(None, {"input": np.asarray(INPUTS)})
+    wanted = model(PARAMS, INPUTS)
+    np.testing.assert_allclose(made, wanted, rtol=1e-2, atol=1e-3)
