@@ -63,7 +63,7 @@ def check(
     The other rows, of ONNX files, are the layers, each by itself: the simulation computes one layer
     from the integers that the runtime has before it, and its result is compared with the integers
     that the runtime has after it. A difference there is the layer's own. In a deep network a few
-    such differences, at the edge of two steps, move others behind them, so that the outputs differ
+    such differences, at the edge of two steps, move others after them, so that the outputs differ
     more; the SQNR then says whether anything is lost.
 
     Sizes and times are relative to the float file of the same tree, which is written to a temporary

@@ -115,8 +115,8 @@ def _fill_in(
 def _quantized(graph: Graph, quantizers: Quantizers, name: str) -> str | None:
     """The first node from here on that has a grid, where one after the other reads it."""
     while quantizers.activation(name) is None:
-        readers = graph.consumers(name)
-        if len(readers) != 1 or readers[0].kind == "output":
+        consumers = graph.consumers(name)
+        if len(consumers) != 1 or consumers[0].kind == "output":
             return None
-        name = readers[0].name
+        name = consumers[0].name
     return name

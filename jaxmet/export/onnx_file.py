@@ -153,9 +153,9 @@ def _name_layers(graph: OnnxGraph, grids: Mapping[str, WrittenGrid]) -> None:
                 break
             integers = bound.output[0]
         integers = graph.rename(integers, grid.owner + INTEGERS)
-        for reader in graph.consumers[integers][:]:
-            if reader.op_type == "DequantizeLinear" and reader.input[1] in grids:
-                graph.rename(reader.output[0], grid.owner)
+        for consumer in graph.consumers[integers][:]:
+            if consumer.op_type == "DequantizeLinear" and consumer.input[1] in grids:
+                graph.rename(consumer.output[0], grid.owner)
 
 
 def _table(model: Any, grids: Mapping[str, WrittenGrid]) -> Table:
