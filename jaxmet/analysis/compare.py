@@ -17,7 +17,7 @@ from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Counted, Run, counted_only, evaluate
 from jaxmet.layers.arguments import accepting, check_keywords
 from jaxmet.layers.fake_quantized import (
-    fake_quantize_derived,
+    fake_quantize_operands,
     fake_quantize_output,
     quantizer_at,
 )
@@ -208,7 +208,7 @@ def _against(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
     """A hook that simulates, and compares with what was kept."""
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        operands = fake_quantize_derived(node, operands, quantizers)
+        operands = fake_quantize_operands(node, run, operands, quantizers)
         raw = run(*operands)
         result = fake_quantize_output(node, run, raw, quantizers)
         result = counted_only(node, run, result)

@@ -16,7 +16,11 @@ from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Run, counted_only, evaluate
-from jaxmet.layers.fake_quantized import quantizer_at
+from jaxmet.layers.fake_quantized import (
+    entered_operands,
+    quantizer_at,
+    quantizer_entering,
+)
 from jaxmet.layers.gradients import Tap, energies, projected_gradients, squared
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.numerics.precision import wide
@@ -42,6 +46,19 @@ class NoiseSums(NamedTuple):
     energy: Any
 
 
+class Spot(NamedTuple):
+    """Where a quantizer lies: on the result of a node, or on one of its operands.
+
+    `owner` is the kind and the name of the quantizer, `derived` says that it is of a weight that
+    the model computes.
+    """
+
+    node: str
+    operand: int | None
+    owner: str
+    derived: bool
+
+
 def noise_sums(
     params: Any,
     graph: Graph,
@@ -53,18 +70,17 @@ def noise_sums(
 ) -> NoiseSums:
     leaves = named_leaves(params)
     spots = tuple(
-        (node.name, *spot)
+        spot
         for node in graph.nodes
         if "while" not in node.region
-        for spot in _tapped(node, quantizers)
+        for spot in _spots(node, quantizers)
     )
     rounded = tuple(
         n for n, q in quantizers.weights.items() if q.active and n in leaves
     )
     changes, middle = _moved(params, quantizers, rounded)
     halfway = replace_leaves(params, middle, caller=CALLER)
-    owners = {_owner(kind, name, quantizers): None for name, kind, _ in spots}
-    keys = dict.fromkeys([*(f"weight {n}" for n in rounded), *owners])
+    keys = dict.fromkeys([f"weight {n}" for n in rounded] + [s.owner for s in spots])
     sums = NoiseSums(
         {name: np.zeros(2, np.float32) for name in keys},
         {n: np.zeros(c.shape, c.dtype) for n, c in changes.items()},
@@ -90,7 +106,7 @@ def noise_sums(
 
 
 def _total(
-    spots: Sequence[tuple[str, str, int | None]],
+    spots: Sequence[Spot],
     rounded: Sequence[str],
     number: int,
     static: Mapping[str, Any],
@@ -107,13 +123,10 @@ def _total(
             return apply(params, *inputs, **static, **arrays)
 
         taps = {
-            f"{kind} {name}": Tap(
-                name, (2,), _split, _error(quantizers, kind), at, _halfway
+            str(number): Tap(
+                s.node, (2,), _split, _error(quantizers, s), s.operand, _halfway
             )
-            for name, kind, at in spots
-        }
-        owners = {
-            f"{kind} {name}": _owner(kind, name, quantizers) for name, kind, _ in spots
+            for number, s in enumerate(spots)
         }
         gradients = projected_gradients(model, taps, rounded)
         run = evaluate(model, _counted)
@@ -124,8 +137,8 @@ def _total(
             unit = [jnp.ones(()) for _ in energy]
             by_tap, by_weight = gradients(halfway, unit, own, *example)
             errors = {name: jnp.zeros(2) for name in sums.grids}
-            for name, owner in owners.items():
-                errors[owner] += by_tap[name]
+            for number, spot in enumerate(spots):
+                errors[spot.owner] += by_tap[str(number)]
             for n, g in by_weight.items():
                 sum_ = jnp.sum(g.astype(changes[n].dtype) * changes[n])
                 errors[f"weight {n}"] += jnp.stack([sum_, 0.0]).astype(jnp.float32)
@@ -153,31 +166,37 @@ def _halfway(x: jax.Array, errors: Any) -> jax.Array:
     return x + (sum(errors, jnp.zeros_like(errors[0])) / 2).astype(x.dtype)
 
 
-def _tapped(node: Node, quantizers: Quantizers) -> list[tuple[str, int | None]]:
-    """Where quantizers lie at a node: on its result, and on a weight that the model derives."""
-    found: list[tuple[str, int | None]] = []
+def _spots(node: Node, quantizers: Quantizers) -> list[Spot]:
+    """Where quantizers lie at a node: on its result, on what it reads, on a derived weight."""
+    found: list[Spot] = []
     quantizer, owner = quantizers.activation(node.name), quantizers.owner(node.name)
     before = [quantizers.owner(edge.node or "") for edge in node.inputs]
     lies_there = bool(before) and all(name == owner for name in before)
     if quantizer is not None and quantizer.active and not lies_there:
-        found.append(("activation", None))
+        if not quantizer.products_only:
+            found.append(Spot(node.name, None, f"activation {owner}", derived=False))
+    for operand, name in entered_operands(node, quantizers).items():
+        at = quantizers.activation(name)
+        if at is not None and at.active:
+            label = f"activation {quantizers.owner(name)}"
+            found.append(Spot(node.name, operand, label, derived=False))
     weight = quantizers.weights.get(node.name)
     if node.weight is not None and node.weight.name is None and weight is not None:
-        found += [("weight", node.weight.operand)] * weight.active
+        operand, label = node.weight.operand, f"weight {node.name}"
+        found += [Spot(node.name, operand, label, derived=True)] * weight.active
     return found
 
 
-def _owner(kind: str, name: str, quantizers: Quantizers) -> str:
-    """The quantizer that lies there, its own or one that it shares."""
-    return f"{kind} {quantizers.owner(name) if kind == 'activation' else name}"
-
-
-def _error(quantizers: Quantizers, kind: str) -> Callable:
+def _error(quantizers: Quantizers, spot: Spot) -> Callable:
     """The errors that a quantizer makes by rounding, and by clipping."""
 
     def error(node: Node, run: Run, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        at = quantizer_at(node, run, quantizers)
-        quantizer = at if kind == "activation" else quantizers.weights[node.name]
+        if spot.derived:
+            quantizer = quantizers.weights[node.name]
+        elif spot.operand is not None:
+            quantizer = quantizer_entering(node, run, spot.operand, quantizers)
+        else:
+            quantizer = quantizer_at(node, run, quantizers)
         assert quantizer is not None
         x = x.astype(wide(x.dtype))
         change = quantizer(x) - x

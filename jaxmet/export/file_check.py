@@ -25,7 +25,7 @@ from jaxmet.export.litert_file import litert
 from jaxmet.export.onnx_file import onnx
 from jaxmet.export.runtimes import LayerIntegers, RunningFile, opened
 from jaxmet.layers.fake_quantized import (
-    fake_quantize_derived,
+    fake_quantize_operands,
     fake_quantize_output,
 )
 from jaxmet.transforms.simulate import round_weights, simulate
@@ -164,7 +164,7 @@ def _after_the_file(
     """A hook that simulates a node, and goes on with what the file has there."""
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        operands = fake_quantize_derived(node, operands, quantizers)
+        operands = fake_quantize_operands(node, run, operands, quantizers)
         result = fake_quantize_output(node, run, run(*operands), quantizers)
         if node.name not in values:
             return result, None

@@ -12,7 +12,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.program.scopes import END, LAYER, SCOPE
 from jaxmet.engine.run.replay import Run, evaluate
-from jaxmet.layers.fake_quantized import fake_quantize_derived, fake_quantize_output
+from jaxmet.layers.fake_quantized import fake_quantize_operands, fake_quantize_output
 from jaxmet.layers.folded_shift import folded_norm
 from jaxmet.layers.norm_parameters import roles_of
 from jaxmet.numerics.fake_quant import fake_quant
@@ -66,7 +66,7 @@ def deployed(
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
         with jax.named_scope(SCOPE + node.name):
-            operands = fake_quantize_derived(node, operands, quantizers)
+            operands = fake_quantize_operands(node, run, operands, quantizers)
         if node.norm is not None and _is_shift(node, leaves, quantizers):
             x = operands[0]
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]

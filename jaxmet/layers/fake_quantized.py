@@ -11,13 +11,14 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.folded_weights import folded_and_back
+from jaxmet.layers.residual_streams import PRODUCTS
 from jaxmet.tree.grids import Grids
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
 
 
 def quantizer_at(node: Node, run: Run, quantizers: Quantizers) -> Quantizer | None:
-    """What quantizes a node's result, in a loop over layers the one of this layer."""
+    """The quantizer of a node, in a loop over layers the one of this layer."""
     owner = quantizers.owner(node.name)
     if owner is None:
         return None
@@ -35,29 +36,81 @@ def fake_quantize_output(
     quantizers: Quantizers,
     grids: Grids | None = None,
 ) -> Any:
-    """A node's result on its grid, if it has one; integers, as pixels may be, stay."""
+    """A node's result on its grid, if it has one there; integers, as pixels may be, stay."""
     quantizer, owner = quantizer_at(node, run, quantizers), quantizers.owner(node.name)
     real = jnp.issubdtype(result.dtype, jnp.inexact)
-    if quantizer is None or owner is None or not real:
+    if quantizer is None or owner is None or not real or quantizer.products_only:
         return result
     examples = math.prod(result.shape[axis] for axis in node.batch)
     return quantizer(result, grids and grids.activations[owner], examples=examples)
 
 
-def fake_quantize_derived(
+def fake_quantize_operands(
     node: Node,
+    run: Run,
     operands: tuple[Any, ...],
     quantizers: Quantizers,
     grids: Grids | None = None,
 ) -> tuple[Any, ...]:
-    """Put a weight that the model computes from several parameters on its grid."""
+    """What a node reads on a grid that is not that of the whole value.
+
+    A weight that the model computes from several parameters, and what only products read on
+    their grids.
+    """
+    found = list(operands)
+    for i, name in entered_operands(node, quantizers).items():
+        quantizer = quantizer_entering(node, run, i, quantizers)
+        owner = quantizers.owner(name)
+        assert owner is not None
+        found[i] = quantizer(found[i], grids and grids.activations[owner])
     weight = node.weight
-    if weight is None or weight.name is not None or node.name not in quantizers.weights:
-        return operands
-    quantizer = quantizers.weights[node.name]
-    i = weight.operand
-    quantized = quantizer(operands[i], grids and grids.weights[node.name])
-    return (*operands[:i], quantized, *operands[i + 1 :])
+    if weight is not None and weight.name is None and node.name in quantizers.weights:
+        quantizer = quantizers.weights[node.name]
+        i = weight.operand
+        found[i] = quantizer(found[i], grids and grids.weights[node.name])
+    return tuple(found)
+
+
+def entered_operands(node: Node, quantizers: Quantizers) -> dict[int, str]:
+    """The operands that are quantized where this product reads them, and a node of each."""
+    if node.kind not in PRODUCTS:
+        return {}
+    return {
+        edge.operand: edge.node
+        for edge in node.inputs
+        if edge.node is not None and _only_products(edge.node, quantizers)
+    }
+
+
+def quantizer_entering(
+    node: Node, run: Run, operand: int, quantizers: Quantizers
+) -> Quantizer:
+    """What quantizes an operand of a product; in a loop, that of the turn that made the value."""
+    found: Quantizer | None = None
+    edges = [e for e in node.inputs if e.operand == operand and e.node is not None]
+    for edge in sorted(edges, key=lambda e: e.turn == "previous"):
+        quantizer = quantizers.activation(edge.node or "")
+        assert quantizer is not None
+        if edge.turn == "last":
+            quantizer = jax.tree.map(lambda a: a[-1] if jnp.ndim(a) else a, quantizer)
+        elif node.layers and any(map(jnp.ndim, jax.tree.leaves(quantizer))):
+            here = run.iteration[-1] - int(edge.turn == "previous")
+            last = jax.tree.map(
+                lambda a, i=here: a[jnp.maximum(i, 0)] if jnp.ndim(a) else a, quantizer
+            )
+            if found is not None:  # the first turn reads what the loop began with
+                last = jax.tree.map(
+                    lambda first, a, i=here: jnp.where(i < 0, first, a), found, last
+                )
+            quantizer = last
+        found = quantizer
+    assert found is not None
+    return found
+
+
+def _only_products(name: str, quantizers: Quantizers) -> bool:
+    quantizer = quantizers.activation(name)
+    return quantizer is not None and quantizer.products_only
 
 
 def fake_quantize_params(

@@ -14,7 +14,7 @@ from jaxmet.engine.run.segments import Segments, segments
 from jaxmet.engine.run.shared_programs import placed
 from jaxmet.layers.arguments import accepting
 from jaxmet.layers.fake_quantized import (
-    fake_quantize_derived,
+    fake_quantize_operands,
     fake_quantize_output,
     fake_quantize_params,
 )
@@ -137,7 +137,7 @@ class Copy:
         cuts = set(self.cuts)
 
         def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
-            result = run(*fake_quantize_derived(node, operands, quantizers))
+            result = run(*fake_quantize_operands(node, run, operands, quantizers))
             # What ends a piece is corrected before it is quantized.
             keep = not self.both or node.name in cuts
             return (

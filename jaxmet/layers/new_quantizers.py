@@ -23,7 +23,9 @@ def weight_quantizer(place: WeightPlace) -> Quantizer:
     )
 
 
-def activation_quantizer(s: Settings, *, signed: bool = True) -> Quantizer:
+def activation_quantizer(
+    s: Settings, *, signed: bool = True, products_only: bool = False
+) -> Quantizer:
     """What quantizes an activation, following it until it holds a range."""
     return Quantizer(
         bits=s.bits,
@@ -33,4 +35,5 @@ def activation_quantizer(s: Settings, *, signed: bool = True) -> Quantizer:
         calibrator=s.calibrator,
         percentile=s.percentile,
         headroom=HEADROOM if s.calibrator == "minmax" else 1,
+        products_only=products_only,
     )

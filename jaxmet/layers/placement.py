@@ -2,13 +2,21 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.eligibility import NOT_SELECTED
 from jaxmet.layers.folded_shift import folded_norm, norm_to_fold
+from jaxmet.layers.residual_streams import (
+    PRODUCTS,
+    STREAM,
+    UNREAD,
+    entering,
+    is_data_norm,
+    residual_streams,
+)
 from jaxmet.layers.rule_targets import (
     Tensor,
     agreed,
@@ -29,10 +37,8 @@ from jaxmet.layers.target_rules import (
     requantized_products,
     target_notes,
 )
-from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.config import FIELDS, QuantConfig, Settings
 from jaxmet.tree.targets.target import UNSTATED, Target
-
-MULTIPLIES = ("product", "ragged", "matmul")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Placement:
 
     `fixed` are the ranges that a target gives to outputs, `requantized` the weight, input and
     output whose scales s_x s_w / s_y it limits, `notes` what it says of an activation.
+    `entering` are the activations that only products read on their grids.
     """
 
     weights: tuple[WeightPlace, ...]
@@ -84,6 +91,7 @@ class Placement:
     fixed: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     requantized: tuple[tuple[str, str, str], ...] = ()
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    entering: frozenset[str] = frozenset()
 
 
 def place(
@@ -108,11 +116,18 @@ def place(
     operations = config.placement == "operations"
     wanted = _stored(graph, device) if operations else _entering(graph)
     wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
+    streams = residual_streams(graph)
     activations: dict[str, Settings] = {}
+    floats: dict[str, str] = {}
     for node in graph.nodes:
         if node.name not in wanted:
             continue
         settings = config.resolve(node.name, "activation")
+        norm = is_data_norm(node) and settings.residual_bits == 32
+        if node.name in streams and settings.residual_bits != 32:
+            settings = dataclasses.replace(settings, bits=settings.residual_bits)
+        elif node.name in streams or norm:
+            floats[node.name] = STREAM if node.name in streams else UNREAD
         if node.in_float is not None:
             left[node.name] = node.in_float
         elif node.name not in graph.selected:
@@ -123,9 +138,20 @@ def place(
             left[node.name] = "32 bits"
         else:
             activations[node.name] = settings
+    floats = {n: why for n, why in floats.items() if n in activations}
+    read = _entering(graph)
+    for name in floats.keys() - read:
+        left[name] = floats[name]
+        del activations[name]
+    entered = entering(graph, floats.keys() & read, activations)
     fixed = fixed_ranges(graph, device, activations)
     shared = _shared(graph, device, activations, fixed)
-    tensors = _tensors(graph, config, found, wanted, shared, caller)
+    entered -= {*shared, *shared.values()}
+    ignored = {
+        n: _ignored(n, is_data_norm(graph[n]), streams, activations, config)
+        for n in wanted
+    }
+    tensors = _tensors(graph, config, found, ignored, shared, caller)
     check_rules(graph, config, tensors, caller)
     on_grid = set(activations) | set(shared)
     _floats(graph, on_grid, left)
@@ -141,7 +167,15 @@ def place(
     )
     notes = target_notes(graph, config.target, on_grid, fixed, left)
     return Placement(
-        weights, biases, activations, shared, left, fixed, requantized, notes
+        weights,
+        biases,
+        activations,
+        shared,
+        left,
+        fixed,
+        requantized,
+        notes,
+        entered,
     )
 
 
@@ -149,7 +183,7 @@ def _tensors(
     graph: Graph,
     config: QuantConfig,
     weights: tuple[WeightPlace, ...],
-    wanted: set[str],
+    wanted: Mapping[str, frozenset[str]],
     shared: dict[str, str],
     caller: str,
 ) -> list[Tensor]:
@@ -164,7 +198,11 @@ def _tensors(
         if name in wanted:
             settings = config.resolve(name, "activation")
             owner = shared.get(name)
-            found.append(Tensor(name, "activation", (name,), settings, owner))
+            found.append(
+                Tensor(
+                    name, "activation", (name,), settings, owner, ignores=wanted[name]
+                )
+            )
         norm = norm_to_fold(graph, node)
         if node.kind == "product" and (node.bias is not None or norm is not None):
             names = _names_of_bias(node, norm)
@@ -174,6 +212,22 @@ def _tensors(
         names = tuple(dict.fromkeys(n for names in calls for n in names))
         found.append(Tensor(name, "bias", names, settings))
     return found
+
+
+def _ignored(
+    name: str,
+    is_norm: bool,
+    streams: Collection[str],
+    activations: Mapping[str, Settings],
+    config: QuantConfig,
+) -> frozenset[str]:
+    """The fields that say nothing of an activation, by whether it is in a residual stream."""
+    if name not in streams and not is_norm:
+        return frozenset({"residual_bits"})
+    if config.resolve(name, "activation").residual_bits != 32:
+        return frozenset({"activation_bits"} if name in streams else ())
+    only = {"residual_bits", "quantize_activations", "quantize"}
+    return frozenset() if name in activations else FIELDS["activation"] - only
 
 
 # Weights
@@ -254,7 +308,7 @@ def _entering(graph: Graph) -> set[str]:
     """The nodes whose results enter a product, or a matmul of activations."""
     wanted: set[str] = set()
     for node in graph.nodes:
-        if node.kind in MULTIPLIES and node.name in graph.selected:
+        if node.kind in PRODUCTS and node.name in graph.selected:
             edges = [e for e in node.inputs if keeps_grid(e) and e.node is not None]
             wanted |= {grid_source(graph, e.node) for e in edges if e.node is not None}
     return {name for name in wanted if graph[name].function not in NO_NUMBERS}
@@ -295,7 +349,7 @@ def _shared(
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:
     """Say which products compute on a value that has no quantizer."""
     for node in graph.nodes:
-        if node.kind not in MULTIPLIES or node.name not in graph.selected:
+        if node.kind not in PRODUCTS or node.name not in graph.selected:
             continue
         for edge in node.inputs:
             source = grid_source(graph, edge.node) if edge.node else None

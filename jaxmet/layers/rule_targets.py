@@ -23,7 +23,7 @@ class Tensor:
     """A tensor that has, or could have, a quantizer, and what a rule may call it.
 
     `owner` is the node whose quantizer an activation shares; `blocks` says that a weight can
-    have blocks.
+    have blocks, `ignores` are fields that say nothing of this one.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Tensor:
     settings: Settings
     owner: str | None = None
     blocks: bool = True
+    ignores: frozenset[str] = frozenset()
 
 
 def says_float(config: QuantConfig, names: str | Iterable[str], kind: Kind) -> str:
@@ -103,6 +104,8 @@ def _reaches(field: str, value: Any, tensor: Tensor, until: QuantConfig) -> bool
     if field == "quantize":
         return True
     if field not in FIELDS[tensor.kind] or _is_off(field, tensor, until):
+        return False
+    if field in tensor.ignores:
         return False
     if field == "block":
         return tensor.blocks or value is None
@@ -179,10 +182,22 @@ def _what(
             f"{sharing.name!r} shares the quantizer of "
             f"{sharing.owner!r}. Write jm.Rule({sharing.owner!r}, {field}={value!r})."
         )
+    stream = next((t for t in meant if field in t.ignores and t.kind in kinds), None)
+    if stream is not None and field != "residual_bits":
+        if field == "activation_bits":
+            return (
+                f"{stream.name!r} is in a residual stream. Write "
+                f"jm.Rule({rule.glob!r}, residual_bits={value!r})."
+            )
+        return (
+            f"{stream.name!r} is in a residual stream, which stays in float. Write "
+            f"jm.Rule({rule.glob!r}, residual_bits=16, {field}={value!r})."
+        )
     direction = "after" if kinds == ["activation"] else "before"
     is_a, near = _described(graph, config, rule, tensors, nodes, direction)
     near = [t for t in near if t.kind in kinds and t.owner is None]
     near = [t for t in near if t.blocks or field != "block"]
+    near = [t for t in near if field not in t.ignores]
     wanted = " or ".join(f"{'an' if k == 'activation' else 'a'} {k}" for k in kinds)
     if not near:
         return f"{is_a}; {field} is for {wanted}. Drop it, or name another node."

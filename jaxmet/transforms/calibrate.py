@@ -145,7 +145,7 @@ def calibrate(
         )
     ranges |= {n: tuple(map(np.float32, r)) for n, r in placement.fixed.items()}
     activations = {
-        name: _of_range(ranges[name], settings)
+        name: _of_range(ranges[name], settings, name in placement.entering)
         for name, settings in placement.activations.items()
         if name in ranges
     }
@@ -277,8 +277,9 @@ def _kept(weights: Quantizers | None, grids: dict[str, Quantizer]) -> dict[str, 
     return kept
 
 
-def _of_range(extremes: Range, s: Settings) -> Quantizer:
-    quantizer = activation_quantizer(s, signed=is_signed(s, extremes[0]))
+def _of_range(extremes: Range, s: Settings, products_only: bool) -> Quantizer:
+    signed = is_signed(s, extremes[0])
+    quantizer = activation_quantizer(s, signed=signed, products_only=products_only)
     between = grid_on_host if all(map(is_concrete, extremes)) else grid_between
     grid = between(*extremes, *quantizer.ends, symmetric=s.symmetric)
     scale, zero_point = (a.astype(np.float32) for a in grid)

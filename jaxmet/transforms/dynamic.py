@@ -22,7 +22,10 @@ class Dynamic:
         placement = place(graph, self.config, leaves, "dynamic")
         return Quantizers(
             {w.name: weight_quantizer(w) for w in placement.weights},
-            {n: activation_quantizer(s) for n, s in placement.activations.items()},
+            {
+                n: activation_quantizer(s, products_only=n in placement.entering)
+                for n, s in placement.activations.items()
+            },
             tuple(placement.shared.items()),
             tuple(placement.skipped.items()),
             tuple(w.name for w in placement.weights if w.name not in leaves),

@@ -10,7 +10,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import Run, evaluate
 from jaxmet.layers.fake_quantized import (
-    fake_quantize_derived,
+    fake_quantize_operands,
     fake_quantize_output,
     fake_quantize_params,
 )
@@ -98,7 +98,7 @@ def simulate(
 
         def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
             seen.add(node.name)
-            operands = fake_quantize_derived(node, operands, found, grids)
+            operands = fake_quantize_operands(node, run, operands, found, grids)
             return fake_quantize_output(node, run, run(*operands), found, grids), None
 
         if weights:

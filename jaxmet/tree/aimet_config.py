@@ -180,6 +180,7 @@ def aimet_fields(source: Any, ignore: Iterable[str]) -> dict[str, Any]:
             f"{CALLER}: {', '.join(map(repr, read.unread[:10]))} cannot be expressed. Remove "
             "these entries, or name them in ignore= to read the rest."
         )
+    fields["residual_bits"] = None  # AIMET's quantizers have the bits of activations
     fields["target"] = Target(
         "aimet",
         bias=fields["bias"],

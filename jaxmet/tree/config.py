@@ -49,6 +49,7 @@ FIELDS: dict[str, frozenset[str]] = {
             "symmetric_activations",
             "activation_range",
             "percentile",
+            "residual_bits",
         }
     ),
     "bias": frozenset({"quantize", "bias"}),
@@ -58,7 +59,10 @@ FIELDS: dict[str, frozenset[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a configuration and its rules say about one tensor."""
+    """What a configuration and its rules say about one tensor.
+
+    `residual_bits` are the bits of an activation if it is a residual stream.
+    """
 
     quantize: bool
     bits: int
@@ -68,6 +72,7 @@ class Settings:
     calibrator: RangeMethod
     percentile: float
     unsigned_symmetric: bool = True
+    residual_bits: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Rule:
         activation_range: as in `QuantConfig`.
         percentile: as in `QuantConfig`.
         bias: as in `QuantConfig`.
+        residual_bits: as in `QuantConfig`.
 
     Raises:
         ValueError: for a rule that changes nothing, and for impossible values.
@@ -124,6 +130,7 @@ class Rule:
     activation_range: RangeMethod | Kept = KEEP
     percentile: float | int | Kept = KEEP
     bias: BiasFormat | Kept = KEEP
+    residual_bits: int | None | Kept = KEEP
 
     def __post_init__(self) -> None:
         if not self.glob or not isinstance(self.glob, str):
@@ -181,7 +188,14 @@ class QuantConfig:
     `block` neighbours along the inputs of a weight share a scale, the last block of an axis
     may be shorter. With `bias='int32'` a bias is an integer at the product of the scales of
     weight and input, as in integer accumulators; so is the shift of a folded batch norm,
-    with the product's own bias in it. `rules` are overrides, applied in their order: the
+    with the product's own bias in it.
+
+    A residual stream, as of a transformer, is what blocks add their results to until a norm over
+    the data (layer norm, RMS norm, group norm) reads the sum. A few of its channels are much
+    larger than the others, so that 8 bits for all of it lose most of the signal. By default the
+    sums, what is added up in them and the outputs of such norms stay in float, and where one of
+    them enters a product it is quantized there. With `residual_bits=16` they are stored with 16
+    bits. `rules` are overrides, applied in their order: the
     later one wins.
 
     Args:
@@ -202,6 +216,8 @@ class QuantConfig:
         bias: 'float' (the default) or 'int32'.
         placement: 'operations' (the default): a quantizer on each result that an integer device
             stores; 'products': only on what enters a product.
+        residual_bits: bit-width of residual streams, 2 to 16; default 32: they stay in float. None:
+            `activation_bits`.
         rules: a list of `jm.Rule`, applied in this order; default none.
         unsigned_symmetric: whether a symmetric activation without negative values has unsigned
             integers; default True.
@@ -225,6 +241,7 @@ class QuantConfig:
     percentile: float | int = 99.99
     bias: BiasFormat = "float"
     placement: Placing = "operations"
+    residual_bits: int | None = 32
     rules: tuple[Rule, ...] | list[Rule] = ()
     unsigned_symmetric: bool = True
     target: Target | None = None
@@ -342,6 +359,11 @@ class QuantConfig:
             calibrator=say[f"{kind}_range"],
             percentile=float(say["percentile"]),
             unsigned_symmetric=self.unsigned_symmetric,
+            residual_bits=(
+                say["activation_bits"]
+                if say["residual_bits"] is None
+                else say["residual_bits"]
+            ),
         )
 
     def rules_for(self, names: str | Iterable[str], kind: Kind) -> tuple[Rule, ...]:
@@ -405,6 +427,9 @@ def _check(fields: dict[str, Any], caller: str) -> None:
     for name, value in fields.items():
         if name in ("weight_bits", "activation_bits"):
             check_bits(value, caller=caller, name=name)
+        elif name == "residual_bits":
+            if value is not None:
+                check_bits(value, caller=caller, name=name)
         elif name in _FLAGS:
             check_flags(caller, **{name: value})
         elif name in ("weight_range", "activation_range"):

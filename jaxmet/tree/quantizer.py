@@ -94,6 +94,8 @@ class Quantizer:
         enabled: whether it quantizes at all; default True.
         learn: what trains: 'lsq' (the default), 'minmax' or None.
         headroom: how many times as wide the range is at 16 bits and more; default 1.
+        products_only: of an activation: whether only products read it on its grid, and all else
+            reads it as it is; default False.
 
     >>> q = jm.Quantizer(scale=0.5, bits=4)
     >>> q(jnp.array([0.3, 9.0]))
@@ -119,6 +121,7 @@ class Quantizer:
     enabled: bool = True
     learn: Learn | None = "lsq"
     headroom: int = 1
+    products_only: bool = False
 
     @property
     def follows(self) -> bool:

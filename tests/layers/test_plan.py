@@ -20,17 +20,16 @@ OPERATIONS = {
     "pre_activation": "input input/relu conv1/relu conv2",
     "slopes": "input first/leaky_relu act third",
     "resize": "input stem/relu stem/resize head",
-    "transformer": """input ln1 attn/query attn/key attn/value attn/key/matmul
-        attn/key/softmax attn/value/matmul attn/out attn/out/add ln2 up up/gelu down
-        down/add""",
+    "transformer": """ln1 attn/query attn/key attn/value attn/key/matmul
+        attn/key/softmax attn/value/matmul ln2 up/gelu""",
     "embedding": "embed first/relu second",
     "tied": "input shared:0/relu shared:1/relu head",
-    "tied_embedding": "embed:0 middle middle/gelu embed:1",
+    "tied_embedding": "embed:0 middle/gelu embed:1",
     "remat": "input stem/relu block/first/relu block/second head",
     "cond": "input low/relu high/relu head",
     "scan": "input stack/dense/relu head",
     "two_inputs": "input:0 input:1 left/relu right right/add head",
-    "gated": "input gate gate/silu up up/multiply down",
+    "gated": "input gate/silu up up/multiply down",
     "standardized": "input conv/relu conv/pool head",
 }
 PRODUCTS = {

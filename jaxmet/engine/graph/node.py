@@ -1,11 +1,14 @@
 """What is static about one node: the part of a graph that hooks are given."""
 
 import dataclasses
+from typing import Literal, TypeAlias
 
 from jaxmet.engine.axes.views import Move
 from jaxmet.engine.flow.bias_targets import BiasTargets
 from jaxmet.engine.nodes.cluster import LAYERS
 from jaxmet.engine.nodes.scalar_function import Formula
+
+Turn: TypeAlias = Literal["same", "previous", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +17,16 @@ class Edge:
 
     `node` is None where no single named node makes the value. Moves that add, scale or
     negate give scale · x + shift, which is `affine`: None where their numbers are unknown.
+    `turn` says which turn of a loop made the value: the 'same' one, or of a node without a loop
+    its only one; the 'previous' one, by the loop's carry; the 'last' one, by its result. None
+    where that is not known.
     """
 
     operand: int
     node: str | None
     moves: tuple[str, ...] = ()
     affine: tuple[float, float] | None = (1.0, 0.0)
+    turn: Turn | None = "same"
 
 
 @dataclasses.dataclass(frozen=True)

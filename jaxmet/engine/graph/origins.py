@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from jaxmet.engine.axes.views import CASTS
 from jaxmet.engine.graph.analyse import Analysis
-from jaxmet.engine.graph.node import Edge
+from jaxmet.engine.graph.node import Edge, Turn
 from jaxmet.engine.nodes.activations import number_of
 from jaxmet.engine.nodes.cluster import SCALE, SHIFT, Cluster
+from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import (
     DATA,
     Equation,
@@ -18,8 +19,18 @@ from jaxmet.engine.program.program import (
 )
 
 Affine = tuple[float, float] | None
-Origin = tuple[str | None, tuple[str, ...], Affine]
 SAME: Affine = (1.0, 0.0)
+
+
+class EdgeOrigin(NamedTuple):
+    """A node, the moves after it, what they do to a number, and the turn of a loop it is of."""
+
+    node: str | None
+    moves: tuple[str, ...] = ()
+    affine: Affine = SAME
+    turn: Turn | None = "same"
+
+
 NONE: frozenset[int] = frozenset()
 
 
@@ -27,7 +38,7 @@ class _Scope(NamedTuple):
     """A loop's carry whose origins are being looked up, and what was met without it."""
 
     carry: Value
-    found: dict[Value, tuple[list[Origin], frozenset[int]]]
+    found: dict[Value, tuple[list[EdgeOrigin], frozenset[int]]]
 
 
 class Origins:
@@ -36,17 +47,19 @@ class Origins:
     def __init__(self, analysis: Analysis):
         self.producers = {c.exit: c for c in analysis.clusters if c.kind != "output"}
         self.carry: dict[Value, list[Value]] = {}
+        self.ends: dict[tuple[Value, Value], Equation] = {}
         for equation in analysis.region.walk():
             inputs = equation.bodies[-1].inputs if equation.bodies else []
             position = {v: i for i, v in enumerate(inputs)}
             for inside, outside in carried(equation):
                 first = body_operands(equation)[-1][position[inside]]
+                self.ends[inside, outside] = equation
                 self.carry[inside] = [v for v in (first, outside) if v.kind == DATA]
         self.sole: dict[Value, str | None] = {}
         for value in analysis.region.inputs:
             self.meet(value, [None])
         self.spread(analysis.region)
-        self.found: dict[Value, list[Origin]] = {}
+        self.found: dict[Value, list[EdgeOrigin]] = {}
         self.scopes: list[_Scope] = []
 
     def edges(self, cluster: Cluster) -> list[Edge]:
@@ -56,12 +69,12 @@ class Origins:
         if cluster.kind == "ragged":  # how many rows each matrix has is no input of it
             data = [v for v in data if v.inexact]
         return [
-            Edge(i, node, moves, affine)
+            Edge(i, *origin)
             for i, value in enumerate(data)
-            for node, moves, affine in self.of(value)
+            for origin in self.of(value)
         ]
 
-    def of(self, value: Value) -> list[Origin]:
+    def of(self, value: Value) -> list[EdgeOrigin]:
         """The nodes, each with the moves after it and what they do to a number."""
         stack = [value]
         while stack:  # what is chosen among comes first, so that no look-up goes deep
@@ -85,7 +98,7 @@ class Origins:
             return True
         return bool(equation.bodies) or not _keeps(equation, value)
 
-    def look_up(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
+    def look_up(self, value: Value) -> tuple[list[EdgeOrigin], frozenset[int]]:
         """Origins, and the open scopes without whose carry these are.
 
         A carry that is met again on the way to its own origins adds none. What was found
@@ -96,8 +109,11 @@ class Origins:
         for equation in reversed(chain):
             if equation.name not in CASTS:
                 found = [
-                    (node, (*moves, equation.name), _after(affine, equation))
-                    for node, moves, affine in found
+                    o._replace(
+                        moves=(*o.moves, equation.name),
+                        affine=_after(o.affine, equation),
+                    )
+                    for o in found
                 ]
         return found, without
 
@@ -118,15 +134,15 @@ class Origins:
             value = data[0]
         return value, chain
 
-    def at(self, value: Value) -> tuple[list[Origin], frozenset[int]]:
+    def at(self, value: Value) -> tuple[list[EdgeOrigin], frozenset[int]]:
         """The origins where more than one value may come together."""
         if value in self.producers:
-            return [(self.producers[value].name, (), SAME)], NONE
+            return [EdgeOrigin(self.producers[value].name)], NONE
         equation = value.producer
         if equation is not None and not equation.bodies and not _keeps(equation, value):
-            return [(self.sole.get(value), (equation.name,), None)], NONE
+            return [EdgeOrigin(self.sole.get(value), (equation.name,), None)], NONE
         if equation is None and value not in self.carry:
-            return [(None, (), None)], NONE
+            return [EdgeOrigin(None, (), None)], NONE
         if value in self.found:
             return self.found[value], NONE
         for depth, scope in enumerate(self.scopes):
@@ -136,13 +152,13 @@ class Origins:
                 return scope.found[value]
         if equation is None:
             self.scopes.append(_Scope(value, {}))
-            parts = [self.look_up(v) for v in self.carry[value]]
+            parts = [self.carried(value, v) for v in self.carry[value]]
             self.scopes.pop()
         elif not equation.bodies:
             parts = [self.one_of(equation, v) for v in _numbers(equation, value)]
         else:
             i = equation.results.index(value)
-            parts = [self.look_up(b.outputs[i]) for b in _running(equation)]
+            parts = [self.result_of(equation, b, i) for b in _running(equation)]
         found = _together(f for origins, _ in parts for f in origins)
         without = NONE.union(*(w for _, w in parts)) - {len(self.scopes)}
         if without:
@@ -153,10 +169,34 @@ class Origins:
 
     def one_of(
         self, equation: Equation, value: Value
-    ) -> tuple[list[Origin], frozenset[int]]:
+    ) -> tuple[list[EdgeOrigin], frozenset[int]]:
         """The origins of one of several values that an equation chooses among."""
         found, without = self.look_up(value)
-        return [(node, (*m, equation.name), None) for node, m, _ in found], without
+        moved = [
+            o._replace(moves=(*o.moves, equation.name), affine=None) for o in found
+        ]
+        return moved, without
+
+    def carried(
+        self, carry: Value, value: Value
+    ) -> tuple[list[EdgeOrigin], frozenset[int]]:
+        """The origins of one of the values that a carry takes: its first, or what a turn leaves."""
+        found, without = self.look_up(value)
+        equation = self.ends.get((carry, value))
+        if equation is None:
+            return found, without
+        turn: Turn | None = "previous" if _counts_up(equation) else None
+        return [_in_turn(o, turn) for o in found], without
+
+    def result_of(
+        self, equation: Equation, body: Region, i: int
+    ) -> tuple[list[EdgeOrigin], frozenset[int]]:
+        """The origins of a result of a loop or branch, by what its body gives."""
+        found, without = self.look_up(body.outputs[i])
+        if equation.name not in ("scan", "while"):
+            return found, without
+        last = _counts_up(equation) and i < compat.scan_arity(equation.params)[1]
+        return [_in_turn(o, "last" if last else None) for o in found], without
 
     # The one node that all that a value is computed from comes from
 
@@ -207,16 +247,30 @@ class Origins:
         return True
 
 
-def _together(origins: Iterable[Origin]) -> list[Origin]:
+def _together(origins: Iterable[EdgeOrigin]) -> list[EdgeOrigin]:
     """Each node once: ways through branches would double with every branch."""
-    found: dict[str | None, Origin] = {}
-    for node, moves, affine in origins:
-        if node in found and found[node] != (node, moves, affine):
-            _, others, other = found[node]
-            moves = tuple(dict.fromkeys((*others, *moves)))
-            affine = affine if affine == other else None
-        found[node] = node, moves, affine
+    found: dict[str | None, EdgeOrigin] = {}
+    for one in origins:
+        other = found.get(one.node)
+        if other is not None and other != one:
+            one = EdgeOrigin(
+                one.node,
+                tuple(dict.fromkeys((*other.moves, *one.moves))),
+                one.affine if one.affine == other.affine else None,
+                one.turn if one.turn == other.turn else None,
+            )
+        found[one.node] = one
     return list(found.values())
+
+
+def _counts_up(equation: Equation) -> bool:
+    """Whether a loop's turns run through its slices from the first to the last."""
+    return equation.name == "scan" and not equation.params["reverse"]
+
+
+def _in_turn(origin: EdgeOrigin, turn: Turn | None) -> EdgeOrigin:
+    """The origin, seen from the other side of one loop; of two it is not known."""
+    return origin._replace(turn=turn if origin.turn == "same" else None)
 
 
 def _running(equation: Equation) -> tuple[Region, ...]:

@@ -23,6 +23,8 @@ TARGET = Target(
         | {"gelu", "silu", "hard_swish", "norm", "avg_pool", "mean", "sum", "max_pool"}
         | {"max", "min", "lookup", "sin", "cos"}
     ),
+    # Products read 16 bits as well as 8.
+    residual_bits=16,
     least_multiplier=2.0**-24,
 )
 """uint8 activations with a zero point, int8 weights, int32 biases, a limit on requantization."""

@@ -16,6 +16,8 @@ TARGET = Target(
         ("logistic", 0.0, 255 / 256),
         ("tanh", -1.0, 127 / 128),
     ),
+    # An integer FULLY_CONNECTED has an integer output, of the width of its input.
+    residual_bits=None,
     integers=frozenset(
         {"conv", "dense", "matmul", "add", "multiply", "concat", "resize", "relu"}
         | {"clip", "leaky_relu", "sigmoid", "logistic", "tanh", "softmax", "avg_pool"}

@@ -1,11 +1,19 @@
 """OpenVINO on CPUs: low-precision transformations of a model with FakeQuantize or Q and DQ."""
 
-from jaxmet.tree.targets.target import CLIPS, MAKERS, NORMS, SLOPES, Target, pairs
+from jaxmet.tree.targets.target import (
+    CLIPS,
+    GATES,
+    MAKERS,
+    NORMS,
+    SLOPES,
+    Target,
+    pairs,
+)
 
 TARGET = Target(
     "openvino",
     source="https://docs.openvino.ai/2024/documentation/openvino-extensibility/openvino-plugin-library/advanced-guides/low-precision-transformations.html",
-    fuses=NORMS | pairs(MAKERS, *CLIPS) | pairs(("conv", "dense"), *SLOPES),
+    fuses=NORMS | pairs(MAKERS, *CLIPS) | pairs(("conv", "dense"), *SLOPES) | GATES,
     # AlignQuantizationIntervals gives the inputs of a concatenation one interval.
     shares=frozenset({"concat"}),
     integers=frozenset(

@@ -21,6 +21,9 @@ def pairs(producers: tuple[str, ...], *consumers: str) -> frozenset[tuple[str, s
 NORMS = pairs(("conv", "dense"), "norm")
 """A folded batch norm is in the weights and the bias of its product."""
 
+GATES = pairs(("dense",), "gelu", "silu")
+"""Computed in float from the sums of a product, where no kernel on integers has them."""
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Target:
@@ -52,6 +55,7 @@ class Target:
         fixed: (operation, lowest, highest): outputs whose range the runtime fixes, at 8 bits.
         integers: the operations that run in integers; None: all of them.
         no_output: operations whose output has no quantizer; default none.
+        residual_bits: as in `QuantConfig`; default 32: sums that a norm reads stay in float.
         least_multiplier: the limit below which s_x s_w / s_y must not be; default 0: none.
 
     >>> jm.targets.litert.shares
@@ -68,11 +72,12 @@ class Target:
     per_channel: bool = True
     bias: BiasFormat = "int32"
     placement: Placing = "operations"
-    fuses: frozenset[tuple[str, str]] = NORMS | pairs(MAKERS, *CLIPS)
+    fuses: frozenset[tuple[str, str]] = NORMS | pairs(MAKERS, *CLIPS) | GATES
     shares: frozenset[str] = frozenset()
     fixed: tuple[tuple[str, float, float], ...] = ()
     integers: frozenset[str] | None = None
     no_output: frozenset[str] = frozenset()
+    residual_bits: int | None = 32
     least_multiplier: float = 0.0
 
     def computes(self, operation: str) -> bool:
@@ -92,7 +97,7 @@ class Target:
 UNSTATED = Target(
     "unstated",
     bias="float",
-    fuses=NORMS | pairs(MAKERS, *CLIPS, *SLOPES),
+    fuses=NORMS | pairs(MAKERS, *CLIPS, *SLOPES) | GATES,
     shares=frozenset({"concat"}),
 )
 """What holds where a configuration has no target."""

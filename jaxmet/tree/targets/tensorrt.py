@@ -1,6 +1,6 @@
 """TensorRT: explicit quantization, symmetric on both sides."""
 
-from jaxmet.tree.targets.target import CLIPS, MAKERS, NORMS, Target, pairs
+from jaxmet.tree.targets.target import CLIPS, GATES, MAKERS, NORMS, Target, pairs
 
 TARGET = Target(
     "tensorrt",
@@ -9,7 +9,7 @@ TARGET = Target(
     unsigned_symmetric=False,
     # Biases of explicitly quantized layers stay in floating point.
     bias="float",
-    fuses=NORMS | pairs(MAKERS, *CLIPS) | pairs(("conv",), "leaky_relu"),
+    fuses=NORMS | pairs(MAKERS, *CLIPS) | pairs(("conv",), "leaky_relu") | GATES,
     # Not demanded: with one scale a concatenation copies integers.
     shares=frozenset({"concat"}),
     integers=frozenset(
