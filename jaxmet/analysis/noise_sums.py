@@ -194,7 +194,7 @@ def _error(quantizers: Quantizers, spot: Spot) -> Callable:
         if spot.derived:
             quantizer = quantizers.weights[node.name]
         elif spot.operand is not None:
-            quantizer = quantizer_entering(node, run, spot.operand, quantizers)
+            quantizer = quantizer_entering(node, run, spot.operand, x.ndim, quantizers)
         else:
             quantizer = quantizer_at(node, run, quantizers)
         assert quantizer is not None

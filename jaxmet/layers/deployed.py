@@ -65,8 +65,9 @@ def deployed(
         return jax.named_scope(LAYER + node.name + END)
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, None]:
-        with jax.named_scope(SCOPE + node.name):
-            operands = fake_quantize_operands(node, run, operands, quantizers)
+        operands = fake_quantize_operands(
+            node, run, operands, quantizers, scope=_scope_of
+        )
         if node.norm is not None and _is_shift(node, leaves, quantizers):
             x = operands[0]
             sizes = [x.shape[i] if i in node.features else 1 for i in range(x.ndim)]
@@ -87,6 +88,10 @@ def deployed(
         return run(tree, *inputs, **kwargs)[0]
 
     return function
+
+
+def _scope_of(name: str) -> Any:
+    return jax.named_scope(SCOPE + name)
 
 
 def fake_quantized_weights(params: Any, quantizers: Quantizers) -> Function:

@@ -1,7 +1,10 @@
 """Values and weights on the grids of quantizers, as the replay of a model meets them."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -51,23 +54,26 @@ def fake_quantize_operands(
     operands: tuple[Any, ...],
     quantizers: Quantizers,
     grids: Grids | None = None,
+    scope: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
 ) -> tuple[Any, ...]:
     """What a node reads on a grid that is not that of the whole value.
 
     A weight that the model computes from several parameters, and what only products read on
-    their grids.
+    their grids; each is quantized within `scope` of the quantizer's name.
     """
     found = list(operands)
     for i, name in entered_operands(node, quantizers).items():
-        quantizer = quantizer_entering(node, run, i, quantizers)
+        quantizer = quantizer_entering(node, run, i, found[i].ndim, quantizers)
         owner = quantizers.owner(name)
         assert owner is not None
-        found[i] = quantizer(found[i], grids and grids.activations[owner])
+        with scope(owner):
+            found[i] = quantizer(found[i], grids and grids.activations[owner])
     weight = node.weight
     if weight is not None and weight.name is None and node.name in quantizers.weights:
         quantizer = quantizers.weights[node.name]
         i = weight.operand
-        found[i] = quantizer(found[i], grids and grids.weights[node.name])
+        with scope(node.name):
+            found[i] = quantizer(found[i], grids and grids.weights[node.name])
     return tuple(found)
 
 
@@ -83,11 +89,14 @@ def entered_operands(node: Node, quantizers: Quantizers) -> dict[int, str]:
 
 
 def quantizer_entering(
-    node: Node, run: Run, operand: int, quantizers: Quantizers
+    node: Node, run: Run, operand: int, ndim: int, quantizers: Quantizers
 ) -> Quantizer:
     """What quantizes an operand of a product; in a loop, that of the turn that made the value."""
     found: Quantizer | None = None
     edges = [e for e in node.inputs if e.operand == operand and e.node is not None]
+    first = quantizers.activation(edges[0].node or "")
+    if first is not None and first.follows:
+        return _of_rows(first, node, operand, ndim)
     for edge in sorted(edges, key=lambda e: e.turn == "previous"):
         quantizer = quantizers.activation(edge.node or "")
         assert quantizer is not None
@@ -106,6 +115,20 @@ def quantizer_entering(
         found = quantizer
     assert found is not None
     return found
+
+
+def _of_rows(q: Quantizer, node: Node, operand: int, ndim: int) -> Quantizer:
+    """A range for each row that a product sums over, or for each of its blocks."""
+    summed = tuple(i % ndim for i in node.summed(operand))
+    if not q.per_token or not summed:
+        return dataclasses.replace(q, block=None)
+    if node.convolution is not None:  # the windows of several results share positions
+        kept = tuple(i for i in node.convolution.input_axes[:1])
+        return dataclasses.replace(q, axis=kept, block=None)
+    kept = tuple(i for i in range(ndim) if i not in summed)
+    if q.block is None or len(summed) > 1:
+        return dataclasses.replace(q, axis=kept, block=None)
+    return dataclasses.replace(q, axis=kept, block_axis=summed[0])
 
 
 def _only_products(name: str, quantizers: Quantizers) -> bool:

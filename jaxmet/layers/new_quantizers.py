@@ -34,6 +34,8 @@ def activation_quantizer(
         narrow=False,
         calibrator=s.calibrator,
         percentile=s.percentile,
-        headroom=HEADROOM if s.calibrator == "minmax" else 1,
+        headroom=HEADROOM if s.calibrator == "minmax" and s.dynamic is None else 1,
         products_only=products_only,
+        per_token=products_only and s.at_products,
+        block=s.dynamic if products_only and isinstance(s.dynamic, int) else None,
     )

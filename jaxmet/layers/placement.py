@@ -10,6 +10,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.layers.eligibility import NOT_SELECTED
 from jaxmet.layers.folded_shift import folded_norm, norm_to_fold
 from jaxmet.layers.residual_streams import (
+    DYNAMIC,
     PRODUCTS,
     STREAM,
     UNREAD,
@@ -93,6 +94,11 @@ class Placement:
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     entering: frozenset[str] = frozenset()
 
+    def held(self) -> "Placement":
+        """The same without activations whose ranges are found at every call."""
+        kept = {n: s for n, s in self.activations.items() if s.dynamic is None}
+        return dataclasses.replace(self, activations=kept)
+
 
 def place(
     graph: Graph, config: QuantConfig, leaves: Mapping[str, Any], caller: str
@@ -124,7 +130,9 @@ def place(
             continue
         settings = config.resolve(node.name, "activation")
         norm = is_data_norm(node) and settings.residual_bits == 32
-        if node.name in streams and settings.residual_bits != 32:
+        if settings.at_products:
+            floats[node.name] = DYNAMIC
+        elif node.name in streams and settings.residual_bits != 32:
             settings = dataclasses.replace(settings, bits=settings.residual_bits)
         elif node.name in streams or norm:
             floats[node.name] = STREAM if node.name in streams else UNREAD
@@ -144,8 +152,9 @@ def place(
         left[name] = floats[name]
         del activations[name]
     entered = entering(graph, floats.keys() & read, activations)
-    fixed = fixed_ranges(graph, device, activations)
-    shared = _shared(graph, device, activations, fixed)
+    held = {n: s for n, s in activations.items() if s.dynamic is None}
+    fixed = fixed_ranges(graph, device, held)
+    shared = _shared(graph, device, held, fixed)
     entered -= {*shared, *shared.values()}
     ignored = {
         n: _ignored(n, is_data_norm(graph[n]), streams, activations, config)
@@ -155,7 +164,8 @@ def place(
     check_rules(graph, config, tensors, caller)
     on_grid = set(activations) | set(shared)
     _floats(graph, on_grid, left)
-    biases = tuple(_biases(graph, config, weights, on_grid, leaves, left))
+    dynamic = activations.keys() - held.keys()
+    biases = tuple(_biases(graph, config, weights, on_grid, dynamic, leaves, left))
     biases = _agreed(biases, left)
     check_int32(config, tensors, [b.name for b in biases], left, caller)
     for bias in biases:
@@ -163,7 +173,7 @@ def place(
     activations = {k: v for k, v in activations.items() if k not in shared}
     _parameters(graph, weights, biases, left)
     requantized = requantized_products(
-        graph, device, {w.name for w in weights}, on_grid
+        graph, device, {w.name for w in weights}, on_grid - dynamic
     )
     notes = target_notes(graph, config.target, on_grid, fixed, left)
     return Placement(
@@ -381,6 +391,7 @@ def _biases(
     config: QuantConfig,
     weights: tuple[WeightPlace, ...],
     on_grid: set[str],
+    dynamic: Collection[str],
     leaves: Mapping[str, Any],
     left: dict[str, str],
 ) -> Iterator[BiasPlace]:
@@ -417,6 +428,8 @@ def _biases(
             why = "the weight of its product has several scales an output: blocks"
         elif source not in on_grid or not exact or source is None:
             why = "the input of its product has no quantizer of known scale"
+        elif source in dynamic:
+            why = "the scale of its product's input is found at every call"
         elif graph[source].layers or node.layers:
             why = "the grid of its product's input changes from layer to layer"
         else:

@@ -19,6 +19,7 @@ CARRIES = ("add", "multiply", "concat", "pool")
 
 SAME = (1.0, 0.0)
 STREAM = "a residual stream: it stays in float (residual_bits)"
+DYNAMIC = "only what enters a product has a range that is found at every call (dynamic)"
 UNREAD = "a norm over the data that no product reads: it stays in float (residual_bits)"
 
 
@@ -67,7 +68,7 @@ def _enters(
     graph: Graph, name: str, found: Collection[str], settings: Mapping[str, Settings]
 ) -> bool:
     node, read = graph[name], False
-    if node.loops not in ((), ("scan",)):
+    if node.loops not in ((), ("scan",)) and not settings[name].at_products:
         return False
     for reader in graph.consumers(name):
         if (
@@ -81,7 +82,10 @@ def _enters(
             if edge.operand not in operands:
                 continue
             read = True
-            if edge.node not in found or not _is_plain(graph, reader, edge):
+            if edge.node not in found:
+                return False
+            plain = settings[name].at_products or _is_plain(graph, reader, edge)
+            if not plain:
                 return False
             if settings[edge.node] != settings[name]:
                 return False

@@ -126,7 +126,10 @@ def calibrate(
             batches, "calibrate", inputs=inputs, mask=mask, abstract=True
         )
     lost: dict[str, str] = {}
-    if batches is None or batches.abstract:
+    whole, placement = placement, placement.held()
+    if not placement.activations:
+        absent, ranges = "", {}
+    elif batches is None or batches.abstract:
         absent = WHY
         ranges = data_free_ranges(graph, params, placement)
     else:
@@ -148,6 +151,11 @@ def calibrate(
         name: _of_range(ranges[name], settings, name in placement.entering)
         for name, settings in placement.activations.items()
         if name in ranges
+    }
+    activations |= {
+        name: activation_quantizer(settings, products_only=name in whole.entering)
+        for name, settings in whole.activations.items()
+        if settings.dynamic is not None
     }
     owners = {name: name for name in placement.activations} | placement.shared
     never = {n: absent for n, o in owners.items() if o not in ranges}

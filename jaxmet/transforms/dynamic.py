@@ -32,16 +32,20 @@ class Dynamic:
         )
 
 
-def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
-    """Weights and activations of `bits` bits whose ranges are found at every call.
+def dynamic(bits: int | None = None, config: QuantConfig | None = None) -> Dynamic:
+    """Weights and activations whose ranges are found at every call.
 
-    For `simulate` in place of `Quantizers`: no calibration and no tree beside `params`. Each
-    range is that of the whole tensor at hand, the batch included, so results depend on the
-    batch; no gradient goes through it. `config` says the rest, its bits aside.
+    For `simulate` in place of `Quantizers`: no calibration and no tree beside `params`. The range
+    of an activation is that of the whole tensor at hand, the batch included, so results depend on
+    the batch; with `config.dynamic='token'` or a number each row that a product sums over, or each
+    block of so many of its values, has its own. No gradient goes through a range. To have dynamic
+    ranges behind rounded weights, or for some activations only, calibrate with
+    `jm.QuantConfig(dynamic=…)`.
 
     Args:
-        bits: the bit-width of weights and activations, 2 to 16; default 8.
-        config: the `jm.QuantConfig` for everything but the bits; default None: the default one.
+        bits: the bit-width of weights and activations, 2 to 16; default None: those of `config`, 8
+            without one.
+        config: the `jm.QuantConfig` for the rest; default None: the default one.
 
     Returns:
         What `jm.simulate` takes in place of quantizers.
@@ -51,12 +55,17 @@ def dynamic(bits: int = 8, config: QuantConfig | None = None) -> Dynamic:
             calibration found.
 
     >>> loss = cross_entropy(jm.simulate(model.apply, jm.dynamic(bits=8))(params, images))
+    >>> by_token = jm.dynamic(config=jm.QuantConfig(weight_bits=4, dynamic="token"))
     """
-    check_bits(bits, caller="dynamic")
     config = config_of(config, "dynamic")
     if "int32" in (config.bias, *(rule.bias for rule in config.rules)):
         raise ValueError(
             "jaxmet.dynamic: the configuration has bias='int32', whose scale is that of a "
             "calibrated input. Use jm.calibrate, or bias='float'."
         )
-    return Dynamic(dataclasses.replace(config, weight_bits=bits, activation_bits=bits))
+    if bits is not None:
+        check_bits(bits, caller="dynamic")
+        config = dataclasses.replace(config, weight_bits=bits, activation_bits=bits)
+    if config.dynamic is None:
+        config = dataclasses.replace(config, dynamic="tensor")
+    return Dynamic(config)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.placement import WeightPlace, place
-from jaxmet.tree.config import Kind, QuantConfig, config_of
+from jaxmet.tree.config import Kind, QuantConfig, Settings, config_of
 from jaxmet.tree.table import Table
 
 
@@ -84,7 +84,8 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
             b.names,
         )
     for name, settings in placement.activations.items():
-        row(name, "activation", settings, "tensor", placement.notes.get(name))
+        per = _rows_of(settings) if name in placement.entering else "tensor"
+        row(name, "activation", settings, per, placement.notes.get(name))
     for name, owner in placement.shared.items():
         row(
             name,
@@ -100,6 +101,14 @@ def plan(params: Any, graph: Graph, config: QuantConfig | None = None) -> Table:
         f"{len(placement.weights)} weights, {len(placement.activations)} activations"
     )
     return Table(columns, title=f"plan: {counts}")
+
+
+def _rows_of(settings: Settings) -> str:
+    """What has a range of its own where a product reads it."""
+    if settings.dynamic in (None, "tensor"):
+        return "tensor"
+    block = settings.dynamic
+    return "token" if block == "token" else f"block of {block}"
 
 
 def _granularity(place: WeightPlace, leaves: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from jaxmet.tree.targets import TARGETS, Target
 from jaxmet.tree.targets.target import UNSTATED, BiasFormat, Placing
 
 Kind: TypeAlias = Literal["weight", "activation", "bias"]
+DynamicRange: TypeAlias = Literal["tensor", "token"] | int | None
 
 
 class _Keep(enum.Enum):
@@ -50,6 +51,7 @@ FIELDS: dict[str, frozenset[str]] = {
             "activation_range",
             "percentile",
             "residual_bits",
+            "dynamic",
         }
     ),
     "bias": frozenset({"quantize", "bias"}),
@@ -61,7 +63,8 @@ FIELDS: dict[str, frozenset[str]] = {
 class Settings:
     """What a configuration and its rules say about one tensor.
 
-    `residual_bits` are the bits of an activation if it is a residual stream.
+    `residual_bits` are the bits of an activation if it is a residual stream, `dynamic` says
+    what has a range of its own if that is found at every call.
     """
 
     quantize: bool
@@ -73,6 +76,12 @@ class Settings:
     percentile: float
     unsigned_symmetric: bool = True
     residual_bits: int = 32
+    dynamic: DynamicRange = None
+
+    @property
+    def at_products(self) -> bool:
+        """Whether a product finds the range of what it reads, for its own rows or blocks."""
+        return self.dynamic not in (None, "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +116,7 @@ class Rule:
         percentile: as in `QuantConfig`.
         bias: as in `QuantConfig`.
         residual_bits: as in `QuantConfig`.
+        dynamic: as in `QuantConfig`.
 
     Raises:
         ValueError: for a rule that changes nothing, and for impossible values.
@@ -131,6 +141,7 @@ class Rule:
     percentile: float | int | Kept = KEEP
     bias: BiasFormat | Kept = KEEP
     residual_bits: int | None | Kept = KEEP
+    dynamic: DynamicRange | Kept = KEEP
 
     def __post_init__(self) -> None:
         if not self.glob or not isinstance(self.glob, str):
@@ -195,8 +206,13 @@ class QuantConfig:
     larger than the others, so that 8 bits for all of it lose most of the signal. By default the
     sums, what is added up in them and the outputs of such norms stay in float, and where one of
     them enters a product it is quantized there. With `residual_bits=16` they are stored with 16
-    bits. `rules` are overrides, applied in their order: the
-    later one wins.
+    bits.
+
+    With `dynamic` the ranges of activations are those of the values at hand. With 'token' and
+    with blocks only what enters a product is quantized, where the product reads it: a sum over
+    channels has one scale for each position, that of a convolution one for each example.
+
+    `rules` are overrides, applied in their order: the later one wins.
 
     Args:
         weight_bits: bit-width of weights, 2 to 16, or 32 for no rounding; default 8.
@@ -218,6 +234,9 @@ class QuantConfig:
             stores; 'products': only on what enters a product.
         residual_bits: bit-width of residual streams, 2 to 16; default 32: they stay in float. None:
             `activation_bits`.
+        dynamic: what has a range of its own that is found at every call: 'tensor', 'token' (all
+            that a product sums over for one of its results), or the number of neighbours in such
+            a sum that share one; default None: ranges come from calibration.
         rules: a list of `jm.Rule`, applied in this order; default none.
         unsigned_symmetric: whether a symmetric activation without negative values has unsigned
             integers; default True.
@@ -242,6 +261,7 @@ class QuantConfig:
     bias: BiasFormat = "float"
     placement: Placing = "operations"
     residual_bits: int | None = 32
+    dynamic: DynamicRange = None
     rules: tuple[Rule, ...] | list[Rule] = ()
     unsigned_symmetric: bool = True
     target: Target | None = None
@@ -364,6 +384,7 @@ class QuantConfig:
                 if say["residual_bits"] is None
                 else say["residual_bits"]
             ),
+            dynamic=say["dynamic"] if kind == "activation" else None,
         )
 
     def rules_for(self, names: str | Iterable[str], kind: Kind) -> tuple[Rule, ...]:
@@ -427,6 +448,12 @@ def _check(fields: dict[str, Any], caller: str) -> None:
     for name, value in fields.items():
         if name in ("weight_bits", "activation_bits"):
             check_bits(value, caller=caller, name=name)
+        elif name == "dynamic":
+            if value not in (None, "tensor", "token") and not _is_block(value):
+                raise ValueError(
+                    f"jaxmet.{caller}: dynamic is {value!r}. Use None, 'tensor', 'token' or the "
+                    "number of neighbours that share a range, at least 2."
+                )
         elif name == "residual_bits":
             if value is not None:
                 check_bits(value, caller=caller, name=name)

@@ -96,6 +96,8 @@ class Quantizer:
         headroom: how many times as wide the range is at 16 bits and more; default 1.
         products_only: of an activation: whether only products read it on its grid, and all else
             reads it as it is; default False.
+        per_token: of an activation that only products read on its grid: whether what is summed for
+            each result has a range of its own, found at every call; default False.
 
     >>> q = jm.Quantizer(scale=0.5, bits=4)
     >>> q(jnp.array([0.3, 9.0]))
@@ -122,6 +124,7 @@ class Quantizer:
     learn: Learn | None = "lsq"
     headroom: int = 1
     products_only: bool = False
+    per_token: bool = False
 
     @property
     def follows(self) -> bool:
@@ -357,6 +360,8 @@ def granularity(q: Quantizer) -> str:
     """What has a scale of its own, in a word."""
     if q.block is not None:
         return f"block of {q.block}"
+    if q.per_token:
+        return "token"
     return "tensor" if q.axis is None else "channel"
 
 

@@ -257,7 +257,7 @@ RANGES = ["minmax", "percentile", "mse", "sqnr", "entropy"]
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("method", RANGES)
 def test_ranges_are_those_of_the_sequences_alone(method):
-    config = jm.QuantConfig(activation_range=method)
+    config = jm.QuantConfig(activation_range=method, residual_bits=None)
     options = {"config": config, "samples": None, "progress": False}
     found = jm.calibrate(PARAMS, GRAPH, PADDED, mask=where, **options)
     alone = jm.calibrate(PARAMS, GRAPH, ALONE, **options)

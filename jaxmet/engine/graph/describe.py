@@ -18,6 +18,7 @@ from jaxmet.engine.graph.node import (
     Convolution,
     Dot,
     LayerSpec,
+    Matmul,
     Node,
     Norm,
     Weight,
@@ -245,8 +246,10 @@ def _details(
     shared: Mapping[str, int],
     named: set[Cluster],
     norms: dict[Value, Cluster],
-) -> LayerSpec | Norm | Activation | None:
+) -> LayerSpec | Norm | Activation | Matmul | None:
     match cluster.kind:
+        case "matmul":
+            return _matmul(cluster)
         case "product":
             return _product(cluster, shared)
         case "ragged":
@@ -269,6 +272,16 @@ def _details(
                 bias_targets=_bias_targets(cluster, named, norms),
             )
     return None
+
+
+def _matmul(cluster: Cluster) -> Matmul:
+    (equation,) = (e for e in cluster.equations if e.name == "dot_general")
+    sides, _ = equation.params["dimension_numbers"]
+    found: dict[Value, tuple[int, ...]] = {}
+    for value, axes in zip(equation.operands, sides, strict=True):
+        both = found.get(value, tuple(axes))  # the product of a value with itself
+        found[value] = both if both == tuple(axes) else ()
+    return Matmul(tuple(found.get(v, ()) for v in cluster.operands))
 
 
 def _ragged(cluster: Cluster, shared: Mapping[str, int]) -> LayerSpec:

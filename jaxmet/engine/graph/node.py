@@ -171,6 +171,13 @@ class Activation:
     bias_targets: BiasTargets | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+    """What only a product of two activations has: the axes of each operand that it sums over."""
+
+    summed: tuple[tuple[int, ...], ...]
+
+
 MASKED = "masked: entries stand for −∞, or only a softmax reads this sum"
 SELECTS = "a mask or an index: rounding it would change what it selects"
 DIVIDES = "a divisor: rounded to zero it would make infinities"
@@ -210,7 +217,7 @@ class Node:
     region: tuple[str, ...] = ()
     layers: int | None = None
     in_float: str | None = None
-    details: LayerSpec | Norm | Activation | None = None
+    details: LayerSpec | Norm | Activation | Matmul | None = None
 
     @property
     def layer(self) -> LayerSpec | None:
@@ -248,6 +255,12 @@ class Node:
     def in_features(self) -> tuple[int, ...]:
         """The axes of the first operand that a layer sums over."""
         return self.layer.in_features if self.layer else ()
+
+    def summed(self, operand: int) -> tuple[int, ...]:
+        """The axes of an operand that a product sums over, but for the window of a convolution."""
+        if isinstance(self.details, Matmul):
+            return self.details.summed[operand]
+        return self.in_features if operand == 0 else ()
 
     @property
     def convolution(self) -> Convolution | None:
