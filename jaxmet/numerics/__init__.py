@@ -4,7 +4,7 @@ fake_quant         rounding to a grid and back, with straight-through gradients
 grid               how many bits, and where the integers start and end
 ranges             from the range of a tensor to the scale and zero point of its grid
 histogram          a histogram of a stream, the same in whatever order it comes
-calibrators        the range that serves values best: percentile, MSE, SQNR, entropy
+calibrators/       the range that serves values best: percentile, MSE, SQNR, entropy
 norm               the gain of a norm with stored statistics, and how it moves
 scaling            scales that move range from one layer to the next
 moments            mean, variance and range: measured, merged, and through activations
