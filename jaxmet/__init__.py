@@ -1,6 +1,6 @@
-"""Make trained JAX networks small, integer and accurate.
+"""Quantize and compress trained JAX networks while preserving accuracy.
 
-jaxmet learns a model's structure from the equations of `apply(params, *inputs)` and offers
+jaxmet traces `apply(params, *inputs)` to a jaxpr to find the layers of a model, and offers
 pure functions over the parameter tree. A short tour:
 
     graph      = jm.trace(model.apply, params, images[:1])
