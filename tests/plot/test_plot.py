@@ -19,7 +19,7 @@ import pytest
 import jaxmet as jm
 from jaxmet.plot.channel_ranges import relative, weights_of, worst_first
 from jaxmet.plot.drawing import drawn_rows, version_of_vega_lite
-from jaxmet.plot.layer_weights import lanes, places
+from jaxmet.plot.node_positions import lanes, places
 from jaxmet.plot.pareto import front
 from jaxmet.plot.relative_ranges import relative_table
 from jaxmet.plot.tables import REPORTS, kind_of

@@ -174,7 +174,7 @@ def test_one_folder_of_the_engine_knows_front_ends(package: str) -> None:
 
 ENGINE = PACKAGE / "engine"
 ENGINE_ORDER = "program axes backend integers nodes flow pruned graph run".split()
-MAP_LINE = re.compile(r"^ *([a-z_]+/?)  +\S")
+MAP_LINE = re.compile(r"^ *([a-z_]+/?)(?:  +\S|$)")  # a long name stands alone
 
 
 def engine_imports() -> Iterator[tuple[str, str, str]]:
@@ -205,7 +205,7 @@ def test_the_engine_points_down() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    [ENGINE, *sorted(f.parent for f in ENGINE.rglob("*/__init__.py"))],
+    sorted(f.parent for f in PACKAGE.rglob("*/__init__.py")),
     ids=lambda folder: folder.relative_to(PACKAGE).as_posix(),
 )
 def test_the_docstring_of_a_folder_is_its_map(folder: Path) -> None:
