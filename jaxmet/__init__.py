@@ -53,7 +53,7 @@ from jaxmet.transforms.rounding.methods import Gram as Gram
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
 from jaxmet.tree import targets as targets
-from jaxmet.tree.batches import batched as batched
+from jaxmet.tree.batched_data import batched as batched
 from jaxmet.tree.config import QuantConfig as QuantConfig
 from jaxmet.tree.config import Rule as Rule
 from jaxmet.tree.files import load as load

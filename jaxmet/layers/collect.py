@@ -16,7 +16,8 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Hook, evaluate
 from jaxmet.layers.arguments import accepting
-from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_of
+from jaxmet.tree.batched_data import Batched
+from jaxmet.tree.batches import Batches, BatchInfo, inputs_of
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]

@@ -9,12 +9,14 @@ paths          from the path of a leaf to its name
 names          names of parameters and nodes, globs, and trees with leaves exchanged
 quantizer      `jm.Quantizer`, the quantizer of one tensor
 quantizers     `jm.Quantizers`, the tree beside `params`
+bias_scales    the scales of int32 biases
 grids          `jm.grids`: the ends of quantizers and their switches as data
 host_rounding  weights rounded in NumPy, as `Quantizer` rounds them
 config         `jm.QuantConfig` and `jm.Rule`
 targets/       `jm.Target`, the runtimes that a configuration can be for
 aimet_config   AIMET's configuration files
-batches        `jm.batched`, and one form of all batches
+batched_data   `jm.batched`
+batches        one form of all batches, and masks of where values count
 examples       single examples out of batches
 table          `jm.Table`
 files          `jm.save` and `jm.load`

@@ -35,7 +35,7 @@ from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.lift import lift
 from jaxmet.transforms.simulate import simulate
-from jaxmet.tree.batches import batched
+from jaxmet.tree.batched_data import batched
 from jaxmet.tree.config import QuantConfig, Rule
 
 NOISE: dict[str, Any] = {"objective": "noise", "progress": False}

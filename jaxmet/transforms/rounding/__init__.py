@@ -8,6 +8,7 @@ rounded_layers    which weights, and how their scales lie in their matrices
 layer_order       in which order layers are rounded, and which side by side
 input_statistics  what both copies of the model read at a layer
 size_classes      layers padded to a few sizes, so that a few programs solve all
+layer_problems    a layer as the problem that a method solves, and its solution as leaves
 layerwise         all layers, one after the other
 """
 
