@@ -79,14 +79,14 @@ class WeightMatrix:
         return found if read is not None and read[0].size == size else None
 
     def matrix(self, array: Any) -> Any:
-        """What stands in the parameter, (layers · groups, ins, outs)."""
+        """The values of the parameter as (layers · groups, ins, outs)."""
         assert self.node.weight is not None
         found = moved(array, self.node.weight.moves)
         assert found is not None
         return matrix_of(self.node, *found)
 
     def leaf(self, matrix: Any) -> Any:
-        """What stands in the matrices, in the shape of the parameter."""
+        """The values of the matrices in the shape of the parameter."""
         assert self.node.weight is not None
         found = moved(np.zeros(self.shape, np.int8), self.node.weight.moves)
         assert found is not None

@@ -96,8 +96,8 @@ def graph(
     chart = layered(alt, [lines, rects, upper, lower]).properties(
         width=width, height=rows * ROW, view=alt.ViewBackground(stroke=None)
     )
-    said = f"{len(graph.nodes)} nodes, {len(graph.layers)} selected layers"
-    return titled(alt, chart, title or "The model", said)
+    subtitle = f"{len(graph.nodes)} nodes, {len(graph.layers)} selected layers"
+    return titled(alt, chart, title or "The model", subtitle)
 
 
 def _pixels(channel: Any, scale: Any, field: str) -> Any:

@@ -127,7 +127,7 @@ def _integers(
     leaves: Mapping[str, Any],
     quantizers: Quantizers,
 ) -> tuple[Any, str | None]:
-    """The leaf with integers, or rounded in float, or None; and what is to be said of it."""
+    """The leaf with integers, or rounded in float, or None; and the note of the report."""
     if q.product is not None:
         return _int32_bias(name, q, leaf, leaves, quantizers)
     if not q.active:

@@ -14,8 +14,8 @@ INT32_ENDS = (-(2.0**31), 2.0**31 - 128)  # the float32 numbers nearest inside i
 def along_scale(bias: jax.Array, scale: jax.Array) -> jax.Array:
     """One number per bias in the axes of its weight's scale: the largest where one is shared."""
     sizes = tuple(n for n in scale.shape if n > 1)
-    told = tuple(n for n in bias.shape if n > 1)
-    if sizes == told:
+    of_bias = tuple(n for n in bias.shape if n > 1)
+    if sizes == of_bias:
         return bias.reshape(scale.shape)
     if sizes == bias.shape[-1:]:
         return jnp.max(bias, axis=range(bias.ndim - 1)).reshape(scale.shape)
@@ -38,8 +38,8 @@ def along_bias(scale: Any, bias: Any, name: str) -> Any:
     first one.
     """
     sizes = tuple(n for n in scale.shape if n > 1)
-    told = tuple(n for n in bias.shape if n > 1)
-    if sizes in ((), told):
+    of_bias = tuple(n for n in bias.shape if n > 1)
+    if sizes in ((), of_bias):
         return scale.reshape(bias.shape if sizes else (1,) * bias.ndim)
     for shape in (bias.shape[-1:], bias.shape[:1]):
         if sizes == shape:

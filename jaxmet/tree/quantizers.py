@@ -242,7 +242,7 @@ class Quantizers:
     ) -> Any:
         """The bias as an integer accumulator holds it: a multiple of s_w s_x.
 
-        It stays as it is where the product itself is not integer.
+        It is unchanged where the product itself is not integer.
         """
         weight_name, node = self.weights[name].product
         owner, q_w = self.owner(node), self.weights.get(weight_name)
@@ -284,7 +284,7 @@ class Quantizers:
         return with_weight(params[name], rounded)
 
     def _is_float(self, name: str) -> bool:
-        """Whether a weight or bias stays as it is."""
+        """Whether a weight or bias is skipped."""
         q = self.weights[name]
         if q.product is None:
             return not q.active
@@ -391,7 +391,7 @@ jax.tree_util.register_dataclass(
 
 
 def check_are_quantizers(quantizers: Any, caller: str) -> None:
-    """Refuse what is no set of quantizers."""
+    """Raise unless these are `Quantizers`."""
     if not isinstance(quantizers, Quantizers):
         raise ValueError(
             f"jaxmet.{caller}: quantizers is of type {type(quantizers).__name__}. Give what "

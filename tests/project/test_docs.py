@@ -338,8 +338,8 @@ def public_names() -> set[str]:
     found = set()
     for package in ("jaxmet", "jaxmet.plot", "jaxmet.export"):
         source = ROOT.joinpath(*package.split("."), "__init__.py").read_text("utf-8")
-        said = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
-        found |= {f"{package}.{name}" for name in said}
+        stated = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
+        found |= {f"{package}.{name}" for name in stated}
     assert len(found) > 50
     for path in sorted((ROOT / "jaxmet" / "numerics").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)

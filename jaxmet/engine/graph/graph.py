@@ -188,11 +188,11 @@ class Graph:
         self, forms: Mapping[str, Any], error: Exception, caller: str
     ) -> ValueError:
         name = self._differs(forms) or ""
-        said = str(error).split("\n")[0].rstrip(".")
+        reason = str(error).split("\n")[0].rstrip(".")
         mine, form = (brief(f.get(name)) for f in (self.forms, forms))
         return ValueError(
             f"jaxmet.{caller}: parameter {name!r} is stored as {form}, the graph was traced "
-            f"with {mine}, and the model does not run with this tree: {said}. Pass the whole "
+            f"with {mine}, and the model does not run with this tree: {reason}. Pass the whole "
             "tree of the model that was traced."
         )
 

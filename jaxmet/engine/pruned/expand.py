@@ -73,7 +73,7 @@ def scattered_before(
 def expanded(apply: Apply, seen: Scattered | None = None) -> Apply:
     """The model on trees with factorized or pruned leaves.
 
-    `seen` is told which equations got whole arrays.
+    Equations that got whole arrays are added to `seen`.
     """
 
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -75,7 +75,7 @@ def _owner(apply: Apply) -> tuple[Any, Hashable, Apply]:
 
 
 class _Unhashable:
-    """In place of a value that cannot be told from others."""
+    """In place of a value that cannot be compared with others."""
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -2,7 +2,7 @@
 
 adaround          `jm.adaround`
 search_scales     `jm.search_scales`
-methods/          the rounding methods, one a file
+methods/          the rounding methods, one per file
 solvers           one layer: what every method gets and returns
 rounded_layers    which weights, and how their scales lie in their matrices
 layer_order       in which order layers are rounded, and which side by side

@@ -189,7 +189,7 @@ def adaround(
         key,
         kwargs,
     )
-    told = (
+    depends_on = (
         params,
         model_of(graph),
         quantizers,
@@ -203,7 +203,7 @@ def adaround(
         of,
         bias,
     )
-    kept = Checkpoint(checkpoint, CALLER, told)
+    kept = Checkpoint(checkpoint, CALLER, depends_on)
     found = run.go(run.begin(read), kept, progress)
     new, pinned = results(run, found)
     return (
