@@ -175,6 +175,13 @@ def by_channel(node: Node, leaf: Any) -> Any:
     return xp.moveaxis(array.astype(wide(array.dtype)), 1, 0)
 
 
+def channel_rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """An array as (channels, values), where channels run along these axes."""
+    rest = [i for i in range(array.ndim) if i not in axes]
+    channels = math.prod(array.shape[i] for i in axes)
+    return np.transpose(array, (*axes, *rest)).reshape(channels, -1)
+
+
 def channel_sizes(node: Node, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """The shape that `by_channel` gives a weight of this shape."""
     weight, conv = node.weight, node.convolution
