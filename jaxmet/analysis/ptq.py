@@ -9,8 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.engine.frontends import check_apply, refuse_module
-from jaxmet.engine.graph.graph import Graph, trace
-from jaxmet.engine.program.bound_model import WithArguments
+from jaxmet.engine.graph.graph import Graph, WithArguments, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.programs import split_keywords
 from jaxmet.engine.run.replay import output_masks

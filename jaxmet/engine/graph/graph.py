@@ -19,6 +19,7 @@ from jaxmet.engine.graph.describe import describe
 from jaxmet.engine.graph.factor_names import same_nodes
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.graph.node_table import node_table, unread
+from jaxmet.engine.program.bound_model import WithArguments as WithArguments
 from jaxmet.engine.program.bound_model import bound
 from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.engine.pruned.expand import call_of
