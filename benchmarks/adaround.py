@@ -141,7 +141,7 @@ class Demo:
         return found == np.asarray(self.labels)
 
     def table(self, chosen: list[Row], iterations: int | None) -> None:
-        """One line a row, and the difference to float on the same images."""
+        """One line per row, and the difference to float on the same images."""
         exact = self.right(self.folded, jm.Quantizers())
         print(f"float: {100 * exact.mean():.2f} %\n")
         print("| row | accuracy (%) | less than float | loss / nearest | seconds |")
@@ -164,7 +164,7 @@ class Demo:
 def table(
     bench: Bench, chosen: list[Row], iterations: int | None, layers: bool
 ) -> None:
-    """One line a row; with `layers`, after it what each layer's rounding does alone."""
+    """One line per row; with `layers`, after it what each layer's rounding does alone."""
     resampled = Resampled(len(bench.evaluation))
     print("| row | agreement (%) | SQNR (dB) | loss / nearest | seconds |")
     print("|---|---|---|---|---|")

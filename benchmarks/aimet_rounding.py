@@ -384,7 +384,7 @@ def table(bench: Bench, methods: list[str]) -> None:
 
 
 def iterations(bench: Bench) -> None:
-    """One line a layer: an iteration of AdaRound, and what all of them won."""
+    """One line per layer: an iteration of AdaRound, and what all of them won."""
     record, means, ratios = bench.record, [], []
     print("\n| layer | weights | mean (ms) | median | least | error / nearest |")
     print("|---|---|---|---|---|---|")

@@ -155,7 +155,7 @@ class Bench:
 
 
 def table(bench: Bench, chosen: list[Row]) -> None:
-    """One line a row, with its difference to the first row of its quantizers."""
+    """One line per row, with its difference to the first row of its quantizers."""
     resampled = Resampled(len(bench.evaluation))
     print("| row | float: agreement, SQNR | agreement (%) | SQNR (dB) | difference |")
     print("|---|---|---|---|---|")

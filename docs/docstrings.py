@@ -62,6 +62,6 @@ def as_markdown(text: str) -> str:
         elif inside and not line.strip():
             lines += ["```"]
             inside = False
-        column = None if inside else re.match(r"(\w+) {2,}(\S.*)", line)
+        column = None if inside else re.match(r"(\w+/?) {2,}(\S.*)", line)
         lines.append(f"- **{column[1]}**: {column[2]}" if column else line)
     return "\n".join(lines + ["```"] * inside)

@@ -1,6 +1,6 @@
-"""Make trained JAX networks small, integer and accurate.
+"""Quantize and compress trained JAX networks while preserving accuracy.
 
-jaxmet learns a model's structure from the equations of `apply(params, *inputs)` and offers
+jaxmet traces `apply(params, *inputs)` to a jaxpr to find the layers of a model, and offers
 pure functions over the parameter tree. A short tour:
 
     graph      = jm.trace(model.apply, params, images[:1])
@@ -53,7 +53,7 @@ from jaxmet.transforms.rounding.methods import Gram as Gram
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
 from jaxmet.tree import targets as targets
-from jaxmet.tree.batches import batched as batched
+from jaxmet.tree.batched_data import batched as batched
 from jaxmet.tree.config import QuantConfig as QuantConfig
 from jaxmet.tree.config import Rule as Rule
 from jaxmet.tree.files import load as load

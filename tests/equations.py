@@ -66,15 +66,15 @@ class Program:
             return [
                 operands[1]
             ]  # of an index: `lax.switch` clamps what was clamped before
-        said = {k: _said(v) for k, v in p.items() if k not in IGNORED}
+        stated = {k: _said(v) for k, v in p.items() if k not in IGNORED}
         if "jaxpr" in p:
             body, _ = _opened(p["jaxpr"])
             used = [i for i, v in enumerate(body.invars) if v in _needed(body)]
             order = {i: _named("input", k) for k, i in enumerate(used)}
             inside = [order.get(i, "dead") for i in range(len(body.invars))]
-            said["body"] = Program(p["jaxpr"], inside).summary()
+            stated["body"] = Program(p["jaxpr"], inside).summary()
             operands = [operands[i] for i in used]
-        found = _named(name, sorted(said.items()), operands)
+        found = _named(name, sorted(stated.items()), operands)
         self.equations.append(found)
         return [_named(found, i) for i in range(len(equation.outvars))]
 

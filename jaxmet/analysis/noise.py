@@ -296,11 +296,11 @@ def _table(
     names = ("tensor", "layer", "kind", "bits", "SQNR (dB)", "share", "clipped")
     names += tuple(f"{bits} bits" for bits in WIDTHS)
     worst = sorted(rows[:-1], key=lambda row: -row[5])[:3]
-    told = ", ".join(f"{row[2]} {row[0]} ({100 * row[5]:.0f} %)" for row in worst)
+    largest = ", ".join(f"{row[2]} {row[0]} ({100 * row[5]:.0f} %)" for row in worst)
     which = "" if len(rows) > len(known) else " of the selected quantizers"
     return Table(
         dict(zip(names, zip(*rows, strict=True), strict=True)),
-        title=f"{CALLER}: outputs {ratios[0]:.1f} dB predicted; most{which} comes from {told}",
+        title=f"{CALLER}: outputs {ratios[0]:.1f} dB predicted; most{which} comes from {largest}",
     )
 
 

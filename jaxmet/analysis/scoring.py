@@ -171,11 +171,11 @@ def _is_complex(x: Any) -> bool:
 
 def _no_number(found: Any, caller: str) -> str:
     shape = getattr(found, "shape", None)
-    said = (
+    result = (
         type(found).__name__ if shape is None else f"an array of shape {tuple(shape)}"
     )
-    said = "a complex number" if _is_complex(found) else said
+    result = "a complex number" if _is_complex(found) else result
     return (
-        f"jaxmet.{caller}: the score is {said}. Let score(apply, params) return one number, "
+        f"jaxmet.{caller}: the score is {result}. Let score(apply, params) return one number, "
         "higher is better."
     )

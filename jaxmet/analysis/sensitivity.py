@@ -210,9 +210,9 @@ def _table(
         (r for r in rows[:-3] if not r[4] >= exact),
         key=lambda r: r[4] if np.isfinite(r[4]) else -np.inf,
     )
-    told = ", ".join(f"{r[2]} {r[0]} ({r[4]:.4g})" for r in worst[:3])
+    largest = ", ".join(f"{r[2]} {r[0]} ({r[4]:.4g})" for r in worst[:3])
     return Table(
         dict(zip(names, zip(*rows, strict=True), strict=True)),
         title=f"{CALLER}: float {exact:.4g}, quantized {whole:.4g}"
-        + (f"; most is lost alone at {told}" if told else ""),
+        + (f"; most is lost alone at {largest}" if largest else ""),
     )

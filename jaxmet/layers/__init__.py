@@ -1,0 +1,33 @@
+"""What transforms share: layers, channels, statistics and placement; no equation.
+
+Read first, for a new transform: `docs/new-transform.md`, which names the function of each idea.
+
+eligibility      may a layer or norm be changed, and the one wording of each reason
+layer            a weight as (groups, inputs, outputs), and back
+channels         values along the channel axes of a weight, grouped and joined ones too
+leaf_math        a leaf times, plus or replaced by an array, in wide precision
+once             work on weights that runs once, in NumPy
+collect          statistics of nodes over batches: a hook and a merge
+inputs           what a layer reads, as rows
+grams            products of what layers read, over all data
+gradients        gradients of the outputs by weights and by inputs of products
+moments/         mean and variance of every tensor, from the statistics of norms
+lockstep         a float and a quantized copy of a model, run piece by piece
+observed_ranges  ranges of activations over batches
+placement        which weights and values get a quantizer
+residual_streams  what is too wide for 8 bits, and is quantized where products read it
+new_quantizers   quantizers of a configuration, before they hold a range
+fake_quantized   values and weights quantized while a model is replayed
+target_rules     what a target's table says of the nodes of a graph
+rule_targets     which tensors the rules of a configuration reach
+matching         whether quantizers belong to a graph
+reference        the float model that a quantized one is compared with
+deployed         what a target runs: the simulation without folded norms
+norm_parameters  where a norm keeps its parameters
+fold_plans       which norm can be folded into which products
+folded_weights   weights as a fold would leave them
+folded_shift     the shift of a folded norm, as the bias of its product
+arguments        keys, keyword arguments and batches, checked before any work
+asked_ratios     one ratio for all layers, or one by name
+checkpoint       steps of a long run on disk, so that it can resume
+"""

@@ -160,7 +160,7 @@ def accepting(
             ) from error
         if _runs(apply, params, given, kwargs):
             raise
-        said = str(error).split("\n")[0].rstrip(".")
+        reason = str(error).split("\n")[0].rstrip(".")
         number = len(given)
         inputs = "1 input" if number == 1 else f"{number} inputs"
         shapes = _compared(given, traced)
@@ -169,7 +169,7 @@ def accepting(
         elif cure is None:
             cure = inputs_from(given)
         raise ValueError(
-            f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {said}. {shapes} "
+            f"jaxmet.{caller}: the model did not accept a batch of {inputs}: {reason}. {shapes} "
             f"{cure}"
         ) from error
 

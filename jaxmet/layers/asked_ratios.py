@@ -41,7 +41,7 @@ def asked_for(
 
 
 def check_ratio(what: str, ratio: Any, caller: str) -> None:
-    """Refuse what is no cost afterwards over the cost before."""
+    """Raise unless each ratio is a cost afterwards over the cost before."""
     number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
     number |= isinstance(ratio, jax.Array) and ratio.ndim == 0 and is_concrete(ratio)
     if not number or not 0 < ratio <= 1:

@@ -25,7 +25,7 @@ ABOUT = "about.json"
 class Checkpoint:
     """A folder with a file for each finished step; None keeps nothing."""
 
-    def __init__(self, path: Any, caller: str, told: Iterable[Any]) -> None:
+    def __init__(self, path: Any, caller: str, depends_on: Iterable[Any]) -> None:
         if not isinstance(path, str | os.PathLike | None):
             raise ValueError(
                 f"jaxmet.{caller}: checkpoint is {path!r}. Give the path of a folder."
@@ -39,7 +39,7 @@ class Checkpoint:
                 "which need not exist."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        about, mark = self.path / ABOUT, {"of": fingerprint(told)}
+        about, mark = self.path / ABOUT, {"of": fingerprint(depends_on)}
         if about.exists() and _read(about) != mark:
             raise ValueError(
                 f"jaxmet.{caller}: the folder {str(self.path)!r} holds a run on another "
@@ -131,10 +131,10 @@ def _said(value: Any) -> str:
     )
 
 
-def fingerprint(told: Iterable[Any]) -> str:
+def fingerprint(depends_on: Iterable[Any]) -> str:
     """A number for arrays and everything else that prints itself."""
     found = hashlib.sha256()
-    for one in jax.tree.leaves(list(told)):
+    for one in jax.tree.leaves(list(depends_on)):
         if callable(one) and not isinstance(one, type):
             one = _said(one)
         if isinstance(one, jax.Array) and is_key(one):

@@ -16,7 +16,8 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.programs import program, split_keywords
 from jaxmet.engine.run.replay import Hook, evaluate
 from jaxmet.layers.arguments import accepting
-from jaxmet.tree.batches import Batched, Batches, BatchInfo, inputs_of
+from jaxmet.tree.batched_data import Batched
+from jaxmet.tree.batches import Batches, BatchInfo, inputs_of
 
 Merge = Callable[[Any, Any], Any]
 Observer = Callable[[Hook], Callable]
@@ -43,7 +44,7 @@ def collect(
     `lax.scan` in a few compiled chunks, other batches one compiled step each; a shorter last
     batch compiles once more. What is merged is `summary` of the hook's statistics of a batch,
     by default all of them, or `observer(model)(hook)(params, *batch)`. A hook sees the number of
-    its batch and, with a mask, where values count; `lost` is told of nodes where that is not
+    its batch and, with a mask, where values count; `lost` gets the nodes where that is not
     known, and why. Raises ValueError where a batch runs other nodes than those that the graph was
     traced with.
 

@@ -66,7 +66,7 @@ def why_frozen(node: Node) -> str | None:
     return why_looped(node) or node.why_kept() or why_shared(node)
 
 
-# What is said of it
+# Notes and refusals
 
 
 def skipped(why: str | None) -> str | None:

@@ -123,12 +123,12 @@ def _of_rows(q: Quantizer, node: Node, operand: int, ndim: int) -> Quantizer:
     if not q.per_token or not summed:
         return dataclasses.replace(q, block=None)
     if node.convolution is not None:  # the windows of several results share positions
-        kept = tuple(i for i in node.convolution.input_axes[:1])
+        kept = node.convolution.input_axes[:1]
         return dataclasses.replace(q, axis=kept, block=None)
     kept = tuple(i for i in range(ndim) if i not in summed)
     if q.block is None or len(summed) > 1:
         return dataclasses.replace(q, axis=kept, block=None)
-    return dataclasses.replace(q, axis=kept, block_axis=summed[0])
+    return dataclasses.replace(q, axis=kept, block_axis=min(summed))
 
 
 def _only_products(name: str, quantizers: Quantizers) -> bool:

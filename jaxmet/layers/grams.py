@@ -58,7 +58,7 @@ def grams(
 
     `ins` is in the order of `matrix_of`. At most `rows` rows of a batch are taken (by default
     as many as `most_rows` says), drawn from all positions of each example that count: by a key
-    of its own for each batch, node and round of a loop. `lost` is told of layers of which it
+    of its own for each batch, node and round of a loop. `lost` gets the layers of which it
     is not known which rows count.
     """
     wanted = set(layers)

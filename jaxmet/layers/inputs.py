@@ -16,7 +16,7 @@ ROWS = 65_536
 
 
 def most_rows(rows: int | None, ins: int, each: int) -> int:
-    """How many rows of a layer with `ins` inputs are looked at: `rows`, if told.
+    """How many rows of a layer with `ins` inputs are looked at: `rows`, if given.
 
     Otherwise `each` of them for each input: rows of neighbouring positions are alike, so for
     few inputs few say all there is, and more cost time (of a depthwise layer most of all).
@@ -106,7 +106,7 @@ def _window_counts(
     where = jnp.any(jnp.transpose(where, (batch, *window, channels)), axis=-1)
     one = [1] * len(window)
     if any(n != 1 for n in where.shape[1:]) and [*conv.input_dilation] != one:
-        return None  # its result has no mask either, which is said there
+        return None  # its result has no mask either, and the node says so
     strides, padding = (1, *conv.strides), ((0, 0), *conv.padding)
     outs = (sizes[0], *counts)
     try:

@@ -79,14 +79,14 @@ class WeightMatrix:
         return found if read is not None and read[0].size == size else None
 
     def matrix(self, array: Any) -> Any:
-        """What stands in the parameter, (layers · groups, ins, outs)."""
+        """The values of the parameter as (layers · groups, ins, outs)."""
         assert self.node.weight is not None
         found = moved(array, self.node.weight.moves)
         assert found is not None
         return matrix_of(self.node, *found)
 
     def leaf(self, matrix: Any) -> Any:
-        """What stands in the matrices, in the shape of the parameter."""
+        """The values of the matrices in the shape of the parameter."""
         assert self.node.weight is not None
         found = moved(np.zeros(self.shape, np.int8), self.node.weight.moves)
         assert found is not None
@@ -173,6 +173,13 @@ def by_channel(node: Node, leaf: Any) -> Any:
     array = xp.transpose(array, (*ins, *outs, *rest))
     array = array.reshape(number, groups, made, window)
     return xp.moveaxis(array.astype(wide(array.dtype)), 1, 0)
+
+
+def channel_rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """An array as (channels, values), where channels run along these axes."""
+    rest = [i for i in range(array.ndim) if i not in axes]
+    channels = math.prod(array.shape[i] for i in axes)
+    return np.transpose(array, (*axes, *rest)).reshape(channels, -1)
 
 
 def channel_sizes(node: Node, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -43,7 +43,7 @@ class Extremes(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ObservedRows:
-    """What was seen at nodes, one row per node and layer: few arrays for a whole model.
+    """The values observed at nodes, one row per node and layer: few arrays for a whole model.
 
     Where a branch was not taken the ends are +∞ and −∞. `layout` says which nodes these
     are, and the leading axes that loops gave to each.
@@ -80,8 +80,8 @@ def observed_ranges(
 ) -> dict[str, Range]:
     """A finite range for each node that owns a quantizer: one pair per layer in a loop over layers.
 
-    A node whose branch was never taken, or none of whose values counts, has none. `lost` is
-    told of nodes of which it is not known which values count.
+    A node whose branch was never taken, or none of whose values counts, has none. `lost`
+    gets the nodes of which it is not known which values count.
     """
     by_node = dict(placement.activations)
     for name, owner in placement.shared.items():
@@ -245,7 +245,7 @@ def _as_one(values: list[Any]) -> Any:
 def _chosen(
     found: Mapping[str, Extremes | Histogram], activations: Mapping[str, Settings]
 ) -> dict[str, Range]:
-    """The range of each quantizer: what was seen, or what its calibrator makes of it."""
+    """The range of each quantizer: what was observed, or what its calibrator makes of it."""
     ranges: dict[str, Range] = {}
     searched: dict[Any, list[str]] = {}
     for name, settings in activations.items():

@@ -10,6 +10,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Weight
 from jaxmet.engine.program.calls import Apply
+from jaxmet.layers.layer import channel_rows
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves
@@ -81,14 +82,8 @@ def _is_rescaled(
     new: np.ndarray, old: np.ndarray, step: Any, axes: tuple[int, ...]
 ) -> bool:
     """Whether many channels have most of their weights in one ratio to what they were."""
-    rest = [i for i in range(new.ndim) if i not in axes]
-    channels = int(np.prod([new.shape[i] for i in axes]))
-
-    def rows(x: Any) -> np.ndarray:
-        x = np.broadcast_to(x, new.shape)
-        return np.transpose(x, (*axes, *rest)).reshape(channels, -1)
-
-    new, old, step = rows(new), rows(old), rows(step)
+    arrays = (np.broadcast_to(x, new.shape) for x in (new, old, step))
+    new, old, step = (channel_rows(x, axes) for x in arrays)
     large = (np.maximum(np.abs(new), np.abs(old)) >= 2 * step) & (new * old > 0)
     known = large.any(axis=1)
     if not known.any():

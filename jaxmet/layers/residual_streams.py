@@ -82,7 +82,7 @@ def _enters(
             if edge.operand not in operands:
                 continue
             read = True
-            if edge.node not in found:
+            if edge.node is None or edge.node not in found:
                 return False
             plain = settings[name].at_products or _is_plain(graph, reader, edge)
             if not plain:

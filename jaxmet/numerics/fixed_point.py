@@ -13,7 +13,7 @@ AVERAGED = 0.7  # and then this fraction of a plain step is taken
 
 
 class FixedPoint(NamedTuple):
-    """The point, what the map said about it, and how often the map was evaluated."""
+    """The point, what the map returned with it, and how often the map was evaluated."""
 
     x: Float[Array, " n"]
     about: Any
@@ -56,7 +56,7 @@ def anderson(
         max_steps: how many steps at most.
 
     Returns:
-        The point, what `step` said about it, and how often `step` was called.
+        The point, what `step` returned with it, and how often `step` was called.
     """
 
     def body(s: _State) -> _State:

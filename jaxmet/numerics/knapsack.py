@@ -6,6 +6,9 @@ price $\lambda \ge 0$ of cost, a choice within the budget b scores at most
 
 $$\lambda b + \sum_i \max_j (s_{ij} - \lambda c_{ij}).$$
 
+`scipy.optimize.milp` does not do: it stops within 1e-6 of the best score, whatever the scale of
+the scores, and takes any of equal scores, not the cheapest.
+
 Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11.
 """
 

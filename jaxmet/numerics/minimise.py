@@ -1,4 +1,8 @@
-"""A quasi-Newton method whose loop evaluates the function in one place only."""
+"""A quasi-Newton method whose loop evaluates the function in one place only.
+
+`optax.lbfgs` knows no bounds, and its line search evaluates the function in a loop of its own: a
+large function would be compiled more than once.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

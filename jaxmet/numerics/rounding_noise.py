@@ -41,7 +41,7 @@ from jaxmet.numerics.xp import Array
 SHARPNESS = (4.0, 8.0, 16.0, 32.0)  # beyond, too many weights share one rounding error
 EVALUATIONS = 100  # at each
 REACH = 30.0  # of sharpness times the change of a log scale: exp of it is a float
-FAINTEST = -60.0  # log of what stands for nothing, beside the largest of its kind
+FAINTEST = -60.0  # log of what counts as nothing, beside the largest of its kind
 
 
 class NoisyLayers(NamedTuple):

@@ -7,6 +7,26 @@ notebook and can be changed like any other; `save` writes it to a file.
 
     chart = jm.plot.weight_ranges(params, graph, after=equalized)
     jm.plot.save(chart, "ranges.svg")
+
+weight_ranges     `weight_ranges`
+relative_ranges   `relative_weight_ranges`
+channel_ranges    the numbers of both
+histograms        `histograms`
+counts            histograms of activations, in one pass over the data
+compare_plot      `compare`
+noise_plot        `noise`
+sensitivity_plot  `sensitivity`
+rounding_loss     `rounding_loss`
+ratio_scores      `ratio_scores`
+pareto            `pareto`
+graph_plot        `graph`
+node_positions    where its nodes stand
+states            what was done to each of them
+drawing           what all charts share
+tables            tables as charts read them
+picture_files     `save`
+html_report       `jm.report`
+page              its page, which opens offline
 """
 
 from jaxmet.plot.compare_plot import compare as compare

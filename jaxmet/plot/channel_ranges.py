@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import TREE_FIRST, Graph, check_graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.layer import channel_rows
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.leaves import dense, flatten, is_structured
 from jaxmet.tree.names import named_leaves, parameter_names
@@ -61,7 +62,7 @@ def weights_of(params: Any, graph: Graph, caller: str) -> dict[str, Any]:
         if name is None or name in seen:
             continue
         seen.add(name)
-        found[node.name] = by_channel(array_of(leaves[name]), node)
+        found[node.name] = by_output(array_of(leaves[name]), node)
     if not found:
         raise ValueError(
             f"jaxmet.{caller}: no selected layer has a weight of its own. Pass the whole "
@@ -103,13 +104,11 @@ def array_of(leaf: Any) -> np.ndarray:
     return np.asarray(scattered(parts[0], leaf.weight.keep))
 
 
-def by_channel(weight: np.ndarray, node: Node) -> np.ndarray:
+def by_output(weight: np.ndarray, node: Node) -> np.ndarray:
     """A weight as `(channels, values)`; each layer of a stacked one has its own channels."""
     assert node.weight is not None
-    axes = (*((0,) if node.weight.stacked else ()), *node.weight.out_axes)
-    rest = [i for i in range(weight.ndim) if i not in axes]
-    channels = int(np.prod([weight.shape[i] for i in axes]))
-    return np.transpose(weight, (*axes, *rest)).reshape(channels, -1)
+    stacked = (0,) if node.weight.stacked else ()
+    return channel_rows(weight, (*stacked, *node.weight.out_axes))
 
 
 def ranges(weight: np.ndarray) -> Ranges:

@@ -91,9 +91,9 @@ def compare(table: Any, *, title: str | None = None) -> Any:
         [r["name"] for r in rows if r["all"] is None], "no noise or no number"
     )
     flagged = [r["name"] for r in rows if r["note"]]
-    said = f"red: badly used quantizers ({len(flagged)})" if flagged else None
+    subtitle = f"red: badly used quantizers ({len(flagged)})" if flagged else None
     chart = alt.hconcat(left, right, spacing=12)
-    return titled(alt, chart, title or "Where the error enters", said, gone)
+    return titled(alt, chart, title or "Where the error enters", subtitle, gone)
 
 
 def _record(place: int, row: dict[str, Any]) -> dict[str, Any]:

@@ -108,11 +108,11 @@ def colours(alt: Any, of: Mapping[str, str], field: str = "kind", **more: Any) -
 
 
 def titled(alt: Any, chart: Any, title: str | None, *lines: str | None) -> Any:
-    """The chart with a title, and what is to be said about it below."""
-    said = [line for line in lines if line]
+    """The chart with a title, and the lines below it."""
+    shown = [line for line in lines if line]
     text = alt.TitleParams(
         title or "",
-        subtitle=said,
+        subtitle=shown,
         anchor="start",
         offset=12,
         fontSize=14,

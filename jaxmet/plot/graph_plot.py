@@ -8,7 +8,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.plot.channel_ranges import leaves_of_layers
 from jaxmet.plot.drawing import ROWS, altair, data, layered, shortened, titled
-from jaxmet.plot.layer_weights import WeightAxes, lanes, places
+from jaxmet.plot.node_positions import NodePosition, lanes, places
 from jaxmet.plot.states import STATES, states_of
 from jaxmet.tree.quantizers import Quantizers
 
@@ -96,8 +96,8 @@ def graph(
     chart = layered(alt, [lines, rects, upper, lower]).properties(
         width=width, height=rows * ROW, view=alt.ViewBackground(stroke=None)
     )
-    said = f"{len(graph.nodes)} nodes, {len(graph.layers)} selected layers"
-    return titled(alt, chart, title or "The model", said)
+    subtitle = f"{len(graph.nodes)} nodes, {len(graph.layers)} selected layers"
+    return titled(alt, chart, title or "The model", subtitle)
 
 
 def _pixels(channel: Any, scale: Any, field: str) -> Any:
@@ -108,7 +108,7 @@ def _reads(node: Node) -> list[str]:
     return [e.node for e in node.inputs if e.node is not None]
 
 
-def _box(node: Node, place: WeightAxes, state: Mapping[str, Any]) -> dict[str, Any]:
+def _box(node: Node, place: NodePosition, state: Mapping[str, Any]) -> dict[str, Any]:
     left, top = place.column * COLUMN, place.row * ROW
     return {
         "name": node.name,
@@ -124,7 +124,7 @@ def _box(node: Node, place: WeightAxes, state: Mapping[str, Any]) -> dict[str, A
 
 
 def _edges(
-    graph: Graph, where: Mapping[str, WeightAxes]
+    graph: Graph, where: Mapping[str, NodePosition]
 ) -> tuple[list[dict[str, Any]], int]:
     """The corners of all edges, and how many lanes those beside the nodes take."""
     pairs = [

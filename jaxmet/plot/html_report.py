@@ -137,9 +137,9 @@ def _check(
             graph.leaves(before, CALLER)
             check_concrete(before, CALLER)
         except ValueError as error:
-            said = str(error).removeprefix(f"jaxmet.{CALLER}: ").split(". ")[0]
+            sentence = str(error).removeprefix(f"jaxmet.{CALLER}: ").split(". ")[0]
             raise ValueError(
-                f"jaxmet.{CALLER}: before is no tree of this graph: {said}. Give one that "
+                f"jaxmet.{CALLER}: before is no tree of this graph: {sentence}. Give one that "
                 "was factorized and pruned as params is, or none."
             ) from error
     if quantizers is not None:
@@ -200,10 +200,10 @@ class Book:
             self.add(table.title or "Table", table_html(table))
             return
         lines = [table.title, *notes] if table.title else notes
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+        sentence = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         place = self.chart(PICTURES[kind](table))
         rows = folded(f"the table, {len(table)} rows", table_html(table))
-        self.add(HEADINGS[kind], said, place, rows)
+        self.add(HEADINGS[kind], sentence, place, rows)
 
 
 # Sections
@@ -277,8 +277,8 @@ def reasons(left: Table) -> Table:
 def _ranges(book: Book, params: Any, graph: Graph, before: Any) -> None:
     trees = (params, None) if before is None else (before, params)
     if not any(layer.weight and layer.weight.name for layer in graph.layers):
-        said = "All weights are computed from several parameters."
-        book.add("Ranges of weights", f'<p class="quiet">{said}</p>')
+        sentence = "All weights are computed from several parameters."
+        book.add("Ranges of weights", f'<p class="quiet">{sentence}</p>')
         return
     charts = [
         draw(trees[0], graph, after=trees[1])
@@ -299,19 +299,19 @@ def _error(
     before: Any,
 ) -> None:
     """Where the error enters: against `before`, unless its channels are scaled otherwise."""
-    said = "Float is the same tree without quantizers."
+    sentence = "Float is the same tree without quantizers."
     if before is not None:
-        said = "Float is the tree from before."
+        sentence = "Float is the tree from before."
         try:
             float_model(before, params, graph, quantizers, CALLER)
         except ValueError:  # cannot be compared node by node: only one is equalized
-            said = (
+            sentence = (
                 "Float is the same tree without quantizers: the channels of the tree from "
                 "before are scaled in another way."
             )
             before = None
     table = compared(params, graph, quantizers, batch, reference=before)
-    book.table(table, "compare" if len(table) else None, said)
+    book.table(table, "compare" if len(table) else None, sentence)
 
 
 def _pairs(values: Mapping[str, Any], what: str) -> Table:

@@ -11,7 +11,7 @@ from jaxmet.tree.table import Table
 
 
 class Section(NamedTuple):
-    """A heading and what stands below it, as HTML."""
+    """A heading and the text below it, as HTML."""
 
     title: str
     body: str

@@ -88,8 +88,8 @@ def pareto(
         )
     chart = layered(alt, layers).properties(width=WIDTH + 100, height=320)
     gone = left_out([r["name"] for r in every if r not in rows])
-    said = f"{len(best)} of {len(rows)} that no other beats"
-    return titled(alt, chart, title or f"{y} against {x}", said, gone)
+    subtitle = f"{len(best)} of {len(rows)} that no other beats"
+    return titled(alt, chart, title or f"{y} against {x}", subtitle, gone)
 
 
 def _tips(alt: Any, x: str, y: str) -> list[Any]:

@@ -60,9 +60,9 @@ def ratio_scores(
     whole = [number(r["score"]) for r in table.where(layer=ALL)]
     chart = draw(alt, rows, names, rings, [w for w in whole if w is not None])
     gone = left_out([r["name"] for r in every if None in r.values()])
-    said = "rings: the chosen ratios" if rings else None
+    subtitle = "rings: the chosen ratios" if rings else None
     heading = title or "Score with one layer compressed"
-    return titled(alt, chart, heading, said, gone)
+    return titled(alt, chart, heading, subtitle, gone)
 
 
 def _chosen(

@@ -89,7 +89,7 @@ def relative_weight_ranges(
 
 
 def relative_table(params: Any, graph: Graph, *, after: Any = None) -> Table:
-    """The numbers behind `relative_weight_ranges`: one row per layer and tree, worst first."""
+    """The numbers of `relative_weight_ranges`: one row per layer and tree, worst first."""
     trees = {"before": _relative(params, graph)[1]}
     if after is not None:
         trees["after"] = _relative(after, graph)[1]
@@ -146,7 +146,7 @@ def _record(found: Relative) -> dict[str, Any]:
         "dead": found.dead,
         "channels": len(found.values) + found.dead,
         "state": PROBLEM if is_problem(found) else FINE,
-        "said": f"{len(found.outliers)} outliers, up to {_times(found.largest)}",
+        "note": f"{len(found.outliers)} outliers, up to {_times(found.largest)}",
     }
 
 
@@ -192,7 +192,7 @@ def _chart(alt: Any, records: Any, points: Any, order: list[str], trees: int) ->
         .encode(**base, color=color, x=alt.X("ratio:Q", scale=scale)),
         alt.Chart(data(alt, text))
         .mark_text(align="left", dx=6, fontSize=9, color=BAD)
-        .encode(**base, x=alt.X("largest:Q", scale=scale), text="said:N"),
+        .encode(**base, x=alt.X("largest:Q", scale=scale), text="note:N"),
     ]
     step = 16 if trees == 1 else 24
     return layered(alt, layers).properties(width=WIDTH, height=height(order, step))

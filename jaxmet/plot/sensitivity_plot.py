@@ -65,8 +65,8 @@ def sensitivity(table: Any, *, title: str | None = None) -> Any:
         ]
         chart = alt.hconcat(*charts).resolve_scale(x="shared")
     heading = title or "Score with one quantizer alone, and with all but one"
-    said = left_out(gone)
-    return titled(alt, chart, heading, KEY, _legend(table), said)
+    notes = left_out(gone)
+    return titled(alt, chart, heading, KEY, _legend(table), notes)
 
 
 def _point(row: dict[str, Any], column: str) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def _lines(table: Any, bits: Any) -> list[dict[str, Any]]:
 def _legend(table: Any) -> str | None:
     found = _lines(table, None)
     looks = {"float": "green", "quantized": "black"}
-    said = [
+    notes = [
         f"{row['line']} {row['score'] + 0.0:.4g} ({looks[row['line']]})"
         for row in found
     ]
-    return f"dashed: {', '.join(said)}" if said else None
+    return f"dashed: {', '.join(notes)}" if notes else None

@@ -41,20 +41,20 @@ def states_of(
     kinds = graph.table()["kind"]
     found = {}
     for node, kind in zip(graph.nodes, kinds, strict=True):
-        said = [kind]
+        entries = [kind]
         weight = _weight_bits(node, quantizers)
         result = _result_bits(node, quantizers)
         weight_name = node.weight.name if node.weight is not None else None
         smaller = smaller_ones.get(weight_name or "", [])
         folded = is_folded(node, leaves)
-        said += [f"weight {weight} bits"] if weight else []
-        said += [f"result {result} bits"] if result else []
-        said += smaller + (["folded"] if folded else []) + _stated(node, leaves)
+        entries += [f"weight {weight} bits"] if weight else []
+        entries += [f"result {result} bits"] if result else []
+        entries += smaller + (["folded"] if folded else []) + _stated(node, leaves)
         shared = channels.get(node.name)
-        said += [f"channels of {shared}"] if shared and shared != node.name else []
+        entries += [f"channels of {shared}"] if shared and shared != node.name else []
         found[node.name] = {
             "what": kind,
-            "done": ", ".join(said),
+            "done": ", ".join(entries),
             "channels": shared,
             "state": _state(node, weight, result, smaller, folded, quantizers),
         }
@@ -72,8 +72,8 @@ def _state(
         return RESULT
     reason = dict(quantizers.skipped).get(node.name) if quantizers is not None else None
     inner = node.kind in ("norm", "activation", "add") and quantizers is not None
-    told = reason is None or node.kind == "norm"
-    return FUSED if folded or (inner and told) else FLOAT
+    known = reason is None or node.kind == "norm"
+    return FUSED if folded or (inner and known) else FLOAT
 
 
 def _channels(graph: Graph) -> dict[str, str]:
@@ -106,17 +106,17 @@ def structures_of(params: Any) -> dict[str, list[str]]:
     parts = iter(parameter_names(params))
     found: dict[str, list[str]] = {}
     for name, leaf in zip(parameter_names(params, whole=True), whole, strict=True):
-        for said in _described(leaf):
+        for entries in _described(leaf):
             part = next(parts)
             for key in dict.fromkeys((part, name)):
-                found[key] = list(dict.fromkeys([*found.get(key, ()), *said]))
+                found[key] = list(dict.fromkeys([*found.get(key, ()), *entries]))
     return found
 
 
-def _described(leaf: Any, said: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _described(leaf: Any, entries: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """What each part of a leaf is a part of, in the order of the parts."""
     if not is_structured(leaf):
-        yield said
+        yield entries
         return
     weight = leaf.weight
     if isinstance(weight, LowRank):
@@ -126,7 +126,7 @@ def _described(leaf: Any, said: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
             f"{len(k.indices)} of {k.size} along axis {k.axis}" for k in weight.keep
         ]
     for part in parts_of(weight).values():
-        yield from _described(part, (*said, *more))
+        yield from _described(part, (*entries, *more))
 
 
 def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:
@@ -134,8 +134,8 @@ def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:
     if leaf is None or not is_compressed(leaf):
         return []
     bounded = leaf.lower is not None or leaf.upper is not None
-    said = ["bounds by channel"] if bounded else []
-    return said + (["padding by channel"] if leaf.input_offset is not None else [])
+    entries = ["bounds by channel"] if bounded else []
+    return entries + (["padding by channel"] if leaf.input_offset is not None else [])
 
 
 def _kept(leaf: Any) -> np.ndarray:

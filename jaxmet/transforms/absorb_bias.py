@@ -100,7 +100,7 @@ def absorb_bias(
         The new tree, of the same structure; with `with_report` also the table.
 
     Raises:
-        ValueError: for an `n_sigma` that is no number from zero on, and where `graph.only`
+        ValueError: unless `n_sigma` is a number of at least zero, and where `graph.only`
             named a norm or rectifier whose channels cannot give anything.
 
     >>> params = jm.absorb_bias(jm.equalize(params, graph), graph)
@@ -268,19 +268,24 @@ def _consumer(graph: Graph, norm: Node, product: Node) -> _Consumer | str:
         if downstream is not None and len(downstream) == 1
         else None
     )
-    told = after.norm if after is not None else None
-    if after is None or told is None or told.over != "stored" or not told.plain:
+    next_norm = after.norm if after is not None else None
+    if (
+        after is None
+        or next_norm is None
+        or next_norm.over != "stored"
+        or not next_norm.plain
+    ):
         return f"{name}: {NO_BIAS}; no norm with stored statistics alone reads it"
     direct = after.inputs[0].moves == () and not after.shared
-    out, at = _only(graph, product, "out"), _only(graph, after, "shift", told.mean)
+    out, at = _only(graph, product, "out"), _only(graph, after, "shift", next_norm.mean)
     if not direct or out is None or at is None or out.layout != at.layout:
         return f"{name}: {NO_BIAS}; the norm after it is of other channels"
     if (why := why_outside(graph, after.name)) is not None:
         return f"{name}: {NO_BIAS}; {why}"
-    if told.debias is not None:
+    if next_norm.debias is not None:
         return f"{name}: {NO_BIAS}; the norm after it divides its mean by a count"
-    assert told.mean is not None
-    return _Consumer(product, members, told.mean, -1)
+    assert next_norm.mean is not None
+    return _Consumer(product, members, next_norm.mean, -1)
 
 
 def _only(

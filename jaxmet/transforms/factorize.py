@@ -274,7 +274,7 @@ def unfit(node: Node, leaves: Mapping[str, Any]) -> str | None:
 def _for_all_uses(
     graph: Graph, wanted: Mapping[str, int], left: dict[str, str]
 ) -> dict[str, int]:
-    """One rank per weight, the largest that was asked for; `left` is told of the others."""
+    """One rank per weight, the largest that was asked for; the others go into `left`."""
     found: dict[str, int] = {}
     for name, rank in wanted.items():
         kernel = graph[name].kernel

@@ -1,4 +1,4 @@
-"""What will be quantized, how, and what not and why, before any data is seen."""
+"""What will be quantized, how, and what not and why, before any data is read."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

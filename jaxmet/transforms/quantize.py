@@ -8,18 +8,13 @@ import numpy as np
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.eligibility import NOT_SELECTED
+from jaxmet.tree.bias_scales import INT32_ENDS, bias_scale
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.host_rounding import grid_in_numpy, repeated, round_in_numpy
 from jaxmet.tree.leaves import Compressed, as_before, dense, is_compressed, is_quantized
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.quantized import Quantized, stored
-from jaxmet.tree.quantizers import (
-    INT32_ENDS,
-    Quantizer,
-    Quantizers,
-    bias_scale,
-    check_are_quantizers,
-)
+from jaxmet.tree.quantizers import Quantizer, Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 
@@ -132,7 +127,7 @@ def _integers(
     leaves: Mapping[str, Any],
     quantizers: Quantizers,
 ) -> tuple[Any, str | None]:
-    """The leaf with integers, or rounded in float, or None; and what is to be said of it."""
+    """The leaf with integers, or rounded in float, or None; and the note of the report."""
     if q.product is not None:
         return _int32_bias(name, q, leaf, leaves, quantizers)
     if not q.active:

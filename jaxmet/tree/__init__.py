@@ -1,0 +1,29 @@
+"""What passes between the floors: leaf types, quantizers, names, tables, files.
+
+leaves         `jm.Compressed`, the leaf that says what a plain array cannot
+structures     `jm.LowRank` and `jm.Pruned`
+quantized      `jm.Quantized`, a weight as integers
+plain_arrays   `jm.densify` and `jm.rebuild`
+stored_forms   how a tree stores its parameters: shapes, factors, kept channels
+paths          from the path of a leaf to its name
+names          names of parameters and nodes, globs, and trees with leaves exchanged
+quantizer      `jm.Quantizer`, the quantizer of one tensor
+quantizers     `jm.Quantizers`, the tree beside `params`
+bias_scales    the scales of int32 biases
+grids          `jm.grids`: the ends of quantizers and their switches as data
+host_rounding  weights rounded in NumPy, as `Quantizer` rounds them
+config         `jm.QuantConfig` and `jm.Rule`
+targets/       `jm.Target`, the runtimes that a configuration can be for
+aimet_config   AIMET's configuration files
+batched_data   `jm.batched`
+batches        one form of all batches, and masks of where values count
+examples       single examples out of batches
+table          `jm.Table`
+files          `jm.save` and `jm.load`
+stored_trees   trees, quantizers and tables as arrays and a manifest
+writing        paths that are checked, and files that appear when they are complete
+checks         checks of arguments, in one wording
+packages       optional packages, refused in one wording
+types          types that public signatures share
+version        the version of the package
+"""

@@ -260,7 +260,7 @@ def _op_types(
 ) -> list[tuple[str, float, float]]:
     """Read what each operation type says into `off` and `channels`; returns fixed ranges."""
     fixed: dict[str, tuple[float, float]] = {}
-    said: dict[str, bool] = {}
+    switched: dict[str, bool] = {}
     keys = ("is_output_quantized", "is_symmetric", "per_channel_quantization")
     for name, entries in _dict(section, "op_type").items():
         where = f"op_type.{name}"
@@ -279,7 +279,7 @@ def _op_types(
             read.refuse(where)
         if on is not None:
             for operation in operations:
-                if said.setdefault(operation, on) != on:
+                if switched.setdefault(operation, on) != on:
                     read.refuse(f"{where}.is_output_quantized")
                 (off.discard if on else off.add)(operation)
         if "encoding_constraints" in found:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmet.tree.batches import Batched, Batches
+from jaxmet.tree.batched_data import Batched
+from jaxmet.tree.batches import Batches
 
 
 def some_examples(batches: Batches, number: int) -> Any:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.numerics.grid import check_bits, ends_of_width
+from jaxmet.tree.bias_scales import INT32_ENDS
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.names import suggestion
 from jaxmet.tree.quantizer import (
     Grid,
     Quantizer,
 )
-from jaxmet.tree.quantizers import INT32_ENDS, Quantizers, check_are_quantizers
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 
 
 class Grids(NamedTuple):

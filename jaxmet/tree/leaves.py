@@ -100,17 +100,17 @@ class Compressed:
         return dataclasses.replace(self, **fields)
 
     def __repr__(self) -> str:
-        said = (f"{name}={_brief(value)}" for name, value in self.stated().items())
-        return f"Compressed({', '.join(said)})"
+        shown = (f"{name}={_brief(value)}" for name, value in self.stated().items())
+        return f"Compressed({', '.join(shown)})"
 
     def _repr_html_(self) -> str:
-        said = {name: _brief(value) for name, value in self.stated().items()}
+        shown = {name: _brief(value) for name, value in self.stated().items()}
         if is_structured(self):
             parts = parts_of(self.weight)
-            said = {name: _brief(part) for name, part in parts.items()}
-            said |= {"stands for": f"{self.dtype}{[*self.shape]}"}
+            shown = {name: _brief(part) for name, part in parts.items()}
+            shown |= {"stands for": f"{self.dtype}{[*self.shape]}"}
         kind = type(self.weight if is_structured(self) else self).__name__
-        columns = {"holds": list(said), "what": list(said.values())}
+        columns = {"field": list(shown), "value": list(shown.values())}
         return Table(columns, title=kind)._repr_html_()
 
     def __getattr__(self, name: str) -> Any:

@@ -13,6 +13,8 @@ from jax import lax
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.ranges import SCALE_FLOOR
+from jaxmet.tree.bias_scales import INT32_ENDS, along_bias, bias_scale
+from jaxmet.tree.bias_scales import along_scale as along_scale
 from jaxmet.tree.checks import kind_of
 from jaxmet.tree.host_rounding import (
     grid_of,
@@ -32,8 +34,6 @@ from jaxmet.tree.table import Table, noted, noted_html
 
 if TYPE_CHECKING:
     from jaxmet.tree.grids import Grids
-
-INT32_ENDS = (-(2.0**31), 2.0**31 - 128)  # the float32 numbers nearest inside int32
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -242,7 +242,7 @@ class Quantizers:
     ) -> Any:
         """The bias as an integer accumulator holds it: a multiple of s_w s_x.
 
-        It stays as it is where the product itself is not integer.
+        It is unchanged where the product itself is not integer.
         """
         weight_name, node = self.weights[name].product
         owner, q_w = self.owner(node), self.weights.get(weight_name)
@@ -284,7 +284,7 @@ class Quantizers:
         return with_weight(params[name], rounded)
 
     def _is_float(self, name: str) -> bool:
-        """Whether a weight or bias stays as it is."""
+        """Whether a weight or bias is skipped."""
         q = self.weights[name]
         if q.product is None:
             return not q.active
@@ -391,50 +391,9 @@ jax.tree_util.register_dataclass(
 
 
 def check_are_quantizers(quantizers: Any, caller: str) -> None:
-    """Refuse what is no set of quantizers."""
+    """Raise unless these are `Quantizers`."""
     if not isinstance(quantizers, Quantizers):
         raise ValueError(
             f"jaxmet.{caller}: quantizers is of type {type(quantizers).__name__}. Give what "
             "jm.calibrate returned, after the parameters (and the graph)."
         )
-
-
-def along_scale(bias: jax.Array, scale: jax.Array) -> jax.Array:
-    """One number per bias in the axes of its weight's scale: the largest where one is shared."""
-    sizes = tuple(n for n in scale.shape if n > 1)
-    told = tuple(n for n in bias.shape if n > 1)
-    if sizes == told:
-        return bias.reshape(scale.shape)
-    if sizes == bias.shape[-1:]:
-        return jnp.max(bias, axis=range(bias.ndim - 1)).reshape(scale.shape)
-    if sizes == bias.shape[:1]:
-        return jnp.max(bias, axis=range(1, bias.ndim)).reshape(scale.shape)
-    return jnp.max(bias).reshape((1,) * scale.ndim)
-
-
-def bias_scale(s_w: Any, s_x: Any, bias: np.ndarray, name: str) -> np.ndarray:
-    """The scale of an int32 bias, s_w s_x, one for each of its numbers."""
-    s_x = s_x.astype(s_w.dtype)
-    scale = along_bias(s_w, bias, name) * along_bias(s_x, bias, name)
-    return np.maximum(np.broadcast_to(scale, bias.shape), SCALE_FLOOR**2)
-
-
-def along_bias(scale: Any, bias: Any, name: str) -> Any:
-    """A weight's or activation's scale in the axes of the bias of its product.
-
-    Per channel it lies along the last axes; with one scale a stacked layer, along the
-    first one.
-    """
-    sizes = tuple(n for n in scale.shape if n > 1)
-    told = tuple(n for n in bias.shape if n > 1)
-    if sizes in ((), told):
-        return scale.reshape(bias.shape if sizes else (1,) * bias.ndim)
-    for shape in (bias.shape[-1:], bias.shape[:1]):
-        if sizes == shape:
-            before = bias.ndim - 1 if shape == bias.shape[-1:] else 0
-            after = bias.ndim - 1 - before
-            return scale.reshape((1,) * before + sizes + (1,) * after)
-    raise ValueError(
-        f"jaxmet.quantize_weights: the bias {name!r} of shape {bias.shape} cannot take "
-        f"a product with scales of shape {scale.shape}. Use bias='float' for it."
-    )

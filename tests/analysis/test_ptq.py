@@ -77,14 +77,14 @@ def test_data_free_ranges_are_near_those_of_data(case: Any) -> None:
     graph = jm.trace(apply, trained, *batches[0])
     config = jm.QuantConfig()
     seen = jm.calibrate(trained, graph, batches, config, progress=False)
-    told = jm.calibrate(trained, graph, None, config)
+    reported = jm.calibrate(trained, graph, None, config)
     by_shape = jm.calibrate(trained, graph, jax.ShapeDtypeStruct((1,), jnp.float32))
-    assert len(told.activations) == 3
-    for name, quantizer in told.activations.items():
+    assert len(reported.activations) == 3
+    for name, quantizer in reported.activations.items():
         ratio = float(quantizer.scale / seen.activations[name].scale)
         assert 0.4 < ratio < 2.5, name
         assert quantizer.scale == by_shape.activations[name].scale
-    assert told.weights.keys() == seen.weights.keys()
+    assert reported.weights.keys() == seen.weights.keys()
 
 
 def test_without_data_and_without_norms_it_is_refused() -> None:
@@ -182,8 +182,8 @@ def test_more_than_eight_bits_are_not_rounded_by_data(small: Any, bits: int) -> 
 
 
 def test_rounding_is_true_or_false(small: Any) -> None:
-    said = r"jaxmet\.ptq: rounding is 'gram'.*True or False"
-    with pytest.raises(ValueError, match=said):
+    stated = r"jaxmet\.ptq: rounding is 'gram'.*True or False"
+    with pytest.raises(ValueError, match=stated):
         run(small, rounding="gram")
 
 

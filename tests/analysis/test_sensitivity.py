@@ -214,7 +214,7 @@ def test_a_score_without_number_stays_unless_float_has_it(net):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, stated",
     [
         ({"bits": [1]}, "bits is 1"),
         ({"bits": 8}, r"bits is 8. Give the widths to try"),
@@ -229,11 +229,11 @@ def test_a_score_without_number_stays_unless_float_has_it(net):
         ({"score": lambda apply, params: jnp.ones(3)}, r"array of shape \(3,\)"),
     ],
 )
-def test_bad_input(net, change, said):
+def test_bad_input(net, change, stated):
     _, params, graph, quantizers, score = net
     given = {"graph": graph, "quantizers": quantizers, "score": score} | change
     options = {k: given.pop(k) for k in ("bits", "together") if k in given}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=stated):
         jm.sensitivity(params, *given.values(), **options, progress=False)
 
 

@@ -209,7 +209,7 @@ def test_a_strided_depthwise_convolution_by_hand():
 @pytest.mark.parametrize("name", ["1x1, strided", "groups of two", "colours, strided"])
 def test_forward_and_second_derivatives_and_vmap(name):
     apply, p, x = conv(**SAID[name] | {"size": (4, 5)})
-    said = replayed(apply)
+    stated = replayed(apply)
 
     def curved(f):
         def energy(p, x):
@@ -220,7 +220,7 @@ def test_forward_and_second_derivatives_and_vmap(name):
 
         return jax.jit(lambda x, y: (push(x, y), jax.vmap(f, (None, 0))(p, x[:, None])))
 
-    close(curved(said)(x, x[::-1]), curved(apply)(x, x[::-1]), 1e-3)
+    close(curved(stated)(x, x[::-1]), curved(apply)(x, x[::-1]), 1e-3)
 
 
 def test_it_exports_with_a_symbolic_batch():

@@ -47,16 +47,16 @@ def test_what_stands_around_a_function_is_looked_through():
         def __call__(self, apply, params):
             return other(apply, params)
 
-    told = [
+    given = [
         *(functools.partial(f, scale=n) for f in (score, other) for n in (2.0, 3.0)),
         *(jax.jit(f, static_argnums=0) for f in (score, other)),
         Scored(),
         Otherwise(),
     ]
-    assert len({fingerprint([one]) for one in told}) == len(told)
+    assert len({fingerprint([one]) for one in given}) == len(given)
     again = functools.partial(score, scale=2.0), jax.jit(score), Scored()
     assert [fingerprint([one]) for one in again] == [
-        fingerprint([one]) for one in (told[0], told[4], told[6])
+        fingerprint([one]) for one in (given[0], given[4], given[6])
     ]
 
 

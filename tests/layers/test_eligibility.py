@@ -158,11 +158,11 @@ def test_every_transform_gives_the_same_reason(name, apply, why, params):
     # refused in the same words where somebody did.
     with pytest.raises(ValueError) as refused:
         run(params, graph.only(node), x, q)
-    said = (
+    stated = (
         rf"jaxmet\.{name}: {kind} '{re.escape(node)}' cannot {cannot}: "
         rf".*{re.escape(why)}.*\. It was asked for by name\. [A-Z].+\."
     )
-    assert re.fullmatch(said, str(refused.value)), refused.value
+    assert re.fullmatch(stated, str(refused.value)), refused.value
     # A pattern asks for what can be done.
     run(params, graph.only(f"{node}*"), x, q)
 
@@ -179,13 +179,15 @@ def test_what_another_node_forbids_has_its_name(params):
         ("equalize", "two", f"layer 'two' cannot be rescaled: {lost}"),
         ("correct_bias", "one", "'one' cannot be corrected: no bias; norm: not select"),
     ]
-    for name, only, said in expected:
-        with pytest.raises(ValueError, match=rf"jaxmet\.{name}: .*{re.escape(said)}"):
+    for name, only, stated in expected:
+        with pytest.raises(ValueError, match=rf"jaxmet\.{name}: .*{re.escape(stated)}"):
             TRANSFORMS[name][0](params, graph.only(only), x, q)
-    said = "activation 'one/relu' cannot give anything: two: not selected. It was asked"
-    with pytest.raises(ValueError, match=re.escape(said)):
+    stated = (
+        "activation 'one/relu' cannot give anything: two: not selected. It was asked"
+    )
+    with pytest.raises(ValueError, match=re.escape(stated)):
         jm.absorb_bias(params, graph.only("one/relu", "norm"))
-    said = "layer 'two' cannot be compressed: one: not selected. It was asked"
+    stated = "layer 'two' cannot be compressed: one: not selected. It was asked"
     for only, ratios in ((("two",), 0.5), (("t*",), {"two": 0.5})):
-        with pytest.raises(ValueError, match=re.escape(said)):
+        with pytest.raises(ValueError, match=re.escape(stated)):
             jm.prune(params, graph.only(*only), ratios)

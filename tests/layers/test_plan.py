@@ -205,10 +205,10 @@ def test_both_operands_of_a_matmul_are_on_a_grid():
 def test_nothing_is_left_out_in_silence(name):
     """Every parameter has a row of its own, or its norm or derived weight has one."""
     params, graph, _ = traced(name)
-    said = {*planned(name)["name"]}
+    stated = {*planned(name)["name"]}
     for parameter in graph.parameters:
         consumers = {n.name for n in graph.nodes if parameter in n.parameters}
-        assert parameter in said or consumers & said, parameter
+        assert parameter in stated or consumers & stated, parameter
 
 
 def test_what_stays_in_float_says_why():

@@ -138,8 +138,8 @@ def test_a_rule_that_reaches_nothing_raises_everywhere(model, rule, what):
     if rule.overrides().get("bias"):
         del calls["dynamic"]  # has no int32 biases at all
     for caller, call in calls.items():
-        said = rf"jaxmet\.{caller.strip()}: .*reaches nothing: .*{what}"
-        with pytest.raises(ValueError, match=said):
+        stated = rf"jaxmet\.{caller.strip()}: .*reaches nothing: .*{what}"
+        with pytest.raises(ValueError, match=stated):
             call()
 
 

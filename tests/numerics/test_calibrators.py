@@ -704,7 +704,7 @@ def test_a_file_holds_no_function(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong,said",
+    "wrong,stated",
     [
         ("mze", "'mze'.*'minmax', 'percentile'.*or a function"),
         (3, "is 3"),
@@ -715,13 +715,13 @@ def test_a_file_holds_no_function(tmp_path):
         (lambda values, target: (0.0, np.sort(values.right)[-1]), "does not run"),
     ],
 )
-def test_what_is_no_calibrator_is_refused_when_it_is_named(wrong, said):
+def test_what_is_no_calibrator_is_refused_when_it_is_named(wrong, stated):
     for field in ("weight_range", "activation_range"):
         for make in (jm.QuantConfig, functools.partial(jm.Rule, "w")):
-            with pytest.raises(ValueError, match=rf"jaxmet\.\w+: {field}.*{said}"):
+            with pytest.raises(ValueError, match=rf"jaxmet\.\w+: {field}.*{stated}"):
                 make(**{field: wrong})
     q = jm.calibrate(NET, jm.trace(net, NET, BATCH), [BATCH], progress=False)
-    with pytest.raises(ValueError, match=f"Quantizers.set: calibrator.*{said}"):
+    with pytest.raises(ValueError, match=f"Quantizers.set: calibrator.*{stated}"):
         q.set("w", calibrator=wrong)
 
 

@@ -19,7 +19,7 @@ import pytest
 import jaxmet as jm
 from jaxmet.plot.channel_ranges import relative, weights_of, worst_first
 from jaxmet.plot.drawing import drawn_rows, version_of_vega_lite
-from jaxmet.plot.layer_weights import lanes, places
+from jaxmet.plot.node_positions import lanes, places
 from jaxmet.plot.pareto import front
 from jaxmet.plot.relative_ranges import relative_table
 from jaxmet.plot.tables import REPORTS, kind_of
@@ -156,9 +156,9 @@ def test_a_mark_for_every_row(kind: str, names: list[str]) -> None:
     assert kind_of(table) == kind
     chart = draw(table, title="Mine")
     assert marks(chart) == each * len(names)
-    said = texts(chart)
-    assert "Mine" in said
-    assert {name for name in names if name in said} == set(names)
+    stated = texts(chart)
+    assert "Mine" in stated
+    assert {name for name in names if name in stated} == set(names)
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -294,8 +294,8 @@ def test_pareto_draws_all_points_and_joins_the_front() -> None:
     assert marks(chart) == 3
     line = chart.to_dict()["layer"][0]["data"]["name"]
     assert [r["name"] for r in chart.to_dict()["datasets"][line]] == ["p", "q"]
-    said = texts(chart)
-    assert {"p", "q", "r", "a.b", "é[0]"} <= set(said) and "s" not in said
+    stated = texts(chart)
+    assert {"p", "q", "r", "a.b", "é[0]"} <= set(stated) and "s" not in stated
     assert marks(jm.plot.pareto(table, x="a.b", y="é[0]")) == 3
     with pytest.raises(ValueError, match="no column 'c'"):
         jm.plot.pareto(table, x="c", y="é[0]")
@@ -379,8 +379,10 @@ def test_compressed_leaves_are_drawn_as_what_they_stand_for(
     assert list(found) == list(wanted)
     for name in found:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
-    said = {r["name"]: r["done"] for r in values_of(jm.plot.graph(graph, params=small))}
-    assert any("rank " in done for done in said.values())
+    stated = {
+        r["name"]: r["done"] for r in values_of(jm.plot.graph(graph, params=small))
+    }
+    assert any("rank " in done for done in stated.values())
 
 
 def test_pruned_channels_have_no_range(strange: tuple[Any, jm.Graph]) -> None:
@@ -390,11 +392,11 @@ def test_pruned_channels_have_no_range(strange: tuple[Any, jm.Graph]) -> None:
     table = relative_table(small, graph)
     lost = dict(zip(table["layer"], table["without range"], strict=True))
     assert lost["a.b[0]"] == 3 and sum(lost.values()) == 3
-    said = {r["name"]: r for r in values_of(jm.plot.graph(graph, params=small))}
-    assert "3 of 6 along axis 1" in said["a.b[0]"]["done"]
-    assert "3 of 6 along axis 0" in said["größe"]["done"]
-    assert said["größe"]["state"] == "pruned or factorized"
-    assert said["c:d"]["state"] == "float"
+    stated = {r["name"]: r for r in values_of(jm.plot.graph(graph, params=small))}
+    assert "3 of 6 along axis 1" in stated["a.b[0]"]["done"]
+    assert "3 of 6 along axis 0" in stated["größe"]["done"]
+    assert stated["größe"]["state"] == "pruned or factorized"
+    assert stated["c:d"]["state"] == "float"
 
 
 def test_a_million_channels_are_quick() -> None:
@@ -725,9 +727,9 @@ def test_the_graph_of_a_compressed_tree_says_so_before_and_after_a_trace() -> No
     third = jm.trace(apply, pruned, *x)
     for tree, of in ((small, graph), (small, again), (pruned, graph), (pruned, third)):
         rows = values_of(jm.plot.graph(of, params=tree))
-        said = " ".join(r["done"] for r in rows)
-        assert "rank" in said and any(r["state"].startswith("pruned") for r in rows)
-        assert ("along axis" in said) is (tree is pruned)
+        stated = " ".join(r["done"] for r in rows)
+        assert "rank" in stated and any(r["state"].startswith("pruned") for r in rows)
+        assert ("along axis" in stated) is (tree is pruned)
 
 
 def test_only_the_front_is_written_beside_its_points() -> None:

@@ -170,8 +170,8 @@ def test_every_chart_is_drawn_with_a_mark_for_each_row(opened: Opened) -> None:
 
 @pytest.mark.slow
 def test_the_browser_has_nothing_to_complain_about(opened: Opened) -> None:
-    said = [line for line in opened.log.splitlines() if "CONSOLE" in line]
-    assert not said
+    stated = [line for line in opened.log.splitlines() if "CONSOLE" in line]
+    assert not stated
     assert "net::ERR" not in opened.log
     assert opened.seconds < 30
 
@@ -307,7 +307,7 @@ def test_it_says_what_counts_as_float(model: Model, tmp_path: Path) -> None:
     params, graph, quantizers, batch = model
     path = tmp_path / "report.html"
     scaled = jax.tree.map(lambda w: 3 * w, params)
-    for before, said in (
+    for before, stated in (
         (None, "Float is the same tree without quantizers."),
         (params, "Float is the tree from before."),
         (scaled, "the tree from before are scaled in another way"),
@@ -315,7 +315,7 @@ def test_it_says_what_counts_as_float(model: Model, tmp_path: Path) -> None:
         jm.report(
             path, params, graph, quantizers=quantizers, batch=batch, before=before
         )
-        assert said in path.read_text("utf-8")
+        assert stated in path.read_text("utf-8")
 
 
 def test_a_read_only_path(model: Model, tmp_path: Path) -> None:

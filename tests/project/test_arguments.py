@@ -71,8 +71,10 @@ def test_options_among_the_models_keywords_are_named():
             ({"block": 2, "percentile": 99}, r"QuantConfig\(block=2, percentile=99\)"),
             ({"quantize": False}, r"rules=\[jm\.Rule\('\*', quantize=False\)\]"),
         ):
-            said = rf"jaxmet\.{caller}: {next(iter(given))}.* option.*model.*{written}"
-            with pytest.raises(ValueError, match=said):
+            stated = (
+                rf"jaxmet\.{caller}: {next(iter(given))}.* option.*model.*{written}"
+            )
+            with pytest.raises(ValueError, match=stated):
                 call(**given)
     with pytest.raises(ValueError, match="weight_bits is an option"):
         jm.calibrate(PARAMS, graph, weight_bits=4)  # no data, so no model runs
@@ -113,8 +115,8 @@ def test_a_wrong_key_is_refused_before_any_work(key, what):
     batches = Reads()
     every = calls(graph, quantizers(graph), batches)
     for caller in ("adaround", "search_scales", "ptq"):
-        said = rf"jaxmet\.{caller}: the key is .*{what}.*key=jax\.random\.key\(0\)"
-        with pytest.raises(ValueError, match=said):
+        stated = rf"jaxmet\.{caller}: the key is .*{what}.*key=jax\.random\.key\(0\)"
+        with pytest.raises(ValueError, match=stated):
             every[caller](key=key)
     assert batches.count <= 1  # ptq looks at the first batch
 
@@ -188,8 +190,8 @@ def test_arguments_of_another_kind_are_named():
             lambda: jm.calibrate(PARAMS, graph, [X, X[:0]], progress=False),
         ),
     ]
-    for said, call in wrong:
-        with pytest.raises(ValueError, match=rf"jaxmet\.{said}"):
+    for stated, call in wrong:
+        with pytest.raises(ValueError, match=rf"jaxmet\.{stated}"):
             call()
     assert not no.count
 
@@ -338,11 +340,11 @@ def test_methods_of_adaround_check_their_own_options():
                     kind(**{field.name: value})
                     continue
                 tried += 1
-                said = rf"jaxmet\.{name}: {field.name} is"
+                stated = rf"jaxmet\.{name}: {field.name} is"
                 try:
                     kind(**{field.name: value})
                 except ValueError as error:
-                    if not re.match(said, str(error)):
+                    if not re.match(stated, str(error)):
                         wrong.append((name, field.name, value, str(error)))
                 else:
                     wrong.append((name, field.name, value, "accepted"))
@@ -373,7 +375,7 @@ def test_an_unbatched_example_is_named_with_both_shapes_and_the_cure(model, para
     q = jm.calibrate(params, graph, [x], progress=False)
     on, one = (params, graph), [x[0]]
     found, traced = (re.escape(str(a.shape)) for a in (x[0], x))
-    said = rf"batch are {found}, .*traced inputs {traced}.*batch axis is missing: .*x\[None\]"
+    stated = rf"batch are {found}, .*traced inputs {traced}.*batch axis is missing: .*x\[None\]"
     takes_one = [
         ("equalize", lambda b: jm.equalize(*on, batches=b, progress=False)),
         ("noise", lambda b: jm.noise(*on, q, b, examples=2, progress=False)),
@@ -389,13 +391,13 @@ def test_an_unbatched_example_is_named_with_both_shapes_and_the_cure(model, para
         if model is apply and (caller, run) in takes_batches:
             run(one)  # a product takes any number of leading axes
             continue
-        with pytest.raises(ValueError, match=rf"jaxmet\.{caller}: .*{said}") as error:
+        with pytest.raises(ValueError, match=rf"jaxmet\.{caller}: .*{stated}") as error:
             run(one)
         assert "inputs=" not in str(error.value)
         run([x[-1:]])
     if model is convolution:
-        said = rf"jaxmet\.ptq: .*batch are {found}\..*x\[None\]"
-        with pytest.raises(ValueError, match=said):
+        stated = rf"jaxmet\.ptq: .*batch are {found}\..*x\[None\]"
+        with pytest.raises(ValueError, match=stated):
             jm.ptq(model, params, one, progress=False)
 
 
@@ -418,8 +420,8 @@ def test_a_model_without_a_batch_axis_is_said_to_have_none():
             "noise": lambda b, g=graph, q=q: jm.noise(PARAMS, g, q, b),
         }
         for caller, run in calls.items():
-            said = rf"jaxmet\.{caller}: {why}, .*takes \(3,\) and not \(1,\).*{cure}"
-            with pytest.raises(ValueError, match=said) as error:
+            stated = rf"jaxmet\.{caller}: {why}, .*takes \(3,\) and not \(1,\).*{cure}"
+            with pytest.raises(ValueError, match=stated) as error:
                 run([X[0]])
             assert "inputs=" not in str(error.value)
     batched = jax.vmap(flat, in_axes=(None, 0))  # the cure that the message names
@@ -477,8 +479,8 @@ def test_an_environment_without_a_value_is_refused():
         (r"Segments\.finish: .*no 'v'.*no keys", dict),
         (r"Segments\.finish: .*of type list", list),
     ]
-    for said, environment in wrong:
-        with pytest.raises(ValueError, match=rf"jaxmet\.{said}"):
+    for stated, environment in wrong:
+        with pytest.raises(ValueError, match=rf"jaxmet\.{stated}"):
             pieces.finish(environment())
     with pytest.raises(ValueError, match=r"Segment: .*no 'w/relu'.*'input 0'.*before"):
         pieces[1](PARAMS, first)

@@ -64,10 +64,10 @@ def test_it_says_where_the_report_is_or_how_to_get_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: drawn or None)
     monkeypatch.setattr(demo, "run", lambda **options: asked.append(options["report"]))
     demo.main()
-    told = capsys.readouterr().out
+    given = capsys.readouterr().out
     assert asked == [demo.REPORT if drawn else None]
-    assert (str(tmp_path / "jaxmet-report.html") in told) is drawn
-    assert ("pip install altair vl-convert-python" in told) is not drawn
+    assert (str(tmp_path / "jaxmet-report.html") in given) is drawn
+    assert ("pip install altair vl-convert-python" in given) is not drawn
 
 
 def test_rows_are_shown_as_the_table_prints_them():
@@ -131,11 +131,11 @@ def test_the_readme_has_this_table(table):
     text = (ROOT / "README.md").read_text("utf-8")
     for name, (accuracy, _, sqnr) in list(table.items())[1:]:
         (row,) = (r for r in text.splitlines() if r.startswith(f"| {name} |"))
-        told = [cell.strip() for cell in row.strip("|").split("|")][1:]
-        points = [float(cell.split()[0]) for cell in (accuracy, told[0])]
+        given = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        points = [float(cell.split()[0]) for cell in (accuracy, given[0])]
         assert abs(points[0] - points[1]) < 0.5, name
         if sqnr != "–":
-            assert abs(float(sqnr) - float(told[2])) < 1.5, name
+            assert abs(float(sqnr) - float(given[2])) < 1.5, name
 
 
 @slow

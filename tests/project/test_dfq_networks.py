@@ -169,8 +169,8 @@ def perfect(drawn):
 
     @jax.jit
     def detections(rows, classes):
-        codes, told = jax.vmap(boxes.targets)(rows, classes)
-        return boxes.detect(codes, 20 * jax.nn.one_hot(told, networks.CLASSES))
+        codes, given = jax.vmap(boxes.targets)(rows, classes)
+        return boxes.detect(codes, 20 * jax.nn.one_hot(given, networks.CLASSES))
 
     return jax.tree.map(np.asarray, detections(drawn.boxes, drawn.classes))
 

@@ -176,8 +176,13 @@ SHARED = {
     "troubleshooting": (LEAST, MOST),
     "from-qwix": (LEAST, 0.5),
 }
-RUN_APART = {"compression", "deploy", "inside", "integers", "litert", "training"}
-OWN_MODEL = {"integers", "training"}  # integers: tests/export/test_integers_file.py
+RUN_APART = {
+    *("compression", "deploy", "inside", "integers", "litert", "new-transform"),
+    "training",
+}
+OWN_MODEL = {  # integers: tests/export/test_integers_file.py
+    *("integers", "new-transform", "training"),
+}
 
 
 def test_every_page_with_code_is_run():
@@ -233,6 +238,20 @@ def test_compression_runs_as_printed(folder):
     macs = [scope[name]["macs"][-1] for name in ("before", "after")]
     assert macs[1] < 0.7 * macs[0] and scope["logits"].shape == (16, 4)
     assert (folder / "tiny.npz").exists()
+
+
+@pytest.mark.slow
+def test_new_transform_runs_as_printed():
+    scope = run(DOCS / "new-transform.md", {})
+    model, tokens, smooth = (scope[name] for name in ("model", "tokens", "smooth"))
+    found = model.apply(scope["smoothed"], tokens)
+    assert jnp.allclose(found, scope["expected"], atol=1e-5)
+    assert scope["ratios"]["after"] > scope["ratios"]["before"] + 10
+    gains = scope["smoothed"]["params"]["second"]["scale"]
+    assert gains.max() < 10 * gains.min()
+    graph = scope["graph"].only("norm")
+    with pytest.raises(ValueError, match="norm 'norm' cannot be smoothed: query: not"):
+        smooth(scope["params"], graph, scope["batches"], progress=False)
 
 
 @pytest.mark.slow
@@ -319,8 +338,8 @@ def public_names() -> set[str]:
     found = set()
     for package in ("jaxmet", "jaxmet.plot", "jaxmet.export"):
         source = ROOT.joinpath(*package.split("."), "__init__.py").read_text("utf-8")
-        said = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
-        found |= {f"{package}.{name}" for name in said}
+        stated = re.findall(r"^from .* import \w+ as (\w+)$", source, re.MULTILINE)
+        found |= {f"{package}.{name}" for name in stated}
     assert len(found) > 50
     for path in sorted((ROOT / "jaxmet" / "numerics").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)

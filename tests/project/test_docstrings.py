@@ -66,7 +66,7 @@ def section(doc: str, title: str) -> str:
 
 
 def items(text: str) -> dict[str, str]:
-    """What is said of each name of a section."""
+    """The text of each name of a section."""
     pieces = re.split(r"^    (\*{0,2}\w+): ", text, flags=re.MULTILINE)[1:]
     return dict(zip(pieces[::2], pieces[1::2], strict=True))
 
@@ -107,42 +107,42 @@ def test_every_argument_is_explained(name):
     parameters = inspect.signature(function).parameters.values()
     wanted = [KINDS.get(p.kind, "") + p.name for p in parameters]
     wanted = [n for n in wanted if n not in ("self", "cls")]
-    said = items(section(inspect.getdoc(function) or "", "Args"))
-    assert list(said) == wanted
-    assert all(len(text.split()) >= 3 for text in said.values())
+    stated = items(section(inspect.getdoc(function) or "", "Args"))
+    assert list(stated) == wanted
+    assert all(len(text.split()) >= 3 for text in stated.values())
 
 
 def test_formulas_explain_their_arguments_and_results():
     assert len(FORMULAS) >= 140
     for name, function in FORMULAS.items():
         doc, signature = inspect.getdoc(function) or "", inspect.signature(function)
-        said = items(section(doc, "Args"))
+        stated = items(section(doc, "Args"))
         parameters = signature.parameters.values()
-        assert [*said] == [KINDS.get(p.kind, "") + p.name for p in parameters], name
-        assert all(len(text.split()) >= 2 for text in said.values()), name
+        assert [*stated] == [KINDS.get(p.kind, "") + p.name for p in parameters], name
+        assert all(len(text.split()) >= 2 for text in stated.values()), name
         given = [p.name for p in parameters if p.default is not p.empty]
-        assert all("default" in said[parameter] for parameter in given), name
+        assert all("default" in stated[parameter] for parameter in given), name
         returns = signature.return_annotation not in (None, "None")
         assert bool(section(doc, "Returns")) == returns, name
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_errors_of_formulas_are_named(name):
-    said = items(section(inspect.getdoc(FORMULAS[name]) or "", "Raises"))
-    assert errors_of(FORMULAS[name]) <= {*said}
+    stated = items(section(inspect.getdoc(FORMULAS[name]) or "", "Raises"))
+    assert errors_of(FORMULAS[name]) <= {*stated}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_returned_is_explained(name):
     returns = inspect.signature(PUBLIC[name]).return_annotation
-    said = section(inspect.getdoc(PUBLIC[name]) or "", "Returns")
-    assert bool(said) == (returns not in (None, "None"))
+    stated = section(inspect.getdoc(PUBLIC[name]) or "", "Returns")
+    assert bool(stated) == (returns not in (None, "None"))
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_errors_are_named(name):
-    said = items(section(inspect.getdoc(PUBLIC[name]) or "", "Raises"))
-    assert errors_of(PUBLIC[name]) <= {*said}
+    stated = items(section(inspect.getdoc(PUBLIC[name]) or "", "Raises"))
+    assert errors_of(PUBLIC[name]) <= {*stated}
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -174,7 +174,7 @@ def test_one_folder_of_the_engine_knows_front_ends(package: str) -> None:
 
 ENGINE = PACKAGE / "engine"
 ENGINE_ORDER = "program axes backend integers nodes flow pruned graph run".split()
-MAP_LINE = re.compile(r"^ *([a-z_]+/?)  +\S")
+MAP_LINE = re.compile(r"^ *([a-z_]+/?)(?:  +\S|$)")  # a long name stands alone
 
 
 def engine_imports() -> Iterator[tuple[str, str, str]]:
@@ -205,16 +205,21 @@ def test_the_engine_points_down() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    [ENGINE, *sorted(f.parent for f in ENGINE.rglob("*/__init__.py"))],
+    sorted(f.parent for f in PACKAGE.rglob("*/__init__.py")),
     ids=lambda folder: folder.relative_to(PACKAGE).as_posix(),
 )
 def test_the_docstring_of_a_folder_is_its_map(folder: Path) -> None:
-    """One line for each file and folder in it, and for nothing else."""
+    """One line for each file and folder in it, and for nothing else.
+
+    A new transform is one file of `numerics` and one of `transforms`: their maps may lack it.
+    """
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
     found = [m[1] for line in (text or "").splitlines() if (m := MAP_LINE.match(line))]
     files = {f.stem for f in folder.glob("*.py")} - {"__init__"}
     folders = {f"{f.parent.name}/" for f in folder.glob("*/__init__.py")}
-    assert sorted(found) == sorted(files | folders)
+    assert len(found) == len({*found}) and {*found} <= files | folders
+    if folder.relative_to(PACKAGE).as_posix() not in ("numerics", "transforms"):
+        assert {*found} == files | folders
 
 
 def test_names_occur_once_in_the_package() -> None:

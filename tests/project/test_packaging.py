@@ -90,8 +90,8 @@ def test_nothing_installs_jaxmet_by_its_bare_name():
         p for p in texts if p.suffix == ".py"
     ]:  # messages, as they are printed
         nodes = ast.walk(ast.parse(texts[path]))
-        said = [n.value for n in nodes if isinstance(n, ast.Constant)]
-        texts[path] += "\n".join(["", *(s for s in said if isinstance(s, str))])
+        stated = [n.value for n in nodes if isinstance(n, ast.Constant)]
+        texts[path] += "\n".join(["", *(s for s in stated if isinstance(s, str))])
     wrong = {str(p.relative_to(ROOT)): bare(text) for p, text in texts.items()}
     assert {path: found for path, found in wrong.items() if found} == {}
 

@@ -457,8 +457,8 @@ def test_a_short_name_is_the_method_with_its_defaults():
 def test_options_of_methods_among_the_keywords_are_refused(method, given, written):
     apply, params, x = mlp()
     graph, q = prepared(apply, params, x)
-    said = rf"jaxmet\.adaround: {', '.join(given)} is an option of.*{written}"
-    with pytest.raises(ValueError, match=said):
+    stated = rf"jaxmet\.adaround: {', '.join(given)} is an option of.*{written}"
+    with pytest.raises(ValueError, match=stated):
         jm.adaround(params, graph, q, iter(()), method=method, **given)
 
 
@@ -488,8 +488,8 @@ def test_the_loss_counts_without_a_regulariser():
 def test_what_is_no_method_is_refused(wrong):
     apply, params, x = mlp()
     graph, q = prepared(apply, params, x)
-    said = r"jaxmet\.adaround: method is .*'coordinate', 'gptq'.*jm\.Gptq\("
-    with pytest.raises(ValueError, match=said):
+    stated = r"jaxmet\.adaround: method is .*'coordinate', 'gptq'.*jm\.Gptq\("
+    with pytest.raises(ValueError, match=stated):
         jm.adaround(params, graph, q, [(x,)], method=wrong)
 
 

@@ -134,7 +134,7 @@ def test_static_and_dynamic_mix_by_rule():
     one = jm.calibrate(
         PARAMS, GRAPH, BATCHES, jm.QuantConfig(rules=rules), progress=False
     )
-    assert [n for n, q in one.activations.items() if q.follows] == ["v"]
+    assert [n for n, q in one.activations.items() if q.follows] == ["v", "v/matmul"]
 
 
 def test_behind_weights_that_were_rounded():

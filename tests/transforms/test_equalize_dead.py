@@ -17,7 +17,7 @@ from jax.nn import relu
 from jaxmet.engine.graph.graph import Graph, trace
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.fold import fold_batch_norm
-from jaxmet.tree.batches import batched
+from jaxmet.tree.batched_data import batched
 from jaxmet.tree.config import QuantConfig
 
 SIZES = (8, 12, 12, 4)

@@ -35,7 +35,7 @@ from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.equalize import equalize
 from jaxmet.transforms.lift import lift
 from jaxmet.transforms.simulate import simulate
-from jaxmet.tree.batches import batched
+from jaxmet.tree.batched_data import batched
 from jaxmet.tree.config import QuantConfig, Rule
 
 NOISE: dict[str, Any] = {"objective": "noise", "progress": False}
@@ -214,8 +214,8 @@ def test_less_noise_than_before_and_than_equal_ranges(config: QuantConfig) -> No
     now = value(scales_of(params, out))
     assert now < 0.8 * one and now <= two * (1 + 1e-5)
     assert now < two * (0.98 if not config.per_channel else 1 + 1e-5)
-    told = numbers_of(report.title)
-    np.testing.assert_allclose(told, [one, two, now], rtol=2e-3)
+    stated = numbers_of(report.title)
+    np.testing.assert_allclose(stated, [one, two, now], rtol=2e-3)
     # It is a minimum: no step along any channel or group, up or down, is worth one percent.
     found = scales_of(params, out)
     rng = np.random.default_rng(0)

@@ -80,8 +80,8 @@ def test_without_data_the_error_is_the_rest_of_the_singular_values(net, method):
         values = np.linalg.svd(view(before, groups), compute_uv=False)
         left = np.sum(values[:, rank:] ** 2)
         assert np.sum((before - after) ** 2) == pytest.approx(left, rel=1e-4)
-        told = report.where(layer=layer)["error"][0]
-        assert told == pytest.approx(np.sqrt(left / np.sum(values**2)), rel=1e-3)
+        given = report.where(layer=layer)["error"][0]
+        assert given == pytest.approx(np.sqrt(left / np.sum(values**2)), rel=1e-3)
         assert all(
             np.linalg.matrix_rank(m, tol=1e-4) == rank for m in view(after, groups)
         )

@@ -203,8 +203,8 @@ def test_a_dead_channel_gets_a_scale_that_holds_its_bias():
     np.testing.assert_allclose(
         named_leaves(jm.round_weights(params, q))["bn1/bias"][2], -3.0, rtol=1e-6
     )
-    said = dict(q.skipped)["conv1/kernel (channels)"]
-    assert said.endswith(": channels 2") and "int32" in said
+    stated = dict(q.skipped)["conv1/kernel (channels)"]
+    assert stated.endswith(": channels 2") and "int32" in stated
     assert "conv0/kernel (channels)" not in dict(q.skipped)
     for a, b in zip(
         codes_of(apply, params, q, x), integer_forward(params, q, x), strict=True

@@ -115,10 +115,10 @@ def test_work_falls_as_the_cost_says(net):
         return jax.jit(jm.lift(apply)).lower(tree, x).compile().cost_analysis()["flops"]
 
     saved = counted(params) - counted(small)
-    told = (
+    given = (
         before.where(layer="(all)")["flops"][0] - after.where(layer="(all)")["flops"][0]
     )
-    assert saved == pytest.approx(told, rel=0.1)  # rectifiers and norms shrink too
+    assert saved == pytest.approx(given, rel=0.1)  # rectifiers and norms shrink too
 
 
 PRUNED = (

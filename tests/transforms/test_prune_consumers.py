@@ -46,7 +46,7 @@ def form(name):
 
 
 def matrix(name, weight):
-    """What stands in a weight, one row per channel."""
+    """The values of a weight, one row per channel."""
     return FORMS[name][1](jnp.eye(8), weight)
 
 
@@ -225,8 +225,8 @@ def test_nothing_is_cut_inside_loops_and_branches(name, loop):
     small, report = jm.factorize(params, graph, ratios=0.5, **options)
     inside = [n.name for n in graph.layers if n.loops]
     for row in report:
-        told = f"inside a {loop}" in (row["note"] or "")
-        assert told == (row["layer"] in inside)
+        stated = f"inside a {loop}" in (row["note"] or "")
+        assert stated == (row["layer"] in inside)
     assert jm.widths(small)["parameter"] == ["head/kernel"]
     with pytest.raises(ValueError, match=f"'{inside[0]}' cannot .*inside a {loop}"):
         jm.factorize(params, graph, ratios={inside[0]: 0.5})

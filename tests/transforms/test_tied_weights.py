@@ -109,8 +109,8 @@ def test_rounding_serves_every_use(model):
     nearest = np.asarray(jm.round_weights(params, quantizers)[weight], np.float64)
     loss, plain = (np.sum((both @ (matrix(v) - matrix(w))) ** 2) for v in (r, nearest))
     assert loss < 0.8 * plain
-    told = [v for v in report["loss"] if v is not None]
-    assert len(told) == 1  # where the last of them runs
+    given = [v for v in report["loss"] if v is not None]
+    assert len(given) == 1  # where the last of them runs
 
 
 @pytest.mark.parametrize("method", ["coordinate", "adam"])
@@ -170,10 +170,10 @@ def test_a_bias_of_layers_that_share_only_that_is_unchanged_with_the_reason(name
     notes = report.where(layer="w" if name == "one bias" else "w:1")["note"]
     if name != "not all":  # there the weight is rounded with the third layer
         assert notes == [f"bias unchanged: '{shared}' is used elsewhere too"]
-    fixed, told = jm.correct_bias(
+    fixed, given = jm.correct_bias(
         new, graph, quantizers, [x], reference=params, progress=False, with_report=True
     )
-    assert all(note is None or "bias" in note for note in told["note"])
+    assert all(note is None or "bias" in note for note in given["note"])
     if name != "not all":
         assert np.any(np.asarray(fixed["b"]) != np.asarray(params["b"]))
 

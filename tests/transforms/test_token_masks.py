@@ -393,12 +393,12 @@ def passes():
 PASSES = dict(passes())
 
 
-def said(found):
+def stated(found):
     """What came out, so that it can be compared bit by bit."""
     if isinstance(found, jm.Table):
         return [repr(list(found))]
     if isinstance(found, tuple):
-        return [s for one in found for s in said(one)]
+        return [s for one in found for s in stated(one)]
     return bits(found)
 
 
@@ -414,7 +414,7 @@ def numbers(found):
 @pytest.mark.parametrize("name", sorted({*PASSES} - {"adaround adam"}))
 def test_garbage_in_padded_positions_changes_nothing(name):
     run = PASSES[name]
-    assert said(run(PADDED, {"mask": where})) == said(run(WORSE, {"mask": where}))
+    assert stated(run(PADDED, {"mask": where})) == stated(run(WORSE, {"mask": where}))
 
 
 @pytest.mark.one_in(4)

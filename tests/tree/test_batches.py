@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.tree.batches import as_batches, batched
+from jaxmet.tree.batched_data import batched
+from jaxmet.tree.batches import as_batches
 
 
 def data(rows=10):

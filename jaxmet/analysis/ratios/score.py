@@ -157,8 +157,8 @@ def score_ratios(
     cells = [(n, r, s.amount(r, multiple)) for n, s in layers.items() for r in ratios]
     data = None if read.abstract else (read.first_batch, read.length)
     options = (method, ratios, multiple, rows, list(layers), key)
-    told = (params, model_of(graph), data, options, score)
-    kept = Checkpoint(checkpoint, CALLER, told)
+    depends_on = (params, model_of(graph), data, options, score)
+    kept = Checkpoint(checkpoint, CALLER, depends_on)
     apply = replayed(graph.apply)
     run = runner(
         score,

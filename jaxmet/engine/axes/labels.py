@@ -173,9 +173,9 @@ def _merge(x: Atom, y: Atom) -> None:
             for p, q in zip(x.parts, y.parts, strict=True):
                 unify(p, q)
         else:
-            said = "concatenations with different borders meet"
-            why, fixed = why or said, fixed or said
-            freeze((x, y), said)
+            reason = "concatenations with different borders meet"
+            why, fixed = why or reason, fixed or reason
+            freeze((x, y), reason)
     keep, gone = (x, y) if x.parts is not None else (y, x)
     gone.parent = keep
     keep.batch = keep.batch or gone.batch

@@ -142,8 +142,8 @@ def move_of(equation: Equation | None) -> Move:
     """The view that an equation is; None stands for the slice that a loop takes."""
     if equation is None:
         return Move(SLICE)
-    said = equation.params.get(SAID_BY.get(equation.name, ""), ())
-    return Move(equation.name, tuple(said), tuple(equation.results[0].shape))
+    numbers = equation.params.get(SAID_BY.get(equation.name, ""), ())
+    return Move(equation.name, tuple(numbers), tuple(equation.results[0].shape))
 
 
 def moved(array: Any, moves: Iterable[Move]) -> tuple[Any, int] | None:

@@ -1,4 +1,4 @@
-"""What XLA:CPU does badly, said otherwise.
+"""What XLA:CPU does badly, in an equal form.
 
 A convolution with a window of one is a dot over channels. One with few inputs to an output
 (depthwise, small groups, a stem over colours) is a sum of shifted inputs times one number
@@ -47,16 +47,16 @@ def convolution(primitive: Any, params: Params, x: Any, kernel: Any) -> Any:
 def _either(x: Any, kernel: Any, *, primitive: Any, params: tuple) -> Any:
     """Under `jit`, so that layers of one shape are traced and lowered once."""
     p = dict(params)
-    said = _formulation(p, x, kernel)
-    assert said is not None
+    formulation = _formulation(p, x, kernel)
+    assert formulation is not None
 
     def plain(x, kernel):
         return compat.bind(primitive, p, (x, kernel))[0]
 
     def otherwise(x, kernel):
-        return said(p, x, kernel)
+        return formulation(p, x, kernel)
 
-    if said is shift_and_multiply:
+    if formulation is shift_and_multiply:
         ways = plain, plain
         if p["feature_group_count"] > 1:
             ways = partial(multiply_and_shift, p), partial(place_by_place, p)
@@ -116,7 +116,7 @@ def integer_formulation(p: Params, x: Any, kernel: Any) -> Callable | None:
 
 def _derived_from(otherwise: Callable, in_x: Callable, in_kernel: Callable) -> Callable:
     """`otherwise` with its derivatives from two functions that are equal to it."""
-    said = jax.custom_jvp(otherwise)
+    formulation = jax.custom_jvp(otherwise)
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         (x, kernel), (dx, dkernel) = primals, tangents
@@ -127,11 +127,11 @@ def _derived_from(otherwise: Callable, in_x: Callable, in_kernel: Callable) -> C
             # Through its own derivative: older JAX transposes no other loops.
             along = jax.jvp(partial(in_kernel, x), (kernel,), (dkernel,))
             moved.append(along[1])
-        y = said(x, kernel)
+        y = formulation(x, kernel)
         return y, sum(moved[1:], moved[0]) if moved else lax.full_like(y, 0)
 
-    said.defjvp(rule, symbolic_zeros=True)
-    return said
+    formulation.defjvp(rule, symbolic_zeros=True)
+    return formulation
 
 
 def pointwise(p: Params, x: Any, kernel: Any) -> Any:

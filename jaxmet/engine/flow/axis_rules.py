@@ -109,7 +109,7 @@ def _regions(equation: Equation) -> None:
             axes = outside.axes or tuple(lb.fresh(n) for n in outside.shape)
             if equation.name == "scan" and i >= sum(skip):
                 axes = axes[1:]
-            if inside in loops:  # the batch reaches a first state of zeros from behind
+            if inside in loops:  # the batch reaches a first state of zeros from the end
                 pairs = zip(axes, inside.shape, strict=True)
                 axes = tuple(a or lb.fresh_one(n) for a, n in pairs)
             inside.axes = axes

@@ -25,7 +25,7 @@ Rule = Callable[[Equation, list[Mask], Read], list[Mask]]
 
 
 class LostError(Exception):
-    """The positions of a result cannot be told from those of the operands."""
+    """The positions of a result do not follow from those of the operands."""
 
 
 def joined(masks: Sequence[Mask]) -> Mask:
@@ -45,7 +45,7 @@ def joined(masks: Sequence[Mask]) -> Mask:
 
 
 def masks_of(equation: Equation, masks: list[Mask], read: Read) -> list[Mask]:
-    """The masks of an equation's results; LostError where they cannot be told."""
+    """The masks of an equation's results; LostError where they are not known."""
     if all(mask is None for mask in masks):
         return [None for _ in equation.results]
     rule = RULES.get(equation.name)

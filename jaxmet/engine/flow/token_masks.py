@@ -22,7 +22,7 @@ from jaxmet.engine.program.program import (
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """In place of a mask: which values count cannot be told, and why."""
+    """In place of a mask: it is not known which values count, and why."""
 
     why: str
 

@@ -23,7 +23,7 @@ from jaxmet.engine.graph.node import (
     Norm,
     Weight,
 )
-from jaxmet.engine.graph.origins import Origins
+from jaxmet.engine.graph.operand_sources import Origins
 from jaxmet.engine.nodes.attention_masks import AttentionMasks
 from jaxmet.engine.nodes.cluster import (
     LINEAR,
@@ -183,7 +183,7 @@ def _shared(analysis: Analysis) -> dict[str, int]:
 def _with_ties(
     nodes: dict[Cluster, Node], shared: Mapping[str, int]
 ) -> dict[Cluster, Node]:
-    """The nodes, told of weights and biases that only layers read.
+    """The nodes, with `tied` set for weights and biases that only layers read.
 
     Of products those that read a weight in one way, and outside of loops.
     """
@@ -201,7 +201,7 @@ def _with_ties(
     }
     added = Counter(n.bias for n in nodes.values() if not n.loops)
 
-    def told(node: Node) -> Node:
+    def completed(node: Node) -> Node:
         spec = node.layer
         if spec is None:
             return node
@@ -210,7 +210,7 @@ def _with_ties(
         details = dataclasses.replace(spec, weight=weight, tied_bias=bias)
         return dataclasses.replace(node, details=details)
 
-    return {cluster: told(node) for cluster, node in nodes.items()}
+    return {cluster: completed(node) for cluster, node in nodes.items()}
 
 
 def _reading(node: Node) -> Any:

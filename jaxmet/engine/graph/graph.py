@@ -1,8 +1,7 @@
 """What the equations say about a model, without values: nodes, edges, channel groups."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +13,17 @@ from jaxmet.engine.graph.channel_groups import (
     Group,
     Member,
     find_channels,
-    indices_of,
     layout_size,
 )
 from jaxmet.engine.graph.describe import describe
+from jaxmet.engine.graph.factor_names import same_nodes
 from jaxmet.engine.graph.node import Node
+from jaxmet.engine.graph.node_table import node_table, unread
+from jaxmet.engine.program.bound_model import WithArguments as WithArguments
+from jaxmet.engine.program.bound_model import bound
 from jaxmet.engine.program.calls import Apply, is_array
-from jaxmet.engine.program.program import CONST, DATA, PRODUCTS
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.tree.checks import check_finite, check_type
-from jaxmet.tree.leaves import flatten
 from jaxmet.tree.names import named_leaves, select, suggestion
 from jaxmet.tree.stored_forms import brief, is_structure, stored_forms
 from jaxmet.tree.table import Table, noted, noted_html
@@ -189,11 +189,11 @@ class Graph:
         self, forms: Mapping[str, Any], error: Exception, caller: str
     ) -> ValueError:
         name = self._differs(forms) or ""
-        said = str(error).split("\n")[0].rstrip(".")
+        reason = str(error).split("\n")[0].rstrip(".")
         mine, form = (brief(f.get(name)) for f in (self.forms, forms))
         return ValueError(
             f"jaxmet.{caller}: parameter {name!r} is stored as {form}, the graph was traced "
-            f"with {mine}, and the model does not run with this tree: {said}. Pass the whole "
+            f"with {mine}, and the model does not run with this tree: {reason}. Pass the whole "
             "tree of the model that was traced."
         )
 
@@ -202,7 +202,7 @@ class Graph:
         if len(self.selected) == len(self.nodes) and not self.named:
             return other
         mine = {n.name for n in self.nodes}
-        same = {n.name: _same_nodes(n.name, mine) for n in other.nodes}
+        same = {n.name: same_nodes(n.name, mine) for n in other.nodes}
         selected, named = (
             frozenset(name for name, of in same.items() if of and of <= which)
             for which in (self.selected, self.named)
@@ -266,35 +266,7 @@ class Graph:
 
         >>> graph.table().where(kind="norm")
         """
-        free = {g.index: g for g in self.groups if g.free}
-        made: dict[str, list[Member]] = {}
-        for member in self.members:
-            if member.role == "out":
-                made.setdefault(member.node, []).append(member)
-        rows = []
-        for node in self.nodes:
-            group = [
-                free[g].name
-                for m in made.get(node.name, ())
-                for g in _indices(m)
-                if g in free
-            ]
-            rows.append(
-                {
-                    "node": node.name,
-                    "kind": _kind(node),
-                    "reads": ", ".join(e.node or "?" for e in node.inputs) or None,
-                    "weight": _weight(node),
-                    "channels": ", ".join(dict.fromkeys(group)) or None,
-                    "": None if node.name in self.selected else "not selected",
-                }
-            )
-        if len(self.selected) == len(self.nodes):
-            rows = [{k: v for k, v in row.items() if k} for row in rows]
-        columns = {k: [row[k] for row in rows] for k in rows[0]} if rows else {}
-        return Table(
-            columns, title=f"{len(self.nodes)} nodes, {len(self.layers)} layers"
-        )
+        return node_table(self)
 
     def _notes(self) -> dict[str, list[str]]:
         return {"no layer reads": [f"{name} ({why})" for name, why in self.unread]}
@@ -304,52 +276,6 @@ class Graph:
 
     def _repr_html_(self) -> str:
         return noted_html(self.table(), self._notes())
-
-
-def _indices(member: Member) -> list[int]:
-    return sorted(indices_of(member.layout))
-
-
-def _kind(node: Node) -> str:
-    if node.convolution is not None:
-        c = node.convolution
-        extra = [f"groups {c.groups}"] * (c.groups != 1)
-        extra += [f"strides {c.strides}"] * any(s != 1 for s in c.strides)
-        return ", ".join([node.function, *extra])
-    if node.bounds is not None:
-        return f"{node.function} {node.bounds[0]:g} to {node.bounds[1]:g}"
-    if node.kind in ("product", "norm", "pool", "activation"):
-        return node.function
-    return node.kind
-
-
-def _weight(node: Node) -> str | None:
-    if node.weight is None:
-        return None
-    if node.weight.name is None:
-        return "derived from " + ", ".join(node.weight.parameters)
-    notes = ["stacked"] * node.weight.stacked + ["shared"] * node.weight.shared
-    return node.weight.name + (f" ({', '.join(notes)})" if notes else "")
-
-
-def _same_nodes(name: str, known: Collection[str]) -> set[str]:
-    """The node of another tree that a node is part of, or those that are its parts.
-
-    They differ by the factors of layers: `stem/in` and `stem/out` of one are `stem` of the
-    other, and `stem/out/relu` is `stem/relu`.
-    """
-    within = next((n for n in _without_factors(name) if n in known), None)
-    if within is not None:
-        return {within}
-    return {n for n in known if name in _without_factors(n)}
-
-
-def _without_factors(name: str) -> Iterator[str]:
-    """A name, the same without its last `/in` or `/out`, without the one before, …"""
-    yield name
-    while (found := re.match(r"(.+)(?:/in|/out)((?:[/:].*)?)$", name)) is not None:
-        name = "".join(found.groups())
-        yield name
 
 
 def fitted(
@@ -438,7 +364,7 @@ def _graph_of(
         groups,
         members,
         tuple(analysis.leaves),
-        _unread(analysis, tuple(nodes.values())),
+        unread(analysis, tuple(nodes.values())),
         frozenset(n.name for n in nodes.values()),
         called=jax.tree.map(_shape, (inputs, kwargs)),
         forms=stored_forms(params),
@@ -447,45 +373,3 @@ def _graph_of(
 
 def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
-
-
-def bound(apply: Apply, kwargs: dict[str, Any]) -> Apply:
-    """The model with its static keyword arguments filled in."""
-    static = {
-        k: v for k, v in kwargs.items() if not any(is_array(a) for a in flatten(v)[1])
-    }
-    return WithArguments(apply, static) if static else apply
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class WithArguments:
-    """A model with some keyword arguments filled in."""
-
-    model: Apply
-    static: Mapping[str, Any]
-
-    def __call__(self, params: Any, *inputs: Any, **more: Any) -> Any:
-        return self.model(params, *inputs, **{**self.static, **more})
-
-
-def _unread(analysis: Analysis, nodes: tuple[Node, ...]) -> tuple[tuple[str, str], ...]:
-    """Parameters that no node reads, and what does."""
-    used = {name for node in nodes for name in node.parameters}
-    rows = []
-    for name, value in analysis.leaves.items():
-        if name in used:
-            continue
-        consumers = sorted({u.name for u in value.uses if u is not None})
-        why = f"used by {', '.join(consumers)}" if consumers else "unused"
-        why = "complex values stay in float" if value.is_complex else why
-        rows.append((name, why))
-    for equation in analysis.region.walk():
-        if equation.name in PRODUCTS and equation.node is None:
-            kinds = {v.kind for v in equation.operands[:2]}
-            if kinds == {CONST, DATA}:
-                constant = next(v for v in equation.operands if v.kind == CONST)
-                shape = "×".join(map(str, constant.shape))
-                rows.append(
-                    (f"constant {shape}", "closed over: its product is in float")
-                )
-    return tuple(rows)

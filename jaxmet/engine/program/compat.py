@@ -1,4 +1,4 @@
-"""What changed between JAX releases, said once."""
+"""What changed between JAX releases, in one place."""
 
 import contextlib
 import gc

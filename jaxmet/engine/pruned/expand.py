@@ -22,11 +22,12 @@ from jaxmet.engine.program.program import Equation, Region, Value, flatten
 from jaxmet.engine.pruned import part_arithmetic as arithmetic
 from jaxmet.engine.pruned import part_moves as moves
 from jaxmet.engine.pruned.factor_views import viewed
+from jaxmet.engine.pruned.opened_leaves import like, multiply, opened
 from jaxmet.engine.pruned.partial import Partial, Rule, Uniform, taken, whole
-from jaxmet.tree.leaves import Compressed, dense, is_structured
+from jaxmet.tree.leaves import dense, is_structured
 from jaxmet.tree.leaves import flatten as flatten_tree
 from jaxmet.tree.paths import path_parts
-from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
+from jaxmet.tree.structures import Keep, LowRank, Pruned
 
 
 def call_of(apply: Apply, params: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
@@ -72,7 +73,7 @@ def scattered_before(
 def expanded(apply: Apply, seen: Scattered | None = None) -> Apply:
     """The model on trees with factorized or pruned leaves.
 
-    `seen` is told which equations got whole arrays.
+    Equations that got whole arrays are added to `seen`.
     """
 
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,51 +128,6 @@ def comes_from(result: Value, source: Value) -> bool:
         seen.add(value)
         stack += [v for v in producer.operands if v.shape == source.shape]
     return False
-
-
-def like(leaf: Any, array: Any) -> Any:
-    """The array as the leaf would hold it: what is left of it of what was pruned."""
-    weight = dense(leaf)
-    if not isinstance(weight, Pruned):
-        return array
-    part = like(weight.part, taken(array, weight.keep))
-    return leaf.replace(weight=dataclasses.replace(weight, part=part))
-
-
-def opened(leaf: Any) -> Any:
-    """A leaf as the equations meet it: an array, a part of one, or two factors.
-
-    What is open already stays unchanged.
-    """
-    weight = dense(leaf)
-    if not isinstance(weight, Pruned):
-        return weight
-    if not weight.keep:
-        return opened(weight.part)
-    part = opened(weight.part)
-    if isinstance(part, Partial):  # pruned twice: places of places
-        return Partial(part.part, composed(weight.keep, part.keep))
-    if not isinstance(part, LowRank):
-        return Partial(part, weight.keep)
-    ins = tuple(k for k in weight.keep if k.axis in part.in_axes)
-    outs = tuple(k for k in weight.keep if k.axis in part.out_axes)
-    first, second = (
-        Compressed(Pruned(factor, keep))
-        for factor, keep in ((part.first, ins), (part.second, outs))
-    )
-    return dataclasses.replace(part, first=first, second=second, shape=weight.shape)
-
-
-def composed(outer: Sequence[Keep], inner: Sequence[Keep]) -> tuple[Keep, ...]:
-    """What is kept of a whole array where the kept part of it was cut again."""
-    found = {k.axis: k for k in outer}
-    for axis, size, indices in inner:
-        if axis in found:
-            before = found[axis]
-            indices = tuple(before.indices[i] for i in indices)
-            size = before.size
-        found[axis] = Keep(axis, size, indices)
-    return tuple(found[axis] for axis in sorted(found))
 
 
 class Expansion:
@@ -419,8 +375,3 @@ def _in_first(kernel: LowRank, axis: int, window: Sequence[int]) -> bool:
     """Whether the first factor of a spatial pair holds an axis of the window."""
     one, two = (np.shape(dense(part))[axis] for part in (kernel.first, kernel.second))
     return one > 1 or (two == 1 and axis == min(window))
-
-
-def multiply(x: LowRank) -> Any:
-    """The weight that two factors stand for."""
-    return multiplied(x, *(whole(opened(part)) for part in (x.first, x.second)))

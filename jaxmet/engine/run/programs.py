@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmet.engine.graph.graph import WithArguments
 from jaxmet.engine.program import compat
+from jaxmet.engine.program.bound_model import WithArguments
 from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.tree.checks import is_concrete
 
@@ -75,7 +75,7 @@ def _owner(apply: Apply) -> tuple[Any, Hashable, Apply]:
 
 
 class _Unhashable:
-    """In place of a value that cannot be told from others."""
+    """In place of a value that cannot be compared with others."""
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -45,7 +45,7 @@ class UnitInputs(MomentNetwork):
 class Constants(UnitInputs):
     """What every tensor would hold if products read zeros: biases and shifts of norms."""
 
-    def told(self, node: Node) -> Tensor | None:
+    def stored(self, node: Node) -> Tensor | None:
         """Statistics of norms do not count."""
         return None
 

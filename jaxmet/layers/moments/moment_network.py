@@ -82,9 +82,9 @@ class MomentNetwork:
         if (why := of(node.name, why_looped(node))) is not None:
             return why
         try:
-            told = self.told(node)
-            if told is not None:
-                return told
+            stored = self.stored(node)
+            if stored is not None:
+                return stored
             rule = getattr(self, f"_{node.kind}", None)
             if rule is None:
                 raise UnreachedError(f"nothing is known of {node.name}, a {node.kind}")
@@ -150,10 +150,10 @@ class MomentNetwork:
             raise UnreachedError(f"{node.name} reads {len(tensors)} values")
         return tensors[0]
 
-    # One rule a kind of node
+    # One rule per kind of node
 
-    def told(self, node: Node) -> Tensor | None:
-        """What a norm that reads the node says of its result."""
+    def stored(self, node: Node) -> Tensor | None:
+        """The moments of a node's result that a norm that reads it stores."""
         consumer = self.norms.get(node.name)
         if consumer is None or consumer.norm is None or consumer.loops:
             return None
@@ -163,8 +163,8 @@ class MomentNetwork:
         if mean is None or variance is None or member is None:
             return None
         weight = statistics_weight(consumer.norm, self.leaves, mean.dtype)
-        told = normal(mean * weight, variance * weight, self.n_sigma)
-        return split(member.layout, told)
+        moments = normal(mean * weight, variance * weight, self.n_sigma)
+        return split(member.layout, moments)
 
     def inputs(self, node: Node) -> Moments:
         """Moments of a product's inputs, in the order of its weight."""

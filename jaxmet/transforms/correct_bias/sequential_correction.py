@@ -23,7 +23,7 @@ from jaxmet.tree.names import named_leaves, replace_leaves
 
 
 class Found(NamedTuple):
-    """What was seen at a layer: the mean error of each channel, and its own variance."""
+    """The statistics of a layer: the mean error of each channel, and its own variance."""
 
     shift: Any = None
     variance: Any = None
@@ -130,7 +130,7 @@ def _walk(
 ) -> "Walk":
     """Node after node what all batches say, and the shape of one number per channel.
 
-    Before the next one is asked for, the copies are told what to take from this one's result.
+    Before the next one is asked for, the copies get what to subtract from this one's result.
     """
     pieces = _Pieces(reference, noisy, positions, dtypes, spread)
     with contextlib.closing(pieces) as run:
@@ -254,7 +254,7 @@ def _seen(
     features: tuple[int, ...],
     spread: bool,
 ) -> ResultMeans:
-    """What was seen of a batch."""
+    """The statistics of a batch."""
     dtype = wide(exact.dtype)
     exact, noisy = exact.astype(dtype), noisy.astype(dtype)
     rest = tuple(i for i in range(exact.ndim) if i not in features)
@@ -271,7 +271,7 @@ def _seen(
 
 
 def _merged(one: ResultMeans, two: ResultMeans) -> ResultMeans:
-    """What was seen of the batches before, and of this one; in NumPy unless traced."""
+    """The statistics of the batches before, and of this one; in NumPy unless traced."""
     xp: Any = jnp
     if _all_concrete((one, two)):
         xp, (one, two) = np, (jax.tree.map(np.asarray, v) for v in (one, two))

@@ -120,7 +120,7 @@ def _why_alone(node: Node) -> str:
 
 
 def check_options(clip: str, objective: str, max_scale: float) -> None:
-    """Refuse what is no option."""
+    """Raise unless every option is known."""
     check_choices("equalize", clip=(clip, CLIPS), objective=(objective, OBJECTIVES))
     check_numbers("equalize", max_scale=(max_scale, 1))
     if not max_scale > 1:

@@ -66,7 +66,7 @@ def _loudness(
 
     A channel is as strong as the strongest output that makes it, or as what consumers see of
     it after norm and activation; an output at least as strong as its channel, and as its
-    weights make of its input channels. So a dead unit is told from a faint one.
+    weights make of its input channels. This tells a dead unit from a faint one.
     """
     dtype = about[0].variance.dtype
     channel = xp.zeros(fixed + 1, dtype)

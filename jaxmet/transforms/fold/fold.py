@@ -217,7 +217,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _fold(work: _Work, plan: FoldPlan) -> Array:
-    """Move the gain of one norm; which channels keep it."""
+    """Move the gain of one norm; returns which channels keep it."""
     norm, roles = plan.norm, roles_of(plan.norm)
     old = {role: work.read(name).reshape(plan.sizes) for role, name in roles.items()}
     none = xp.zeros_like(old["variance"])

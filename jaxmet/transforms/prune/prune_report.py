@@ -51,7 +51,7 @@ def whole_before(
 ) -> dict[int, list[str]]:
     """By group the operations that get whole arrays of its channels, some of them gone.
 
-    Where it cannot be told whose channels an array has, they count for all groups.
+    Where it is not known whose channels an array has, they count for all groups.
     """
     places: dict[tuple[int, tuple[int, ...]], set[int]] = {}
     for member in graph.members:

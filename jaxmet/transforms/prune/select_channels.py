@@ -47,7 +47,7 @@ def consumers_of(
     leaves: Mapping[str, Any],
     seen: Mapping[str, GramSums],
 ) -> dict[str, ConsumerMatrix]:
-    """What the data say to the layers with these names, as far as they have seen any."""
+    """What the data say to the layers with these names, as far as they have any."""
     found = {
         n: ConsumerMatrix.of(graph, n, leaves, seen[n]) for n in names if n in seen
     }

@@ -12,7 +12,8 @@ from jaxmet.layers.arguments import check_keywords, key_of
 from jaxmet.layers.checkpoint import Checkpoint, model_of, static_of
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.transforms.rounding.layerwise import LayerwiseRounding, RoundedWeight
+from jaxmet.transforms.rounding.layer_problems import RoundedWeight
+from jaxmet.transforms.rounding.layerwise import LayerwiseRounding
 from jaxmet.transforms.rounding.methods import MethodName, check_options, method_of
 from jaxmet.transforms.rounding.rounded_layers import Layer, find_layers
 from jaxmet.transforms.rounding.solvers import RoundingMethod
@@ -188,7 +189,7 @@ def adaround(
         key,
         kwargs,
     )
-    told = (
+    depends_on = (
         params,
         model_of(graph),
         quantizers,
@@ -202,7 +203,7 @@ def adaround(
         of,
         bias,
     )
-    kept = Checkpoint(checkpoint, CALLER, told)
+    kept = Checkpoint(checkpoint, CALLER, depends_on)
     found = run.go(run.begin(read), kept, progress)
     new, pinned = results(run, found)
     return (
@@ -222,7 +223,7 @@ def results(
         if layer.node.name not in found:
             continue
         chosen, old = found[layer.node.name], weights[layer.parameter]
-        leaves |= run.updated(layer, chosen)
+        leaves |= run.problems.updated(layer, chosen)
         grid = jax.device_put((chosen.scale, chosen.zero_point))
         weights[layer.parameter] = old.holding(*grid)
     new = replace_leaves(run.params, leaves, caller=run.caller)

@@ -23,7 +23,7 @@ from jaxmet.tree.names import named_leaves
 
 
 class Inputs(NamedTuple):
-    """Means over all rows seen: products of inputs, and the inputs themselves."""
+    """Means over all rows so far: products of inputs, and the inputs themselves."""
 
     number: jax.Array
     products: Products
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 def merged(one: Inputs, two: Inputs) -> Inputs:
-    """What both have seen, in NumPy."""
+    """The means over the rows of both, in NumPy."""
     one, two = (jax.tree.map(np.asarray, v) for v in (one, two))
     total = one.number + two.number
     share = two.number / np.maximum(total, total.dtype.type(1))

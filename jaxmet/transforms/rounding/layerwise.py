@@ -2,64 +2,35 @@
 
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.engine.graph.node import Node
-from jaxmet.engine.nodes.scalar_function import Formula, compute
-from jaxmet.engine.run.compressed import bounds_of
 from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.inputs import most_rows
 from jaxmet.layers.layer import WeightMatrix
-from jaxmet.layers.leaf_math import replaced
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
-from jaxmet.numerics.precision import wide
 from jaxmet.transforms.rounding.input_statistics import InputRows, Inputs, Look, merged
 from jaxmet.transforms.rounding.layer_order import Wave, find_waves
+from jaxmet.transforms.rounding.layer_problems import LayerProblems, RoundedWeight
 from jaxmet.transforms.rounding.rounded_layers import (
     Layer,
-    LeafGrid,
-    Sharing,
-    grid_in_blocks,
-    grid_of_leaf,
-    sharing,
-    sharing_weight,
     why_bias_kept,
 )
 from jaxmet.transforms.rounding.size_classes import solve
 from jaxmet.transforms.rounding.solvers import (
-    Kind,
     Problem,
     RoundingMethod,
-    Solution,
 )
 from jaxmet.tree.batches import Batches, inputs_of
-from jaxmet.tree.host_rounding import round_in_numpy
-from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
-
-
-class RoundedWeight(NamedTuple):
-    """A layer's new leaves and grid, and its losses."""
-
-    weight: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray
-    loss: np.ndarray
-    nearest_loss: np.ndarray
-    inherited: np.ndarray
-    shift: np.ndarray
-    curve: np.ndarray
-
 
 PER_INPUT = 256
 """How many rows of all batches are looked at for each input of a layer, by default."""
@@ -119,6 +90,16 @@ class LayerwiseRounding:
             if layer.why is None and layer.node.name not in self.matrices
             else layer
             for layer in self.layers
+        )
+        self.problems = LayerProblems(
+            self.graph,
+            self.leaves,
+            self.quantizers,
+            self.layers,
+            self.matrices,
+            self.method,
+            self.damping,
+            self.bias,
         )
         self.last = {x.parameter: x.node.name for x in self.layers if x.why is None}
         self.waiting: dict[str, tuple[Inputs, list[InputRows]]] = {}
@@ -236,7 +217,7 @@ class LayerwiseRounding:
         layers = [layer for layer in wave.layers if self.is_last(layer)]
         bar.update(len(wave.layers) - len(layers))
         for layer in layers:
-            kind, problem = self.problem(layer, seen, rows)
+            kind, problem = self.problems.problem(layer, seen, rows)
             shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(problem))
             structure = jax.tree.structure(problem)
             groups.setdefault((kind, shapes, structure), []).append((layer, problem))
@@ -250,7 +231,7 @@ class LayerwiseRounding:
                 partial(_tick, bar, len(same)),
             )
             for (layer, _), solution in zip(same, solutions, strict=True):
-                new[layer.node.name] = self.read(layer, solution)
+                new[layer.node.name] = self.problems.read(layer, solution)
         return {layer.node.name: new[layer.node.name] for layer in layers}
 
     def check_memory(self, wave: Wave, keep: bool) -> None:
@@ -279,122 +260,6 @@ class LayerwiseRounding:
                     "Look at the batches, and at the layers before it with jm.compare."
                 )
 
-    def problem(
-        self,
-        layer: Layer,
-        seen: Mapping[str, Inputs],
-        rows: Mapping[str, list[InputRows]],
-    ) -> tuple[Kind, Problem]:
-        """A layer in terms of its matrix."""
-        name = layer.node.name
-        leaf = np.asarray(dense(self.leaves[layer.parameter]))
-        leaf = leaf.astype(wide(leaf.dtype))
-        quantizer = self.quantizers.weights[layer.parameter]
-        grid = LeafGrid.of(quantizer, leaf)
-        how: Sharing = sharing(self.matrices[name], grid)
-        weight = self.matrices[name].matrix(np.asarray(leaf))
-        bias = self.bias_of(layer, weight.shape)
-        inputs = jax.tree.map(np.asarray, seen[name])
-        problem = Problem(
-            weight,
-            jax.tree.map(np.float32, grid_in_blocks(self.matrices[name], grid, how)),
-            inputs,
-            np.zeros((weight.shape[0], weight.shape[2]), weight.dtype)
-            if bias is None
-            else bias,
-            inputs.mean.dtype.type(self.damping),
-        )
-        activation = None
-        if rows:
-            parts = [_that_count(one) for one in rows[name]]
-            both = [np.concatenate(v, axis=1) for v in zip(*parts, strict=True)]
-            activation, bounds = self.activation(layer.node, problem.bias.shape, bias)
-            problem = problem._replace(rows=tuple(both), bounds=bounds)
-        kind = Kind(
-            quantizer.symmetric,
-            how.blocks,
-            how.shared,
-            centred=self.bias and bias is not None,
-            free=quantizer.follows or self.method.searches_pinned,
-            activation=activation,
-        )
-        return kind, _filled(problem, how.blocks * how.length - weight.shape[1])
-
-    def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
-        """The layer's own bias as (groups, outs), None where no mean can be put."""
-        name = layer.node.bias
-        if name is None or why_bias_kept(self.graph, self.layers, layer.node):
-            return None
-        bias = np.asarray(dense(self.leaves[name]))
-        if bias.size != shape[0] * shape[2]:
-            return None
-        return bias.astype(wide(bias.dtype)).reshape(shape[0], shape[2])
-
-    def activation(
-        self, node: Node, shape: Sequence[int], bias: Any
-    ) -> tuple[Callable | None, tuple[Any, Any]]:
-        """What alone reads a layer and acts on each number, and its bounds by output."""
-        nothing = None, (None, None)
-        if node.derived_bias or (node.bias is not None and bias is None):
-            return nothing
-        after = self.consumer(node)
-        formula = after.activation.formula if after and after.activation else None
-        if after is None or formula is None:
-            return nothing
-        uses = map(self.function_of, sharing_weight(self.graph, node))
-        if any(use != self.function_of(node) for use in uses):
-            return nothing  # one function is for the rows of all uses
-        if after.bounds is not None:
-            stated = bounds_of(self.graph.nodes, self.leaves)
-            own = stated.get(after.carrier or "", (None, None))
-            pair = zip(own, after.bounds, strict=True)
-            bounds = [
-                np.broadcast_to(np.reshape(b if s is None else s, -1), math.prod(shape))
-                for s, b in pair
-            ]
-            lower, upper = (np.float32(b.reshape(tuple(shape))) for b in bounds)
-            return None, (lower, upper)
-        return _computing(formula), (None, None)
-
-    def consumer(self, node: Node) -> Node | None:
-        """What alone reads a layer."""
-        consumers = node.only_consumers or ()
-        return self.graph[consumers[0]] if len(consumers) == 1 else None
-
-    def function_of(self, node: Node) -> tuple[Any, ...]:
-        """The bias that is added to the product of a layer, and the function that follows."""
-        after = self.consumer(node)
-        act = after.activation if after is not None else None
-        return node.bias, node.derived_bias, act and (act.formula, act.bounds)
-
-    def read(self, layer: Layer, solution: Solution) -> RoundedWeight:
-        """A solution in terms of the leaves; weights exactly on the grid of the leaf."""
-        name, quantizer = layer.node.name, self.quantizers.weights[layer.parameter]
-        leaf = np.asarray(dense(self.leaves[layer.parameter]))
-        exact = leaf.astype(wide(leaf.dtype))
-        old = LeafGrid.of(quantizer, exact)
-        how = sharing(self.matrices[name], old)
-        grid = grid_of_leaf(self.matrices[name], solution.grid, old, how)
-        ins = self.matrices[name].sizes[1]
-        weight = np.asarray(solution.weight)[:, :ins]
-        weight = self.matrices[name].leaf(np.asarray(weight))
-        pinned = quantizer.holding(grid.scale, grid.zero_point)
-        weight = round_in_numpy(pinned, weight.astype(exact.dtype))
-        curve = np.zeros((0,)) if solution.curve is None else np.asarray(solution.curve)
-        sums = solution.loss, solution.nearest_loss, solution.inherited
-        loss, plain, inherited = (np.asarray(v) for v in sums)
-        shift = np.asarray(solution.shift)
-        return RoundedWeight(
-            weight,
-            grid.scale,
-            grid.zero_point,
-            loss,
-            plain,
-            inherited,
-            shift,
-            curve,
-        )
-
     def put(self, wave: Wave, new: Mapping[str, RoundedWeight]) -> None:
         """Give the quantized copy what was chosen."""
         if self.apart:
@@ -402,59 +267,8 @@ class LayerwiseRounding:
         leaves = {}
         for layer in wave.layers:
             if layer.node.name in new:
-                leaves |= self.updated(layer, new[layer.node.name])
+                leaves |= self.problems.updated(layer, new[layer.node.name])
         self.noisy.params = replace_leaves(self.noisy.params, leaves)
-
-    def updated(self, layer: Layer, chosen: RoundedWeight) -> dict[str, Any]:
-        """The leaves of a layer that change."""
-        old = self.leaves[layer.parameter]
-        new = {layer.parameter: replaced(old, chosen.weight)}
-        shape = self.matrices[layer.node.name].sizes
-        if self.bias and self.bias_of(layer, shape) is not None:
-            assert layer.node.bias is not None
-            bias = self.leaves[layer.node.bias]
-            array = np.asarray(dense(bias))
-            dtype = wide(array.dtype, chosen.shift.dtype)
-            shift = chosen.shift.astype(dtype).reshape(array.shape)
-            moved = array.astype(dtype) + shift
-            new[layer.node.bias] = replaced(bias, moved)
-        return new
-
-
-def _filled(problem: Problem, more: int) -> Problem:
-    """The same with so many more inputs, always zero, that fill the last block."""
-    if not more:
-        return problem
-
-    def fill(x: Any, *axes: int) -> Any:
-        return np.pad(x, [(0, more if i in axes else 0) for i in range(x.ndim)])
-
-    seen = problem.inputs
-    return problem._replace(
-        weight=fill(problem.weight, 1),
-        inputs=seen._replace(
-            products=jax.tree.map(lambda x: fill(x, 1, 2), seen.products),
-            mean=fill(seen.mean, 1),
-            float_mean=fill(seen.float_mean, 1),
-        ),
-        rows=jax.tree.map(lambda x: fill(x, 2), problem.rows),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _computing(formula: Formula) -> Callable:
-    """The same function for the same formula: what is compiled for it is found again."""
-    return partial(compute, formula)
-
-
-def _that_count(rows: InputRows) -> list[np.ndarray]:
-    """The rows that count, (groups, rows, ins), of the quantized and of the float model."""
-    *both, counts = rows
-    both = [np.asarray(v).reshape(-1, *v.shape[-2:]) for v in both]
-    if counts is None:
-        return both
-    which = np.flatnonzero(counts)
-    return [v[:, which] for v in both]
 
 
 def free_memory() -> int | None:

@@ -1,6 +1,12 @@
 """The runtimes that `jm.QuantConfig.for_target` knows, each with its source.
 
-litert, onnxruntime, openvino, htp, tensorrt, xla: one `jm.Target` each.
+target       `jm.Target`, and what the tables share
+onnxruntime  ONNX Runtime
+openvino     OpenVINO
+litert       LiteRT
+xla          XLA, by `jm.lift`
+htp          Qualcomm's HTP
+tensorrt     TensorRT
 """
 
 from jaxmet.tree.targets.htp import TARGET as htp

@@ -1,4 +1,4 @@
-"""How weights are rounded: one method a file, and the table of their short names.
+"""How weights are rounded: one method per file, and the table of their short names.
 
 scale_search         nearest rounding on searched scales
 coordinate_rounding  descent over the integers

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-class WeightAxes(NamedTuple):
+class NodePosition(NamedTuple):
     """The row of a node, counted from the top, and its place in the row from 0 on."""
 
     row: int
     column: int
 
 
-def places(reads: Mapping[str, Sequence[str]]) -> dict[str, WeightAxes]:
+def places(reads: Mapping[str, Sequence[str]]) -> dict[str, NodePosition]:
     """A row below everything that a node reads; those in one row stand side by side.
 
     `reads` is in the order in which the nodes run: what a node reads comes before it, and what
@@ -23,7 +23,7 @@ def places(reads: Mapping[str, Sequence[str]]) -> dict[str, WeightAxes]:
     used: dict[int, int] = {}
     found = {}
     for name, row in rows.items():
-        found[name] = WeightAxes(row, used.get(row, 0))
+        found[name] = NodePosition(row, used.get(row, 0))
         used[row] = found[name].column + 1
     return found
 

@@ -303,7 +303,7 @@ def _numbers(equation: Equation, value: Value) -> list[Value]:
 
 
 def _after(affine: Affine, equation: Equation) -> Affine:
-    """Scale and shift of a number once a move has seen it, None where it is unknown."""
+    """Scale and shift of a number after a move, None where it is unknown."""
     if affine is None:
         return None
     scale, shift = affine
