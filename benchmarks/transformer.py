@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from transformer_models import minilm
+from transformer_models import in_qwix, minilm, times
 from transformer_models.agreement import agreement
 
 import jaxmet as jm
@@ -82,7 +82,16 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
+    """All rows of the first table, each named after what sets it apart."""
     yield from eight_bits()
+    yield Row(
+        "Qwix W8A8 dynamic", functools.partial(qwix, weights="int8", activations="int8")
+    )
+    yield from few_bits()
+    for block in (None, 32):
+        name = "channel" if block is None else f"block {block}"
+        make = functools.partial(qwix, weights="int4", block=block)
+        yield Row(f"Qwix W4A16, {name}", make)
 
 
 def eight_bits() -> Iterator[Row]:
@@ -102,6 +111,13 @@ def eight_bits() -> Iterator[Row]:
     ):
         at = f"W8A8 static, operations, minmax, {name}"
         yield Row(at, functools.partial(static, config=default, dropped=dropped))
+    yield Row("W8A8, jm.ptq", ptq)
+    yield Row("W8A8, jm.ptq, masked", functools.partial(ptq, mask=valid))
+    products = jm.QuantConfig(placement="products")
+    make = functools.partial(ptq, config=products, mask=valid)
+    yield Row("W8A8, jm.ptq, products, masked", make)
+    yield Row("W8A8 dynamic, operations", functools.partial(dynamic, config=default))
+    yield Row("W8A8 dynamic, products", functools.partial(dynamic, config=products))
 
 
 def static(
@@ -118,12 +134,109 @@ def static(
     return jm.simulate(setting.apply, quantizers), setting.variables
 
 
-def print_row(bench: Bench, row: Row) -> None:
-    start = time.perf_counter()
-    found = agreement(embeddings(*row.make(bench)), bench.reference)
-    seconds = time.perf_counter() - start
+def dynamic(bench: Bench, config: jm.QuantConfig) -> tuple[Embed, Any]:
+    setting = bench.unrolled
+    return jm.simulate(setting.apply, jm.dynamic(8, config)), setting.variables
+
+
+def ptq(
+    bench: Bench, config: jm.QuantConfig | None = None, **how: Any
+) -> tuple[Embed, Any]:
+    setting = bench.unrolled
+    variables, quantizers, _ = jm.ptq(
+        setting.apply, setting.variables, setting.batches, config, progress=False, **how
+    )
+    return jm.simulate(setting.apply, quantizers), variables
+
+
+def few_bits() -> Iterator[Row]:
+    """Weights of 3 and 4 bits, activations in float."""
+    four = jm.QuantConfig(weight_bits=4, activation_bits=32)
+    block = dataclasses.replace(four, block=32)
+    asymmetric = dataclasses.replace(block, symmetric_weights=False)
+    three = dataclasses.replace(asymmetric, weight_bits=3)
+    masked = {"mask": valid}
+    methods: dict[str, dict[str, Any] | None] = {
+        "nearest": None,
+        "adaround, masked": masked,
+    }
+    for name, config in (
+        ("W4A16, channel", four),
+        ("W4A16, block 32", block),
+        ("W4A16, block 32, asymmetric", asymmetric),
+        ("W3A16, block 32, asymmetric", three),
+    ):
+        for method, how in methods.items():
+            make = functools.partial(rounded, config=config, adaround=how)
+            yield Row(f"{name}: {method}", make)
+    at = "W4A16, channel"
+    for method, how in {
+        "adaround": {},
+        "GPTQ, masked": {"method": "gptq", **masked},
+        "adaround 'gram', masked": {"method": "gram", **masked},
+    }.items():
+        yield Row(
+            f"{at}: {method}", functools.partial(rounded, config=four, adaround=how)
+        )
+    for method, how in methods.items():
+        make = functools.partial(rounded, config=four, adaround=how, scanned=True)
+        yield Row(f"{at}, scanned: {method}", make)
+
+
+def rounded(
+    bench: Bench,
+    config: jm.QuantConfig,
+    adaround: dict[str, Any] | None,
+    scanned: bool = False,
+) -> tuple[Embed, Any]:
+    """Weights rounded to nearest, or by `jm.adaround` with these options."""
+    setting = bench.scanned if scanned else bench.unrolled
+    variables, quantizers = setting.variables, setting.calibrate(config)
+    if adaround is not None:
+        variables, quantizers = jm.adaround(
+            variables,
+            setting.graph,
+            quantizers,
+            setting.batches,
+            progress=False,
+            **adaround,
+        )
+    return jm.simulate(setting.apply, quantizers), variables
+
+
+def qwix(bench: Bench, **rule: Any) -> tuple[Embed, Any]:
+    return in_qwix.post_training(bench.unrolled.variables, **rule)
+
+
+def print_rows(bench: Bench, chosen: list[Row]) -> None:
+    print_line("row", "cosine", "rank correlation", "SQNR (dB)", "seconds")
+    print_line(*["---"] * 5)
+    for row in chosen:
+        start = time.perf_counter()
+        found = agreement(embeddings(*row.make(bench)), bench.reference)
+        print_line(row.name, *found.cells(), f"{time.perf_counter() - start:.0f}")
+
+
+def print_times(chosen: list[times.Depth]) -> None:
+    print()
+    print_line(*times.COLUMNS)
+    print_line(*["---"] * len(times.COLUMNS))
+    [batch, *_] = jm.batched(minilm.evaluation(), BATCH)
+    for depth in chosen:
+        print_line(depth.name, *times.cells(depth, batch))
+
+
+def print_line(*cells: str) -> None:
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def print_setting() -> None:
+    versions = ", ".join(f"{n} {version(n)}" for n in ("jaxmet", "jax", "flax"))
+    masks = [minilm.calibration()[1], minilm.evaluation()[1]]
     print(
-        "|", " | ".join([row.name, *found.cells(), f"{seconds:.0f}"]), "|", flush=True
+        f"all-MiniLM-L6-v2, {len(masks[0])} sentences to calibrate on and {len(masks[1])} to "
+        f"measure on, {100 * (1 - np.concatenate(masks).mean()):.0f} % padding; "
+        f"{jax.devices()[0].device_kind}, {versions}, Python {platform.python_version()}\n"
     )
 
 
@@ -133,27 +246,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="+", default=["*"], help="rows, as globs")
     args = parser.parse_args(arguments)
-    every = list(rows())
+    every = [*rows(), *times.DEPTHS]
     chosen = [r for r in every if any(fnmatch.fnmatch(r.name, g) for g in args.only)]
     if not chosen:
         names = "\n  ".join(row.name for row in every)
         parser.error(f"--only {args.only!r} names none of\n  {names}")
     try:
-        bench = Bench()
+        print_setting()
     except FileNotFoundError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    versions = ", ".join(f"{n} {version(n)}" for n in ("jaxmet", "jax", "flax"))
-    masks = [minilm.calibration()[1], minilm.evaluation()[1]]
-    print(
-        f"all-MiniLM-L6-v2, {len(masks[0])} sentences to calibrate on and {len(masks[1])} to "
-        f"measure on, {100 * (1 - np.concatenate(masks).mean()):.0f} % padding; "
-        f"{jax.devices()[0].device_kind}, {versions}, Python {platform.python_version()}\n"
-    )
-    print(
-        "| row | cosine | rank correlation | SQNR (dB) | seconds |\n|---|---|---|---|---|"
-    )
-    for row in chosen:
-        print_row(bench, row)
+    models = [r for r in chosen if isinstance(r, Row)]
+    if models:
+        print_rows(Bench(), models)
+    depths = [r for r in chosen if isinstance(r, times.Depth)]
+    if depths:
+        print_times(depths)
 
 
 if __name__ == "__main__":
