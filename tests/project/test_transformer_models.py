@@ -14,7 +14,8 @@ import scipy.stats
 import jaxmet as jm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from transformer_models import sentences
+import transformer
+from transformer_models import sentences, times
 from transformer_models.agreement import agreement
 from transformer_models.bert import SentenceEncoder, Size, stacked, unstacked
 from transformer_models.minilm import linen_variables
@@ -123,6 +124,16 @@ def test_variables_are_stacked_and_taken_apart_again() -> None:
     again = unstacked(stacked(variables))
     assert jax.tree.structure(again) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_drawn_weights_are_the_same_for_both_networks() -> None:
+    unrolled, scanned = (times.drawn(TINY, scanned=s) for s in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, stacked(unrolled), scanned)
+
+
+def test_rows_are_told_apart_by_their_names() -> None:
+    names = [row.name for row in [*transformer.rows(), *times.DEPTHS]]
+    assert len(names) == len(set(names)) > 30
 
 
 def test_a_tensor_of_another_network_is_named() -> None:
