@@ -114,6 +114,12 @@ def eight_bits() -> Iterator[Row]:
     ):
         at = f"W8A8 static, operations, minmax, {name}"
         yield Row(at, functools.partial(static, config=default, dropped=dropped))
+    wide = [
+        jm.Rule(f"layer*/{node}", activation_bits=16)
+        for node in ("down", "down/add", "out/add")
+    ]
+    make = functools.partial(static, config=jm.QuantConfig(rules=wide))
+    yield Row("W8A8 static, operations, minmax, 16 bits at down and additions", make)
     yield Row("W8A8, jm.ptq", ptq)
     yield Row("W8A8, jm.ptq, masked", functools.partial(ptq, mask=valid))
     products = jm.QuantConfig(placement="products")

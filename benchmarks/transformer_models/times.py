@@ -20,7 +20,7 @@ COLUMNS = (
     "run simulate (s)",
     "ratio",
 )
-PAIRS = 5
+ROUNDS = 3
 
 
 class Depth(NamedTuple):
@@ -78,7 +78,7 @@ def timed_compile(
 def least_times(runs: Sequence[Callable[[], Any]]) -> list[float]:
     """The least seconds of each, run in turn after one round to warm up."""
     seconds: list[list[float]] = []
-    for _ in range(PAIRS + 1):
+    for _ in range(ROUNDS + 1):
         seconds.append([])
         for run in runs:
             start = time.perf_counter()
