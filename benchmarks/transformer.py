@@ -114,12 +114,10 @@ def eight_bits() -> Iterator[Row]:
     ):
         at = f"W8A8 static, operations, minmax, {name}"
         yield Row(at, functools.partial(static, config=default, dropped=dropped))
-    wide = [
-        jm.Rule(f"layer*/{node}", activation_bits=16)
-        for node in ("down", "down/add", "out/add")
-    ]
-    make = functools.partial(static, config=jm.QuantConfig(rules=wide))
-    yield Row("W8A8 static, operations, minmax, 16 bits at down and additions", make)
+    for bits, name in ((None, "8 bits"), (16, "16 bits")):
+        config = jm.QuantConfig(residual_bits=bits)
+        at = f"W8A8 static, operations, minmax, {name} for residual streams"
+        yield Row(at, functools.partial(static, config=config))
     yield Row("W8A8, jm.ptq", ptq)
     yield Row("W8A8, jm.ptq, masked", functools.partial(ptq, mask=valid))
     products = jm.QuantConfig(placement="products")
@@ -127,6 +125,10 @@ def eight_bits() -> Iterator[Row]:
     yield Row("W8A8, jm.ptq, products, masked", make)
     yield Row("W8A8 dynamic, operations", functools.partial(dynamic, config=default))
     yield Row("W8A8 dynamic, products", functools.partial(dynamic, config=products))
+    for ranges in ("token", 32):
+        config = jm.QuantConfig(dynamic=ranges)
+        at = f"W8A8 dynamic, {ranges if ranges == 'token' else f'blocks of {ranges}'}"
+        yield Row(at, functools.partial(dynamic, config=config))
 
 
 def static(
@@ -145,7 +147,7 @@ def static(
 
 def dynamic(bench: Bench, config: jm.QuantConfig) -> tuple[Embed, Any]:
     setting = bench.unrolled
-    return jm.simulate(setting.apply, jm.dynamic(8, config)), setting.variables
+    return jm.simulate(setting.apply, jm.dynamic(config=config)), setting.variables
 
 
 def ptq(
@@ -174,6 +176,16 @@ def few_bits() -> Iterator[Row]:
         ("W4A16, block 32", block),
         ("W4A16, block 32, asymmetric", asymmetric),
         ("W3A16, block 32, asymmetric", three),
+        ("preset w4a16", jm.QuantConfig.preset("w4a16")),
+        ("preset w4a8", jm.QuantConfig.preset("w4a8")),
+        (
+            "W4A8, block 32, token",
+            dataclasses.replace(block, activation_bits=8, dynamic="token"),
+        ),
+        (
+            "W3A16, block 32, asymmetric, embeddings of 8 bits",
+            dataclasses.replace(three, embedding_bits=8),
+        ),
     ):
         for method, how in methods.items():
             make = functools.partial(rounded, config=config, adaround=how)

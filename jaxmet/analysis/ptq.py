@@ -1,6 +1,8 @@
 """The one call: fold, equalize, calibrate, round, correct, and what each step was worth."""
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxmet.analysis.noise import noise
 from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import Graph, WithArguments, trace
 from jaxmet.engine.program.calls import Apply
@@ -60,6 +63,9 @@ def ptq(
     scales and mean errors come from the batch norms (data-free quantization), what they do not
     tell stays in float, nothing is rounded by data, and the table has no ratios.
 
+    A step that loses more than 1 dB is warned of, and so are outputs that keep less than 10 dB,
+    with the three quantizers that `jm.noise` finds to cost most.
+
     The data is read several times per step: a one-shot iterator is refused.
 
     Nagel et al., [Data-Free Quantization Through Weight Equalization and Bias
@@ -104,7 +110,9 @@ def ptq(
     arrays, kwargs = split_keywords(kwargs)
     if arrays:  # like settings: each step then runs one model
         apply = WithArguments(apply, arrays)
-    of_scales, of_rounding = jax.random.split(key_of(key, "ptq"))
+    key = key_of(key, "ptq")
+    of_noise = jax.random.fold_in(key, 1)
+    of_scales, of_rounding = jax.random.split(key)
     with accepting(read.first, "ptq", apply, params, kwargs):
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches
@@ -160,8 +168,53 @@ def ptq(
         params, graph, quantizers, data, with_report=True, **options
     )
     quantizers = measure("correct_bias", params, _summary(report, "into"), weights)
+    if data is not None:
+        advice = lambda: _advice(params, graph, quantizers, data, of_noise, options)
+        for text in _losses(rows, advice):
+            warnings.warn(f"jaxmet.ptq: {text}", stacklevel=2)
     table = Table({k: [r[k] for r in rows] for k in rows[0]}, title="ptq")
     return params, quantizers, table
+
+
+LOW, LOST = 10.0, 1.0
+"""Below this ratio, and from this loss of one step on, in dB, a result is warned of."""
+
+
+def _losses(
+    rows: Sequence[Mapping[str, Any]], advice: Callable[[], str]
+) -> Iterator[str]:
+    """What a user should hear of: steps that lost, and outputs that are mostly noise."""
+    ratios = [row["SQNR (dB)"] for row in rows]
+    for row, before, after in zip(rows[1:], ratios, ratios[1:], strict=False):
+        if after < before - LOST:
+            yield (
+                f"the step {row['step']} lost {before - after:.1f} dB ({before:.1f} before it, "
+                f"{after:.1f} after). Run the steps one by one, without it."
+            )
+    if ratios[-1] < LOW:
+        yield f"the outputs keep {ratios[-1]:.1f} dB of the float ones.{advice()}"
+
+
+def _advice(
+    params: Any,
+    graph: Graph,
+    quantizers: Quantizers,
+    data: Any,
+    key: jax.Array,
+    options: Mapping[str, Any],
+) -> str:
+    """The quantizers that cost most by `jm.noise`, and what each would give with 16 bits."""
+    try:
+        table = noise(params, graph, quantizers, data, key=key, **options)
+    except ValueError:  # of some models no gradient tells it
+        return " jm.sensitivity tells which quantizers cost most."
+    rows = [row for row in table if row["kind"] in ("weight", "activation")]
+    gains = []
+    for row in sorted(rows, key=lambda row: -row["share"])[:3]:
+        gain = -10 * math.log10(max(1 - row["share"], 1e-3))
+        rule = f"jm.Rule({row['tensor']!r}, {row['kind']}_bits=16)"
+        gains.append(f"{gain:+.1f} dB with {rule}")
+    return f" Predicted for single tensors: {', '.join(gains)}."
 
 
 def _is_coarse(graph: Graph, config: QuantConfig) -> bool:

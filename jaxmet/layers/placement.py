@@ -252,7 +252,9 @@ def _weights(graph: Graph, config: QuantConfig, caller: str) -> Iterator[WeightP
             consumers.setdefault(name, []).append(node)
     for name, nodes in consumers.items():
         calls = [(name, node.name) for node in nodes]
-        yield _weight(name, tuple(nodes), agreed(config, calls, "weight", caller))
+        lookups = all(node.kind == "lookup" for node in nodes)
+        own = config.for_lookups() if lookups else config
+        yield _weight(name, tuple(nodes), agreed(own, calls, "weight", caller))
 
 
 def _quantized(

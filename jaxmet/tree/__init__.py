@@ -13,6 +13,7 @@ bias_scales    the scales of int32 biases
 grids          `jm.grids`: the ends of quantizers and their switches as data
 host_rounding  weights rounded in NumPy, as `Quantizer` rounds them
 config         `jm.QuantConfig` and `jm.Rule`
+presets        configurations that have a name in the field
 targets/       `jm.Target`, the runtimes that a configuration can be for
 aimet_config   AIMET's configuration files
 batched_data   `jm.batched`

@@ -14,6 +14,7 @@ from jaxmet.numerics.calibrators import (
 from jaxmet.numerics.grid import check_bits
 from jaxmet.tree.checks import check_choices, check_flags, shown
 from jaxmet.tree.names import match, suggestion
+from jaxmet.tree.presets import PRESETS
 from jaxmet.tree.targets import TARGETS, Target
 from jaxmet.tree.targets.target import UNSTATED, BiasFormat, Placing
 
@@ -232,6 +233,8 @@ class QuantConfig:
         bias: 'float' (the default) or 'int32'.
         placement: 'operations' (the default): a quantizer on each result that an integer device
             stores; 'products': only on what enters a product.
+        embedding_bits: bit-width of weights that only lookups read, without blocks: one
+            scale per row; default None: `weight_bits`. A rule's `weight_bits` is stronger.
         residual_bits: bit-width of residual streams, 2 to 16; default 32: they stay in float. None:
             `activation_bits`.
         dynamic: what has a range of its own that is found at every call: 'tensor', 'token' (all
@@ -260,6 +263,7 @@ class QuantConfig:
     percentile: float | int = 99.99
     bias: BiasFormat = "float"
     placement: Placing = "operations"
+    embedding_bits: int | None = None
     residual_bits: int | None = 32
     dynamic: DynamicRange = None
     rules: tuple[Rule, ...] | list[Rule] = ()
@@ -315,6 +319,36 @@ class QuantConfig:
         return cls(**given | overrides, target=target)
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "QuantConfig":
+        """The configuration that goes by this name for transformers.
+
+        'w8a8' has weights of 8 bits, one scale per output channel, and activations of 8 bits with
+        a range for each token that is found at every call. 'w4a8' has weights of 4 bits, an
+        asymmetric range for each block of 32 inputs, and embeddings of 8 bits. 'w8a16' and 'w4a16'
+        have the same weights, and activations as the model computes them (float16 or bfloat16).
+
+        Args:
+            name: 'w8a8', 'w4a8', 'w8a16' or 'w4a16'.
+            **overrides: other values for fields of `QuantConfig`.
+
+        Returns:
+            A configuration.
+
+        Raises:
+            ValueError: for an unknown name or field, and for an impossible value.
+
+        >>> jm.QuantConfig.preset("w4a16", block=64)
+        """
+        if name not in PRESETS:
+            near = suggestion(name, PRESETS) if isinstance(name, str) else ""
+            raise ValueError(
+                f"jaxmet.QuantConfig.preset: the name is {shown(name)}. "
+                f"{near or 'Use ' + ', '.join(map(repr, PRESETS)) + '.'}"
+            )
+        _overridable(overrides, "preset")
+        return cls(**PRESETS[name] | overrides)
+
+    @classmethod
     def from_aimet(
         cls, source: Any, *, ignore: Iterable[str] = (), **overrides: Any
     ) -> "QuantConfig":
@@ -347,6 +381,12 @@ class QuantConfig:
         if not fields.pop("weights"):
             fields["rules"] = (Rule("*", quantize_weights=False),)
         return cls(**fields | overrides)
+
+    def for_lookups(self) -> "QuantConfig":
+        """The configuration of weights that only lookups read."""
+        if self.embedding_bits is None:
+            return self
+        return dataclasses.replace(self, weight_bits=self.embedding_bits, block=None)
 
     @property
     def device(self) -> Target:
@@ -454,7 +494,7 @@ def _check(fields: dict[str, Any], caller: str) -> None:
                     f"jaxmet.{caller}: dynamic is {value!r}. Use None, 'tensor', 'token' or the "
                     "number of neighbours that share a range, at least 2."
                 )
-        elif name == "residual_bits":
+        elif name in ("residual_bits", "embedding_bits"):
             if value is not None:
                 check_bits(value, caller=caller, name=name)
         elif name in _FLAGS:

@@ -1,6 +1,7 @@
 """The one call, with data and with nothing but shapes."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -231,3 +232,32 @@ def test_arrays_among_the_keywords_reach_every_step() -> None:
     wanted = jm.ptq(inside, params, [x], progress=False)
     jax.tree.map(np.testing.assert_array_equal, found[:2], wanted[:2])
     assert found[2]["SQNR (dB)"] == wanted[2]["SQNR (dB)"]
+
+
+def test_what_loses_is_named() -> None:
+    """A value with one huge channel: outputs that are mostly noise are warned of, with a cure."""
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        x = jnp.maximum(x @ params["first"]["kernel"], 0)
+        return x @ params["second"]["kernel"]
+
+    kernels = jax.random.normal(jax.random.key(0), (2, 16, 16))
+    params = {"first": {"kernel": kernels[0]}, "second": {"kernel": kernels[1]}}
+    # Its neighbours have all that the outputs are made of.
+    params["first"]["kernel"] = params["first"]["kernel"].at[:, 0].multiply(1e4)
+    params["second"]["kernel"] = params["second"]["kernel"].at[0].set(0)
+    x = jax.random.normal(jax.random.key(1), (64, 16))
+    graph = jm.trace(apply, params, x)
+    (bad,) = (n.name for n in graph.nodes if n.kind == "activation")
+    batches = [x[:32], x[32:]]
+    options: dict[str, Any] = {"progress": False, "rounding": False}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, _, table = jm.ptq(apply, params, batches, **options)
+    assert table["SQNR (dB)"][-1] > 20 and not caught  # equalizing mends it
+    config = jm.QuantConfig(activation_bits=2)
+    with pytest.warns(UserWarning, match=r"jaxmet\.ptq: the outputs keep") as seen:
+        jm.ptq(apply, params, batches, config, **options)
+    (text,) = {str(w.message) for w in seen}
+    assert f"jm.Rule({bad!r}, activation_bits=16)" in text
+    assert "dB with" in text

@@ -317,3 +317,44 @@ def test_refused():
         jm.QuantConfig(weight_bits=1)
     with pytest.raises(ValueError, match="activation_bits is 17"):
         jm.Rule("head", activation_bits=17)
+
+
+def test_presets_and_embeddings():
+    """By the field's names: what is quantized, with how many bits, and one scale for what."""
+
+    def found(**config):
+        table = planned("tied_embedding", **config)
+        return {
+            r["name"]: (r["bits"], r["one scale per"])
+            for r in table
+            if r["kind"] == "weight"
+        }
+
+    params, graph, _ = traced("embedding")
+    by_name = {
+        name: jm.plan(params, graph, jm.QuantConfig.preset(name))
+        for name in ("w8a8", "w4a8", "w8a16", "w4a16")
+    }
+    bits = {
+        name: {r["name"]: r["bits"] for r in table.where(kind="weight")}
+        for name, table in by_name.items()
+    }
+    assert bits["w8a8"] == bits["w8a16"] == dict.fromkeys(bits["w8a8"], 8)
+    four = {"embed/embedding": 8, "first/kernel": 4, "second/kernel": 4}
+    assert bits["w4a8"] == bits["w4a16"] == four
+    (embed,) = by_name["w4a16"].where(name="embed/embedding")
+    assert embed["one scale per"] == "channel" and embed["symmetric"] == "no"
+    for name in ("w8a16", "w4a16"):
+        assert not by_name[name].where(kind="activation")["name"]
+    per = set(by_name["w8a8"].where(kind="activation")["one scale per"])
+    assert per == {"token"}
+    # A table that a product reads too is a weight of that product.
+    assert found(embedding_bits=8, weight_bits=4)["embed/embedding"][0] == 4
+    rules = [jm.Rule("embed", weight_bits=6)]
+    config = jm.QuantConfig.preset("w4a16", rules=rules)
+    ruled = jm.plan(params, graph, config).where(name="embed/embedding")
+    assert ruled["bits"] == [6]
+    with pytest.raises(ValueError, match="preset: the name is 'w4a32'.*'w4a16'"):
+        jm.QuantConfig.preset("w4a32")
+    with pytest.raises(ValueError, match="preset: 'bits' is no field"):
+        jm.QuantConfig.preset("w8a8", bits=4)
