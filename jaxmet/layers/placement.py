@@ -97,7 +97,8 @@ class Placement:
     def held(self) -> "Placement":
         """The same without activations whose ranges are found at every call."""
         kept = {n: s for n, s in self.activations.items() if s.dynamic is None}
-        return dataclasses.replace(self, activations=kept)
+        shared = {n: o for n, o in self.shared.items() if o in kept}
+        return dataclasses.replace(self, activations=kept, shared=shared)
 
 
 def place(
@@ -154,7 +155,8 @@ def place(
     entered = entering(graph, floats.keys() & read, activations)
     held = {n: s for n, s in activations.items() if s.dynamic is None}
     fixed = fixed_ranges(graph, device, held)
-    shared = _shared(graph, device, held, fixed)
+    stored = {n: s for n, s in activations.items() if not s.at_products}
+    shared = _shared(graph, device, stored, fixed)
     entered -= {*shared, *shared.values()}
     ignored = {
         n: _ignored(n, is_data_norm(graph[n]), streams, activations, config)

@@ -159,7 +159,7 @@ def calibrate(
     }
     owners = {name: name for name in placement.activations} | placement.shared
     never = {n: absent for n, o in owners.items() if o not in ranges}
-    shared = tuple((n, o) for n, o in placement.shared.items() if n not in never)
+    shared = tuple((n, o) for n, o in whole.shared.items() if n not in never)
     quantizers = Quantizers(grids, activations, shared)
     never |= {
         name: f"{q.product[1]!r} has no quantizer: {absent}"
