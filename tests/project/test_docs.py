@@ -178,10 +178,10 @@ SHARED = {
 }
 RUN_APART = {
     *("compression", "deploy", "inside", "integers", "litert", "new-transform"),
-    "training",
+    *("training", "transformers"),
 }
 OWN_MODEL = {  # integers: tests/export/test_integers_file.py
-    *("integers", "new-transform", "training"),
+    *("integers", "new-transform", "training", "transformers"),
 }
 
 
@@ -238,6 +238,18 @@ def test_compression_runs_as_printed(folder):
     macs = [scope[name]["macs"][-1] for name in ("before", "after")]
     assert macs[1] < 0.7 * macs[0] and scope["logits"].shape == (16, 4)
     assert (folder / "tiny.npz").exists()
+
+
+@pytest.mark.slow
+def test_transformers_runs_as_printed():
+    scope = run(DOCS / "transformers.md", {})
+    assert 1e-6 < relative_error(scope) < 0.2  # weights of 4 bits, drawn at random
+    (table,) = (
+        scope["jm"].plan(scope["params"], scope["graph"], config)
+        for config in [scope["jm"].QuantConfig()]
+    )
+    notes = dict(zip(table["name"], table["note"], strict=True))
+    assert notes["block0/down/add"].startswith("a residual stream")
 
 
 @pytest.mark.slow
