@@ -63,8 +63,8 @@ def ptq(
     scales and mean errors come from the batch norms (data-free quantization), what they do not
     tell stays in float, nothing is rounded by data, and the table has no ratios.
 
-    A step that loses more than 1 dB is warned of, and so are outputs that keep less than 10 dB,
-    with the three quantizers that `jm.noise` finds to cost most.
+    A result that is more than 1 dB below that of an earlier step is warned of, and so are outputs
+    that keep less than 10 dB, with the three quantizers that `jm.noise` finds to cost most.
 
     The data is read several times per step: a one-shot iterator is refused.
 
@@ -177,20 +177,22 @@ def ptq(
 
 
 LOW, LOST = 10.0, 1.0
-"""Below this ratio, and from this loss of one step on, in dB, a result is warned of."""
+"""Below this ratio, and so far below an earlier step, in dB, a result is warned of."""
 
 
 def _losses(
     rows: Sequence[Mapping[str, Any]], advice: Callable[[], str]
 ) -> Iterator[str]:
-    """What a user should hear of: steps that lost, and outputs that are mostly noise."""
+    """What a user should hear of: steps whose loss stayed, and outputs that are mostly noise."""
     ratios = [row["SQNR (dB)"] for row in rows]
-    for row, before, after in zip(rows[1:], ratios, ratios[1:], strict=False):
-        if after < before - LOST:
-            yield (
-                f"the step {row['step']} lost {before - after:.1f} dB ({before:.1f} before it, "
-                f"{after:.1f} after). Run the steps one by one, without it."
-            )
+    if ratios[-1] < max(ratios) - LOST:
+        best = ratios.index(max(ratios))
+        later = range(best + 1, len(ratios))
+        worst = min(later, key=lambda i: ratios[i] - ratios[i - 1])
+        yield (
+            f"the result has {ratios[-1]:.1f} dB, and after the step {rows[best]['step']} it was "
+            f"{ratios[best]:.1f}. Run the steps one by one, without {rows[worst]['step']}."
+        )
     if ratios[-1] < LOW:
         yield f"the outputs keep {ratios[-1]:.1f} dB of the float ones.{advice()}"
 
