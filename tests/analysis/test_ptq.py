@@ -261,3 +261,16 @@ def test_what_loses_is_named() -> None:
     (text,) = {str(w.message) for w in seen}
     assert f"jm.Rule({bad!r}, activation_bits=16)" in text
     assert "dB with" in text
+
+
+def test_a_loss_that_stays_is_warned_of(case: tuple[Any, Any, list]) -> None:
+    """Measured against the model as it is first quantized, every later step loses."""
+    apply, params, batches = case
+    graph = jm.trace(apply, params, *batches[0])
+    config = jm.QuantConfig(bias="int32")
+    first = jm.calibrate(params, graph, batches, config, progress=False)
+    reference = jm.simulate(apply, first), params
+    options: dict[str, Any] = {"progress": False, "rounding": False}
+    match = r"after the step as trained it was \d+.* without (fold|equalize|correct)"
+    with pytest.warns(UserWarning, match=match):
+        jm.ptq(apply, params, batches, reference=reference, **options)
