@@ -269,7 +269,10 @@ def _ratios(apply: Apply, reference: Apply, params: Any) -> Callable[..., float]
         for batch in map(tuple, batches):
             found = powers_of(wanted_of(params, batch), quantizers, rounded, batch)
             total += np.asarray(found, np.float64)
-        return float(10 * np.log10(total[0] / max(total[1], np.finfo(np.float64).tiny)))
+        power, error = map(float, total)
+        if not (power and error):  # the same outputs, or nothing but zeros to lose
+            return -math.inf if error else math.inf
+        return 10 * math.log10(power / error)
 
     return ratio
 
