@@ -7,7 +7,7 @@ from typing import Any
 from jaxmet.engine.backend.onnx_lowering import WrittenGrid, onnx_model
 from jaxmet.engine.program.calls import Apply
 from jaxmet.export.flat_model import flat_model
-from jaxmet.export.onnx_graph import INTEGERS, OnnxGraph, nodes_of
+from jaxmet.export.onnx_graph import INTEGERS, LAYOUT, OnnxGraph, nodes_of
 from jaxmet.export.onnx_passes import fused
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.packages import package
@@ -196,10 +196,7 @@ def _owner(graph: OnnxGraph, node: Any, grids: Mapping[str, WrittenGrid]) -> str
     return grid.owner if grid is not None else None
 
 
-MOVES = (
-    "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad", "Gather",
-    "Expand", "Tile", "MaxPool",
-)  # fmt: skip
+MOVES = (*LAYOUT, "Pad", "MaxPool")
 """Operations that runtimes do on integers themselves."""
 
 

@@ -5,12 +5,18 @@ runtimes hold it. A clip before a QuantizeLinear becomes bounds of the integers,
 where they are those of the grid: rounding is monotone.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from jaxmet.export.onnx_forms import bounds, leaky_relus, moves, scaled_grids, softmaxes
+from jaxmet.export.onnx_forms import (
+    bounded,
+    bounds,
+    leaky_relus,
+    moves,
+    scaled_grids,
+    softmaxes,
+)
 from jaxmet.export.onnx_graph import (
     OnnxGraph,
     attribute,
@@ -260,35 +266,21 @@ def _means(graph: OnnxGraph) -> None:
 def _clips(graph: OnnxGraph) -> None:
     """Bounds before a QuantizeLinear as bounds of its integers, or none."""
     for quantize in nodes_of(graph, "QuantizeLinear"):
-        low, high, source = -np.inf, np.inf, quantize.input[0]
-        ends: list[Callable] = []
-        while True:
-            node = graph.producers.get(source)
-            if node is None or node.op_type not in ("Max", "Min", "Relu"):
-                break
-            if graph.only_consumer(source) is None:
-                break
-            if node.op_type == "Relu":
-                given, bound = node.input[0], np.float32(0)
-            else:
-                known = [graph.constant(name) for name in node.input]
-                i = next((i for i, c in enumerate(known) if c is not None), None)
-                if i is None or len(known) != 2:
-                    break
-                given, bound = node.input[1 - i], known[i]
-            ends.append(lambda v, n=node, b=bound: _bounded(v, n.op_type, b))
-            source = given
+        if graph.only_consumer(quantize.input[0]) is None:
+            continue
+        source, steps = bounded(graph, quantize.input[0])
         producer = graph.producers.get(source)
         while producer is not None and producer.op_type in ("Transpose", "Reshape"):
             producer = graph.producers.get(producer.input[0])
         # without the clip two grids would follow each other, and runtimes drop the first
-        if not ends or producer is None or producer.op_type == "DequantizeLinear":
+        if not steps or producer is None or producer.op_type == "DequantizeLinear":
             continue
         scale, zero = (graph.constant(name) for name in quantize.input[1:3])
         if scale is None or zero is None or scale.size != 1 or zero.itemsize > 1:
             continue
         info = np.iinfo(zero.dtype)
-        for bound in reversed(ends):  # from the value on
+        low, high = -np.inf, np.inf
+        for bound in steps:
             low, high = bound(low), bound(high)
         low, high = (
             np.clip(
@@ -311,7 +303,3 @@ def _clips(graph: OnnxGraph) -> None:
             if consumer.output[0] != integers and integers != quantize.output[0]:
                 consumer.input[0] = integers
         graph.read()
-
-
-def _bounded(value: Any, kind: str, bound: Any) -> Any:
-    return np.minimum(value, bound) if kind == "Min" else np.maximum(value, bound)

@@ -124,12 +124,9 @@ def test_a_tree_of_integers_gives_the_same_file(tmp_path):
     np.testing.assert_array_equal(*made)
 
 
-LOSSES = {}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_models_of_the_zoo(name, tmp_path):
-    """Whatever the model, the file computes the simulation, or its export is refused."""
+    """The file computes the simulation and shows every layer, or its export is refused."""
     case = CASES[name]
     apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
     graph = jm.trace(apply, params, *inputs)
@@ -147,6 +144,12 @@ def test_models_of_the_zoo(name, tmp_path):
         two = np.asarray(two)
         scale = np.abs(two).max(initial=1e-6)
         assert np.mean(np.abs(one - two) > 0.05 * scale) <= 0.05
+    table = jm.export.check(
+        path, apply, params, quantizers, [tuple(inputs)], against_float=False
+    )
+    layers = {v for v in table["value"] if "output" not in v}
+    assert layers <= {n.name for n in graph.nodes}
+    assert set(quantizers.activations) <= set(table["value"])
 
 
 def test_an_nnx_model_with_several_inputs(tmp_path):

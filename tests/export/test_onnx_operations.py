@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
+from jaxmet.export.onnx_passes import fused
 
 pytestmark = pytest.mark.slow
 onnx = pytest.importorskip("onnx")
@@ -215,6 +216,30 @@ def test_bounds_of_a_float_file_are_what_quantizers_know(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (made,) = session.run(None, {"input": np.asarray(INPUTS)})
     np.testing.assert_allclose(made, model(PARAMS, INPUTS), rtol=1e-3, atol=1e-3)
+
+
+def built(*nodes, **arrays):
+    """A float model of one value, its operations given by kind and second input."""
+    helper, name, made = onnx.helper, "x", []
+    for i, (kind, *others) in enumerate(nodes):
+        made.append(helper.make_node(kind, [name, *others], [name := f"y{i}"]))
+    value = lambda n: helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [4, 8])
+    constants = [
+        onnx.numpy_helper.from_array(np.asarray(a, np.float32), n)
+        for n, a in arrays.items()
+    ]
+    graph = helper.make_graph(made, "g", [value("x")], [value(name)], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+
+
+def test_a_relu_of_the_graph_is_a_bound_like_others():
+    six = {"six": 6.0, "many": np.arange(8.0)}
+    kinds = lambda model: [n.op_type for n in fused(model).graph.node]
+    assert kinds(built(("Relu",), ("Min", "six"), **six)) == ["Clip"]
+    assert kinds(built(("Min", "six"), ("Relu",), **six)) == ["Clip"]
+    assert kinds(built(("Relu",), ("Relu",))) == ["Relu"]
+    each = built(("Min", "many"), ("Relu",), **six)  # a Clip has no bound per channel
+    assert kinds(each) == ["Min", "Relu"]
 
 
 def test_sums_that_lie_along_another_axis_are_no_softmax(tmp_path):
