@@ -113,6 +113,15 @@ def test_a_float_file_and_a_fixed_batch(tmp_path):
     assert shape.dim[0].dim_value == 4
 
 
+def test_jax_is_as_it_was_after_an_export(tmp_path):
+    path = tmp_path / "sums.onnx"
+    model = lambda params, x: jnp.cumsum(x @ params["w"], 1)
+    jm.export.onnx(path, model, {"w": jnp.eye(3)}, None, jnp.ones((2, 3)))
+    np.testing.assert_array_equal(jnp.cumsum(jnp.ones((2, 3)), 1), [[1, 2, 3]] * 2)
+    (made,), _ = ran(path, np.ones((4, 3), np.float32))
+    np.testing.assert_array_equal(made, [[1, 2, 3]] * 4)
+
+
 def test_a_tree_of_integers_gives_the_same_file(tmp_path):
     apply, params, graph, quantizers, images = demo()
     quantizers = quantizers.pin(params)
