@@ -64,8 +64,12 @@ def tokens(p, x):
     return conv(x, p["a"]).reshape(x.shape[0], -1, 8)
 
 
+def total(x):
+    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
 def average(x):
-    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+    return total(x) / 4
 
 
 def largest(x):
@@ -130,11 +134,16 @@ FLOAT = {
         lambda p, x: jnp.sum(conv(x, p["a"]), (1, 2)) @ p["dense"],
         {"ReduceSum"},
     ),
+    "sum of a window": (after(total), {"AveragePool", "Mul"}),
     "linear resize": (
         after(lambda x: jax.image.resize(x, (x.shape[0], 16, 16, 8), "linear")),
         {"Einsum"},
     ),
 }
+
+
+NOTED = {"tanh": "tanh", "silu": "silu", "sum": "sum", "sum of a window": "sum"}
+"""The others share a name with what is in integers: additions, and nearest resizing."""
 
 
 def written(model, tmp_path, **options):
@@ -152,6 +161,13 @@ def written(model, tmp_path, **options):
     return path, quantizers, table, Counter(n.op_type for n in nodes)
 
 
+def notes(model):
+    """What `jm.plan` says of tensors on this target."""
+    graph = jm.trace(model, PARAMS, INPUTS)
+    table = jm.plan(PARAMS, graph, jm.QuantConfig.for_target("onnxruntime"))
+    return [note for note in table["note"] if note]
+
+
 @pytest.mark.parametrize("name", INTEGERS)
 def test_it_is_computed_in_integers(name, tmp_path):
     model, wanted = INTEGERS[name]
@@ -167,6 +183,7 @@ def test_it_is_computed_in_integers(name, tmp_path):
     assert max(checked["largest (steps)"][1:]) <= 1
     # Its softmax rounds otherwise; halves of 0.5 a lie between two steps of a.
     assert min(checked["identical (%)"][1:]) >= 95
+    assert not [note for note in notes(model) if "computed in float" in note]
 
 
 @pytest.mark.parametrize("name", FLOAT)
@@ -179,6 +196,8 @@ def test_it_is_computed_in_float_and_right(name, tmp_path):
     )
     assert max(checked["largest (steps)"][1:]) <= 1
     assert min(checked["identical (%)"][1:]) >= 99
+    said = f"{NOTED.get(name)} is computed in float on onnxruntime"
+    assert (name in NOTED) == any(said in note for note in notes(model))
 
 
 @pytest.mark.parametrize("name", ["attention", "scaled scores", "repeat"])
