@@ -13,7 +13,7 @@ from lite.figures import Resampled, interval, outcome
 
 from runtimes.cases import BATCH, PICTURES, Case
 from runtimes.figures import Row
-from runtimes.in_onnxruntime import ran, session, written
+from runtimes.in_onnxruntime import float_file, ran, session
 
 COLUMNS = ("what runs", "agreement with float (%)", "SQNR (dB)")
 RUNS = {
@@ -49,10 +49,9 @@ def own(case: Case) -> np.ndarray:
     known = case.outputs("own")
     if known is not None:
         return known
-    written(case)
     place = case.folder.parent
     ready, path = place / "prepared.onnx", place / "own.onnx"
-    quantization.quant_pre_process(place / "float.onnx", ready)
+    quantization.quant_pre_process(float_file(case), ready)
     _write_clips(ready)
     options: dict[str, Any] = {
         "quant_format": quantization.QuantFormat.QDQ,

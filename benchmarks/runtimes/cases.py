@@ -140,6 +140,10 @@ class Case:
     def example(self) -> np.ndarray:
         return self.inputs[:1]
 
+    def table(self, file: Path) -> Any:
+        """What `exported` kept of the export of a file."""
+        return jm.load(file.with_name(f"{file.name}_table.npz")).table
+
     @property
     def exact(self) -> np.ndarray:
         """Outputs of the float model."""
@@ -163,6 +167,27 @@ class Case:
         """Of the grid of the outputs."""
         last = list(self.saved.quantizers.activations.values())[-1]
         return float(np.ravel(last.scale)[0])
+
+    def exported(
+        self, name: str, export: Callable[..., Any], count: int = 1, **options: Any
+    ) -> Path:
+        """The file that `export` writes of its tree for so many inputs, once, and its table."""
+        path, saved = self.folder / name, self.saved
+        if not path.is_file():
+            x = self.inputs[:count]
+            model = (self.apply, saved.params, saved.quantizers, x)
+            table = export(path, *model, **options)
+            jm.save(path.with_name(f"{name}_table.npz"), table=table)
+        return path
+
+    def exported_float(
+        self, name: str, export: Callable[..., Any], count: int = 1, **options: Any
+    ) -> Path:
+        """The same of the float model, beside the network."""
+        path = self.folder.parent / name
+        if not path.is_file():
+            export(path, self.apply, self.floats, None, self.inputs[:count], **options)
+        return path
 
     @property
     def label(self) -> list[str]:

@@ -77,15 +77,7 @@ def _onnx(
     content = path.read_bytes()
     model = onnx.load_from_string(content)
     whole = _session(library, content)
-    graph, grids = OnnxGraph(model), {}
-    for node in nodes_of(graph, "QuantizeLinear", "Max", "Min"):
-        name, source = node.output[0], node
-        if not name.endswith(INTEGERS):
-            continue
-        while source.op_type != "QuantizeLinear":  # before bounds of the integers
-            source = graph.producers[source.input[0]]
-        grids[name] = [graph.constant(n) for n in source.input[1:3]]
-        graph.graph.output.append(onnx.ValueInfoProto(name=name))
+    grids = show_integers(model)
 
     def run(arrays: Mapping[str, Any]) -> list[Any]:
         return whole.run([*outputs], dict(arrays))
@@ -105,6 +97,22 @@ def _onnx(
     fixed = any(isinstance(size, int) for size in sizes)
     names = [i.name for i in whole.get_inputs()]
     return RunningFile(_version("onnxruntime"), names, outputs, run, layers, fixed)
+
+
+def show_integers(model: Any) -> dict[str, list[Any]]:
+    """Make the integers of all layers outputs of an ONNX model; scale and zero point of each."""
+    import onnx
+
+    graph, grids = OnnxGraph(model), {}
+    for node in nodes_of(graph, "QuantizeLinear", "Max", "Min"):
+        name, source = node.output[0], node
+        if not name.endswith(INTEGERS):
+            continue
+        while source.op_type != "QuantizeLinear":  # before bounds of the integers
+            source = graph.producers[source.input[0]]
+        grids[name] = [graph.constant(n) for n in source.input[1:3]]
+        graph.graph.output.append(onnx.ValueInfoProto(name=name))
+    return grids
 
 
 def _session(library: Any, content: bytes) -> Any:
