@@ -73,8 +73,12 @@ def leaky_relus(graph: OnnxGraph) -> None:
         graph.prune()
 
 
-def bounds(graph: OnnxGraph) -> None:
-    """Maxima and minima of a value and numbers as Relu or Clip, which quantizers know."""
+def bounds(graph: OnnxGraph, *, integers: bool = True) -> None:
+    """Maxima and minima of a value and numbers as Relu or Clip, which quantizers know.
+
+    With `integers` a ReLU before a grid is a Clip: OpenVINO 2026.4 drops a Relu there, and
+    crashes on two grids in a row.
+    """
     for node in reversed([*nodes_of(graph, "Max", "Min", "Relu")]):
         if graph.producers.get(node.output[0]) is not node:
             continue  # within another one
@@ -84,7 +88,8 @@ def bounds(graph: OnnxGraph) -> None:
         low, high = -np.inf, np.inf
         for bound in steps:
             low, high = (float(np.squeeze(bound(end))) for end in (low, high))
-        if (low, high) == (0, np.inf):
+        is_relu = (low, high) == (0, np.inf)
+        if is_relu and not (integers and _is_quantized(graph, node.output[0])):
             made = graph.insert(node, "Relu", source)
         else:
             ends = [_end(graph, node, end) for end in (low, high)]
@@ -130,6 +135,15 @@ def _bound(graph: OnnxGraph, name: str) -> tuple[str, Bound, int] | None:
         return None
     function = np.maximum if node.op_type == "Max" else np.minimum
     return node.input[1 - i], lambda x: function(x, constant), constant.size
+
+
+def _is_quantized(graph: OnnxGraph, name: str) -> bool:
+    """Whether a QuantizeLinear reads a value, after layout operations."""
+    return any(
+        c.op_type == "QuantizeLinear"
+        or (c.op_type in LAYOUT and _is_quantized(graph, c.output[0]))
+        for c in graph.consumers.get(name, [])
+    )
 
 
 def _end(graph: OnnxGraph, node: Any, end: float) -> str:

@@ -5,6 +5,7 @@ runtimes hold it. A clip before a QuantizeLinear becomes bounds of the integers,
 where they are those of the grid: rounding is monotone.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ def fused(model: Any, *, integers: bool = True) -> Any:
     graph = OnnxGraph(model)
     forms = (softmaxes, leaky_relus, _weights, dense_layers, products_of_activations)
     values = (_biases, without_zero_biases, _pools, _means)
-    grids = (scaled_grids, moves, _clips) if integers else ()
-    for each in (*forms, *values, *grids, bounds):
+    grids = (scaled_grids, moves, _clips, _flat_products) if integers else ()
+    for each in (*forms, *values, *grids, partial(bounds, integers=integers)):
         each(graph)
         graph.prune()
     return model
@@ -302,4 +303,27 @@ def _clips(graph: OnnxGraph) -> None:
         for consumer in consumers:
             if consumer.output[0] != integers and integers != quantize.output[0]:
                 consumer.input[0] = integers
+        graph.read()
+
+
+def _flat_products(graph: OnnxGraph) -> None:
+    """The grid of a dense layer without a bias before the Reshape that follows it, too.
+
+    OpenVINO 2026.4 computes wrong integers for one that is only after the Reshape.
+    """
+    for reshape in nodes_of(graph, "Reshape"):
+        product = graph.producers.get(reshape.input[0])
+        quantize = graph.only_consumer(reshape.output[0])
+        kinds = [n.op_type if n is not None else "" for n in (product, quantize)]
+        if kinds != ["Gemm", "QuantizeLinear"]:
+            continue
+        assert product is not None and quantize is not None
+        if len(product.input) > 2:
+            continue
+        scale = graph.constant(quantize.input[1])
+        if scale is None or scale.size != 1:
+            continue
+        grid = list(quantize.input[1:])
+        flat = graph.insert(reshape, "QuantizeLinear", reshape.input[0], *grid)
+        reshape.input[0] = graph.insert(reshape, "DequantizeLinear", flat, *grid)
         graph.read()

@@ -200,7 +200,7 @@ def test_it_is_computed_in_float_and_right(name, tmp_path):
     assert (name in NOTED) == any(said in note for note in notes(model))
 
 
-@pytest.mark.parametrize("name", ["attention", "scaled scores", "repeat"])
+@pytest.mark.parametrize("name", ["attention", "scaled scores", "repeat", "relu"])
 def test_encodings_have_the_grids_as_they_are(name, tmp_path):
     """What is moved into other grids in integers stays where it is in a float file."""
     model, _ = INTEGERS[name]
@@ -211,6 +211,8 @@ def test_encodings_have_the_grids_as_they_are(name, tmp_path):
     assert scales == {
         float(np.ravel(q.grid(None)[0])[0]) for q in quantizers.activations.values()
     }
+    kinds = Counter(n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds["Relu"] == (name == "relu")  # a Clip where there are grids
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (made,) = session.run(None, {"input": np.asarray(INPUTS)})
     wanted = model(jm.round_weights(PARAMS, quantizers), INPUTS)
