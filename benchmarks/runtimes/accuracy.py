@@ -5,7 +5,6 @@ those of `efficientnet_lite.py`: against the float model before the correction.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,6 @@ def own(case: Case) -> np.ndarray:
     place = case.folder.parent
     ready, path = place / "prepared.onnx", place / "own.onnx"
     quantization.quant_pre_process(float_file(case), ready)
-    _write_clips(ready)
     options: dict[str, Any] = {
         "quant_format": quantization.QuantFormat.QDQ,
         "per_channel": True,
@@ -62,29 +60,6 @@ def own(case: Case) -> np.ndarray:
     }
     quantization.quantize_static(ready, path, _reader(case.load().known), **options)
     return case.keep("own", ran(session(path), case.inputs))
-
-
-def _write_clips(path: Path) -> None:
-    """A Clip for each Max and Min that follow each other.
-
-    onnxruntime quantizes the values before a Max, and only those after a Clip.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    nodes = model.graph.node
-    known = {tensor.name for tensor in model.graph.initializer}
-    made = {node.output[0]: node for node in nodes if node.op_type == "Max"}
-    for node in [n for n in nodes if n.op_type == "Min"]:
-        value = next(name for name in node.input if name not in known)
-        high = next(name for name in node.input if name in known)
-        lower = made[value]
-        inner = next(name for name in lower.input if name not in known)
-        low = next(name for name in lower.input if name in known)
-        node.op_type = "Clip"
-        node.input[:] = [inner, low, high]
-        nodes.remove(lower)
-    onnx.save(model, path)
 
 
 def _reader(known: Any) -> Any:

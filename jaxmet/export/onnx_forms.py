@@ -178,6 +178,28 @@ def scaled_grids(graph: OnnxGraph) -> None:
         graph.prune()
 
 
+def repeats(graph: OnnxGraph) -> None:
+    """A value on a grid that is spread out by Tile: OpenVINO 2026.4 changes it in an Expand."""
+    for node in nodes_of(graph, "Expand"):
+        source = _before(graph, node.input[0], LAYOUT)
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        given, wanted = (sizes_of(graph, n) for n in (node.input[0], node.output[0]))
+        if given is None or wanted is None or len(given) != len(wanted):
+            continue
+        pairs = list(zip(given, wanted, strict=True))
+        if any(n != m and (n != 1 or m == 0) for n, m in pairs):  # 0 is a symbol
+            continue
+        counts = [1 if n == m else m for n, m in pairs]
+        if max(counts) > 1:
+            name = graph.add_constant("repeats", np.asarray(counts, np.int64))
+            made = graph.insert(node, "Tile", node.input[0], name)
+        else:
+            made = node.input[0]
+        redirect(graph, node.output[0], made)
+        graph.prune()
+
+
 def moves(graph: OnnxGraph) -> None:
     """A value on a grid that is spread or looked up as one on that grid again."""
     for node in nodes_of(graph, *MOVES):

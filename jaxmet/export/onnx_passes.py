@@ -15,6 +15,7 @@ from jaxmet.export.onnx_forms import (
     bounds,
     leaky_relus,
     moves,
+    repeats,
     scaled_grids,
     softmaxes,
 )
@@ -41,7 +42,7 @@ def fused(model: Any, *, integers: bool = True) -> Any:
     graph = OnnxGraph(model)
     forms = (softmaxes, leaky_relus, _weights, dense_layers, products_of_activations)
     values = (_biases, without_zero_biases, _pools, _means)
-    grids = (scaled_grids, moves, _clips, _flat_products) if integers else ()
+    grids = (scaled_grids, repeats, moves, _clips, _flat_products) if integers else ()
     for each in (*forms, *values, *grids, partial(bounds, integers=integers)):
         each(graph)
         graph.prune()

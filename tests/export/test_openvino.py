@@ -72,7 +72,15 @@ def tokens(p, x):
 
 
 MODELS = {"concatenated": concatenated, "residual": residual}
-OTHERS = {"relu after a grid": relu_after, "tokens": tokens}
+
+
+def repeated(p, x):
+    """Every row twice, as nearest upsampling is written."""
+    y = jnp.repeat(conv(x, p["one"], p["one_bias"]), 2, 1)
+    return conv(y, p["deep"], p["two_bias"])
+
+
+OTHERS = {"relu after a grid": relu_after, "tokens": tokens, "repeat": repeated}
 
 
 def written(model, path, **fields):
@@ -84,12 +92,12 @@ def written(model, path, **fields):
     return quantizers
 
 
-def ran(path):
-    """Outputs of OpenVINO, and the precision of its products."""
+def ran(path, *kinds):
+    """Outputs of OpenVINO, and the precision of its products, or of operations of `kinds`."""
     options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     model = openvino.Core().compile_model(path, "CPU", options)
     notes = [n.rt_info for n in model.get_runtime_model().get_ordered_ops()]
-    kinds = ("Convolution", "FullyConnected", "MatMul")
+    kinds = kinds or ("Convolution", "FullyConnected", "MatMul")
     return model({"input": INPUTS})["output"], [
         n["runtimePrecision"].value for n in notes if n["layerType"].value in kinds
     ]
@@ -114,11 +122,38 @@ def test_the_file_is_the_simulation_within_a_step(name, bias, tmp_path):
     assert len(precisions) == 3 and set(precisions) == {"u8"}
 
 
+KINDS = {
+    "matmul": (lambda y: y @ y.swapaxes(1, 2), "MatMul", "f32"),
+    "multiply": (lambda y: y * jnp.flip(y, 1), "Eltwise", "f32"),
+    "softmax": (jax.nn.softmax, "Softmax", "f32"),
+    "add": (lambda y: y + jnp.flip(y, 1), "Eltwise", "u8"),
+    "sum": (lambda y: jnp.sum(y, 1), "Reduce", "u8"),
+    "max_pool": (lambda y: largest(y[..., None])[..., 0], "Pooling", "u8"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_table_of_the_target_says_what_is_in_float(name, tmp_path):
+    function, kind, precision = KINDS[name]
+
+    def model(p, x):
+        y = conv(x, p["one"], p["one_bias"]).reshape(x.shape[0], -1, 8)[:, :80]
+        return function(y)
+
+    path = tmp_path / "model.onnx"
+    quantizers = written(model, path, bias="int32")
+    made, precisions = ran(path, kind)
+    assert precision in precisions
+    assert steps_apart(made, model, quantizers).max() <= 1
+    assert jm.targets.openvino.computes(name) == (precision == "u8")
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_openvino_computes_wrongly_is_written_otherwise(name, tmp_path):
     model, path = OTHERS[name], tmp_path / "model.onnx"
     quantizers = written(model, path, bias="int32")
     kinds = [n.op_type for n in onnx.load(path).graph.node]
+    assert "Expand" not in kinds
     assert "Relu" not in kinds  # the process would end while the file is loaded
     apart = steps_apart(ran(path)[0], model, quantizers)
     assert apart.max() <= 1 and np.mean(apart == 0) >= 0.98
