@@ -179,7 +179,10 @@ def scaled_grids(graph: OnnxGraph) -> None:
 
 
 def repeats(graph: OnnxGraph) -> None:
-    """A value on a grid that is spread out by Tile: OpenVINO 2026.4 changes it in an Expand."""
+    """A value on a grid that is repeated along one axis as Tile.
+
+    OpenVINO 2026.4 gives other integers for an Expand there, and for a Tile of several axes.
+    """
     for node in nodes_of(graph, "Expand"):
         source = _before(graph, node.input[0], LAYOUT)
         if source is None or source.op_type != "DequantizeLinear":
@@ -191,6 +194,8 @@ def repeats(graph: OnnxGraph) -> None:
         if any(n != m and (n != 1 or m == 0) for n, m in pairs):  # 0 is a symbol
             continue
         counts = [1 if n == m else m for n, m in pairs]
+        if sum(n > 1 for n in counts) > 1:
+            continue
         if max(counts) > 1:
             name = graph.add_constant("repeats", np.asarray(counts, np.int64))
             made = graph.insert(node, "Tile", node.input[0], name)

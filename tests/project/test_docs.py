@@ -257,7 +257,9 @@ def test_litert_runs_as_printed(folder):
 
 
 @pytest.mark.slow
-def test_openvino_runs_as_printed(folder):
+def test_openvino_runs_as_printed(folder, monkeypatch):
+    # With it the import forks a process to send statistics, of which JAX warns.
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     for package in ("jax2onnx", "onnx", "onnxruntime", "openvino"):
         pytest.importorskip(package, reason="pip install '.[onnx]' openvino")
     scope = run(DOCS / "openvino.md", scope_of("linen"), "linen")
