@@ -27,12 +27,18 @@ from runtimes import (
     in_openvino,
     litert_layers,
     onnx_layers,
+    wide_files,
 )
 from runtimes.cases import PICTURES, cases
 from runtimes.figures import print_device, print_table
 
 TABLES: dict[str, tuple[Any, str, str]] = {  # what makes it, what it needs, its title
     "onnxruntime": (in_onnxruntime, "onnxruntime", "ONNX files in onnxruntime"),
+    "wide": (
+        wide_files,
+        "onnxruntime",
+        "ONNX files with activations of 16 bits, and weights alone",
+    ),
     "jax": (in_jax, "flatbuffers", "Integers in JAX"),
     "onnx-layers": (
         onnx_layers,
@@ -76,7 +82,8 @@ def main() -> None:
                 continue
             columns, measure = module.TIMES, module.times
         rows = []
-        for case in cases(given.folder, given.images, given.only):
+        wide = getattr(module, "WIDE", False)
+        for case in cases(given.folder, given.images, given.only, wide=wide):
             made = measure(case)
             rows += made
             print(*made, sep="\n", file=sys.stderr, flush=True)

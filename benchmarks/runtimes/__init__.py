@@ -4,6 +4,7 @@ cases           networks and ways to quantize, with what the simulation says of 
 transformer     a transformer block
 in_jax          integers in JAX, the artefact of StableHLO, stored trees
 in_onnxruntime  ONNX files in onnxruntime
+wide_files      … with activations of 16 bits, and weights alone
 in_openvino     the same files in OpenVINO
 in_litert       LiteRT files
 layers          each layer fed a runtime's integers

@@ -5,7 +5,6 @@ those of `efficientnet_lite.py`: against the float model before the correction.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from lite.figures import Resampled, interval, outcome
 
 from runtimes.cases import BATCH, PICTURES, Case
 from runtimes.figures import Row
-from runtimes.in_onnxruntime import ran, session, written
+from runtimes.in_onnxruntime import float_file, ran, session
 
 COLUMNS = ("what runs", "agreement with float (%)", "SQNR (dB)")
 RUNS = {
@@ -49,11 +48,9 @@ def own(case: Case) -> np.ndarray:
     known = case.outputs("own")
     if known is not None:
         return known
-    written(case)
     place = case.folder.parent
     ready, path = place / "prepared.onnx", place / "own.onnx"
-    quantization.quant_pre_process(place / "float.onnx", ready)
-    _write_clips(ready)
+    quantization.quant_pre_process(float_file(case), ready)
     options: dict[str, Any] = {
         "quant_format": quantization.QuantFormat.QDQ,
         "per_channel": True,
@@ -63,29 +60,6 @@ def own(case: Case) -> np.ndarray:
     }
     quantization.quantize_static(ready, path, _reader(case.load().known), **options)
     return case.keep("own", ran(session(path), case.inputs))
-
-
-def _write_clips(path: Path) -> None:
-    """A Clip for each Max and Min that follow each other.
-
-    onnxruntime quantizes the values before a Max, and only those after a Clip.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    nodes = model.graph.node
-    known = {tensor.name for tensor in model.graph.initializer}
-    made = {node.output[0]: node for node in nodes if node.op_type == "Max"}
-    for node in [n for n in nodes if n.op_type == "Min"]:
-        value = next(name for name in node.input if name not in known)
-        high = next(name for name in node.input if name in known)
-        lower = made[value]
-        inner = next(name for name in lower.input if name not in known)
-        low = next(name for name in lower.input if name in known)
-        node.op_type = "Clip"
-        node.input[:] = [inner, low, high]
-        nodes.remove(lower)
-    onnx.save(model, path)
 
 
 def _reader(known: Any) -> Any:

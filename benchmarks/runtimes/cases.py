@@ -44,6 +44,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "W8A8, one per tensor, equalized": {"per_channel": False},
     "W4A8, a scale per channel": {"weight_bits": 4},
 }
+WIDE: dict[str, dict[str, Any]] = {
+    "W8A16, a scale per channel": {"activation_bits": 16},
+    "W4A16, a scale per block of 32": {
+        "activation_bits": 16,
+        "weight_bits": 4,
+        "block": 32,
+    },
+    "W4, a scale per block of 32, activations in float": {
+        "activation_bits": 32,
+        "bias": "float",
+        "weight_bits": 4,
+        "block": 32,
+    },
+}
+"""More bits for activations, and weights alone, of networks that are `wide`."""
 CORRECTED: dict[str, dict[str, Any]] = {"W8A8, a scale per channel, corrected": {}}
 
 
@@ -54,6 +69,7 @@ class Network(NamedTuple):
     load: Callable[[Path | None], Loaded]
     ways: dict[str, dict[str, Any]] = WAYS
     target: str | None = None
+    wide: bool = False
 
 
 def _garments(params: Any) -> Loaded:
@@ -87,9 +103,11 @@ def _pictures(images: Path | None, count: int) -> Loaded:
 
 
 NETWORKS = {
-    "demo": Network(Demo, lambda _: _garments(data.weights())),
+    "demo": Network(Demo, lambda _: _garments(data.weights()), wide=True),
     "ResNet18": Network(
-        RESIDUAL["resnet18"], lambda _: _garments(load_residual("resnet18")[1])
+        RESIDUAL["resnet18"],
+        lambda _: _garments(load_residual("resnet18")[1]),
+        wide=True,
     ),
     "ResNet50": Network(
         RESIDUAL["resnet50"], lambda _: _garments(load_residual("resnet50")[1])
@@ -97,7 +115,7 @@ NETWORKS = {
     "DeepLab": Network(DFQ["deeplab"], lambda _: _scenes()),
     # LiteRT has a softmax in integers for one range alone.
     "transformer block": Network(
-        TransformerBlock, lambda _: _tokens(), target="litert"
+        TransformerBlock, lambda _: _tokens(), target="litert", wide=True
     ),
     LITE: Network(lambda: LinenLite(LITE_MODEL), lambda f: _pictures(f, 256)),
     PICTURES: Network(
@@ -140,6 +158,10 @@ class Case:
     def example(self) -> np.ndarray:
         return self.inputs[:1]
 
+    def table(self, file: Path) -> Any:
+        """What `exported` kept of the export of a file."""
+        return jm.load(file.with_name(f"{file.name}_table.npz")).table
+
     @property
     def exact(self) -> np.ndarray:
         """Outputs of the float model."""
@@ -160,19 +182,43 @@ class Case:
 
     @cached_property
     def step(self) -> float:
-        """Of the grid of the outputs."""
+        """Of the grid of the outputs, where they lie on one."""
         last = list(self.saved.quantizers.activations.values())[-1]
         return float(np.ravel(last.scale)[0])
+
+    def exported(
+        self, name: str, export: Callable[..., Any], count: int = 1, **options: Any
+    ) -> Path:
+        """The file that `export` writes of its tree for so many inputs, once, and its table."""
+        path, saved = self.folder / name, self.saved
+        if not path.is_file():
+            x = self.inputs[:count]
+            model = (self.apply, saved.params, saved.quantizers, x)
+            table = export(path, *model, **options)
+            jm.save(path.with_name(f"{name}_table.npz"), table=table)
+        return path
+
+    def exported_float(
+        self, name: str, export: Callable[..., Any], count: int = 1, **options: Any
+    ) -> Path:
+        """The same of the float model, beside the network."""
+        path = self.folder.parent / name
+        if not path.is_file():
+            export(path, self.apply, self.floats, None, self.inputs[:count], **options)
+        return path
 
     @property
     def label(self) -> list[str]:
         return [self.network, self.way]
 
 
-def cases(folder: Path, images: Path | None, only: str) -> Iterator[Case]:
+def cases(
+    folder: Path, images: Path | None, only: str, *, wide: bool = False
+) -> Iterator[Case]:
     """The cases whose names have `only` in them, made where they are not yet."""
-    for network in NETWORKS:
-        for way in NETWORKS[network].ways:
+    for network, about in NETWORKS.items():
+        ways = about.ways if not wide else WIDE if about.wide else {}
+        for way in ways:
             if only not in f"{network}, {way}":
                 continue
             place = folder / _plain(network) / _plain(way)
@@ -204,7 +250,7 @@ def _make(case: Case) -> None:
         np.save(place / "exact.npy", run(jm.lift(case.apply), folded, new))
     if "equalized" in case.way:
         tree = jm.equalize(folded, graph, batches=batches, progress=False)
-    options = {"bias": "int32"} | network.ways[case.way]
+    options = {"bias": "int32"} | (WIDE | network.ways)[case.way]
     config = jm.QuantConfig(**options)
     if network.target is not None:
         config = jm.QuantConfig.for_target(network.target, **options)
@@ -221,9 +267,10 @@ def _simulate(case: Case) -> None:
     rounded = jm.round_weights(tree, quantizers)
     program = jm.simulate(case.apply, quantizers, weights=False)
     simulated = run(program, rounded, case.inputs)
-    levels = simulated / case.step
-    if np.max(np.abs(levels - np.rint(levels))) > 1e-2:
-        raise ValueError(f"{case.network}: its outputs are not on its last grid.")
+    if quantizers.activations:
+        levels = simulated / case.step
+        if np.max(np.abs(levels - np.rint(levels))) > 1e-2:
+            raise ValueError(f"{case.network}: its outputs are not on its last grid.")
     case.keep("simulated", simulated)
 
 

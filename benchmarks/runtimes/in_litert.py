@@ -26,7 +26,7 @@ def rows(case: Case) -> list[Row]:
         path = written(case, BATCH)
     except ValueError as error:
         return [[*case.label, f"refused: {error}", *"–" * (len(COLUMNS) - 3)]]
-    table = jm.load(path.with_suffix(".npz")).table
+    table = case.table(path)
     call, x = runner(path), case.inputs
     parts = [call(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
     made = case.keep("litert", np.concatenate(parts))
@@ -64,23 +64,14 @@ def times(case: Case) -> list[Row]:
 
 
 def written(case: Case, count: int) -> Path:
-    """The integer file at this batch size, fed floats; with its table."""
-    path = case.folder / f"integers{count}.tflite"
-    if not path.is_file():
-        saved = case.saved
-        model = (case.apply, saved.params, saved.quantizers, case.inputs[:count])
-        table = jm.export.litert(path, *model, io="float")
-        jm.save(path.with_suffix(".npz"), table=table)
-    return path
+    """The integer file at this batch size, fed floats."""
+    return case.exported(f"integers{count}.tflite", jm.export.litert, count, io="float")
 
 
 def float_file(case: Case, count: int) -> Path:
     """The float model at this batch size."""
-    path = case.folder.parent / f"float{count}.tflite"
-    if not path.is_file():
-        x = case.inputs[:count]
-        jm.export.litert(path, case.apply, case.floats, None, x, io="float")
-    return path
+    name = f"float{count}.tflite"
+    return case.exported_float(name, jm.export.litert, count, io="float")
 
 
 def runner(path: Path) -> Any:

@@ -30,9 +30,9 @@ def rows(case: Case) -> list[Row]:
     made = case.keep("onnxruntime", ran(session(path, optimized), case.inputs))
     unfused = ran(session(path, fused=False), case.inputs)
     simulated, kinds = case.simulated, operations(optimized)
-    exact, found = case.exact, jm.load(case.folder / "onnx_table.npz").table
+    exact, found = case.exact, case.table(path)
     fused = [k for k in kinds if k.startswith("QLinear") or k == "QGemm"]
-    size = path.stat().st_size / (case.folder.parent / "float.onnx").stat().st_size
+    size = path.stat().st_size / float_file(case).stat().st_size
     return [
         [
             *case.label,
@@ -48,7 +48,7 @@ def rows(case: Case) -> list[Row]:
 
 def times(case: Case) -> list[Row]:
     """The integer file over the float one."""
-    both = [session(p) for p in (written(case), case.folder.parent / "float.onnx")]
+    both = [session(p) for p in (written(case), float_file(case))]
     name = both[0].get_inputs()[0].name
     found = []
     for count in (1, BATCH):
@@ -59,17 +59,13 @@ def times(case: Case) -> list[Row]:
 
 
 def written(case: Case) -> Path:
-    """The integer file, and beside the network the float one."""
-    path, plain = case.folder / "integers.onnx", case.folder.parent / "float.onnx"
-    if not plain.is_file():
-        jm.export.onnx(plain, case.apply, case.floats, None, case.example)
-    if not path.is_file():
-        saved = case.saved
-        table = jm.export.onnx(
-            path, case.apply, saved.params, saved.quantizers, case.example
-        )
-        jm.save(case.folder / "onnx_table.npz", table=table)
-    return path
+    """The integer file."""
+    return case.exported("integers.onnx", jm.export.onnx)
+
+
+def float_file(case: Case) -> Path:
+    """The float model."""
+    return case.exported_float("float.onnx", jm.export.onnx)
 
 
 def session(path: Path, optimized: Path | None = None, *, fused: bool = True) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtimes.cases import BATCH, Case
 from runtimes.figures import Row, decibels, same_top, shares, time_ratio
-from runtimes.in_onnxruntime import written
+from runtimes.in_onnxruntime import float_file, written
 
 COLUMNS = (
     "network", "quantizers", "layers in integers", "identical to the simulation (%)",
@@ -42,7 +42,7 @@ def rows(case: Case) -> list[Row]:
 
 def times(case: Case) -> list[Row]:
     """The integer file over the float one."""
-    files = (written(case), case.folder.parent / "float.onnx")
+    files = (written(case), float_file(case))
     both = [compiled(path).create_infer_request() for path in files]
     found = []
     for count in (1, BATCH):

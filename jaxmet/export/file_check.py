@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,19 @@ from jaxmet.engine.run.replay import Run, evaluate
 from jaxmet.export.flat_model import input_names, leaf_names
 from jaxmet.export.litert_file import litert
 from jaxmet.export.onnx_file import onnx
-from jaxmet.export.runtimes import LayerIntegers, RunningFile, opened
+from jaxmet.export.runtimes import (
+    ONNX_RUNTIMES,
+    LayerIntegers,
+    RunningFile,
+    opened,
+)
 from jaxmet.layers.fake_quantized import (
     fake_quantize_operands,
     fake_quantize_output,
 )
 from jaxmet.transforms.simulate import round_weights, simulate
 from jaxmet.tree.batches import Batches, as_batches
-from jaxmet.tree.checks import check_flags
+from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.leaves import dense, is_quantized
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
@@ -51,6 +56,7 @@ def check(
     batches: Any,
     *,
     against_float: bool = True,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
     **kwargs: Any,
 ) -> Table:
     r"""Run a file that jaxmet wrote: what it computes, its size and its speed.
@@ -70,7 +76,8 @@ def check(
     folder; of `jm.export.stablehlo` to the parameters and to JAX. Times are medians of pairs on the
     first batch, with the runtime's own number of threads.
 
-    It needs the extra that wrote the file.
+    It needs the extra that wrote the file, and for OpenVINO `pip install openvino`. OpenVINO shows
+    no layers, and is told to compute in float32 what is not in integers.
 
     Args:
         path: a file of `jm.export.onnx` (.onnx), `jm.export.litert` (.tflite) or
@@ -81,6 +88,7 @@ def check(
         batches: the data: `jm.batched(…)`, or an iterable of batches; a tuple is the inputs
             of the model.
         against_float: whether a float file is made, and both are timed; default True.
+        runtime: what runs an ONNX file, 'onnxruntime' (the default) or 'openvino'.
         **kwargs: keyword arguments for the model, as they were when it was written.
 
     Returns:
@@ -94,7 +102,13 @@ def check(
     >>> jm.export.check("model.onnx", apply, params, quantizers, batches)
     """
     check_flags(CALLER, against_float=against_float)
+    check_choices(CALLER, runtime=(runtime, ONNX_RUNTIMES))
     path = readable(path, CALLER, "jm.export.onnx")
+    if runtime == "openvino" and path.suffix != ".onnx":
+        raise ValueError(
+            f"jaxmet.{CALLER}: runtime is 'openvino', and {path} is no ONNX file, by its name. "
+            "Leave runtime out."
+        )
     refuse_module(apply, params, CALLER)
     check_apply(apply, CALLER)
     check_are_quantizers(quantizers, CALLER)
@@ -104,11 +118,13 @@ def check(
     quantizers.leaves(params, CALLER)
     shown = jax.eval_shape(partial(lifted(apply), **kwargs), params, *data.first)
     outputs = leaf_names(shown, "output")
-    file = opened(path, input_names(data.first), outputs, CALLER)
+    file = opened(path, input_names(data.first), outputs, CALLER, runtime)
     steps = _steps(graph, quantizers, outputs)
     run = _Models(apply, params, quantizers, kwargs)
     found = _compared(file, run, data, outputs, steps)
-    ratios = _against_float(path, file, run, data.first) if against_float else {}
+    ratios = {}
+    if against_float:
+        ratios = _against_float(path, file, run, data.first, runtime)
     layers = [n.name for n in graph.nodes if n.name in found and n.name not in outputs]
     rows = [found[n].row(n, steps=n in steps, ratios=ratios) for n in outputs]
     rows += [found[n].row(n) for n in layers]
@@ -306,7 +322,7 @@ def _steps(
 
 
 def _against_float(
-    path: Path, file: RunningFile, run: _Models, inputs: tuple[Any, ...]
+    path: Path, file: RunningFile, run: _Models, inputs: tuple[Any, ...], runtime: str
 ) -> dict[str, float]:
     """The size and the time of the file over those of the float one."""
     arrays = dict(zip(input_names(inputs), _arrays(inputs), strict=True))
@@ -323,7 +339,7 @@ def _against_float(
             size = sum(np.asarray(a).nbytes for a in leaves)
             times = _times(lambda: file.run(arrays), lambda: run.exact(*inputs))
             return {"size": path.stat().st_size / size, "time": times}
-        floats = opened(other, file.inputs, file.outputs, CALLER)
+        floats = opened(other, file.inputs, file.outputs, CALLER, runtime)
         times = _times(lambda: file.run(arrays), lambda: floats.run(arrays))
         return {"size": path.stat().st_size / other.stat().st_size, "time": times}
 

@@ -72,6 +72,14 @@ def example_shapes(inputs: Any, batch: str) -> Any:
     return jax.tree.map(shape, inputs)
 
 
+def needs_batch_size(caller: str, error: Exception) -> ValueError:
+    """What to raise for a model that does not export with a symbol for its batch size."""
+    return ValueError(
+        f"jaxmet.{caller}: the model cannot be exported for any batch size "
+        f"({str(error).splitlines()[0]}). Pass batch='fixed' and inputs of that size."
+    )
+
+
 def input_names(inputs: tuple[Any, ...]) -> list[str]:
     """A name for each array that a model takes."""
     return leaf_names(inputs if len(inputs) != 1 else inputs[0], "input")

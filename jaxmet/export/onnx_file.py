@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxmet.engine.backend.onnx_lowering import WrittenGrid, onnx_model
 from jaxmet.engine.program.calls import Apply
-from jaxmet.export.flat_model import flat_model
-from jaxmet.export.onnx_graph import INTEGERS, OnnxGraph, nodes_of
+from jaxmet.export.flat_model import flat_model, needs_batch_size
+from jaxmet.export.onnx_graph import INTEGERS, LAYOUT, OnnxGraph, nodes_of
 from jaxmet.export.onnx_passes import fused
 from jaxmet.tree.checks import check_choices, check_counts, check_flags
 from jaxmet.tree.packages import package
@@ -123,10 +123,7 @@ def lowered(
     except Exception as error:
         symbolic = ("Symbolic dimension", "_DimExpr")
         if batch == "dynamic" and any(word in str(error) for word in symbolic):
-            raise ValueError(
-                f"jaxmet.{caller}: the model needs a number for its batch size "
-                f"({str(error).splitlines()[0]}). Pass batch='fixed' and inputs of that size."
-            ) from error
+            raise needs_batch_size(caller, error) from error
         raise
 
 
@@ -196,10 +193,7 @@ def _owner(graph: OnnxGraph, node: Any, grids: Mapping[str, WrittenGrid]) -> str
     return grid.owner if grid is not None else None
 
 
-MOVES = (
-    "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad", "Gather",
-    "Expand", "Tile", "MaxPool",
-)  # fmt: skip
+MOVES = (*LAYOUT, "Pad", "MaxPool")
 """Operations that runtimes do on integers themselves."""
 
 

@@ -4,12 +4,13 @@ A softmax is found by its maximum, exponentials and their sum, a leaky ReLU by i
 value that is spread or looked up stays on its grid, and a grid times a number is another grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmet.export.onnx_graph import (
+    LAYOUT,
     OnnxGraph,
     nodes_of,
     rank_of,
@@ -19,7 +20,6 @@ from jaxmet.export.onnx_graph import (
 
 SPREADS = ("Identity", "Expand", "Reshape", "Unsqueeze")
 MOVES = ("Expand", "Gather", "Tile")
-LAID = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", *MOVES)
 TAKERS = ("MatMul", "Gemm", "Conv", "Softmax")
 """Operations that take any grid for their operands."""
 
@@ -73,23 +73,23 @@ def leaky_relus(graph: OnnxGraph) -> None:
         graph.prune()
 
 
-def bounds(graph: OnnxGraph) -> None:
-    """Maxima and minima of a value and numbers as Relu or Clip, which quantizers know."""
-    for node in reversed([*nodes_of(graph, "Max", "Min")]):
+def bounds(graph: OnnxGraph, *, integers: bool = True) -> None:
+    """Maxima and minima of a value and numbers as Relu or Clip, which quantizers know.
+
+    With `integers` a ReLU before a grid is a Clip: OpenVINO 2026.4 drops a Relu there, and
+    crashes on two grids in a row.
+    """
+    for node in reversed([*nodes_of(graph, "Max", "Min", "Relu")]):
         if graph.producers.get(node.output[0]) is not node:
             continue  # within another one
-        source, steps = node.output[0], []
-        while (step := _bound(graph, source)) is not None:
-            source, kind, number = step
-            steps.append((kind, number))
-            if graph.only_consumer(source) is None:
-                break
+        source, steps = bounded(graph, node.output[0], numbers=True)
         if not steps:
             continue
         low, high = -np.inf, np.inf
-        for kind, number in reversed(steps):  # from the value on
-            low, high = (kind(end, number) for end in (low, high))
-        if (low, high) == (0, np.inf):
+        for bound in steps:
+            low, high = (float(np.squeeze(bound(end))) for end in (low, high))
+        is_relu = (low, high) == (0, np.inf)
+        if is_relu and not (integers and _is_quantized(graph, node.output[0])):
             made = graph.insert(node, "Relu", source)
         else:
             ends = [_end(graph, node, end) for end in (low, high)]
@@ -98,18 +98,52 @@ def bounds(graph: OnnxGraph) -> None:
         graph.prune()
 
 
-def _bound(graph: OnnxGraph, name: str) -> tuple[str, Any, float] | None:
-    """What a maximum or minimum with one float is of, its function, and the float."""
+Bound = Callable[[Any], Any]
+"""A maximum or a minimum with a constant."""
+
+
+def bounded(
+    graph: OnnxGraph, name: str, *, numbers: bool = False
+) -> tuple[str, list[Bound]]:
+    """What maxima, minima and ReLUs bound that nothing else reads, and these from there on.
+
+    Only those with a single number each where `numbers` is True.
+    """
+    steps: list[Bound] = []
+    while (found := _bound(graph, name)) is not None:
+        source, bound, size = found
+        if numbers and size != 1 or steps and graph.only_consumer(name) is None:
+            break
+        name = source
+        steps.insert(0, bound)
+    return name, steps
+
+
+def _bound(graph: OnnxGraph, name: str) -> tuple[str, Bound, int] | None:
+    """What a maximum or minimum with a constant is of, its function, the constant's size."""
     node = graph.producers.get(name)
-    kinds = {"Max": max, "Min": min}
-    if node is None or node.op_type not in kinds or len(node.input) != 2:
+    if node is None or node.op_type not in ("Max", "Min", "Relu"):
         return None
+    if node.op_type == "Relu":
+        return node.input[0], lambda x: np.maximum(x, np.float32(0)), 1
     known = [graph.constant(n) for n in node.input]
     i = next((i for i, a in enumerate(known) if a is not None), None)
-    number = None if i is None else known[i]
-    if i is None or number is None or number.size != 1 or number.dtype != np.float32:
+    constant = None if i is None else known[i]
+    if i is None or constant is None or len(known) != 2:
         return None
-    return node.input[1 - i], kinds[node.op_type], float(number.ravel()[0])
+    if constant.dtype != np.float32:
+        return None
+    function = np.maximum if node.op_type == "Max" else np.minimum
+    return node.input[1 - i], lambda x: function(x, constant), constant.size
+
+
+def _is_quantized(graph: OnnxGraph, name: str) -> bool:
+    """Whether a QuantizeLinear reads a value, after layout operations."""
+    return any(
+        c.op_type == "QuantizeLinear"
+        or (c.op_type in LAYOUT and _is_quantized(graph, c.output[0]))
+        for c in graph.consumers.get(name, [])
+    )
 
 
 def _end(graph: OnnxGraph, node: Any, end: float) -> str:
@@ -144,10 +178,37 @@ def scaled_grids(graph: OnnxGraph) -> None:
         graph.prune()
 
 
+def repeats(graph: OnnxGraph) -> None:
+    """A value on a grid that is repeated along one axis as Tile.
+
+    OpenVINO 2026.4 gives other integers for an Expand there, and for a Tile of several axes.
+    """
+    for node in nodes_of(graph, "Expand"):
+        source = _before(graph, node.input[0], LAYOUT)
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        given, wanted = (sizes_of(graph, n) for n in (node.input[0], node.output[0]))
+        if given is None or wanted is None or len(given) != len(wanted):
+            continue
+        pairs = list(zip(given, wanted, strict=True))
+        if any(n != m and (n != 1 or m == 0) for n, m in pairs):  # 0 is a symbol
+            continue
+        counts = [1 if n == m else m for n, m in pairs]
+        if sum(n > 1 for n in counts) > 1:
+            continue
+        if max(counts) > 1:
+            name = graph.add_constant("repeats", np.asarray(counts, np.int64))
+            made = graph.insert(node, "Tile", node.input[0], name)
+        else:
+            made = node.input[0]
+        redirect(graph, node.output[0], made)
+        graph.prune()
+
+
 def moves(graph: OnnxGraph) -> None:
     """A value on a grid that is spread or looked up as one on that grid again."""
     for node in nodes_of(graph, *MOVES):
-        source = _before(graph, node.input[0], LAID)
+        source = _before(graph, node.input[0], LAYOUT)
         if source is None or source.op_type != "DequantizeLinear":
             continue
         arrays = [graph.constant(n) for n in source.input[1:]]
@@ -217,6 +278,6 @@ def _any_grid_will_do(graph: OnnxGraph, name: str) -> bool:
         return False
     return all(
         c.op_type in TAKERS
-        or (c.op_type in LAID and _any_grid_will_do(graph, c.output[0]))
+        or (c.op_type in LAYOUT and _any_grid_will_do(graph, c.output[0]))
         for c in consumers
     )

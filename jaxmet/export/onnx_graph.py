@@ -11,6 +11,10 @@ INTEGERS = "/integers"
 
 
 SAME_NUMBERS = ("Reshape", "Identity", "Unsqueeze", "Expand")
+LAYOUT = (
+    "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand", "Gather", "Tile",
+)  # fmt: skip
+"""Operations whose results have no values but those of their input."""
 
 
 class OnnxGraph:

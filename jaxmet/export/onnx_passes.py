@@ -5,12 +5,20 @@ runtimes hold it. A clip before a QuantizeLinear becomes bounds of the integers,
 where they are those of the grid: rounding is monotone.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jaxmet.export.onnx_forms import bounds, leaky_relus, moves, scaled_grids, softmaxes
+from jaxmet.export.onnx_forms import (
+    bounded,
+    bounds,
+    leaky_relus,
+    moves,
+    repeats,
+    scaled_grids,
+    softmaxes,
+)
 from jaxmet.export.onnx_graph import (
     OnnxGraph,
     attribute,
@@ -34,8 +42,8 @@ def fused(model: Any, *, integers: bool = True) -> Any:
     graph = OnnxGraph(model)
     forms = (softmaxes, leaky_relus, _weights, dense_layers, products_of_activations)
     values = (_biases, without_zero_biases, _pools, _means)
-    grids = (scaled_grids, moves, _clips) if integers else ()
-    for each in (*forms, *values, *grids, bounds):
+    grids = (scaled_grids, repeats, moves, _clips, _flat_products) if integers else ()
+    for each in (*forms, *values, *grids, partial(bounds, integers=integers)):
         each(graph)
         graph.prune()
     return model
@@ -260,35 +268,21 @@ def _means(graph: OnnxGraph) -> None:
 def _clips(graph: OnnxGraph) -> None:
     """Bounds before a QuantizeLinear as bounds of its integers, or none."""
     for quantize in nodes_of(graph, "QuantizeLinear"):
-        low, high, source = -np.inf, np.inf, quantize.input[0]
-        ends: list[Callable] = []
-        while True:
-            node = graph.producers.get(source)
-            if node is None or node.op_type not in ("Max", "Min", "Relu"):
-                break
-            if graph.only_consumer(source) is None:
-                break
-            if node.op_type == "Relu":
-                given, bound = node.input[0], np.float32(0)
-            else:
-                known = [graph.constant(name) for name in node.input]
-                i = next((i for i, c in enumerate(known) if c is not None), None)
-                if i is None or len(known) != 2:
-                    break
-                given, bound = node.input[1 - i], known[i]
-            ends.append(lambda v, n=node, b=bound: _bounded(v, n.op_type, b))
-            source = given
+        if graph.only_consumer(quantize.input[0]) is None:
+            continue
+        source, steps = bounded(graph, quantize.input[0])
         producer = graph.producers.get(source)
         while producer is not None and producer.op_type in ("Transpose", "Reshape"):
             producer = graph.producers.get(producer.input[0])
         # without the clip two grids would follow each other, and runtimes drop the first
-        if not ends or producer is None or producer.op_type == "DequantizeLinear":
+        if not steps or producer is None or producer.op_type == "DequantizeLinear":
             continue
         scale, zero = (graph.constant(name) for name in quantize.input[1:3])
         if scale is None or zero is None or scale.size != 1 or zero.itemsize > 1:
             continue
         info = np.iinfo(zero.dtype)
-        for bound in reversed(ends):  # from the value on
+        low, high = -np.inf, np.inf
+        for bound in steps:
             low, high = bound(low), bound(high)
         low, high = (
             np.clip(
@@ -313,5 +307,24 @@ def _clips(graph: OnnxGraph) -> None:
         graph.read()
 
 
-def _bounded(value: Any, kind: str, bound: Any) -> Any:
-    return np.minimum(value, bound) if kind == "Min" else np.maximum(value, bound)
+def _flat_products(graph: OnnxGraph) -> None:
+    """The grid of a dense layer without a bias before the Reshape that follows it, too.
+
+    OpenVINO 2026.4 computes wrong integers for one that is only after the Reshape.
+    """
+    for reshape in nodes_of(graph, "Reshape"):
+        product = graph.producers.get(reshape.input[0])
+        quantize = graph.only_consumer(reshape.output[0])
+        kinds = [n.op_type if n is not None else "" for n in (product, quantize)]
+        if kinds != ["Gemm", "QuantizeLinear"]:
+            continue
+        assert product is not None and quantize is not None
+        if len(product.input) > 2:
+            continue
+        scale = graph.constant(quantize.input[1])
+        if scale is None or scale.size != 1:
+            continue
+        grid = list(quantize.input[1:])
+        flat = graph.insert(reshape, "QuantizeLinear", reshape.input[0], *grid)
+        reshape.input[0] = graph.insert(reshape, "DequantizeLinear", flat, *grid)
+        graph.read()

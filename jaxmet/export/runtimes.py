@@ -37,15 +37,31 @@ class RunningFile(NamedTuple):
     fixed: bool = False
 
 
+ONNX_RUNTIMES = ("onnxruntime", "openvino")
+"""What runs ONNX files."""
+
+
 def opened(
-    path: Path, inputs: Sequence[str], outputs: Sequence[str], caller: str
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    caller: str,
+    runtime: str = "onnxruntime",
 ) -> RunningFile:
     """The file under `path` in its runtime, with the names of the model's inputs and outputs.
+
+    Args:
+        path: the file.
+        inputs: the names of the model's inputs.
+        outputs: the names of its outputs.
+        caller: the public function that opens it, for errors.
+        runtime: what runs it if it is an ONNX file.
 
     Raises:
         ValueError: for a file of another kind, and for one that its runtime does not load.
     """
-    openers = {".onnx": _onnx, ".tflite": _litert, ".jax": _jax}
+    onnx = _openvino if runtime == "openvino" else _onnx
+    openers = {".onnx": onnx, ".tflite": _litert, ".jax": _jax}
     if path.suffix not in openers:
         raise ValueError(
             f"jaxmet.{caller}: {path} is none of {', '.join(openers)}, by its name. Give a "
@@ -77,15 +93,7 @@ def _onnx(
     content = path.read_bytes()
     model = onnx.load_from_string(content)
     whole = _session(library, content)
-    graph, grids = OnnxGraph(model), {}
-    for node in nodes_of(graph, "QuantizeLinear", "Max", "Min"):
-        name, source = node.output[0], node
-        if not name.endswith(INTEGERS):
-            continue
-        while source.op_type != "QuantizeLinear":  # before bounds of the integers
-            source = graph.producers[source.input[0]]
-        grids[name] = [graph.constant(n) for n in source.input[1:3]]
-        graph.graph.output.append(onnx.ValueInfoProto(name=name))
+    grids = show_integers(model)
 
     def run(arrays: Mapping[str, Any]) -> list[Any]:
         return whole.run([*outputs], dict(arrays))
@@ -105,6 +113,44 @@ def _onnx(
     fixed = any(isinstance(size, int) for size in sizes)
     names = [i.name for i in whole.get_inputs()]
     return RunningFile(_version("onnxruntime"), names, outputs, run, layers, fixed)
+
+
+def _openvino(
+    path: Path, inputs: Sequence[str], outputs: Sequence[str], caller: str
+) -> RunningFile:
+    """An ONNX file in OpenVINO on the processor, which shows no layers: its fusion would change.
+
+    Where the processor has bfloat16, OpenVINO computes in it by default.
+    """
+    del inputs
+    library = package("openvino", caller, "openvino")
+    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    model = library.Core().compile_model(path, "CPU", options)
+
+    def run(arrays: Mapping[str, Any]) -> list[Any]:
+        made = model(dict(arrays))
+        return [made[name] for name in outputs]
+
+    sizes = [i.partial_shape[0] for i in model.inputs if len(i.partial_shape)]
+    fixed = any(size.is_static for size in sizes)
+    names = [i.any_name for i in model.inputs]
+    return RunningFile(_version("openvino"), names, outputs, run, fixed=fixed)
+
+
+def show_integers(model: Any) -> dict[str, list[Any]]:
+    """Make the integers of all layers outputs of an ONNX model; scale and zero point of each."""
+    import onnx
+
+    graph, grids = OnnxGraph(model), {}
+    for node in nodes_of(graph, "QuantizeLinear", "Max", "Min"):
+        name, source = node.output[0], node
+        if not name.endswith(INTEGERS):
+            continue
+        while source.op_type != "QuantizeLinear":  # before bounds of the integers
+            source = graph.producers[source.input[0]]
+        grids[name] = [graph.constant(n) for n in source.input[1:3]]
+        graph.graph.output.append(onnx.ValueInfoProto(name=name))
+    return grids
 
 
 def _session(library: Any, content: bytes) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.export
 
 from jaxmet.engine.program.calls import Apply
-from jaxmet.export.flat_model import example_shapes
+from jaxmet.export.flat_model import example_shapes, needs_batch_size
 from jaxmet.export.integer_steps import integer_model, step_table
 from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.packages import package
@@ -74,10 +74,7 @@ def stablehlo(
     except (jax.errors.JAXTypeError, ValueError, TypeError) as error:
         if batch == "fixed":
             raise
-        raise ValueError(
-            f"jaxmet.{CALLER}: the model cannot be exported for any batch size "
-            f"({str(error).splitlines()[0]}). Pass batch='fixed' and inputs of that size."
-        ) from error
+        raise needs_batch_size(CALLER, error) from error
     artefact = found.serialize()
     written(path, lambda f: f.write(artefact))
     return step_table(steps, CALLER)

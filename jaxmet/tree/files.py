@@ -30,7 +30,8 @@ def save(
     """Write parameters, quantizers and a table, or some of them, to one npz file.
 
     Dicts, lists and tuples, and quantizers in them, are restored exactly by `load`, other
-    containers with its `like`. The file appears under its name only when it is complete.
+    containers with its `like`. The file appears under its name only when it is complete, and
+    replaces one that is there.
 
     Args:
         path: the npz file to write.

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from zoo import CASES
 
 pytestmark = pytest.mark.slow
 quiet = {"progress": False}
@@ -169,29 +168,6 @@ def test_a_litert_file(tmp_path, model):
         assert table["value"] == ["output"] and table["largest (steps)"][0] <= 1
         assert table["identical (%)"][0] >= 95
         assert table["time / float"][0] > 0 and table["size / float"][0] < 1
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if "scan" not in n])
-def test_layers_of_the_zoo(name, tmp_path):
-    """Every layer of every model that can be written is found under its name."""
-    pytest.importorskip("jax2onnx")
-    case = CASES[name]
-    apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
-    graph = jm.trace(apply, params, *inputs)
-    params = jm.fold_batch_norm(params, graph)
-    quantizers = jm.calibrate(params, graph, [tuple(inputs)], **quiet)
-    path = tmp_path / "model.onnx"
-    try:
-        jm.export.onnx(path, apply, params, quantizers, *inputs, batch="fixed")
-    except (ValueError, NotImplementedError) as error:
-        pytest.skip(f"refused: {error}")
-    table = jm.export.check(
-        path, apply, params, quantizers, [tuple(inputs)], against_float=False
-    )
-    assert {v for v in table["value"] if "output" not in v} <= {
-        n.name for n in graph.nodes
-    }
-    assert set(quantizers.activations) <= set(table["value"])
 
 
 def test_what_is_refused(tmp_path, model):

@@ -103,6 +103,9 @@ def test_the_artefact_runs_without_jaxmet(tmp_path):
         jm.export.stablehlo(
             tmp_path / "b", apply, integers, quantizers, shape, platforms=["npu"]
         )
+    counted = lambda p, x: apply(p, x) * float(x.shape[0])
+    with pytest.raises(ValueError, match=r"for any batch size .* batch='fixed'"):
+        jm.export.stablehlo(tmp_path / "b", counted, integers, quantizers, shape)
 
 
 def test_weights_that_the_model_lays_out_are_numbers(tmp_path):

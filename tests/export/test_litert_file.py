@@ -312,6 +312,25 @@ def test_heads_and_derived_weights_are_integers(tmp_path):
     assert np.mean(apart == 0) >= 0.97 and apart.max() <= 1
 
 
+def test_a_weight_that_is_spread_out_is_integers(tmp_path):
+    """It is larger than what the tree holds, so the program has an equation for it."""
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    params, x = {"one": draw(64, 64), "row": draw(1, 64)}, draw(16, 64)
+
+    def model(params, x):
+        return jax.nn.relu(x @ params["one"]) @ jnp.tile(params["row"], (64, 1))
+
+    graph = jm.trace(model, params, x)
+    config = jm.QuantConfig.for_target("litert")
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
+    table = jm.export.litert(tmp_path / "m.tflite", model, params, quantizers, x)
+    assert [*table["integers"]] == ["yes", "yes"]
+    made = ran(tmp_path / "m.tflite", input=x)["output"]
+    wanted = jax.jit(jm.simulate(model, quantizers))(params, x)
+    assert steps_apart(made, wanted, quantizers).max() <= 1
+
+
 def test_what_the_runtime_cannot_run_is_refused_with_the_layer(tmp_path):
     """The converter's own transposed convolution, which does not load, in float either."""
 

@@ -113,6 +113,15 @@ def test_a_float_file_and_a_fixed_batch(tmp_path):
     assert shape.dim[0].dim_value == 4
 
 
+def test_jax_is_as_it_was_after_an_export(tmp_path):
+    path = tmp_path / "sums.onnx"
+    model = lambda params, x: jnp.cumsum(x @ params["w"], 1)
+    jm.export.onnx(path, model, {"w": jnp.eye(3)}, None, jnp.ones((2, 3)))
+    np.testing.assert_array_equal(jnp.cumsum(jnp.ones((2, 3)), 1), [[1, 2, 3]] * 2)
+    (made,), _ = ran(path, np.ones((4, 3), np.float32))
+    np.testing.assert_array_equal(made, [[1, 2, 3]] * 4)
+
+
 def test_a_tree_of_integers_gives_the_same_file(tmp_path):
     apply, params, graph, quantizers, images = demo()
     quantizers = quantizers.pin(params)
@@ -124,12 +133,9 @@ def test_a_tree_of_integers_gives_the_same_file(tmp_path):
     np.testing.assert_array_equal(*made)
 
 
-LOSSES = {}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_models_of_the_zoo(name, tmp_path):
-    """Whatever the model, the file computes the simulation, or its export is refused."""
+    """The file computes the simulation and shows every layer, or its export is refused."""
     case = CASES[name]
     apply, params, inputs = case.make[case.frontends[0]](jax.random.key(0))
     graph = jm.trace(apply, params, *inputs)
@@ -147,6 +153,12 @@ def test_models_of_the_zoo(name, tmp_path):
         two = np.asarray(two)
         scale = np.abs(two).max(initial=1e-6)
         assert np.mean(np.abs(one - two) > 0.05 * scale) <= 0.05
+    table = jm.export.check(
+        path, apply, params, quantizers, [tuple(inputs)], against_float=False
+    )
+    layers = {v for v in table["value"] if "output" not in v}
+    assert layers <= {n.name for n in graph.nodes}
+    assert set(quantizers.activations) <= set(table["value"])
 
 
 def test_an_nnx_model_with_several_inputs(tmp_path):
@@ -192,7 +204,9 @@ def test_what_is_refused(tmp_path):
         return x @ params["w"] * float(x.shape[0])
 
     w = {"w": jnp.ones((3, 2))}
-    with pytest.raises(ValueError, match=r"export\.onnx: the model needs a number"):
+    with pytest.raises(
+        ValueError, match=r"export\.onnx: the model cannot be exported for any batch"
+    ):
         jm.export.onnx(free, counted, w, None, jnp.ones((2, 3)))
     assert not free.exists()
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
+from jaxmet.export.onnx_passes import fused
 
 pytestmark = pytest.mark.slow
 onnx = pytest.importorskip("onnx")
@@ -32,7 +33,7 @@ PARAMS = {
     for name, size in SIZES.items()
 }
 INPUTS = jnp.asarray(RNG.normal(size=(16, 8, 8, 3)), jnp.float32)
-LAID = {"Transpose", "Reshape", "Flatten", "Slice", "Gather", "Expand", "Identity"}
+LAID = {"Transpose", "Reshape", "Flatten", "Slice", "Gather", "Tile", "Identity"}
 LAID |= {
     "QuantizeLinear",
     "DequantizeLinear",
@@ -63,8 +64,12 @@ def tokens(p, x):
     return conv(x, p["a"]).reshape(x.shape[0], -1, 8)
 
 
+def total(x):
+    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
 def average(x):
-    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+    return total(x) / 4
 
 
 def largest(x):
@@ -129,11 +134,16 @@ FLOAT = {
         lambda p, x: jnp.sum(conv(x, p["a"]), (1, 2)) @ p["dense"],
         {"ReduceSum"},
     ),
+    "sum of a window": (after(total), {"AveragePool", "Mul"}),
     "linear resize": (
         after(lambda x: jax.image.resize(x, (x.shape[0], 16, 16, 8), "linear")),
         {"Einsum"},
     ),
 }
+
+
+NOTED = {"tanh": "tanh", "silu": "silu", "sum": "sum", "sum of a window": "sum"}
+"""The others share a name with what is in integers: additions, and nearest resizing."""
 
 
 def written(model, tmp_path, **options):
@@ -151,6 +161,13 @@ def written(model, tmp_path, **options):
     return path, quantizers, table, Counter(n.op_type for n in nodes)
 
 
+def notes(model):
+    """What `jm.plan` says of tensors on this target."""
+    graph = jm.trace(model, PARAMS, INPUTS)
+    table = jm.plan(PARAMS, graph, jm.QuantConfig.for_target("onnxruntime"))
+    return [note for note in table["note"] if note]
+
+
 @pytest.mark.parametrize("name", INTEGERS)
 def test_it_is_computed_in_integers(name, tmp_path):
     model, wanted = INTEGERS[name]
@@ -166,6 +183,7 @@ def test_it_is_computed_in_integers(name, tmp_path):
     assert max(checked["largest (steps)"][1:]) <= 1
     # Its softmax rounds otherwise; halves of 0.5 a lie between two steps of a.
     assert min(checked["identical (%)"][1:]) >= 95
+    assert not [note for note in notes(model) if "computed in float" in note]
 
 
 @pytest.mark.parametrize("name", FLOAT)
@@ -178,9 +196,11 @@ def test_it_is_computed_in_float_and_right(name, tmp_path):
     )
     assert max(checked["largest (steps)"][1:]) <= 1
     assert min(checked["identical (%)"][1:]) >= 99
+    said = f"{NOTED.get(name)} is computed in float on onnxruntime"
+    assert (name in NOTED) == any(said in note for note in notes(model))
 
 
-@pytest.mark.parametrize("name", ["attention", "scaled scores", "repeat"])
+@pytest.mark.parametrize("name", ["attention", "scaled scores", "repeat", "relu"])
 def test_encodings_have_the_grids_as_they_are(name, tmp_path):
     """What is moved into other grids in integers stays where it is in a float file."""
     model, _ = INTEGERS[name]
@@ -191,6 +211,8 @@ def test_encodings_have_the_grids_as_they_are(name, tmp_path):
     assert scales == {
         float(np.ravel(q.grid(None)[0])[0]) for q in quantizers.activations.values()
     }
+    kinds = Counter(n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds["Relu"] == (name == "relu")  # a Clip where there are grids
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (made,) = session.run(None, {"input": np.asarray(INPUTS)})
     wanted = model(jm.round_weights(PARAMS, quantizers), INPUTS)
@@ -215,6 +237,30 @@ def test_bounds_of_a_float_file_are_what_quantizers_know(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (made,) = session.run(None, {"input": np.asarray(INPUTS)})
     np.testing.assert_allclose(made, model(PARAMS, INPUTS), rtol=1e-3, atol=1e-3)
+
+
+def built(*nodes, **arrays):
+    """A float model of one value, its operations given by kind and second input."""
+    helper, name, made = onnx.helper, "x", []
+    for i, (kind, *others) in enumerate(nodes):
+        made.append(helper.make_node(kind, [name, *others], [name := f"y{i}"]))
+    value = lambda n: helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [4, 8])
+    constants = [
+        onnx.numpy_helper.from_array(np.asarray(a, np.float32), n)
+        for n, a in arrays.items()
+    ]
+    graph = helper.make_graph(made, "g", [value("x")], [value(name)], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+
+
+def test_a_relu_of_the_graph_is_a_bound_like_others():
+    six = {"six": 6.0, "many": np.arange(8.0)}
+    kinds = lambda model: [n.op_type for n in fused(model).graph.node]
+    assert kinds(built(("Relu",), ("Min", "six"), **six)) == ["Clip"]
+    assert kinds(built(("Min", "six"), ("Relu",), **six)) == ["Clip"]
+    assert kinds(built(("Relu",), ("Relu",))) == ["Relu"]
+    each = built(("Min", "many"), ("Relu",), **six)  # a Clip has no bound per channel
+    assert kinds(each) == ["Min", "Relu"]
 
 
 def test_sums_that_lie_along_another_axis_are_no_softmax(tmp_path):

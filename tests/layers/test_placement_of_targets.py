@@ -106,6 +106,30 @@ def test_what_a_target_does_not_know_is_stated_not_refused(net, name):
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
+def test_a_sum_is_in_float_where_a_target_says_so(name):
+    """Of a window and of all positions; their results have quantizers on every target."""
+
+    def model(params, x):
+        y = jax.lax.reduce_window(
+            x @ params["w"], 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        )
+        return jnp.sum(y @ params["w"], (1, 2)) @ params["w"]
+
+    params, x = {"w": jnp.eye(4)}, jnp.ones((2, 8, 8, 4))
+    graph = jm.trace(model, params, x)
+    sums = [n.name for n in graph.nodes if n.function == "sum"]
+    table = jm.plan(params, graph, jm.QuantConfig.for_target(name))
+    found = dict(zip(table["name"], zip(table["kind"], table["note"], strict=True)))
+    in_float = (
+        None
+        if name in ("litert", "htp", "openvino")
+        else f"sum is computed in float on {name}; its output is quantized"
+    )
+    assert len(sums) == 2
+    assert all(found[n] == ("activation", in_float) for n in sums)
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
 def test_every_target_simulates(net, name):
     params, _, x = net
     device = jm.simulate(Net().apply, quantizers_of(net, name))

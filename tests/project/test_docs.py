@@ -178,7 +178,7 @@ SHARED = {
 }
 RUN_APART = {
     *("compression", "deploy", "inside", "integers", "litert", "new-transform"),
-    *("training", "transformers"),
+    *("openvino", "training", "transformers"),
 }
 OWN_MODEL = {  # integers: tests/export/test_integers_file.py
     *("integers", "new-transform", "training", "transformers"),
@@ -284,6 +284,19 @@ def test_litert_runs_as_printed(folder):
     (output,) = scope["outputs"].values()
     assert output.dtype == jnp.int8 and output.shape == (1, 4)
     assert (folder / "model.tflite").exists()
+
+
+@pytest.mark.slow
+def test_openvino_runs_as_printed(folder, monkeypatch):
+    # With it the import forks a process to send statistics, of which JAX warns.
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    for package in ("jax2onnx", "onnx", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="pip install '.[onnx]' openvino")
+    scope = run(DOCS / "openvino.md", scope_of("linen"), "linen")
+    step = float([*scope["quantizers"].activations.values()][-1].scale)
+    apart = jnp.round(jnp.abs(scope["logits"] - scope["simulated"]) / step)
+    assert apart.max() <= 1 and jnp.mean(apart == 0) > 0.9
+    assert "in openvino" in scope["table"].title
 
 
 class Trained(nn.Module):

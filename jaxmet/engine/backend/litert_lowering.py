@@ -80,7 +80,7 @@ def _ran(
         elif any(isinstance(x, Tracer) for x in operands) or equation.effects:
             with scope:
                 found = compat.bind(equation.primitive, equation.params, operands)
-        else:  # a number of a grid has to be known, so all that can be is
+        else:  # a weight that is spread out is still an equation, and integers need its numbers
             with jax.ensure_compile_time_eval():
                 found = compat.bind(equation.primitive, equation.params, operands)
         known.update(zip(equation.outvars, found, strict=True))

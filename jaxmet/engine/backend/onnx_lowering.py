@@ -51,9 +51,6 @@ def onnx_model(
     The function is traced first: jax2onnx changes flax while it traces, so the model would
     be another one.
     """
-    import jax2onnx
-
-    _register()
     grids: dict[str, WrittenGrid] = {}
     _GRIDS.set(grids)
     _PACKED.set(packed)
@@ -68,14 +65,21 @@ def onnx_model(
     jaxpr = jax.make_jaxpr(with_known_computed(jaxpr, is_grid))(*inputs)
     run = jaxpr_as_fun(jaxpr)
     one = len(jaxpr.jaxpr.outvars) == 1
-    model = jax2onnx.to_onnx(
-        lambda *x: run(*x)[0] if one else tuple(run(*x)),
-        list(inputs),
-        opset=opset,
-        model_name="jaxmet",
-        input_names=list(input_names),
-        output_names=list(output_names),
-    )
+    cumsum = jnp.cumsum
+    try:
+        import jax2onnx
+
+        _register()
+        model = jax2onnx.to_onnx(
+            lambda *x: run(*x)[0] if one else tuple(run(*x)),
+            list(inputs),
+            opset=opset,
+            model_name="jaxmet",
+            input_names=list(input_names),
+            output_names=list(output_names),
+        )
+    finally:  # it leaves its own there, which takes no axis by position
+        jnp.cumsum = cumsum
     return model, grids
 
 

@@ -8,6 +8,7 @@ TARGET = Target(
     # QLinearConcat, QLinearAdd and QLinearAveragePool have scales for inputs and outputs; a
     # Resize between Q and DQ runs on the integers themselves.
     shares=frozenset({"resize"}),
+    # A sum, of a window too, has no QLinear form: it runs in float, its result is quantized.
     integers=frozenset(
         {"conv", "dense", "matmul", "add", "multiply", "concat", "resize", "relu"}
         | {"clip", "leaky_relu", "sigmoid", "softmax", "avg_pool", "mean", "lookup"}

@@ -16,9 +16,11 @@ TARGET = Target(
     fuses=NORMS | pairs(MAKERS, *CLIPS) | pairs(("conv", "dense"), *SLOPES) | GATES,
     # AlignQuantizationIntervals gives the inputs of a concatenation one interval.
     shares=frozenset({"concat"}),
+    # Products of two activations, element by element too, run in float on CPUs (2026.4): both
+    # operands are uint8 with a zero point there.
     integers=frozenset(
-        {"conv", "dense", "matmul", "add", "multiply", "concat", "resize", "relu"}
-        | {"clip", "leaky_relu", "prelu", "avg_pool", "mean", "max_pool"}
+        {"conv", "dense", "add", "concat", "resize", "relu", "clip", "leaky_relu"}
+        | {"prelu", "avg_pool", "mean", "sum", "max_pool"}
     ),
     # The bias of an integer convolution is added to its dequantized result.
     bias="float",
