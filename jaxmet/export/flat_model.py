@@ -41,6 +41,7 @@ def flat_model(
     check_apply(apply, caller)
     quantizers = Quantizers() if quantizers is None else quantizers
     check_are_quantizers(quantizers, caller)
+    refuse_dynamic(quantizers, caller)
     fitted(params, trace(apply, params, *inputs, **kwargs), caller)
     quantizers.leaves(params, caller)
     structure = jax.tree.structure(inputs)
@@ -58,6 +59,17 @@ def flat_model(
         input_names(inputs),
         leaf_names(outputs, "output"),
     )
+
+
+def refuse_dynamic(quantizers: Quantizers, caller: str) -> None:
+    """Raise for activations whose ranges are found at every call: a file states its scales."""
+    for name, q in quantizers.activations.items():
+        if q.follows and q.active:
+            raise ValueError(
+                f"jaxmet.{caller}: the range of {name!r} is found at every call, and a file states "
+                "the scales. Calibrate with dynamic=None, or export weights alone "
+                "(activation_bits=32)."
+            )
 
 
 def example_shapes(inputs: Any, batch: str) -> Any:

@@ -10,9 +10,10 @@ from jaxmet.engine.integers.grid_arithmetic import TargetGrid, integer_bounds
 from jaxmet.engine.integers.integer_program import IntegerStep
 from jaxmet.engine.integers.integer_values import Integers, Total
 from jaxmet.engine.program.calls import Apply
+from jaxmet.export.flat_model import refuse_dynamic
 from jaxmet.export.integer_steps import integer_model, step_table
 from jaxmet.tree.checks import check_flags
-from jaxmet.tree.quantizers import Quantizers
+from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import check_free, writable, written
 
@@ -65,6 +66,8 @@ def integers(
     check_flags(CALLER, overwrite=overwrite)
     path = writable(path, CALLER)
     check_free(path, overwrite, CALLER)
+    check_are_quantizers(quantizers, CALLER)
+    refuse_dynamic(quantizers, CALLER)
     _, steps = integer_model(CALLER, apply, params, quantizers, inputs, kwargs)
     arrays: dict[str, np.ndarray] = {}
     operations = []

@@ -40,13 +40,27 @@ PRODUCTS = ("Conv", "Gemm")
 def fused(model: Any, *, integers: bool = True) -> Any:
     """The model after all passes, without `integers` with each grid as it was."""
     graph = OnnxGraph(model)
-    forms = (softmaxes, leaky_relus, _weights, dense_layers, products_of_activations)
+    forms = (
+        _copies,
+        softmaxes,
+        leaky_relus,
+        _weights,
+        dense_layers,
+        products_of_activations,
+    )
     values = (_biases, without_zero_biases, _pools, _means)
     grids = (scaled_grids, repeats, moves, _clips, _flat_products) if integers else ()
     for each in (*forms, *values, *grids, partial(bounds, integers=integers)):
         each(graph)
         graph.prune()
     return model
+
+
+def _copies(graph: OnnxGraph) -> None:
+    """Nothing in place of Identity: behind it runtimes do not see the integers."""
+    for node in nodes_of(graph, "Identity"):
+        if node.output[0] not in graph.outputs:
+            redirect(graph, node.output[0], node.input[0])
 
 
 def _weights(graph: OnnxGraph) -> None:

@@ -343,3 +343,43 @@ def test_products_of_bfloat16_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"export\.onnx: .* bfloat16.*float32"):
         jm.export.onnx(tmp_path / "m.onnx", chain, params, None, x)
     assert not (tmp_path / "m.onnx").exists()
+
+
+class PostNorm(nn.Module):
+    """Blocks of BERT's kind: the norm stands behind the addition, its result in both."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            y = nn.gelu(nn.Dense(32, name=f"up{i}")(x), approximate=False)
+            x = nn.LayerNorm(name=f"norm{i}")(x + nn.Dense(16, name=f"down{i}")(y))
+        return nn.Dense(4, name="head")(x)
+
+
+def test_a_residual_stream_between_integer_products(tmp_path):
+    """Its products run on integers and give floats; the norms between them are in float."""
+    model = PostNorm()
+    x = jax.random.normal(jax.random.key(0), (16, 5, 16))
+    variables = model.init(jax.random.key(1), x)
+    graph = jm.trace(model.apply, variables, x[:2])
+    config = jm.QuantConfig.for_target("onnxruntime")
+    batches = jm.batched(x, batch_size=8)
+    quantizers = jm.calibrate(variables, graph, batches, config, progress=False)
+    assert quantizers.activation("norm0").products_only
+    path = tmp_path / "model.onnx"
+    table = jm.export.onnx(path, model.apply, variables, quantizers, x)
+    products = [r for r in table if r["operation"] == "Gemm"]
+    assert [r["integers"] for r in products] == ["yes"] * 5
+    (made,), kinds = ran(path, np.asarray(x), optimized=tmp_path / "optimized.onnx")
+    assert kinds["QGemm"] == 5 and not kinds["Gemm"]
+    wanted = jax.jit(jm.simulate(model.apply, quantizers))(variables, x)
+    scale = float(quantizers.activation("head").scale)
+    assert np.mean(np.abs(made - wanted) < scale / 2) > 0.97
+    assert np.abs(made - wanted).max() < 1.5 * scale
+    dynamic = jm.QuantConfig(dynamic="token")
+    found = jm.calibrate(variables, graph, batches, dynamic, progress=False)
+    for name in ("onnx", "encodings", "integers"):
+        path = tmp_path / {"onnx": "a.onnx", "encodings": "", "integers": "a.npz"}[name]
+        with pytest.raises(ValueError, match=f"{name}: .*found at every call"):
+            write = getattr(jm.export, name)
+            write(path, model.apply, variables, found, x[:2], overwrite=True)
