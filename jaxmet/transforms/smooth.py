@@ -176,12 +176,17 @@ def _judged(graph: Graph, path: ScalePath, leaves: Mapping[str, Any]) -> ScalePa
     whys = [path.why]
     nodes = [graph[s.node] for s in path.sources]
     if path.why is None:
-        whys += [_why_source(graph, s, leaves) for s in path.sources]
+        names = [n for n in _names(path) if graph[n].kind != "matmul"]
+        alone = len(path.sources) == 1
+        for source in path.sources:
+            why = _why_source(graph, source, leaves)
+            whys.append(why if alone else of(source.node, why))
         targets = [graph[t.node] for t in path.targets]
         layers = [node for node in targets if node.kind != "matmul"]
         whys += [of(n.name, _why_layer(graph, n, leaves)) for n in layers]
         if len({(n.loops, n.layers) for n in (*nodes, *targets)}) > 1:
             whys.append("its consumers are in another loop")
+        whys.append(why_outside(graph, *names))
     why = next(filter(None, whys), None)
     return dataclasses.replace(path, why=why)
 
@@ -199,7 +204,7 @@ def _why_source(
             return DERIVED_BIAS
     elif node.norm.over != "data":
         return node.norm.why_kept()
-    whys = (why_outside(graph, node.name), why_shared(node), _why_in_loop(node))
+    whys = (why_shared(node), _why_in_loop(node))
     if (why := next(filter(None, whys), None)) is not None:
         return why
     for name, places in _vectors(node, source):
@@ -213,8 +218,7 @@ def _why_source(
 
 def _why_layer(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
     """Why the weight of a product cannot be scaled along inputs or outputs."""
-    whys = (why_outside(graph, node.name), node.why_kept(stacked=True))
-    whys = (*whys, why_shared(node), _why_in_loop(node))
+    whys = (node.why_kept(stacked=True), why_shared(node), _why_in_loop(node))
     if (why := next(filter(None, whys), None)) is not None:
         return why
     if node.dot is None or node.dot.batched:

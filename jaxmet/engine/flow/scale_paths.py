@@ -229,7 +229,7 @@ Lines = dict[lb.Atom, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _State:
+class _ScaledValue:
     """A value that is scaled: its labels, and what to add to the numbers of its channels."""
 
     value: Value
@@ -244,7 +244,7 @@ class _Sum:
     equation: Equation
     cluster: Cluster
     operand: int
-    state: _State
+    state: _ScaledValue
 
 
 class _StopError(Exception):
@@ -267,10 +267,10 @@ class _Flow:
         self.first = [axes[i][0] for i in features]
         self.sizes = [value.shape[i] for i in features]
         self.sums: list[_Sum] = []
-        self.stops: list[tuple[_State, str]] = []
+        self.stops: list[tuple[_ScaledValue, str]] = []
         self.bias: Axes | None = None
         self.met: dict[Equation, Value] = {}
-        seen, stack = {value}, [_State(value, axes)]
+        seen, stack = {value}, [_ScaledValue(value, axes)]
         while stack:
             state = stack.pop()
             for use in state.value.uses:
@@ -286,11 +286,11 @@ class _Flow:
             count = np.prod(self.sizes, dtype=np.int64)
             if not np.array_equal(np.sort(self.numbers(self.bias)), np.arange(count)):
                 why = "its bias is not one number for each channel"
-                self.stops.append((_State(value, axes), why))
+                self.stops.append((_ScaledValue(value, axes), why))
 
     # One equation
 
-    def step(self, state: _State, use: Equation | None) -> Iterator[_State]:
+    def step(self, state: _ScaledValue, use: Equation | None) -> Iterator[_ScaledValue]:
         """The values that an equation hands the scale on to."""
         value = state.value
         if use is None:
@@ -320,11 +320,11 @@ class _Flow:
         elif name in ("slice", "split"):
             yield from self.cut(state, use)
         elif self.passes(state, use):
-            yield _State(use.results[0], state.axes, state.base)
+            yield _ScaledValue(use.results[0], state.axes, state.base)
         else:
             raise _StopError(f"{name} reads it")
 
-    def activated(self, state: _State, cluster: Cluster) -> _State:
+    def activated(self, state: _ScaledValue, cluster: Cluster) -> _ScaledValue:
         homogeneous = cluster.function in HOMOGENEOUS
         if not homogeneous or cluster.entry is not state.value:
             raise _StopError(
@@ -332,9 +332,9 @@ class _Flow:
             )
         if cluster.exit.shape != state.value.shape:
             raise _StopError(f"{cluster.function} reads it")
-        return _State(cluster.exit, state.axes, state.base)
+        return _ScaledValue(cluster.exit, state.axes, state.base)
 
-    def passes(self, state: _State, use: Equation) -> bool:
+    def passes(self, state: _ScaledValue, use: Equation) -> bool:
         """Whether the one result is s·y where this operand is s·x."""
         name, value, out = use.name, state.value, use.results[0]
         if not use.results or out.shape != value.shape or not out.inexact:
@@ -350,7 +350,7 @@ class _Flow:
             return self.with_bias(state, use)
         return False
 
-    def with_bias(self, state: _State, use: Equation) -> bool:
+    def with_bias(self, state: _ScaledValue, use: Equation) -> bool:
         """Whether this adds the product's own bias, which is scaled too."""
         bias = self.cluster.weighted.bias
         if self.gain is not None or bias is None or self.bias is not None:
@@ -370,14 +370,14 @@ class _Flow:
         self.bias = before[leaf.stacked :]
         return True
 
-    def viewed(self, state: _State, use: Equation) -> _State:
+    def viewed(self, state: _ScaledValue, use: Equation) -> _ScaledValue:
         out = use.results[0]
         axes = VIEW_RULES[use.name](use, tuple(state.axes))
         if axes is None or not out.inexact:
             raise _StopError("a reshape that cuts a channel axis")
         return self.kept(state, out, axes)
 
-    def cut(self, state: _State, use: Equation) -> Iterator[_State]:
+    def cut(self, state: _ScaledValue, use: Equation) -> Iterator[_ScaledValue]:
         """Slices: of the channels, or of other axes."""
         value, offset = state.value, 0
         for out in use.results:
@@ -400,9 +400,11 @@ class _Flow:
                 axes.append(part)
             if use.name == "split":
                 offset += int(out.shape[use.params["axis"]])
-            yield _State(out, axes, state.base)
+            yield _ScaledValue(out, axes, state.base)
 
-    def kept(self, state: _State, out: Value, axes: Sequence[lb.Axis]) -> _State:
+    def kept(
+        self, state: _ScaledValue, out: Value, axes: Sequence[lb.Axis]
+    ) -> _ScaledValue:
         """The state of a view; of channels only an axis of size one may be gone."""
         pairs = zip(axes, out.shape, strict=True)
         new = [axis or lb.fresh_one(n) for axis, n in pairs]
@@ -412,9 +414,11 @@ class _Flow:
             if atom in lines and atom.size != 1:
                 raise _StopError("a view that drops a channel axis")
             base += lines.get(atom, (0, 0))[0]
-        return _State(out, new, base)
+        return _ScaledValue(out, new, base)
 
-    def dot(self, state: _State, use: Equation, again: bool) -> Iterator[_State]:
+    def dot(
+        self, state: _ScaledValue, use: Equation, again: bool
+    ) -> Iterator[_ScaledValue]:
         value, out = state.value, use.results[0]
         left = use.operands[0] is value
         other = use.operands[1 if left else 0]
@@ -449,7 +453,7 @@ class _Flow:
         mine = [state.axes[i] for i in free]
         rest = [lb.fresh_one(other.shape[i]) for i in beside]
         axes += [*mine, *rest] if left else [*rest, *mine]
-        yield _State(out, axes, state.base)
+        yield _ScaledValue(out, axes, state.base)
 
     # Numbers of channels
 
@@ -494,7 +498,7 @@ class _Flow:
             total = np.add.outer(total, _numbers(axis, lines)).reshape(-1)
         return total
 
-    def channels(self, state: _State) -> np.ndarray:
+    def channels(self, state: _ScaledValue) -> np.ndarray:
         """The channels of a value."""
         live = [axis for axis in state.axes if self.alive(axis)]
         return np.unique(self.numbers(live, state.base))

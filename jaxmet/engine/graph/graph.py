@@ -41,11 +41,11 @@ class Graph:
 
     `nodes` are all nodes in the order in which they run; `groups` and `members` say which
     axes of which parameters must be rescaled together, `scale_paths` where a scale of what a
-    product or a norm over the data makes can be undone, across attention too. `selected` are the names that
-    transforms may touch, `named` those that `only` asked for by their full names.
-    `unread` lists parameters that no layer, bias or norm uses, and why. `called` are the inputs
-    and keyword arguments that the model was traced with, arrays as shapes. `forms` are how
-    the tree stores its parameters, `others` the graphs of other trees of the model.
+    product or a norm over the data makes can be undone, across attention too. `selected` are
+    the names that transforms may touch, `named` those that `only` asked for by their full
+    names. `unread` lists parameters that no layer, bias or norm uses, and why. `called` are the
+    inputs and keyword arguments that the model was traced with, arrays as shapes. `forms` are
+    how the tree stores its parameters, `others` the graphs of other trees of the model.
     """
 
     apply: Apply
