@@ -211,7 +211,7 @@ def _why_source(
         if name not in leaves:
             continue  # refused later, with the cure
         size = math.prod(dense(leaves[name]).shape)
-        if size != places.size * (node.layers or 1):
+        if size != len(places) * (node.layers or 1):
             return f"{name!r} is not one number for each channel of a layer"
     return None
 
@@ -238,7 +238,7 @@ def _why_in_loop(node: Node) -> str | None:
     return None if stacked else why_looped(node)
 
 
-def _vectors(node: Node, source: ScaleSource) -> Iterator[tuple[str, np.ndarray]]:
+def _vectors(node: Node, source: ScaleSource) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The parameters that are divided beside the weight of a product."""
     if source.gain is not None:
         yield source.gain, source.outputs
@@ -332,7 +332,7 @@ def _solve(
         if len(path.sources) == 1:
             for target in path.targets:
                 node = graph[target.node]
-                _rescale(node, every[:, target.places][:, :, None], 1, work)
+                _rescale(node, _taken(every, target.places)[:, :, None], 1, work)
     return {
         name: leaf for name, leaf in work.items() if leaf is not leaves[name]
     }, found
@@ -362,10 +362,14 @@ def _scale(
     return smoothing_scale(inputs.astype(weights.dtype), weights, alpha)
 
 
+def _taken(every: Array, places: tuple[int, ...]) -> Array:
+    return every[:, np.asarray(places)]
+
+
 def _by_place(values: Array, target: ScaleTarget, path: ScalePath) -> Array:
     """The largest of values (layers, entries) at each place, (layers, channels)."""
     number = path.size + 1
-    found = xp.reduce_segments(values.T, target.places, number, "max")
+    found = xp.reduce_segments(values.T, np.asarray(target.places), number, "max")
     return found[: path.size].T
 
 
@@ -388,10 +392,10 @@ def _rescale_source(
     node: Node, source: ScaleSource, every: Array, power: int, leaves: dict[str, Any]
 ) -> None:
     if source.gain is None:
-        _rescale(node, every[:, source.outputs][:, None, :], power, leaves)
+        _rescale(node, _taken(every, source.outputs)[:, None, :], power, leaves)
     for name, places in _vectors(node, source):
         leaf = leaves[name]
-        factor = every[:, places].reshape(dense(leaf).shape)
+        factor = _taken(every, places).reshape(dense(leaf).shape)
         if name == source.gain and source.offset:
             array = xp.asarray(dense(leaf))
             gain = array.astype(wide(array.dtype, factor.dtype)) + source.offset

@@ -336,7 +336,8 @@ def parameters_of(function: Any) -> Any:
 
 
 def assert_alike(one: jm.Graph, two: jm.Graph) -> None:
-    for field in ("nodes", "groups", "members", "parameters", "unread", "selected"):
+    fields = ("nodes", "groups", "members", "parameters", "unread", "selected")
+    for field in (*fields, "scale_paths"):
         assert getattr(one, field) == getattr(two, field)
 
 

@@ -4,12 +4,15 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmet as jm
+from random_nets import READOUTS, TOKENS, Net, random_values
 
 WIDTH, HEADS = 16, 4
 EACH = WIDTH // HEADS
@@ -356,6 +359,23 @@ def test_what_cannot_be_undone_is_skipped_and_said(name):
         jax.tree.leaves(model(params, x)), jax.tree.leaves(model(new, x)), strict=True
     ):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+
+
+# Random networks
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(
+    blocks=st.lists(st.sampled_from([*TOKENS]), min_size=1, max_size=3),
+    readout=st.sampled_from([*READOUTS]),
+)
+def test_random_networks_keep_their_function(blocks, readout):
+    network = Net(blocks, readout)
+    params, x = random_values((network.params, network.inputs(2)))
+    graph = jm.trace(network, params, x)
+    new = jm.smooth(params, graph, [x], progress=False)
+    one, two = (np.asarray(jax.jit(network)(p, x)) for p in (params, new))
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(one).max())
 
 
 # Loops

@@ -34,7 +34,7 @@ STOPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ScaleSource:
     """What makes the channels: the place of each in a vector of scales, whose last one is 1.
 
@@ -44,24 +44,24 @@ class ScaleSource:
     """
 
     node: str
-    outputs: np.ndarray
-    bias: np.ndarray | None = None
+    outputs: tuple[int, ...] = ()
+    bias: tuple[int, ...] | None = None
     gain: str | None = None
     offset: float = 0.0
     shift: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ScaleTarget:
     """A sum over the channels: the place of each entry along these axes of an operand."""
 
     node: str
     operand: int
     axes: tuple[int, ...]
-    places: np.ndarray
+    places: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ScalePath:
     """Channels whose scale is undone downstream, or `why` it is not.
 
@@ -86,8 +86,7 @@ def find_scale_paths(
     for cluster in clusters:
         flow = _flow_of(cluster, cluster in inside)
         if isinstance(flow, str):
-            nothing = ScaleSource(cluster.name, np.zeros(0, np.int64))
-            parts.append(ScalePath((nothing,), why=flow))
+            parts.append(ScalePath((ScaleSource(cluster.name),), why=flow))
         elif flow is not None:
             parts += flow.parts()
     sums: dict[Equation, list[_Part]] = {}
@@ -270,6 +269,7 @@ class _Flow:
         self.stops: list[tuple[_ScaledValue, str]] = []
         self.bias: Axes | None = None
         self.met: dict[Equation, Value] = {}
+        self.known: Lines | None = None
         seen, stack = {value}, [_ScaledValue(value, axes)]
         while stack:
             state = stack.pop()
@@ -315,7 +315,8 @@ class _Flow:
             return
         if twice or other is not value:
             raise _StopError(f"{name} reads it twice")
-        if name in VIEW_RULES and name != "rev":
+        one = len(use.operands) == len(use.results) == 1
+        if name in VIEW_RULES and name != "rev" and one:
             yield self.viewed(state, use)
         elif name in ("slice", "split"):
             yield from self.cut(state, use)
@@ -367,12 +368,13 @@ class _Flow:
         ):
             if n == m:
                 lb.unify(axis, mine)
-        self.bias = before[leaf.stacked :]
+        self.bias, self.known = before[leaf.stacked :], None
         return True
 
     def viewed(self, state: _ScaledValue, use: Equation) -> _ScaledValue:
         out = use.results[0]
         axes = VIEW_RULES[use.name](use, tuple(state.axes))
+        self.known = None  # a reshape splits atoms, and so do a cut and a bias
         if axes is None or not out.inexact:
             raise _StopError("a reshape that cuts a channel axis")
         return self.kept(state, out, axes)
@@ -395,6 +397,7 @@ class _Flow:
                 elif self.alive(axis):
                     plain = not steps or steps[i] == 1
                     part = lb.cut(axis, start, start + m) if plain else None
+                    self.known = None
                 if part is None:
                     raise _StopError("sliced across")
                 axes.append(part)
@@ -458,7 +461,9 @@ class _Flow:
     # Numbers of channels
 
     def lines(self) -> Lines:
-        """The numbers of the channels along each atom, by how often it was split."""
+        """The numbers of the channels along each atom, as it is split by now."""
+        if self.known is not None:
+            return self.known
         found: Lines = {}
         total = 1
         stack: list[tuple[lb.Atom, int, int]] = []
@@ -476,6 +481,7 @@ class _Flow:
                 for part in atom.parts:
                     stack += self.along(part, first, step)
                     first += step * lb.size(part)
+        self.known = found
         return found
 
     def along(
@@ -525,11 +531,16 @@ class _Flow:
         """With the place of each channel."""
         bias = None
         if self.bias is not None:
-            bias = places[self.numbers(self.bias)]
+            bias = _numbered(places[self.numbers(self.bias)])
+        outputs = _numbered(places)
         if self.gain is None:
-            return ScaleSource(node, places, bias)
+            return ScaleSource(node, outputs, bias)
         gain, offset, shift = self.gain.name, self.gain.offset, self.gain.shift
-        return ScaleSource(node, places, None, gain, offset, shift)
+        return ScaleSource(node, outputs, None, gain, offset, shift)
+
+
+def _numbered(places: np.ndarray) -> tuple[int, ...]:
+    return tuple(places.tolist())  # a graph holds no arrays
 
 
 def _numbers(axis: lb.Axis, lines: Lines) -> np.ndarray:
@@ -572,10 +583,10 @@ class _Part:
     def path(self) -> ScalePath:
         """The path to the products that read these channels."""
         size = self.channels.size
+        if self.why is not None:
+            return ScalePath((ScaleSource(self.name),), size=size, why=self.why)
         places = self.places(np.arange(size), size)
         source = self.flow.source(places, self.name)
-        if self.why is not None:
-            return ScalePath((source,), size=size, why=self.why)
         targets = []
         for end in self.sums:
             (lc, rc), _ = end.equation.params["dimension_numbers"]
@@ -584,7 +595,9 @@ class _Part:
             labels = [end.state.axes[i] for i in axes]
             numbers = self.flow.numbers(labels, end.state.base)
             targets.append(
-                ScaleTarget(end.cluster.name, end.operand, axes, places[numbers])
+                ScaleTarget(
+                    end.cluster.name, end.operand, axes, _numbered(places[numbers])
+                )
             )
         return ScalePath((source,), tuple(targets), size)
 
@@ -624,7 +637,7 @@ def _both(parts: list[_Part]) -> list[ScalePath]:
         axes = [i for i, a in enumerate(end.state.axes) if flow.alive(a)]
         numbers = flow.numbers([end.state.axes[i] for i in axes], end.state.base)
         target = ScaleTarget(
-            end.cluster.name, end.operand, tuple(axes), places[numbers]
+            end.cluster.name, end.operand, tuple(axes), _numbered(places[numbers])
         )
         targets.append(target)
     return [ScalePath(tuple(sources), tuple(targets), size)]
