@@ -323,19 +323,28 @@ def _solve(
 ) -> tuple[dict[str, Any], list[Array]]:
     """The leaves that change, and the scales of each path, (layers, channels)."""
     work, found = dict(leaves), []
+    read = {n: {k: xp.asarray(v) for k, v in r.items()} for n, r in ranges.items()}
     for path in paths:
-        s = _scale(graph, path, alpha, work, ranges)
+        s = _scale(graph, path, alpha, work, read)
         found.append(s)
         every = xp.concatenate([s, xp.ones_like(s[:, :1])], axis=1)
         for source, power in zip(path.sources, (-1, 1), strict=False):
             _rescale_source(graph[source.node], source, every, power, work)
-        if len(path.sources) == 1:
-            for target in path.targets:
-                node = graph[target.node]
-                _rescale(node, _taken(every, target.places)[:, :, None], 1, work)
-    return {
-        name: leaf for name, leaf in work.items() if leaf is not leaves[name]
-    }, found
+        for target, power in zip(path.targets, _powers(path), strict=True):
+            factor = _taken(every, target.places)
+            # Both factors of a product may have a scale, which one weight undoes.
+            old = read[target.node][target.operand]
+            new = old.reshape(factor.shape) * factor.astype(old.dtype) ** power
+            read[target.node][target.operand] = new.reshape(old.shape)
+            if len(path.sources) == 1:
+                _rescale(graph[target.node], factor[:, :, None], 1, work)
+    new = {name: leaf for name, leaf in work.items() if leaf is not leaves[name]}
+    return new, found
+
+
+def _powers(path: ScalePath) -> Sequence[int]:
+    """The power of the scale in what each target reads."""
+    return (-1, 1) if len(path.sources) == 2 else [-1] * len(path.targets)
 
 
 def _scale(
@@ -347,11 +356,11 @@ def _scale(
 ) -> Array:
     layers = graph[path.sources[0].node].layers or 1
     read = [
-        _by_place(xp.asarray(ranges[t.node][t.operand]).reshape(layers, -1), t, path)
+        _by_place(ranges[t.node][t.operand].reshape(layers, -1), t, path)
         for t in path.targets
     ]
     if len(path.sources) == 2:
-        return smoothing_scale(read[0], read[1], alpha)
+        return smoothing_scale(read[0], read[1].astype(read[0].dtype), alpha)
     weights = []
     for target in path.targets:
         node = graph[target.node]

@@ -110,6 +110,11 @@ def gated(p, x, act=jax.nn.silu):
     return x + dense(p["down"], act(dense(p["gate"], h)) * dense(p["up"], h))
 
 
+def bilinear(p, x):
+    h = rms_norm(p["norm"], x)
+    return x + dense(p["down"], dense(p["gate"], h) * dense(p["up"], h))
+
+
 def one_plus(p, x):
     return x + dense(
         p["down"], jax.nn.gelu(dense(p["up"], rms_norm(p["norm"], x, 1.0)))
@@ -250,6 +255,18 @@ def test_scales_of_norms_values_and_keys_are_those_of_the_paper():
     found = params["q"]["b"] / new["q"]["b"]
     np.testing.assert_allclose(found, queries / geometric(queries), rtol=1e-4)
     np.testing.assert_allclose(new["k"]["b"] / params["k"]["b"], found, rtol=1e-5)
+
+
+def test_two_factors_of_a_product_are_not_smoothed_twice():
+    params, x = parameters(np.float32), tokens(np.float32)
+    graph = jm.trace(bilinear, params, x)
+    new, report = jm.smooth(params, graph, [x], progress=False, with_report=True)
+    rows = {row["producer"]: row for row in report}
+    assert rows["gate"]["scale max"] > 1.2 * rows["gate"]["scale min"]
+    assert np.isclose(rows["up"]["scale max"], 1, rtol=1e-5)
+    assert np.isclose(rows["up"]["scale min"], 1, rtol=1e-5)
+    expected = bilinear(params, x)
+    np.testing.assert_allclose(bilinear(new, x), expected, rtol=1e-4, atol=1e-3)
 
 
 def geometric(x: np.ndarray) -> float:
