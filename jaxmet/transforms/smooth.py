@@ -93,7 +93,8 @@ def smooth(
     - The values of attention: the outputs of `value` and the inputs of `out`. Attention weights mix
       positions, not channels. Query heads that share a value head share its scales.
     - Queries and keys: the outputs of `query` are divided, those of `key` multiplied, with the
-      range of the keys in place of that of weights. Not with rotary embeddings or norms between.
+      range of the keys in place of that of weights. Not with rotary embeddings between; of norms
+      there the gains are scaled instead.
     - A gated layer, or one with a ReLU: the outputs of `up` and the inputs of `down`, where what is
       between them is a product with a gate, or ReLU.
 

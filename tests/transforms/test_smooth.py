@@ -131,6 +131,12 @@ def post_norm(p, x):
     return layer_norm(p["norm2"], x + dense(p["down"], jax.nn.gelu(dense(p["up"], x))))
 
 
+def normed_both(p, x):
+    """The gains of these norms, which all heads share, stand next to the product."""
+    norms = {n: functools.partial(rms_norm, p[f"{n}norm"]) for n in "qk"}
+    return separate(p, x, **norms)
+
+
 def other_layouts(p, x):
     """Weights with several axes, before or after what they multiply, and a transposed one."""
     h = layer_norm(p["norm"], x)
@@ -159,6 +165,7 @@ EXACT: dict[str, tuple[Any, set[tuple[str, ...]]]] = {
     "separate": (separate, {("norm",), *QKV}),
     "masked values": (masked_values, {("norm",), *QKV}),
     "rematerialised": (rematerialised, {("norm",), *QKV}),
+    "normed both": (normed_both, {("norm",), ("qnorm", "knorm"), ("v",)}),
     "other layouts": (other_layouts, {("norm",), *QKV}),
     "post-norm": (post_norm, QKV),
     "repeated": (functools.partial(grouped, how="repeated"), {("norm",), *QKV}),
@@ -195,6 +202,7 @@ def parameters(dtype: Any = np.float64) -> dict[str, Any]:
         for n, size in sizes.items()
     }
     tree["one"] = {"b": vector(1)}
+    tree |= {"qnorm": {"g": vector(EACH)}, "knorm": {"g": vector(EACH)}}
     for name in ("norm", "norm2"):
         tree[name] = {"g": vector(WIDTH), "b": vector(WIDTH)}
     return tree
@@ -487,10 +495,10 @@ def test_only_what_is_selected_on_both_sides_changes():
 
     def changed(graph):
         new = jm.smooth(params, graph, [x], progress=False)
-        return {n for n in new if not np.array_equal(new[n]["b"], params[n]["b"])} | {
-            n
-            for n in new
-            if "w" in new[n] and not np.array_equal(new[n]["w"], params[n]["w"])
+        return {
+            name
+            for name, leaves in new.items()
+            if any(not np.array_equal(leaves[k], params[name][k]) for k in leaves)
         }
 
     assert changed(graph) == {"norm", "q", "k", "v", "out"}
