@@ -52,6 +52,7 @@ from jaxmet.transforms.rounding.methods import Gptq as Gptq
 from jaxmet.transforms.rounding.methods import Gram as Gram
 from jaxmet.transforms.simulate import round_weights as round_weights
 from jaxmet.transforms.simulate import simulate as simulate
+from jaxmet.transforms.smooth import smooth as smooth
 from jaxmet.tree import targets as targets
 from jaxmet.tree.batched_data import batched as batched
 from jaxmet.tree.config import QuantConfig as QuantConfig

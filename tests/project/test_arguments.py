@@ -268,6 +268,7 @@ def usual(graph, q, table):
         "select_ratios": {"table": table, "target": 0.5},
         "sensitivity": on | {"quantizers": q, "score": score},
         "simulate": {"apply": apply, "quantizers": q},
+        "smooth": on | data,
         "batched": {"inputs": X},
         "trace": {"apply": apply, "params": PARAMS, "inputs": X},
         "widths": {"params": PARAMS},

@@ -53,6 +53,10 @@ def absorbed(params, graph, batches):
     return jm.absorb_bias(params, graph, n_sigma=0.0)
 
 
+def smoothed(params, graph, batches):
+    return jm.smooth(params, graph, batches, progress=False)
+
+
 def reestimated(params, graph, batches):
     return jm.reestimate_batch_norm(params, graph, batches, progress=False)
 
@@ -112,6 +116,7 @@ TRANSFORMS = (
         functools.partial(equalized, objective="range", clip="skip"),
         acts_on=("conv_bn_relu", "residual", "grouped", "concatenation"),
     ),
+    Transform("smooth", smoothed, acts_on=("transformer",)),
     Transform("round_weights", rounded, ROUNDS),
     Transform(
         "quantize",

@@ -219,6 +219,7 @@ CASES = [
         lambda p, g, x: jm.equalize(p, g, objective="range", with_report=True, **quiet),
     ),
     Case("noise of scales", lambda p, g, x: jm.equalize(p, g, batches=[x], **quiet)),
+    Case("smooth", lambda p, g, x: jm.smooth(p, g, [x], with_report=True, **quiet)),
     Case("absorb", lambda p, g, x: jm.absorb_bias(p, g, n_sigma=0.0, with_report=True)),
     Case("calibrate", coarse),
     Case("plan", lambda p, g, x: jm.plan(p, g)),
@@ -308,7 +309,7 @@ def test_every_function_asks_for_the_graph_of_its_tree(case):
 COVERED = """
     absorb_bias adaround calibrate compare correct_bias cost equalize factorize
     fold_batch_norm noise optimizer_labels plan prune quantize reestimate_batch_norm report
-    score_ratios search_scales sensitivity plot.graph plot.histograms
+    score_ratios search_scales sensitivity smooth plot.graph plot.histograms
 """.split()
 OTHERS = """
     segments plot.weight_ranges plot.relative_weight_ranges
@@ -335,7 +336,8 @@ def parameters_of(function: Any) -> Any:
 
 
 def assert_alike(one: jm.Graph, two: jm.Graph) -> None:
-    for field in ("nodes", "groups", "members", "parameters", "unread", "selected"):
+    fields = ("nodes", "groups", "members", "parameters", "unread", "selected")
+    for field in (*fields, "scale_paths"):
         assert getattr(one, field) == getattr(two, field)
 
 

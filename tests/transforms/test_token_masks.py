@@ -374,6 +374,7 @@ def passes():
         "equalize",
         lambda b, o: jm.equalize(PARAMS, GRAPH, batches=b, **quiet, **o),
     )
+    yield "smooth", lambda b, o: jm.smooth(PARAMS, GRAPH, b, **quiet, **o)
     yield (
         "noise",
         lambda b, o: jm.noise(PARAMS, GRAPH, coarse(), b, examples=4, **quiet, **o),

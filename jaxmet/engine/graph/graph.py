@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxmet.engine.flow.scale_paths import ScalePath, find_scale_paths
 from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.analyse import Analysis, analyse_structure
 from jaxmet.engine.graph.channel_groups import (
@@ -39,11 +40,12 @@ class Graph:
     function reads the layers and the sizes of their channels from that tree (`graph.of`).
 
     `nodes` are all nodes in the order in which they run; `groups` and `members` say which
-    axes of which parameters must be rescaled together. `selected` are the names that
-    transforms may touch, `named` those that `only` asked for by their full names.
-    `unread` lists parameters that no layer, bias or norm uses, and why. `called` are the inputs
-    and keyword arguments that the model was traced with, arrays as shapes. `forms` are how
-    the tree stores its parameters, `others` the graphs of other trees of the model.
+    axes of which parameters must be rescaled together, `scale_paths` where a scale of what a
+    product or a norm over the data makes can be undone, across attention too. `selected` are
+    the names that transforms may touch, `named` those that `only` asked for by their full
+    names. `unread` lists parameters that no layer, bias or norm uses, and why. `called` are the
+    inputs and keyword arguments that the model was traced with, arrays as shapes. `forms` are
+    how the tree stores its parameters, `others` the graphs of other trees of the model.
     """
 
     apply: Apply
@@ -57,6 +59,7 @@ class Graph:
     called: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     forms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     others: list["Graph"] = dataclasses.field(default_factory=list)
+    scale_paths: tuple[ScalePath, ...] = ()
 
     @property
     def layers(self) -> tuple[Node, ...]:
@@ -368,6 +371,9 @@ def _graph_of(
         frozenset(n.name for n in nodes.values()),
         called=jax.tree.map(_shape, (inputs, kwargs)),
         forms=stored_forms(params),
+        scale_paths=find_scale_paths(
+            analysis.clusters, [c for c, n in nodes.items() if n.region]
+        ),
     )
 
 
