@@ -18,6 +18,7 @@ from jaxmet.layers.residual_streams import (
     is_data_norm,
     residual_streams,
 )
+from jaxmet.layers.rotary_embeddings import inside_rotations
 from jaxmet.layers.rule_targets import (
     Tensor,
     agreed,
@@ -122,6 +123,7 @@ def place(
     operations = config.placement == "operations"
     wanted = _stored(graph, device) if operations else _entering(graph)
     wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
+    wanted -= inside_rotations(graph)
     streams = residual_streams(graph)
     activations: dict[str, Settings] = {}
     floats: dict[str, str] = {}
