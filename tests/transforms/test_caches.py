@@ -231,6 +231,29 @@ def test_empty_caches_are_no_badly_used_quantizers():
     assert used[0] > 0.5
 
 
+@pytest.mark.parametrize("write", ["by_slice", "by_index"])
+def test_integers_compute_what_is_simulated(write):
+    apply, params, empty = d.decoder("written_out", write)
+    case = "written_out", write
+    quantizers, graph = calibrated(*case), traced(*case)
+    tokens = drawn_tokens(4, 6, seed=3)
+    run = jax.jit(jm.lift(apply, quantizers))
+    integers = jm.quantize(params, graph, quantizers)
+    found, caches = run(integers, tokens, empty(4, 9), START)
+    device = jax.jit(jm.simulate(apply, quantizers))
+    wanted, others = device(params, tokens, empty(4, 9), START)
+    step = float(quantizers.activations["head"].scale)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1.01 * step)
+    assert np.mean(np.abs(found - wanted) > 0.01 * step) < 0.02
+    np.testing.assert_array_equal(caches[1]["v"], others[1]["v"])
+    arguments = integers, tokens, empty(4, 9), START
+    stored = str(jax.make_jaxpr(run)(*arguments))
+    kind = {"by_slice": "dynamic_update_slice", "by_index": "scatter"}[write]
+    lines = [line for line in stored.splitlines() if f"= {kind}[" in line]
+    lines = lines or [line for line in stored.splitlines() if f"= {kind}" in line]
+    assert len(lines) == 4 and all("i8[4,9,2,6]" in line for line in lines), lines
+
+
 class Attention(nn.Module):
     """Flax keeps the caches of its attention among the variables."""
 
