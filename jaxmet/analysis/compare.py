@@ -226,7 +226,7 @@ def _against(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
         if own is not None and weight is not None and weight.operand >= data:
             one, two = given[weight.operand - data], operands[weight.operand]
             sums = sums._replace(weight=_power(one), weight_noise=_power(one, two))
-        quantizer = quantizer_at(node, run, quantizers)
+        quantizer = quantizer_at(node, run, quantizers, raw.ndim)
         if quantizer is not None and quantizer.active:
             sums = sums._replace(use=_use(raw, quantizer, where))
         return result, sums
@@ -317,7 +317,8 @@ def _weight_use(
 
 def _row(node: Node, seen: Any, weights: Mapping[str, Use]) -> dict[str, Any]:
     sums = _summed(seen)
-    use = sums.use
+    empty = node.kind == "input" and not sums.signal  # a cache, before it is written
+    use = None if empty else sums.use
     weight = weights.get(node.weight.name or "") if node.weight is not None else None
     notes = [_blame("", use), _blame("weight: ", weight)]
     return {

@@ -196,7 +196,7 @@ def _error(quantizers: Quantizers, spot: Spot) -> Callable:
         elif spot.operand is not None:
             quantizer = quantizer_entering(node, run, spot.operand, x.ndim, quantizers)
         else:
-            quantizer = quantizer_at(node, run, quantizers)
+            quantizer = quantizer_at(node, run, quantizers, x.ndim)
         assert quantizer is not None
         x = x.astype(wide(x.dtype))
         change = quantizer(x) - x

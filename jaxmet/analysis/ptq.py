@@ -110,9 +110,9 @@ def ptq(
     arrays, kwargs = split_keywords(kwargs)
     if arrays:  # like settings: each step then runs one model
         apply = WithArguments(apply, arrays)
-    key = key_of(key, "ptq")
-    of_noise = jax.random.fold_in(key, 1)
-    of_scales, of_rounding = jax.random.split(key)
+    whole = key_of(key, "ptq")
+    of_noise = jax.random.fold_in(whole, 1)
+    of_scales, of_rounding = jax.random.split(whole)
     with accepting(read.first, "ptq", apply, params, kwargs):
         graph = trace(apply, params, *read.first, **kwargs)
     data = None if read.abstract else batches

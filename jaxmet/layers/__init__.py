@@ -15,6 +15,8 @@ moments/         mean and variance of every tensor, from the statistics of norms
 lockstep         a float and a quantized copy of a model, run piece by piece
 observed_ranges  ranges of activations over batches
 placement        which weights and values get a quantizer
+cached_values    inputs that a model returns with new values: one quantizer for both
+rotary_embeddings  rotations by positions, of which only the sum has a quantizer
 residual_streams  what is too wide for 8 bits, and is quantized where products read it
 new_quantizers   quantizers of a configuration, before they hold a range
 fake_quantized   values and weights quantized while a model is replayed

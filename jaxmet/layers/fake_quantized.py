@@ -20,14 +20,20 @@ from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
 
 
-def quantizer_at(node: Node, run: Run, quantizers: Quantizers) -> Quantizer | None:
-    """The quantizer of a node, in a loop over layers the one of this layer."""
+def quantizer_at(
+    node: Node, run: Run, quantizers: Quantizers, ndim: int
+) -> Quantizer | None:
+    """The quantizer of a node, in a loop over layers the one of this layer.
+
+    An input of `ndim` axes that such a loop slices has those of all layers along axis 0.
+    """
     owner = quantizers.owner(node.name)
     if owner is None:
         return None
     quantizer: Quantizer = quantizers.activations[owner]
     if not node.layers:
-        return quantizer
+        along = lambda a: a.reshape(-1, *(1,) * (ndim - 1)) if jnp.ndim(a) == 1 else a
+        return jax.tree.map(along, quantizer)
     here = run.iteration[-1]
     return jax.tree.map(lambda a: a[here] if jnp.ndim(a) else a, quantizer)
 
@@ -40,7 +46,8 @@ def fake_quantize_output(
     grids: Grids | None = None,
 ) -> Any:
     """A node's result on its grid, if it has one there; integers, as pixels may be, stay."""
-    quantizer, owner = quantizer_at(node, run, quantizers), quantizers.owner(node.name)
+    quantizer = quantizer_at(node, run, quantizers, result.ndim)
+    owner = quantizers.owner(node.name)
     real = jnp.issubdtype(result.dtype, jnp.inexact)
     if quantizer is None or owner is None or not real or quantizer.products_only:
         return result
@@ -78,13 +85,21 @@ def fake_quantize_operands(
 
 
 def entered_operands(node: Node, quantizers: Quantizers) -> dict[int, str]:
-    """The operands that are quantized where this product reads them, and a node of each."""
+    """The operands that are quantized where this product reads them, and a node of each.
+
+    None of which any source has no quantizer, as one that was zero in all data.
+    """
     if node.kind not in PRODUCTS:
         return {}
+    float_at = {
+        e.operand for e in node.inputs if quantizers.owner(e.node or "") is None
+    }
     return {
         edge.operand: edge.node
         for edge in node.inputs
-        if edge.node is not None and _only_products(edge.node, quantizers)
+        if edge.node is not None
+        and edge.operand not in float_at
+        and _only_products(edge.node, quantizers)
     }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,27 +80,31 @@ def observed_ranges(
 ) -> dict[str, Range]:
     """A finite range for each node that owns a quantizer: one pair per layer in a loop over layers.
 
-    A node whose branch was never taken, or none of whose values counts, has none. `lost`
-    gets the nodes of which it is not known which values count.
+    A node whose branch was never taken, or none of whose values counts, has none. A layer that
+    showed nothing but zeros has the range of all layers. `lost` gets the nodes of which it is
+    not known which values count.
     """
     by_node = dict(placement.activations)
     for name, owner in placement.shared.items():
         by_node[name] = placement.activations[owner]
+    for name in placement.sliced:
+        del by_node[name]
     only_ends = {name: s.calibrator == "minmax" for name, s in by_node.items()}
     seen = collect(
         graph,
         params,
         batches,
-        _observed(only_ends, samples),
+        _observed(only_ends, samples, placement.caches),
         merge_rows,
         caller="calibrate",
         progress=progress,
         summary=rows_of,
         lost=lost,
-        key=(tuple(only_ends.items()), samples),
+        key=(tuple(only_ends.items()), samples, placement.caches),
         **kwargs,
     )
-    return _chosen(_settle(graph, seen, placement), placement.activations)
+    ranges = _chosen(_settle(graph, seen, placement), placement.activations)
+    return {name: _filled(*ends) for name, ends in ranges.items()}
 
 
 def check_samples(samples: Any) -> None:
@@ -108,8 +112,13 @@ def check_samples(samples: Any) -> None:
     check_counts("calibrate", optional=True, samples=samples)
 
 
-def _observed(only_ends: Mapping[str, bool], samples: int | None) -> Callable:
-    """A hook at these nodes: the ends of all values, or their histogram too."""
+def _observed(
+    only_ends: Mapping[str, bool], samples: int | None, caches: Collection[str]
+) -> Callable:
+    """A hook at these nodes: the ends of all values, or their histogram too.
+
+    Of caches those of values other than zero, which is where nothing was written yet.
+    """
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result = run(*operands)
@@ -117,12 +126,14 @@ def _observed(only_ends: Mapping[str, bool], samples: int | None) -> Callable:
             return result, None
         result = computed_once(result)
         wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
-        values = result.astype(wide)
+        values, where = result.astype(wide), run.counts
+        if node.name in caches:
+            where = values != 0 if where is None else where & (values != 0)
         if only_ends[node.name]:
-            return result, extremes(values, run.counts)
+            return result, extremes(values, where)
         # Another batch is looked at in other positions.
         number = 0 if run.batch is None else run.batch
-        return result, tally(values, samples, where=run.counts, number=number)
+        return result, tally(values, samples, where=where, number=number)
 
     return hook
 
@@ -223,6 +234,8 @@ def _settle(
         found[node.name] = value if node.layers else _as_one([value])
     sharing: dict[str, list[Any]] = {}
     for name, owner in placement.shared.items():
+        if name in placement.sliced:  # its owner keeps a range for each layer
+            continue
         values = sharing.setdefault(owner, [found[owner]] if owner in found else [])
         values += [found[name]] if name in found else []
     return found | {owner: _as_one(v) for owner, v in sharing.items() if v}
@@ -270,6 +283,14 @@ def _chosen(
             low, high = (end.reshape(np.shape(found[name].low)) for end in ends)
             ranges[name] = low, high
     return ranges
+
+
+def _filled(low: Any, high: Any) -> Range:
+    """Ranges of layers, those of layers without values as wide as all the others together."""
+    nothing = (low == 0) & (high == 0)
+    if not np.any(nothing):
+        return low, high
+    return np.where(nothing, np.min(low), low), np.where(nothing, np.max(high), high)
 
 
 def _side_by_side(values: list[Any]) -> Histogram:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
+from jaxmet.layers.cached_values import Cache, caches
 from jaxmet.layers.eligibility import NOT_SELECTED
 from jaxmet.layers.folded_shift import folded_norm, norm_to_fold
 from jaxmet.layers.residual_streams import (
@@ -18,6 +19,7 @@ from jaxmet.layers.residual_streams import (
     is_data_norm,
     residual_streams,
 )
+from jaxmet.layers.rotary_embeddings import inside_rotations
 from jaxmet.layers.rule_targets import (
     Tensor,
     agreed,
@@ -81,7 +83,8 @@ class Placement:
 
     `fixed` are the ranges that a target gives to outputs, `requantized` the weight, input and
     output whose scales s_x s_w / s_y it limits, `notes` what it says of an activation.
-    `entering` are the activations that only products read on their grids.
+    `entering` are the activations that only products read on their grids. Of `caches` zeros
+    count in no range, and of `sliced` ones, with a scale for each layer, nothing does.
     """
 
     weights: tuple[WeightPlace, ...]
@@ -93,6 +96,8 @@ class Placement:
     requantized: tuple[tuple[str, str, str], ...] = ()
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     entering: frozenset[str] = frozenset()
+    caches: frozenset[str] = frozenset()
+    sliced: frozenset[str] = frozenset()
 
     def held(self) -> "Placement":
         """The same without activations whose ranges are found at every call."""
@@ -123,6 +128,7 @@ def place(
     operations = config.placement == "operations"
     wanted = _stored(graph, device) if operations else _entering(graph)
     wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
+    wanted -= inside_rotations(graph)
     streams = residual_streams(graph)
     activations: dict[str, Settings] = {}
     floats: dict[str, str] = {}
@@ -153,10 +159,17 @@ def place(
         left[name] = floats[name]
         del activations[name]
     entered = entering(graph, floats.keys() & read, activations)
+    cached = caches(graph)
     held = {n: s for n, s in activations.items() if s.dynamic is None}
+    for cache in cached:
+        if cache.name in held and not held.keys() & {*cache.written}:
+            left[cache.name] = (
+                f"{cache.written[-1]!r} is written into it: no known range"
+            )
+            del activations[cache.name], held[cache.name]
     fixed = fixed_ranges(graph, device, held)
     stored = {n: s for n, s in activations.items() if not s.at_products}
-    shared = _shared(graph, device, stored, fixed)
+    shared = _shared(graph, device, stored, fixed, cached)
     entered -= {*shared, *shared.values()}
     ignored = {
         n: _ignored(n, is_data_norm(graph[n]), streams, activations, config)
@@ -188,6 +201,8 @@ def place(
         requantized,
         notes,
         entered,
+        frozenset(_empty(graph, cached, shared)),
+        frozenset(c.name for c in cached if _has_layers(graph, c, shared)),
     )
 
 
@@ -333,8 +348,12 @@ def _shared(
     device: Target,
     activations: dict[str, Settings],
     fixed: Mapping[str, Any],
+    cached: Collection[Cache],
 ) -> dict[str, str]:
-    """What an operation with shared scales reads uses that operation's quantizer."""
+    """What an operation with shared scales reads uses that operation's quantizer.
+
+    So does a cache that of what is written into it.
+    """
     owner: dict[str, str] = {}
     demands = device is not UNSTATED
 
@@ -357,7 +376,28 @@ def _shared(
                 source, mine = last(source), last(mine)
             if source not in owner and source != mine:  # a loop's carry may be its own
                 owner[source] = mine
+    for cache in cached:
+        *others, mine = [n for n in cache.written if n in activations] or [cache.name]
+        for name in (cache.name, *others):
+            source, mine = last(name), last(mine)
+            if name in activations and source != mine and source not in fixed:
+                owner[source] = mine
     return {name: last(name) for name in owner}
+
+
+def _empty(
+    graph: Graph, cached: Collection[Cache], shared: Mapping[str, str]
+) -> Iterator[str]:
+    """What holds zeros where nothing was written yet: caches, and what they are joined to."""
+    for cache in cached:
+        if cache.name in shared:
+            yield cache.name
+            yield from (n for n in cache.written if graph[n].kind == "concat")
+
+
+def _has_layers(graph: Graph, cache: Cache, shared: Mapping[str, str]) -> bool:
+    owner = shared.get(cache.name)
+    return cache.sliced and owner is not None and bool(graph[owner].layers)
 
 
 def _floats(graph: Graph, on_grid: set[str], left: dict[str, str]) -> None:

@@ -12,9 +12,11 @@ NO_NUMBERS = ("integers", "complex")
 MOVES = (
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice",
     "gather", "rev", "pad", "select_n", "concatenate", "split", "neg", "mul", "div", "add",
-    "sub", "sort", "stack", "unstack", "tile",
+    "sub", "sort", "stack", "unstack", "tile", "dynamic_update_slice", "scatter",
 )  # fmt: skip
 VIEWS = MOVES[:11]
+WRITES = ("dynamic_update_slice", "scatter")
+"""Moves that put values into some places of others."""
 
 
 def operation_of(node: Node) -> str:

@@ -18,6 +18,7 @@ from jaxmet.layers.observed_ranges import (
     observed_ranges,
 )
 from jaxmet.layers.placement import place
+from jaxmet.layers.residual_streams import PRODUCTS
 from jaxmet.numerics.ranges import grid_between, grid_on_host
 from jaxmet.transforms.data_free_ranges import WHY, data_free_ranges
 from jaxmet.tree.batches import as_batches, check_batch_functions
@@ -32,6 +33,10 @@ SAMPLES = 2**14
 
 ROOM = 2.0**30
 """The largest bias in units of its scale when it is calibrated: half of what int32 holds."""
+
+
+ZEROS = "all of its values were zero: a range of zeros is none for other values"
+"""A scale of nothing would clip to nothing what comes later."""
 
 
 def calibrate(
@@ -67,6 +72,10 @@ def calibrate(
     one counts where they do, scores of attention where both of their tokens do, what is summed
     over tokens where any of them does. Where an operation moves tokens in a way that cannot be
     followed, all values count, and `quantizers.skipped` says so.
+
+    An input into which the model writes values and which it returns, as a key/value cache, has
+    the quantizer of what is written; its zeros count in no range. Of what was zero everywhere
+    no range is known: it stays in float, and `quantizers.skipped` says so.
 
     Without `batches` (None, or `jax.ShapeDtypeStruct`s in their place) activation ranges come
     from batch norms: mean ± 6 standard deviations after each, carried on through the layers.
@@ -126,6 +135,7 @@ def calibrate(
             batches, "calibrate", inputs=inputs, mask=mask, abstract=True
         )
     lost: dict[str, str] = {}
+    zeros: set[str] = set()
     whole, placement = placement, placement.held()
     if not placement.activations:
         absent, ranges = "", {}
@@ -146,6 +156,8 @@ def calibrate(
             lost=lost,
             **kwargs,
         )
+        zeros = {n for n, ends in ranges.items() if not any(map(np.any, ends))}
+    ranges = {n: ends for n, ends in ranges.items() if n not in zeros}
     ranges |= {n: tuple(map(np.float32, r)) for n, r in placement.fixed.items()}
     activations = {
         name: _of_range(ranges[name], settings, name in placement.entering)
@@ -158,11 +170,19 @@ def calibrate(
         if settings.dynamic is not None
     }
     owners = {name: name for name in placement.activations} | placement.shared
-    never = {n: absent for n, o in owners.items() if o not in ranges}
+    why = {n: ZEROS if n in zeros else absent for n in owners.values()}
+    never = {n: why[o] for n, o in owners.items() if o not in ranges}
     shared = tuple((n, o) for n, o in whole.shared.items() if n not in never)
     quantizers = Quantizers(grids, activations, shared)
     never |= {
-        name: f"{q.product[1]!r} has no quantizer: {absent}"
+        f"input of {node.name}": f"stays in float: {edge.node!r} has no quantizer"
+        for node in graph.nodes
+        for edge in node.inputs
+        if edge.node in never and edge.node in placement.entering
+        if node.kind in PRODUCTS
+    }
+    never |= {
+        name: f"{q.product[1]!r} has no quantizer: {why[owners[q.product[1]]]}"
         for name, q in grids.items()
         if q.product is not None and q.product[1] in never
     }

@@ -282,3 +282,18 @@ def test_convolutions_are_as_before():
     _, quantizers = calibrated(apply, params, x)
     assert not any(q.products_only for q in quantizers.activations.values())
     assert [*quantizers.activations] == ["input", "stem/relu", "up", "up/relu", "head"]
+
+
+@pytest.mark.parametrize("form", [scanned, written_out])
+def test_a_norm_that_gives_zeros_stays_in_float(form):
+    """A loop reads it at its first turn, and other norms that have quantizers after it."""
+    stacked, own, x = drawn()
+    params = stacked if form is scanned else own
+    params["first"] = jax.tree.map(jnp.zeros_like, params["first"])
+    apply = form(after)
+    _, quantizers = calibrated(apply, params, x)
+    why = dict(quantizers.skipped)
+    first = "blocks/up" if form is scanned else "block0/up"
+    assert "zero" in why["first"] and "'first'" in why[f"input of {first}"]
+    found = jm.simulate(apply, quantizers)(params, x)
+    assert decibels(apply(params, x), found) > 15

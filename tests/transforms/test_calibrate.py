@@ -348,3 +348,43 @@ def test_a_batch_that_runs_another_program_is_refused():
     for batches in ([short], [long, short]):
         with pytest.raises(ValueError, match=message):
             jm.calibrate(params, graph, batches, progress=False)
+
+
+def test_values_that_were_all_zero_stay_in_float():
+    """A scale of nothing would clip what comes later to nothing."""
+
+    def apply(p, x, y):
+        return jax.nn.relu(x @ p["x"]["w"]) @ p["one"]["w"] + y @ p["y"]["w"]
+
+    rng = np.random.default_rng(0)
+    names = {"x": (4, 6), "one": (6, 3), "y": (5, 3)}
+    params = {
+        n: {"w": jnp.asarray(rng.normal(size=s), jnp.float32)} for n, s in names.items()
+    }
+    x = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+    graph = jm.trace(apply, params, x, y)
+    batches = [(x, 0 * y)]
+    for method in ("minmax", "mse", "percentile", "sqnr", "entropy"):
+        config = jm.QuantConfig(activation_range=method, placement="products")
+        found = jm.calibrate(params, graph, batches, config, progress=False)
+        why = dict(found.skipped)["input:1"]
+        assert "input:1" not in found.activations and "zero" in why
+        assert {"input:0", "x/relu"} <= {*found.activations}
+        given = jm.simulate(apply, found)(params, x, y)
+        np.testing.assert_allclose(given, apply(params, x, y), rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_a_layer_of_zeros_has_the_range_of_the_others(method):
+    def apply(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32).at[2].set(0.0)
+    x = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+    graph = jm.trace(apply, {"w": w}, x)
+    config = jm.QuantConfig(activation_range=method)
+    found = jm.calibrate({"w": w}, graph, [x], config, progress=False)
+    scales = np.asarray(found.activations["w/tanh"].scale)
+    assert scales.shape == (3,) and scales[2] >= max(scales[:2]) > 1e-3

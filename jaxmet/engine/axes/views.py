@@ -19,6 +19,15 @@ CASTS = (
     "sharding_constraint",
 )
 
+CHOOSES = {
+    "select_n": slice(1, None),
+    "gather": slice(0, 1),
+    "dynamic_slice": slice(0, 1),
+    "dynamic_update_slice": slice(0, 2),
+    "scatter": slice(0, None, 2),
+}
+"""Equations whose result holds numbers of these operands; the others say which."""
+
 
 def view(equation: Equation) -> None:
     """Give a view's result its labels."""

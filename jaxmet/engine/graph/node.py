@@ -8,7 +8,7 @@ from jaxmet.engine.flow.bias_targets import BiasTargets
 from jaxmet.engine.nodes.cluster import LAYERS
 from jaxmet.engine.nodes.scalar_function import Formula
 
-Turn: TypeAlias = Literal["same", "previous", "last"]
+Turn: TypeAlias = Literal["same", "previous", "last", "each"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Edge:
     `node` is None where no single named node makes the value. Moves that add, scale or
     negate give scale · x + shift, which is `affine`: None where their numbers are unknown.
     `turn` says which turn of a loop made the value: the 'same' one, or of a node without a loop
-    its only one; the 'previous' one, by the loop's carry; the 'last' one, by its result. None
-    where that is not known.
+    its only one; the 'previous' one, by the loop's carry; the 'last' one, by its result. Of an
+    input that a loop takes slices of, 'each' has its own. None where that is not known.
     """
 
     operand: int

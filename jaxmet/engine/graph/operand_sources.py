@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxmet.engine.axes.views import CASTS
+from jaxmet.engine.axes.views import CASTS, CHOOSES
 from jaxmet.engine.graph.analyse import Analysis
 from jaxmet.engine.graph.node import Edge, Turn
 from jaxmet.engine.nodes.activations import number_of
@@ -78,7 +78,7 @@ class Origins:
         """The nodes, each with the moves after it and what they do to a number."""
         stack = [value]
         while stack:  # what is chosen among comes first, so that no look-up goes deep
-            last, _ = self.chain(stack[-1])
+            last, *_ = self.chain(stack[-1])
             equation = last.producer
             if equation is None or self.settled(last):
                 stack.pop()
@@ -104,8 +104,10 @@ class Origins:
         A carry that is met again on the way to its own origins adds none. What was found
         meanwhile holds until that carry is done, so it is kept for that long.
         """
-        value, chain = self.chain(value)
+        value, chain, sliced = self.chain(value)
         found, without = self.at(value)
+        if sliced:
+            found = [o._replace(turn="each") for o in found]
         for equation in reversed(chain):
             if equation.name not in CASTS:
                 found = [
@@ -117,13 +119,18 @@ class Origins:
                 ]
         return found, without
 
-    def chain(self, value: Value) -> tuple[Value, list[Equation]]:
-        """The value that moves of one value alone lead back to, and these moves."""
+    def chain(self, value: Value) -> tuple[Value, list[Equation], bool]:
+        """The value that moves of one value alone lead back to, and these moves.
+
+        Also whether it is an input that a loop slices before any of these.
+        """
         chain: list[Equation] = []
+        sliced = False
         while value not in self.producers:
             equation = value.producer
             if equation is None or equation.bodies:
                 if equation is None and value.source is not None:
+                    sliced |= value.sliced
                     value = value.source
                     continue
                 break
@@ -131,8 +138,9 @@ class Origins:
             if len(data) != 1:
                 break
             chain.append(equation)
-            value = data[0]
-        return value, chain
+            value, sliced = data[0], False
+        made = self.producers.get(value)
+        return value, chain, sliced and made is not None and made.kind == "input"
 
     def at(self, value: Value) -> tuple[list[EdgeOrigin], frozenset[int]]:
         """The origins where more than one value may come together."""
@@ -276,16 +284,6 @@ def _in_turn(origin: EdgeOrigin, turn: Turn | None) -> EdgeOrigin:
 def _running(equation: Equation) -> tuple[Region, ...]:
     """The bodies whose outputs are the results of a loop or branch."""
     return equation.bodies[-1:] if equation.name == "while" else equation.bodies
-
-
-CHOOSES = {
-    "select_n": slice(1, None),
-    "gather": slice(0, 1),
-    "dynamic_slice": slice(0, 1),
-    "dynamic_update_slice": slice(0, 2),
-    "scatter": slice(0, None, 2),
-}
-"""Equations whose result holds numbers of these operands; the others say which."""
 
 
 def _keeps(equation: Equation, value: Value) -> bool:

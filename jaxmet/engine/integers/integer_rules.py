@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmet.engine.axes.views import CHOOSES
 from jaxmet.engine.integers.integer_products import convolution, dot
 from jaxmet.engine.integers.integer_values import (
     Floats,
@@ -276,6 +277,21 @@ def joined(equation: Any, layer: str, values: list[Held]) -> Held | None:
     return replace(moved_to(first, found), fixed=fixed)
 
 
+def written(equation: Any, layer: str, values: list[Held]) -> Held | None:
+    """Values that are put into some places of others, on one grid."""
+    del layer
+    chosen = CHOOSES[equation.primitive.name]
+    parts = [v for v in values[chosen] if isinstance(v, Integers) and v.uniform]
+    if len(parts) != 2 or not _same_grid(*parts):
+        return None
+    given: list[Any] = [v.stored if isinstance(v, Floats) else None for v in values]
+    given[chosen] = [v.values for v in parts]
+    if any(v is None for v in given):
+        return None
+    (found,) = compat.bind(equation.primitive, equation.params, given)
+    return replace(moved_to(parts[0], found), fixed=False)
+
+
 def _same_grid(a: Integers, b: Integers) -> bool:
     pairs = ((a.scale, b.scale), (a.zero_point, b.zero_point))
     known = [(number(x), number(y)) for x, y in pairs]
@@ -342,6 +358,8 @@ RULES: dict[str, Rule] = {
     "reduce_window_max": extreme,
     "reduce_window_min": extreme,
     "concatenate": joined,
+    "dynamic_update_slice": written,
+    "scatter": written,
     "pad": padded,
     "convert_element_type": same,
     "copy": same,
