@@ -10,7 +10,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Hook, Run, evaluate
-from jaxmet.engine.run.segments import Segments, segments
+from jaxmet.engine.run.segments import Segments, cut
 from jaxmet.engine.run.shared_programs import placed
 from jaxmet.layers.arguments import accepting
 from jaxmet.layers.fake_quantized import (
@@ -27,7 +27,7 @@ from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 Live = dict[str, Any]
-Step = Callable[[Any, Any, Live, Any], Any]
+Step = Callable[..., Any]
 
 
 @dataclasses.dataclass
@@ -35,7 +35,8 @@ class Copy:
     """One copy of a model, cut at the same nodes as the other, and where it stands.
 
     `lives` are the live values of each batch, `shift` is what is still to be taken from the
-    result of the last cut node. `quantizers` are those of the values that the copy computes,
+    result of the last cut node. The loop around each node of `loops` is a piece of its own.
+    `quantizers` are those of the values that the copy computes,
     None where it computes them as the model does; with `both` those of activations.
     """
 
@@ -52,6 +53,7 @@ class Copy:
     lives: list[tuple[Any, Live]] = dataclasses.field(default_factory=list)
     shift: Any = None
     steps: dict[Any, Step] = dataclasses.field(default_factory=dict)
+    loops: tuple[str, ...] = ()
 
     def read(self, batch: tuple[Any, ...]) -> None:
         """Begin with one batch; the first one of its shape makes the pieces for it."""
@@ -66,7 +68,6 @@ class Copy:
         self.lives.append((key, self._waiting(live)))
 
     def _cut(self, batch: tuple[Any, ...]) -> Segments:
-        options = {"cuts": self.cuts, **self.kwargs}
         graph, params = self.graph, self.params
         refused = accepting(
             batch,
@@ -77,7 +78,7 @@ class Copy:
             traced=graph.called[0],
         )
         with refused:
-            return segments(graph, params, *batch, **options)
+            return cut(graph, params, batch, self.kwargs, self.cuts, self.loops)
 
     def put(self, batch: int, live: Live) -> None:
         """Keep where a batch stands after its next piece."""
@@ -100,7 +101,7 @@ class Copy:
                 hook = self._hook(quantizers)
                 own = self.pieces[key][piece]
                 own = own if hook is None else dataclasses.replace(own, hook=hook)
-                return own(params, self._begun(piece, quantizers, live, shift))
+                return own(params, self._begun(key, piece, quantizers, live, shift))
 
             # Inlined: what it does not need of the parameters is seen from outside.
             self.steps[key, piece] = jax.jit(run, inline=True)
@@ -113,15 +114,44 @@ class Copy:
             own = self.pieces[key][piece]
             watched = watch(self._hook(quantizers) or own.hook)
             own = dataclasses.replace(own, hook=watched)
-            return own.run(params, self._begun(piece, quantizers, live, shift))[1]
+            return own.run(params, self._begun(key, piece, quantizers, live, shift))[1]
 
         return run
 
-    def _begun(self, piece: int, quantizers: Any, live: Live, shift: Any) -> Live:
+    def enter(self, key: Any, piece: int) -> Step:
+        """`f(params, quantizers, live)`: the live values before the first turn of a loop."""
+
+        def run(params: Any, quantizers: Any, live: Live) -> Live:
+            del quantizers
+            return self.pieces[key][piece].enter(params, live)
+
+        return run
+
+    def turn(
+        self, key: Any, piece: int, watch: Callable[[Hook], Hook] | None = None
+    ) -> Step:
+        """`f(params, quantizers, live, number)`: the live values after a turn of a loop.
+
+        With `watch` what a hook around this copy's own sees in it instead.
+        """
+
+        def run(params: Any, quantizers: Any, live: Live, number: Any) -> Any:
+            own = self.pieces[key][piece]
+            hook = self._hook(quantizers) or own.hook
+            own = dataclasses.replace(own, hook=watch(hook) if watch else hook)
+            after, statistics = own.turn(params, live, number)
+            return statistics if watch else after
+
+        return run
+
+    def _begun(
+        self, key: Any, piece: int, quantizers: Any, live: Live, shift: Any
+    ) -> Live:
         """Live values with the shift taken from the result of the node before a piece."""
-        before = self.graph[self.order[piece - 1]] if piece else None
-        if before is None or before.name not in live:
+        name = self.pieces[key][piece - 1].name if piece else None
+        if name is None or name not in live:
             return live
+        before = self.graph[name]
         result = live[before.name]
         if shift is not None:
             dtype = wide(result.dtype, shift.dtype)

@@ -49,16 +49,16 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     """
     alt, table = altair("plot.rounding_loss"), checked(table, "rounding_loss")
     rows = list(table)
-    names = [str(row["layer"]) for row in rows]
+    names = [_name(row) for row in rows]
     points = [
-        {"place": i, "name": str(row["layer"]), "series": s, "loss": number(row[c])}
+        {"place": i, "name": _name(row), "series": s, "loss": number(row[c])}
         for i, row in enumerate(rows)
         for s, c in COLUMNS.items()
     ]
     points = [p for p in points if p["loss"] is not None and p["loss"] > 0]
     bars = [
         {
-            "name": str(row["layer"]),
+            "name": _name(row),
             "ratio": number(row["ratio"]),
             "note": row.get("note"),
         }
@@ -98,6 +98,12 @@ def rounding_loss(table: Any, *, title: str | None = None) -> Any:
     return titled(alt, chart, title or "Loss of rounding, by layer", gone)
 
 
+def _name(row: dict[str, Any]) -> str:
+    """The name of a layer, with the number of the turn where a loop stacks it."""
+    turn = row.get("turn")
+    return str(row["layer"]) if turn is None else f"{row['layer']}[{turn}]"
+
+
 def _curves(alt: Any, rows: list[dict[str, Any]]) -> Any:
     """One line per layer: the loss it minimises over that of rounding to nearest, by time."""
     points = []
@@ -106,7 +112,7 @@ def _curves(alt: Any, rows: list[dict[str, Any]]) -> Any:
         for i, loss in enumerate(curve if nearest else []):
             done = (i + 1) / len(curve)
             part = loss / nearest
-            points.append({"name": str(row["layer"]), "done": done, "part": part})
+            points.append({"name": _name(row), "done": done, "part": part})
     percent = alt.Axis(format="%")
     return (
         alt.Chart(data(alt, points), name="curve")

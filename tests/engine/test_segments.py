@@ -8,6 +8,7 @@ import pytest
 import by_hand
 import jaxmet as jm
 import zoo
+from jaxmet.engine.run.segments import cut
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES
 
@@ -247,3 +248,47 @@ def test_other_inputs_are_refused():
         ValueError, match=r"begin: got 1 arrays.*for 2.*given to segments"
     ):
         pieces.begin(inputs[0])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_loop_runs_turn_by_turn_as_it_runs_whole(reverse):
+    """Its turns are one program, whatever runs before it, after it and beside it."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": jax.random.normal(keys[0], (3, 5)),
+        "stack": jax.random.normal(keys[1], (4, 5, 5)),
+        "last": jax.random.normal(keys[2], (5, 2)),
+    }
+    x = jax.random.normal(keys[3], (6, 3))
+
+    def apply(p, x):
+        def body(carry, w):
+            h, count = carry
+            h = jnp.tanh(h @ w)
+            return (h, count + 1), jnp.sum(h)
+
+        start = (x @ p["first"], jnp.int32(0))
+        (h, count), sums = jax.lax.scan(body, start, p["stack"], reverse=reverse)
+        return h @ p["last"], count, sums
+
+    graph = jm.trace(apply, params, x)
+    [name] = [n.name for n in graph.layers if n.loop is not None]
+    pieces = cut(graph, params, (x,), {}, (), (name,))
+    before, loop, after = pieces
+    live = before(params, pieces.begin(x))
+    turn = jax.jit(loop.turn)
+    each = loop.enter(params, live)
+    assert loop.turns == ((3, 2, 1, 0) if reverse else (0, 1, 2, 3))
+    for number in loop.turns:
+        each, _ = turn(params, each, number)
+    carried = [each[key] for key in each if key not in live]
+    whole = loop(params, live)
+    exact = apply(params, x)
+    h = carried[0] @ params["last"]
+    np.testing.assert_allclose(h, exact[0], rtol=1e-5, atol=1e-6)
+    assert carried[1] == exact[1] == 4
+    found = pieces.finish(after(params, loop(params, each)))
+    jax.tree.map(
+        np.testing.assert_array_equal, found, pieces.finish(after(params, whole))
+    )
+    np.testing.assert_allclose(found[2], exact[2], rtol=1e-5, atol=1e-6)

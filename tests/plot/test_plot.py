@@ -229,6 +229,13 @@ def test_losses_of_an_optimisation_are_lines() -> None:
     assert len(found) == 6 and drawn_rows(chart.to_dict()) == drawn_rows(alone) == 3
 
 
+def test_turns_of_a_stacked_layer_have_a_row_each() -> None:
+    table = rounding_table(["stem", "block", "block", "block"])
+    table.columns["turn"] = [None, 0, 1, 2]
+    rows = values_of(jm.plot.rounding_loss(table))
+    assert [r["name"] for r in rows] == ["stem", "block[0]", "block[1]", "block[2]"]
+
+
 def test_several_widths_stand_side_by_side() -> None:
     chart = jm.plot.sensitivity(sensitivity_table(["stem", "head"], bits=(4, 8)))
     assert marks(chart) == 8

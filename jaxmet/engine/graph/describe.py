@@ -52,6 +52,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
     origins, reasons = Origins(analysis), _Reasons(analysis.region)
     nodes, named = {}, set(analysis.clusters)
     norms = {c.exit: c for c in named if c.kind == "norm"}
+    loops: dict[Equation, int] = {}
     for cluster in analysis.clusters:
         place = regions.get(cluster.exit.producer, ()) if cluster.equations else ()
         parameters = tuple(n for v in cluster.operands for n in _parameters(v))
@@ -66,6 +67,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             shared=tuple(n for n in dict.fromkeys(parameters) if n in shared),
             region=tuple(e.name for e in place),
             layers=_layers(place),
+            loop=_loop(place, loops),
             in_float=reasons.of(cluster),
             features=_features(cluster),
             details=_details(cluster, shared, named, norms),
@@ -155,6 +157,12 @@ def _layers(place: Place) -> int | None:
         return None
     sliced = [v for v in loops[0].bodies[0].inputs if v.sliced and v.kind == PARAM]
     return loops[0].params["length"] if sliced else None
+
+
+def _loop(place: Place, numbers: dict[Equation, int]) -> int | None:
+    """The number of the outermost `scan` around a node; a new one gets the next number."""
+    outermost = next((e for e in place if e.name == "scan"), None)
+    return None if outermost is None else numbers.setdefault(outermost, len(numbers))
 
 
 def _shared(analysis: Analysis) -> dict[str, int]:

@@ -200,7 +200,8 @@ class Node:
     `only_consumers` are the nodes that use the result as it is, None where anything else
     uses it too; `shared` are those of its parameters that something else reads too.
     `region` names the loops and branches around it, `layers` is the length of a loop that
-    runs stacked layers. `in_float` is the reason why no quantizer serves the result, whatever
+    runs stacked layers, `loop` the number of the outermost `scan` around it, in the order in
+    which they run. `in_float` is the reason why no quantizer serves the result, whatever
     the configuration. `details` is what only nodes of its kind have; `layer`, `norm` and
     `activation` are that, or None for a node of another kind.
     """
@@ -216,6 +217,7 @@ class Node:
     shared: tuple[str, ...] = ()
     region: tuple[str, ...] = ()
     layers: int | None = None
+    loop: int | None = None
     in_float: str | None = None
     details: LayerSpec | Norm | Activation | Matmul | None = None
 

@@ -80,6 +80,21 @@ def _scan(machine: "Machine", equation: Equation, operands: list) -> list:
     return [*carry, *stacked]
 
 
+def turn_of(
+    machine: "Machine", equation: Equation, operands: list, carry: list, number: Any
+) -> tuple[list, dict[str, Any]]:
+    """What a `scan` carries after the turn that reads slice `number`, and its statistics."""
+    skip, count = compat.scan_arity(equation.params)
+    inner = dataclasses.replace(machine, iteration=(*machine.iteration, number))
+    slices = [
+        lax.dynamic_index_in_dim(x, number, keepdims=False)
+        for x in operands[skip + count :]
+    ]
+    given = (*operands[:skip], *carry, *slices)
+    out, statistics = inner.inner(equation.bodies[0], given, None)
+    return out[:count], statistics
+
+
 def _cond(machine: "Machine", equation: Equation, operands: list) -> list:
     index, *rest = operands
     masks = _masks_before(machine, equation)[1:]

@@ -1,22 +1,23 @@
 """A program cut at named nodes: a list of pure functions that run it piece by piece."""
 
 import dataclasses
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxmet.engine.graph.analyse import Analysis, analyse
+from jaxmet.engine.graph.analyse import analyse
 from jaxmet.engine.graph.describe import describe
 from jaxmet.engine.graph.graph import Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.calls import make_call
-from jaxmet.engine.program.program import NOISE, Equation, Region, Value
+from jaxmet.engine.program.program import Equation, Value
 from jaxmet.engine.pruned.expand import call_of
+from jaxmet.engine.run.bodies import turn_of
 from jaxmet.engine.run.compressed import bounds_of, offsets_of
+from jaxmet.engine.run.cut_program import CutProgram, carried_inside
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
 from jaxmet.engine.run.replay import HOOK_CURE
 from jaxmet.tree.checks import check_callable, check_flags, keys_of, kind_of
@@ -24,7 +25,6 @@ from jaxmet.tree.leaves import dense
 from jaxmet.tree.names import check_names, named_leaves, suggestion
 
 Live = dict[str, Any]
-INLINED = (*compat.REMAT, *compat.CUSTOM)
 
 
 def segments(
@@ -75,12 +75,28 @@ def segments(
     if hook is not None:
         check_callable("segments", "hook", hook, HOOK_CURE)
     cuts = check_names("segments", "a cut", cuts)
-    analysis = analyse(call_of(graph.apply, params, inputs, kwargs))
+    return cut(graph, params, inputs, kwargs, cuts, (), hook, cpu_formulations)
+
+
+def cut(
+    graph: Graph,
+    params: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    cuts: Sequence[str],
+    loops: Sequence[str],
+    hook: Hook | None = None,
+    cpu_formulations: bool = True,
+) -> "Segments":
+    """`segments` in which the loop around each node of `loops` is a piece of its own.
+
+    Another piece, perhaps an empty one, ends before that loop, which can run turn by turn.
+    """
+    analysis = analyse(call_of(graph.apply, params, tuple(inputs), dict(kwargs)))
     nodes = describe(analysis)
     _check_cuts(cuts, nodes)
-    return Segments(
-        _Schedule(analysis, nodes, set(cuts)), hook or _idle, cpu_formulations
-    )
+    plan = CutProgram(analysis, nodes, set(cuts), set(loops))
+    return Segments(plan, hook or _idle, cpu_formulations)
 
 
 def _idle(node: Node, run: Any, operands: tuple[Any, ...]) -> tuple[Any, None]:
@@ -104,129 +120,24 @@ def _check_cuts(cuts: Sequence[str], nodes: Mapping[Cluster, Node]) -> None:
             )
 
 
-class _Schedule:
-    """Steps in order, values by key, and what is live between the pieces."""
-
-    def __init__(self, analysis: Analysis, nodes: dict[Cluster, Node], cuts: set[str]):
-        self.analysis, self.nodes = analysis, nodes
-        self.alias: dict[Value, Value] = {}
-        self.steps: list[Equation | Cluster] = []
-        self.steps += [c for c in nodes if c.kind == "input"]
-        self.lay_out(analysis.region)
-        self.steps += [c for c in nodes if c.kind == "output"]
-        self.outputs = [self.base(v) for v in analysis.region.outputs]
-        self.ends = self.find_ends(cuts)
-        self.keys = {}
-        for i, step in enumerate(self.steps):
-            for value in self.made(step):
-                self.keys.setdefault(value, f"value {i}.{len(self.keys)}")
-        for cluster, node in nodes.items():
-            if cluster.equations:
-                self.keys[cluster.exit] = node.name
-        for name, value in analysis.leaves.items():
-            self.keys[value] = f"parameter {name}"
-        self.input_keys = [f"input {i}" for i in range(len(analysis.inputs))]
-        for key, value in zip(self.input_keys, analysis.inputs, strict=True):
-            self.keys[value] = key
-        self.values = {key: value for value, key in self.keys.items()}
-        self.producer = {v: i for i, s in enumerate(self.steps) for v in self.made(s)}
-        self.moving = [self.moves(s) for s in self.steps]
-
-    def lay_out(self, region: Region) -> None:
-        for equation in region.equations:
-            if equation.name in INLINED and equation.bodies:
-                body = equation.bodies[0]
-                self.alias.update(zip(body.inputs, equation.operands, strict=True))
-                self.lay_out(body)
-                self.alias.update(zip(equation.results, body.outputs, strict=True))
-            elif equation.node not in self.nodes:
-                self.steps.append(equation)
-            elif equation.node.exit in equation.results:
-                self.steps.append(equation.node)
-
-    def base(self, value: Value) -> Value:
-        while value in self.alias:
-            value = self.alias[value]
-        return value
-
-    def made(self, step: Equation | Cluster) -> list[Value]:
-        if isinstance(step, Equation):
-            return step.results
-        return [step.exit] if step.equations else []
-
-    def read(self, step: Equation | Cluster) -> list[Value]:
-        return [self.base(v) for v in step.operands if v.constant is None]
-
-    def moves(self, step: Equation | Cluster) -> bool:
-        """Whether a step depends on the data (or on noise), so that it runs once."""
-        values = self.made(step) or self.read(step)
-        return any(v.kind >= NOISE for v in values)
-
-    def find_ends(self, cuts: set[str]) -> list[int]:
-        ends = [
-            i + 1
-            for i, step in enumerate(self.steps)
-            if isinstance(step, Cluster) and self.nodes[step].name in cuts
-        ]
-        return [*ends, len(self.steps)]
-
-    def pieces(self) -> list[tuple[str | None, list[Equation | Cluster], list[Value]]]:
-        """For each piece its last node, its steps and what is live after it."""
-        found, start = [], 0
-        for end, live in zip(self.ends, self.live(), strict=True):
-            last = self.steps[end - 1]
-            name = self.nodes[last].name if isinstance(last, Cluster) else None
-            name = name if end != len(self.steps) else None
-            found.append((name, self.with_parameters(start, end), live))
-            start = end
-        return found
-
-    def with_parameters(self, start: int, end: int) -> list:
-        """The moving steps of a piece and the parameter steps that they need."""
-        kept = {i for i in range(start, end) if self.moving[i]}
-        needed = [v for i in kept for v in self.read(self.steps[i])]
-        needed += self.outputs if end == len(self.steps) else []
-        while needed:
-            i = self.producer.get(needed.pop())
-            if i is not None and i not in kept and i < end and not self.moving[i]:
-                kept.add(i)
-                needed += self.read(self.steps[i])
-        return [self.steps[i] for i in sorted(kept)]
-
-    def live(self) -> list[list[Value]]:
-        """For each piece the values of the data that are made in it or before, and needed after.
-
-        After the last piece the outputs, also those of parameters alone.
-        """
-        first = dict.fromkeys(self.analysis.inputs, 0)
-        last: dict[Value, int] = {}
-        for i, step in enumerate(self.steps):
-            for value in self.made(step):
-                first.setdefault(value, i + 1)
-            last.update(dict.fromkeys(self.read(step), i))
-        last.update(dict.fromkeys(self.outputs, len(self.steps)))
-        lives: list[list[Value]] = [[] for _ in self.ends]
-        for value in self.keys:
-            if value in first and value in last and value.kind >= NOISE:
-                start = bisect_left(self.ends, first[value])
-                stop = bisect_right(self.ends, last[value])
-                for live in lives[start:stop]:
-                    live.append(value)
-        lives[-1] = [v for v in dict.fromkeys(self.outputs) if v.constant is None]
-        return lives
-
-
 class Segments(Sequence):
     """The pieces in order, with how to begin and how to read the outputs."""
 
-    def __init__(self, plan: _Schedule, hook: Hook, cpu_formulations: bool):
+    def __init__(self, plan: CutProgram, hook: Hook, cpu_formulations: bool):
         self._plan = plan
         self._pieces: list[Segment] = []
         reads = tuple(plan.input_keys)
-        for name, steps, live in plan.pieces():
+        for name, steps, live, loop in plan.pieces():
             self._pieces.append(
                 Segment(
-                    plan, hook, cpu_formulations, name, tuple(steps), reads, tuple(live)
+                    plan,
+                    hook,
+                    cpu_formulations,
+                    name,
+                    tuple(steps),
+                    reads,
+                    tuple(live),
+                    loop,
                 )
             )
             reads = tuple(plan.keys[v] for v in live)
@@ -267,13 +178,14 @@ class Segments(Sequence):
 class Segment:
     """One piece; `name` is the node that it ends with, None for the last piece."""
 
-    plan: _Schedule = dataclasses.field(repr=False)
+    plan: CutProgram = dataclasses.field(repr=False)
     hook: Hook = dataclasses.field(repr=False)
     cpu_formulations: bool
     name: str | None
     steps: tuple = dataclasses.field(repr=False)
     reads: tuple[str, ...] = dataclasses.field(repr=False)
     live: tuple = dataclasses.field(repr=False)
+    loop: Equation | None = dataclasses.field(default=None, repr=False)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -287,6 +199,57 @@ class Segment:
 
     def run(self, params: Any, environment: Live) -> tuple[Live, Statistics]:
         """The next environment, and what the hook returned besides."""
+        machine, values = self._start(params, environment)
+        for step in self.steps:
+            self._take(step, machine, values)
+        plan = self.plan
+        return {plan.keys[v]: values[v] for v in self.live}, machine.statistics
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The slices that the turns of the loop read, in the order in which they run."""
+        assert self.loop is not None
+        numbers = tuple(range(self.loop.params["length"]))
+        return numbers[::-1] if self.loop.params["reverse"] else numbers
+
+    def enter(self, params: Any, environment: Live) -> Live:
+        """The environment with what the loop carries before its first turn."""
+        _, carry, _ = self._opened(params, environment)
+        return {**environment, **carry}
+
+    def turn(
+        self, params: Any, environment: Live, number: Any
+    ) -> tuple[Live, Statistics]:
+        """The environment after one more turn, which reads slice `number`, as `run`."""
+        assert self.loop is not None
+        machine, first, operands = self._opened(params, environment)
+        carry = [environment[key] for key in first]
+        new, statistics = turn_of(machine, self.loop, operands, carry, number)
+        return {**environment, **dict(zip(first, new, strict=True))}, statistics
+
+    def _opened(self, params: Any, environment: Live) -> tuple[Machine, Live, list]:
+        """What the loop carries at first, by the keys of its carry, and all that it reads."""
+        assert self.loop is not None
+        machine, values = self._start(params, environment)
+        for step in self.steps:
+            if step is not self.loop:
+                self._take(step, machine, values)
+        operands = [machine.read(values, v) for v in self.loop.operands]
+        skip, count = compat.scan_arity(self.loop.params)
+        keys = [self.plan.keys[v] for v in carried_inside(self.loop)]
+        first = operands[skip : skip + count]
+        return machine, dict(zip(keys, first, strict=True)), operands
+
+    def _take(
+        self, step: Equation | Cluster, machine: Machine, values: Environment
+    ) -> None:
+        if isinstance(step, Cluster):
+            machine.visit(step, values)
+        else:
+            machine.step(step, values)
+
+    def _start(self, params: Any, environment: Live) -> tuple[Machine, Environment]:
+        """What runs the steps, and the values before them."""
         plan = self.plan
         leaves = named_leaves(params)
         for name in plan.analysis.leaves:
@@ -308,12 +271,7 @@ class Segment:
             if value.name is not None:
                 values[value] = dense(leaves[value.name])
         values.update({plan.values[key]: a for key, a in environment.items()})
-        for step in self.steps:
-            if isinstance(step, Cluster):
-                machine.visit(step, values)
-            else:
-                machine.step(step, values)
-        return {plan.keys[v]: values[v] for v in self.live}, machine.statistics
+        return machine, values
 
 
 def _check_environment(
@@ -334,7 +292,7 @@ def _check_environment(
 class _Aliased(dict):
     """An environment that knows the two names of a value inside an inlined body."""
 
-    def __init__(self, plan: _Schedule, content: Mapping | None = None):
+    def __init__(self, plan: CutProgram, content: Mapping | None = None):
         super().__init__(content or {})
         self.plan = plan
 

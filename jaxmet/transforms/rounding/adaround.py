@@ -1,7 +1,7 @@
 """Rounding by the outputs of each layer: AdaRound, GPTQ and descent over the integers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
 import jax
@@ -116,9 +116,10 @@ def adaround(
     error over all of that. A bias that layers with other weights add too is unchanged: the
     first of them is rounded, and later layers see its outputs, before the shift is known. So
     is a bias of its own of a layer that shares only its weight. The report says so, and
-    `jm.correct_bias` with the tree from before as `reference` corrects both. Weights that are
-    computed from parameters, used again in a loop or not quantized are rounded to nearest, and
-    the report says so.
+    `jm.correct_bias` with the tree from before as `reference` corrects both. Layers that a
+    loop stacks are rounded turn by turn, as if the loop were written out. Weights that are
+    computed from parameters, used again in a loop, sliced by a loop within a loop or not
+    quantized are rounded to nearest, and the report says so.
 
     Nagel et al., [Up or Down? Adaptive Rounding for Post-Training
     Quantization](https://arxiv.org/abs/2004.10568), ICML 2020.
@@ -149,7 +150,8 @@ def adaround(
 
     Returns:
         The tree and the quantizers, with the scales of these weights pinned. With
-        `with_report` also a table with one row per layer: its `loss`, that of nearest
+        `with_report` also a table with one row per layer, and of a layer that a
+        loop stacks with one per `turn`: its `loss`, that of nearest
         rounding, what is `inherited` from earlier layers (the loss of the best real weights
         $W^*$), the `ratio` of what rounding adds to what nearest rounding adds, and the
         `curve` of the loss for methods that optimise it step by step.
@@ -236,18 +238,22 @@ def report(
     lost: Mapping[str, str],
     kept_biases: Mapping[str, str],
 ) -> Table:
-    """One row per layer."""
+    """One row per layer, and of a layer that a loop runs one per turn."""
     rows, ratios, curves = [], [], []
-    for layer in layers:
+    for layer, turn in _turns(layers):
         chosen = found.get(layer.node.name)
         loss = plain = least = ratio = None
-        steps = [] if chosen is None else chosen.curve.tolist()
-        curves.append(steps or None)
         if chosen is not None:
             sums = (chosen.loss, chosen.nearest_loss, chosen.inherited)
+            if turn is not None:
+                assert layer.node.layers is not None
+                sums = (np.split(v, layer.node.layers)[turn] for v in sums)
             loss, plain, least = (float(v.sum()) for v in sums)
             ratio = max(loss - least, 0.0) / (plain - least) if plain > least else 1.0
             ratios.append(ratio)
+        curve = None if chosen is None else chosen.curve
+        curve = curve if curve is None or turn is None else curve[turn]
+        curves.append(None if curve is None else curve.tolist() or None)
         bias = kept_biases.get(layer.node.name)
         notes = [
             unmasked(lost.get(layer.node.name)),
@@ -261,12 +267,23 @@ def report(
                 x for x in reversed(layers) if x.parameter == layer.parameter
             )
             note = f"its weight is rounded with {with_it.node.name!r}"
-        rows.append((layer.node.name, loss, plain, least, ratio, note))
-    names = ("layer", "loss", "nearest loss", "inherited", "ratio", "note")
+        rows.append((layer.node.name, turn, loss, plain, least, ratio, note))
+    names = ("layer", "turn", "loss", "nearest loss", "inherited", "ratio", "note")
     columns: dict[str, Any] = {n: [r[i] for r in rows] for i, n in enumerate(names)}
+    if all(turn is None for turn in columns["turn"]):
+        del columns["turn"]
     if any(curves):
         columns["curve"] = curves
     middle = (
         f", {np.median(ratios):.3g} of nearest's error in the median" if ratios else ""
     )
     return Table(columns, title=f"{len(ratios)} of {len(rows)} weights rounded{middle}")
+
+
+def _turns(layers: Sequence[Layer]) -> Iterator[tuple[Layer, int | None]]:
+    """Each layer, with the number of each slice where a loop takes slices of its weight."""
+    for layer in layers:
+        loops = layer.why is None and layer.node.loop is not None
+        yield from ((layer, i) for i in range(layer.node.layers or 0) if loops)
+        if not loops:
+            yield layer, None

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
@@ -24,6 +25,7 @@ from jaxmet.transforms.rounding.rounded_layers import (
     Sharing,
     grid_in_blocks,
     grid_of_leaf,
+    loop_axis,
     sharing,
     sharing_weight,
     why_bias_kept,
@@ -35,7 +37,8 @@ from jaxmet.transforms.rounding.solvers import (
     Solution,
 )
 from jaxmet.tree.host_rounding import round_in_numpy
-from jaxmet.tree.leaves import dense
+from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 
 
@@ -64,6 +67,70 @@ class LayerProblems:
     method: RoundingMethod
     damping: float
     bias: bool
+    searched: Mapping[str, bool] | None = None
+
+    @functools.cached_property
+    def stated(self) -> dict[str, Quantizer]:
+        """The quantizers of weights that a loop slices, with the scales that they have now."""
+        found = {}
+        for layer in self.layers:
+            if layer.why is None and layer.node.loop is not None:
+                name = layer.parameter
+                leaf = np.asarray(dense(self.leaves[name]))
+                quantizer = self.quantizers.weights[name]
+                grid = LeafGrid.of(quantizer, leaf.astype(wide(leaf.dtype)))
+                found[name] = quantizer.holding(grid.scale, grid.zero_point)
+        return found
+
+    def in_turn(self, layers: Sequence[Layer], turn: int) -> "LayerProblems":
+        """The same for a turn of a loop: of these layers it knows that turn's slices alone."""
+        leaves, weights = dict(self.leaves), dict(self.quantizers.weights)
+        matrices, searched = {}, {}
+        for layer in layers:
+            name, axis = layer.parameter, loop_axis(layer.node)
+            assert axis is not None and layer.node.weight is not None
+            leaves[name] = slice_of(dense(leaves[name]), turn, axis)
+            stated, length = self.stated[name], layer.node.layers
+            weights[name] = quantizer_in_turn(stated, turn, axis, length)
+            searched[name] = self.searches(name) and has_turns(stated, axis, length)
+            shape = tuple(leaves[name].shape)
+            matrices[layer.node.name] = WeightMatrix(layer.node, shape)
+            if (bias := layer.node.bias) is not None:
+                own = self.bias_of(layer) is not None
+                leaves[bias] = slice_of(dense(leaves[bias]), turn, 0) if own else None
+        return dataclasses.replace(
+            self,
+            leaves=leaves,
+            quantizers=dataclasses.replace(self.quantizers, weights=weights),
+            matrices=matrices,
+            searched=searched,
+        )
+
+    def of_turns(self, layer: Layer, turns: Sequence[RoundedWeight]) -> RoundedWeight:
+        """What all turns of a layer came to, in the order of their slices."""
+        axis, stated = loop_axis(layer.node), self.stated[layer.parameter]
+        assert axis is not None
+        along = {"weight": axis, "curve": None}
+        if has_turns(stated, axis, layer.node.layers):
+            along |= {"scale": axis, "zero_point": axis}
+        every = {}
+        for field in RoundedWeight._fields:
+            arrays = [getattr(one, field) for one in turns]
+            at = along.get(field, 0)
+            every[field] = (
+                np.stack(arrays) if at is None else np.concatenate(arrays, at)
+            )
+        if "scale" not in along:
+            grid = LeafGrid.of(stated, np.asarray(dense(self.leaves[layer.parameter])))
+            every |= {"scale": grid.scale, "zero_point": grid.zero_point}
+        return RoundedWeight(**every)
+
+    def searches(self, parameter: str) -> bool:
+        """Whether the scales of a weight may change."""
+        if self.searched is not None:
+            return self.searched[parameter]
+        follows = self.quantizers.weights[parameter].follows
+        return follows or self.method.searches_pinned
 
     def problem(
         self,
@@ -79,7 +146,7 @@ class LayerProblems:
         grid = LeafGrid.of(quantizer, leaf)
         how: Sharing = sharing(self.matrices[name], grid)
         weight = self.matrices[name].matrix(np.asarray(leaf))
-        bias = self.bias_of(layer, weight.shape)
+        bias = self.bias_of(layer)
         inputs = jax.tree.map(np.asarray, seen[name])
         problem = Problem(
             weight,
@@ -101,20 +168,35 @@ class LayerProblems:
             how.blocks,
             how.shared,
             centred=self.bias and bias is not None,
-            free=quantizer.follows or self.method.searches_pinned,
+            free=self.searches(layer.parameter),
             activation=activation,
         )
         return kind, _filled(problem, how.blocks * how.length - weight.shape[1])
 
-    def bias_of(self, layer: Layer, shape: Sequence[int]) -> np.ndarray | None:
+    def bias_of(self, layer: Layer) -> np.ndarray | None:
         """The layer's own bias as (groups, outs), None where no mean can be put."""
         name = layer.node.bias
-        if name is None or why_bias_kept(self.graph, self.layers, layer.node):
+        if name is None or self.why_bias_kept(layer):
             return None
         bias = np.asarray(dense(self.leaves[name]))
-        if bias.size != shape[0] * shape[2]:
-            return None
-        return bias.astype(wide(bias.dtype)).reshape(shape[0], shape[2])
+        groups, _, outs = self.matrices[layer.node.name].sizes
+        return bias.astype(wide(bias.dtype)).reshape(groups, outs)
+
+    def why_bias_kept(self, layer: Layer) -> str | None:
+        """Why the bias of a layer takes no mean error, None where it does or has none."""
+        name = layer.node.bias
+        why = why_bias_kept(self.graph, self.layers, layer.node)
+        if name is None or why is not None:
+            return why
+        leaf = self.leaves[name]
+        groups, _, outs = self.matrices[layer.node.name].sizes
+        loops = layer.node.loop is not None
+        if loops and loop_axis(layer.node) != 0:
+            return "its loop slices another axis than the first"
+        if leaf is None or math.prod(dense(leaf).shape) != groups * outs:
+            each = "every turn of its loop adds it"
+            return each if loops else "it is not one number for each output"
+        return None
 
     def activation(
         self, node: Node, shape: Sequence[int], bias: Any
@@ -185,8 +267,7 @@ class LayerProblems:
         """The leaves of a layer that change."""
         old = self.leaves[layer.parameter]
         new = {layer.parameter: replaced(old, chosen.weight)}
-        shape = self.matrices[layer.node.name].sizes
-        if self.bias and self.bias_of(layer, shape) is not None:
+        if self.bias and self.bias_of(layer) is not None:
             assert layer.node.bias is not None
             bias = self.leaves[layer.node.bias]
             array = np.asarray(dense(bias))
@@ -195,6 +276,39 @@ class LayerProblems:
             moved = array.astype(dtype) + shift
             new[layer.node.bias] = replaced(bias, moved)
         return new
+
+
+def slice_of(array: Any, turn: int, axis: int) -> jax.Array:
+    """The slice of an array that a turn of a loop reads, with that axis."""
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(array), np.int32(turn), 1, axis)
+
+
+def with_slice(leaf: Any, new: Any, turn: int, axis: int) -> Any:
+    """The leaf with another slice for a turn of a loop."""
+    old = jnp.asarray(dense(leaf))
+    new = jnp.asarray(dense(new), old.dtype)
+    new = jax.lax.dynamic_update_slice_in_dim(old, new, np.int32(turn), axis)
+    return with_weight(leaf, new)
+
+
+def has_turns(quantizer: Quantizer, axis: int, length: int | None) -> bool:
+    """Whether each turn of a loop that slices the weight along an axis has its own scales."""
+    stated = quantizer.maximum if quantizer.scale is None else quantizer.scale
+    return np.ndim(stated) > 0 and np.shape(stated)[axis] == length
+
+
+def quantizer_in_turn(
+    quantizer: Quantizer, turn: int, axis: int, length: int | None
+) -> Quantizer:
+    """The quantizer, whose scales are stated, of the slice that a turn reads."""
+
+    def own(v: Any) -> Any:
+        if np.ndim(v) == 0 or np.shape(v)[axis] == 1:
+            return v
+        at = turn if np.shape(v)[axis] == length else turn // (quantizer.block or 1)
+        return slice_of(v, at, axis)
+
+    return jax.tree.map(own, quantizer)
 
 
 def _filled(problem: Problem, more: int) -> Problem:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,13 +17,20 @@ from jaxmet.layers.checkpoint import Checkpoint
 from jaxmet.layers.inputs import most_rows
 from jaxmet.layers.layer import WeightMatrix
 from jaxmet.layers.lockstep import Copy, Positions, quantized_copy
-from jaxmet.transforms.rounding.input_statistics import InputRows, Inputs, Look, merged
-from jaxmet.transforms.rounding.layer_order import Wave, find_waves
-from jaxmet.transforms.rounding.layer_problems import LayerProblems, RoundedWeight
-from jaxmet.transforms.rounding.rounded_layers import (
-    Layer,
-    why_bias_kept,
+from jaxmet.transforms.rounding.input_statistics import (
+    InputRows,
+    Inputs,
+    Look,
+    LookStage,
+    merged,
 )
+from jaxmet.transforms.rounding.layer_order import Wave, find_waves
+from jaxmet.transforms.rounding.layer_problems import (
+    LayerProblems,
+    RoundedWeight,
+    with_slice,
+)
+from jaxmet.transforms.rounding.rounded_layers import Layer, loop_axis
 from jaxmet.transforms.rounding.size_classes import solve
 from jaxmet.transforms.rounding.solvers import (
     Problem,
@@ -31,6 +39,15 @@ from jaxmet.transforms.rounding.solvers import (
 from jaxmet.tree.batches import Batches, inputs_of
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
+
+
+class Part(NamedTuple):
+    """Layers that are rounded in one step, in a loop in one turn of it."""
+
+    stage: LookStage
+    layers: tuple[Layer, ...]
+    turn: int | None = None
+
 
 PER_INPUT = 256
 """How many rows of all batches are looked at for each input of a layer, by default."""
@@ -73,8 +90,8 @@ class LayerwiseRounding:
         """Layers whose bias takes no mean error although they have one, and why."""
         if not self.bias:
             return {}
-        rounded = [layer.node for layer in self.layers if layer.why is None]
-        whys = {n.name: why_bias_kept(self.graph, self.layers, n) for n in rounded}
+        rounded = [layer for layer in self.layers if layer.why is None]
+        whys = {x.node.name: self.problems.why_bias_kept(x) for x in rounded}
         return {name: why for name, why in whys.items() if why is not None}
 
     def begin(self, batches: Batches) -> tuple[Wave, ...]:
@@ -112,6 +129,7 @@ class LayerwiseRounding:
             cuts,
             self.kwargs,
             self.store == "host",
+            loops=tuple(w.layers[0].node.name for w in waves if w.loops),
         )
         self.noisy = dataclasses.replace(exact, lives=[])
         if not self.apart:
@@ -135,7 +153,7 @@ class LayerwiseRounding:
         self.looking = Look(
             exact,
             self.noisy,
-            [wave.layers for wave in waves],
+            waves,
             {n: self.rows_of(n) for n in self.matrices},
             {shape: size / max(1, number) for shape, size in sizes.items()},
             keep=self.method.keeps_rows,
@@ -155,45 +173,85 @@ class LayerwiseRounding:
         self, waves: Sequence[Wave], checkpoint: Checkpoint, progress: bool
     ) -> dict[str, RoundedWeight]:
         found: dict[str, RoundedWeight] = {}
-        total = sum(len(w.layers) for w in waves)
+        total = sum(len(w.layers) * w.turns for w in waves)
+        steps = itertools.count()
         with tqdm(total=total, desc=self.caller, disable=not progress) as bar:
-            for number, wave in enumerate(waves):
-                kept = checkpoint.load(number)
-                chosen = [x.node.name for x in wave.layers if self.is_last(x)]
-                data = self.look(number, wave)
+
+            def rounded(part: Part) -> dict[str, RoundedWeight]:
+                """One step: a part of a wave, in one turn of a loop."""
+                step = next(steps)
+                kept = checkpoint.load(step)
+                data = self.look(step, part)
                 if kept is None:
-                    new = self.choose(number, wave, *data, bar)
-                    checkpoint.save(number, _flat(new))
+                    new = self.choose(step, part, *data, bar)
+                    checkpoint.save(step, _flat(new))
                 else:
+                    chosen = [x.node.name for x in part.layers if self.is_last(x)]
                     new = {name: _unflat(kept, name) for name in chosen}
-                    bar.update(len(wave.layers))
-                found |= new
-                self.put(wave, new)
+                    bar.update(len(part.layers))
+                self.put(part, new)
+                return new
+
+            for number, wave in enumerate(waves):
+                if wave.loops:
+                    found |= self.run_loop(number, wave, rounded)
+                elif wave.layers:
+                    found |= rounded(Part(self.looking.stage(number), wave.layers))
         return found
+
+    def run_loop(
+        self,
+        number: int,
+        wave: Wave,
+        rounded: Callable[[Part], dict[str, RoundedWeight]],
+    ) -> dict[str, RoundedWeight]:
+        """Turn after turn, each with what the turns before it came to."""
+        self.advance(self.looking.stage(number, "enter"))
+        found: dict[str, dict[int, RoundedWeight]] = {
+            layer.node.name: {} for layer in wave.layers
+        }
+        for turn in self.looking.turns(number):
+            for i, layers in enumerate(wave.parts):
+                stage = self.looking.stage(number, "look in a turn", i)
+                for name, one in rounded(Part(stage, layers, turn)).items():
+                    found[name][turn] = one
+            self.advance(self.looking.stage(number, "turn"), turn)
+        return {
+            layer.node.name: self.problems.of_turns(
+                layer, [one for _, one in sorted(found[layer.node.name].items())]
+            )
+            for layer in wave.layers
+        }
+
+    def advance(self, stage: LookStage, turn: int = 0) -> None:
+        """Take all batches through a stage that looks at nothing."""
+        for batch in range(len(self.exact.lives)):
+            where = self.positions.batches[batch]
+            self.looking(batch, stage, self.key, where, turn)
 
     def is_last(self, layer: Layer) -> bool:
         """Whether no layer after this one has the same weight: there it is chosen."""
         return self.last[layer.parameter] == layer.node.name
 
     def look(
-        self, number: int, wave: Wave
+        self, step: int, part: Part
     ) -> tuple[dict[str, Inputs], dict[str, list[InputRows]]]:
-        """The inputs of a wave; of a weight's last layer those of all that have it."""
+        """The inputs of layers; of a weight's last layer those of all that have it."""
         keep = self.method.keeps_rows
-        self.check_memory(wave, keep)
+        self.check_memory(part.layers, keep)
         seen: dict[str, Inputs] = {}
         rows: dict[str, list[InputRows]] = {}
-        drawing, _ = jax.random.split(jax.random.fold_in(self.key, number))
+        drawing, _ = jax.random.split(jax.random.fold_in(self.key, step))
         for batch in range(len(self.exact.lives)):
             where = self.positions.batches[batch]
             key = jax.random.fold_in(drawing, batch)
-            found, own = self.looking(batch, number, key, where)
+            found, own = self.looking(batch, part.stage, key, where, part.turn or 0)
             for name, one in found.items():
                 seen[name] = merged(seen[name], one) if name in seen else one
             for name, one in own.items():
                 rows.setdefault(name, []).append(one)
         self.check(seen)
-        for layer in wave.layers:
+        for layer in part.layers:
             name, parameter = layer.node.name, layer.parameter
             if parameter in self.waiting:
                 before, earlier = self.waiting.pop(parameter)
@@ -205,19 +263,20 @@ class LayerwiseRounding:
 
     def choose(
         self,
-        number: int,
-        wave: Wave,
+        step: int,
+        part: Part,
         seen: Mapping[str, Inputs],
         rows: Mapping[str, list[InputRows]],
         bar: Any,
     ) -> dict[str, RoundedWeight]:
-        """The weights of a wave, each for all that its layers read."""
-        _, solving = jax.random.split(jax.random.fold_in(self.key, number))
+        """The weights of these layers, each for all that its layers read."""
+        _, solving = jax.random.split(jax.random.fold_in(self.key, step))
+        problems = self.problems_of(part)
         groups: dict[Any, list[tuple[Layer, Problem]]] = {}
-        layers = [layer for layer in wave.layers if self.is_last(layer)]
-        bar.update(len(wave.layers) - len(layers))
+        layers = [layer for layer in part.layers if self.is_last(layer)]
+        bar.update(len(part.layers) - len(layers))
         for layer in layers:
-            kind, problem = self.problems.problem(layer, seen, rows)
+            kind, problem = problems.problem(layer, seen, rows)
             shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(problem))
             structure = jax.tree.structure(problem)
             groups.setdefault((kind, shapes, structure), []).append((layer, problem))
@@ -231,20 +290,27 @@ class LayerwiseRounding:
                 partial(_tick, bar, len(same)),
             )
             for (layer, _), solution in zip(same, solutions, strict=True):
-                new[layer.node.name] = self.problems.read(layer, solution)
+                new[layer.node.name] = problems.read(layer, solution)
         return {layer.node.name: new[layer.node.name] for layer in layers}
 
-    def check_memory(self, wave: Wave, keep: bool) -> None:
+    def problems_of(self, part: Part) -> LayerProblems:
+        """The problems of these layers: in a loop, of one turn."""
+        if part.turn is None:
+            return self.problems
+        return self.problems.in_turn(part.layers, part.turn)
+
+    def check_memory(self, layers: Sequence[Layer], keep: bool) -> None:
         """Refuse, before looking, what the device cannot hold."""
         needed = 0
-        for layer in wave.layers:
+        for layer in layers:
             groups, ins, outs = self.matrices[layer.node.name].sizes
+            groups //= layer.node.layers or 1  # turn by turn
             needed += 4 * 3 * groups * ins * ins
             if keep:
                 needed += 4 * self.rows_of(layer.node.name) * groups * (2 * ins + outs)
         free = free_memory()
         if free is not None and needed > free:
-            names = ", ".join(repr(layer.node.name) for layer in wave.layers)
+            names = ", ".join(repr(layer.node.name) for layer in layers)
             raise ValueError(
                 f"jaxmet.{self.caller}: what has to be known of {names} takes "
                 f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free. Ask for fewer "
@@ -260,14 +326,21 @@ class LayerwiseRounding:
                     "Look at the batches, and at the layers before it with jm.compare."
                 )
 
-    def put(self, wave: Wave, new: Mapping[str, RoundedWeight]) -> None:
+    def put(self, part: Part, new: Mapping[str, RoundedWeight]) -> None:
         """Give the quantized copy what was chosen."""
         if self.apart:
             return
-        leaves = {}
-        for layer in wave.layers:
+        leaves, problems = {}, self.problems_of(part)
+        for layer in part.layers:
             if layer.node.name in new:
-                leaves |= self.problems.updated(layer, new[layer.node.name])
+                leaves |= problems.updated(layer, new[layer.node.name])
+        if part.turn is not None:
+            old = named_leaves(self.noisy.params)
+            axes = {x.parameter: loop_axis(x.node) or 0 for x in part.layers}
+            leaves = {
+                name: with_slice(old[name], own, part.turn, axes.get(name, 0))
+                for name, own in leaves.items()
+            }
         self.noisy.params = replace_leaves(self.noisy.params, leaves)
 
 

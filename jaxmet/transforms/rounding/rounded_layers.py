@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmet.engine.axes.views import CASTS, SLICE
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node, used_elsewhere
 from jaxmet.layers.eligibility import (
@@ -35,11 +36,6 @@ class Layer:
         """The name of its weight."""
         return self.node.kernel
 
-    @property
-    def loops(self) -> bool:
-        """Whether it runs inside a loop, where no piece can end."""
-        return "scan" in self.node.region
-
 
 def find_layers(graph: Graph, quantizers: Quantizers, caller: str) -> tuple[Layer, ...]:
     """All layers, in the order in which they run.
@@ -61,7 +57,24 @@ def _unfit(layer: Node, quantizers: Quantizers) -> str | None:
     stacked = layer.weight.stacked
     if layer.region.count("scan") > 1 or ("scan" in layer.region) != stacked:
         return "its weight is used again and again in a loop"
+    if stacked and loop_axis(layer) is None:
+        return "its loop slices a view of its weight"
     return None
+
+
+def loop_axis(layer: Node) -> int | None:
+    """The axis of its weight along which the loop around a layer takes its slices.
+
+    None where no axis of the parameter holds them in the order of the slices.
+    """
+    assert layer.weight is not None
+    axis, moves = 0, layer.weight.moves
+    for move in reversed(moves[: layer.weight.views.index(SLICE)]):
+        if move.name == "transpose":
+            axis = move.to[axis]
+        elif move.name not in CASTS:
+            return None
+    return axis
 
 
 def sharing_weight(graph: Graph, node: Node) -> tuple[Node, ...]:

@@ -87,7 +87,8 @@ def search_scales(
     positions of each batch and layer). `mask`, a function of a batch, says where its values
     count, as in `jm.calibrate`.
 
-    Scales that are numbers already are searched anew.
+    Scales that are numbers already are searched anew. Layers that a loop stacks are searched
+    turn by turn; scales that its turns share are kept.
 
     Sequential MSE as in AIMET; Choukroun et al., [Low-bit Quantization of Neural Networks
     for Efficient Inference](https://arxiv.org/abs/1902.06822), ICCVW 2019.
