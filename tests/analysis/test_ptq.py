@@ -234,6 +234,7 @@ def test_arrays_among_the_keywords_reach_every_step() -> None:
     assert found[2]["SQNR (dB)"] == wanted[2]["SQNR (dB)"]
 
 
+@pytest.mark.slow
 def test_what_loses_is_named() -> None:
     """A value with one huge channel: outputs that are mostly noise are warned of, with a cure."""
 

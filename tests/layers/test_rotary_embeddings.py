@@ -80,6 +80,7 @@ def case():
     return params, draw(32, TOKENS, WIDTH), at
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("rotate", "dtype"),
     [(f, jnp.int32) for f in FORMS] + [(f, jnp.float32) for f in FORMS[:3]],

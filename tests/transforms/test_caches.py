@@ -72,6 +72,7 @@ CASES += [("written_out", w) for w in d.WRITES if w != "by_slice"]
 CASES += [("scanned", "by_index")]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("form", "write"), CASES)
 def test_decoding_is_prefill_in_float(form, write):
     apply, params, empty = d.decoder(form, write)
@@ -84,6 +85,7 @@ def test_decoding_is_prefill_in_float(form, write):
     np.testing.assert_allclose(whole, given, rtol=0, atol=2e-5)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("form", "write"), CASES)
 def test_prefill_and_decoding_lose_as_little(form, write):
     prefill, decoded = losses(form, write, calibrated(form, write))
@@ -106,6 +108,7 @@ def step_between(values, levels=255):
     return (max(np.max(values), 0) - min(np.min(values), 0)) / levels
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", ["written_out", "scanned"])
 def test_scales_are_those_of_what_is_written(form):
     apply, params, empty = d.decoder(form)
@@ -125,6 +128,7 @@ def test_scales_are_those_of_what_is_written(form):
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", ["written_out", "scanned"])
 def test_a_cache_of_another_model_is_put_on_the_grids(form):
     """A float prefill, and a quantized model that goes on from its caches."""
@@ -146,6 +150,7 @@ def test_a_cache_of_another_model_is_put_on_the_grids(form):
             assert len(np.unique(np.round(steps[:, :6]))) > 20
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("write", ["by_slice", "by_joining"])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_places_that_were_never_written_count_in_no_range(write, method):
@@ -206,6 +211,7 @@ def test_rules_for_caches():
         assert min(prefill, decoded) > 25
 
 
+@pytest.mark.slow
 def test_padded_tokens_count_in_no_range():
     apply, params, empty = d.decoder("written_out")
     batches = prefills(empty)
@@ -231,6 +237,7 @@ def test_empty_caches_are_no_badly_used_quantizers():
     assert used[0] > 0.5
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("write", ["by_slice", "by_index"])
 def test_integers_compute_what_is_simulated(write):
     apply, params, empty = d.decoder("written_out", write)
@@ -264,6 +271,7 @@ class Attention(nn.Module):
         return nn.Dense(5, name="head")(x + y)
 
 
+@pytest.mark.slow
 def test_caches_among_the_variables():
     net, x = Attention(), jax.random.normal(jax.random.key(1), (4, 6, 8))
     variables = net.init(jax.random.key(0), x)

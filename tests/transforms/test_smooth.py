@@ -227,6 +227,7 @@ def producers(report: jm.Table) -> set[tuple[str, ...]]:
     }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", EXACT)
 def test_the_function_stays_in_double_precision(name):
     model, expected = EXACT[name]
@@ -370,6 +371,7 @@ SKIPPED = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", SKIPPED)
 def test_what_cannot_be_undone_is_skipped_and_said(name):
     model, node, why = SKIPPED[name]
@@ -389,6 +391,7 @@ def test_what_cannot_be_undone_is_skipped_and_said(name):
 # Random networks
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(
     blocks=st.lists(st.sampled_from([*TOKENS]), min_size=1, max_size=3),
@@ -452,6 +455,7 @@ def both() -> tuple[Any, Any, np.ndarray]:
     return variables, stack, x
 
 
+@pytest.mark.slow
 def test_layers_of_a_loop_have_scales_of_their_own():
     variables, stack, x = both()
     found = []
