@@ -197,8 +197,8 @@ def _owner(graph: OnnxGraph, node: Any, grids: Mapping[str, WrittenGrid]) -> str
     """Whose result it is, as the grid says that the result goes on."""
     found: Any = node
     while found is not None and found.op_type != "QuantizeLinear":
-        readers = graph.consumers.get(found.output[0], [])
-        found = readers[0] if len(readers) == 1 else None
+        consumers = graph.consumers.get(found.output[0], [])
+        found = consumers[0] if len(consumers) == 1 else None
     grid = None if found is None else grids.get(found.input[1])
     return grid.owner if grid is not None else None
 

@@ -57,7 +57,7 @@ def fused(model: Any, *, integers: bool = True) -> Any:
 
 
 def _copies(graph: OnnxGraph) -> None:
-    """Nothing in place of Identity: behind it runtimes do not see the integers."""
+    """Nothing in place of Identity: after it runtimes do not see the integers."""
     for node in nodes_of(graph, "Identity"):
         if node.output[0] not in graph.outputs:
             redirect(graph, node.output[0], node.input[0])

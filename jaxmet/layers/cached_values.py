@@ -63,5 +63,5 @@ def _is_data(node: Node) -> bool:
 
 
 def _is_sliced(graph: Graph, name: str) -> bool:
-    readers = [n for n in graph.consumers(name) if n.layers]
-    return any(e.turn == "each" for n in readers for e in n.inputs if e.node == name)
+    consumers = [n for n in graph.consumers(name) if n.layers]
+    return any(e.turn == "each" for n in consumers for e in n.inputs if e.node == name)

@@ -34,8 +34,12 @@ def quantizer_at(
     if not node.layers:
         along = lambda a: a.reshape(-1, *(1,) * (ndim - 1)) if jnp.ndim(a) == 1 else a
         return jax.tree.map(along, quantizer)
-    here = run.iteration[-1]
-    return jax.tree.map(lambda a: a[here] if jnp.ndim(a) else a, quantizer)
+    return _of_layer(quantizer, run.iteration[-1])
+
+
+def _of_layer(quantizer: Quantizer, index: Any) -> Quantizer:
+    """Of a quantizer with a scale for each layer that of one; another one as it is."""
+    return jax.tree.map(lambda a: a[index] if jnp.ndim(a) else a, quantizer)
 
 
 def fake_quantize_output(
@@ -116,17 +120,13 @@ def quantizer_entering(
         quantizer = quantizers.activation(edge.node or "")
         assert quantizer is not None
         if edge.turn == "last":
-            quantizer = jax.tree.map(lambda a: a[-1] if jnp.ndim(a) else a, quantizer)
+            quantizer = _of_layer(quantizer, -1)
         elif node.layers and any(map(jnp.ndim, jax.tree.leaves(quantizer))):
             here = run.iteration[-1] - int(edge.turn == "previous")
-            last = jax.tree.map(
-                lambda a, i=here: a[jnp.maximum(i, 0)] if jnp.ndim(a) else a, quantizer
-            )
+            quantizer = _of_layer(quantizer, jnp.maximum(here, 0))
             if found is not None:  # the first turn reads what the loop began with
-                last = jax.tree.map(
-                    lambda first, a, i=here: jnp.where(i < 0, first, a), found, last
-                )
-            quantizer = last
+                choose = functools.partial(jnp.where, here < 0)
+                quantizer = jax.tree.map(choose, found, quantizer)
         found = quantizer
     assert found is not None
     return found

@@ -130,35 +130,7 @@ def place(
     wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
     wanted -= inside_rotations(graph)
     streams = residual_streams(graph)
-    activations: dict[str, Settings] = {}
-    floats: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.name not in wanted:
-            continue
-        settings = config.resolve(node.name, "activation")
-        norm = is_data_norm(node) and settings.residual_bits == 32
-        if settings.at_products:
-            floats[node.name] = DYNAMIC
-        elif node.name in streams and settings.residual_bits != 32:
-            settings = dataclasses.replace(settings, bits=settings.residual_bits)
-        elif node.name in streams or norm:
-            floats[node.name] = STREAM if node.name in streams else UNREAD
-        if node.in_float is not None:
-            left[node.name] = node.in_float
-        elif node.name not in graph.selected:
-            left[node.name] = NOT_SELECTED
-        elif not settings.quantize:
-            left[node.name] = says_float(config, node.name, "activation")
-        elif settings.bits == 32:
-            left[node.name] = "32 bits"
-        else:
-            activations[node.name] = settings
-    floats = {n: why for n, why in floats.items() if n in activations}
-    read = _entering(graph)
-    for name in floats.keys() - read:
-        left[name] = floats[name]
-        del activations[name]
-    entered = entering(graph, floats.keys() & read, activations)
+    activations, entered = _activations(graph, config, wanted, streams, left)
     cached = caches(graph)
     held = {n: s for n, s in activations.items() if s.dynamic is None}
     for cache in cached:
@@ -315,6 +287,45 @@ def _weight(name: str, nodes: tuple[Node, ...], settings: Settings) -> WeightPla
 
 
 # Activations
+
+
+def _activations(
+    graph: Graph,
+    config: QuantConfig,
+    wanted: Collection[str],
+    streams: Collection[str],
+    left: dict[str, str],
+) -> tuple[dict[str, Settings], frozenset[str]]:
+    """What is quantized of what is wanted, and of that what only products read on its grid."""
+    activations: dict[str, Settings] = {}
+    floats: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.name not in wanted:
+            continue
+        settings = config.resolve(node.name, "activation")
+        norm = is_data_norm(node) and settings.residual_bits == 32
+        if settings.at_products:
+            floats[node.name] = DYNAMIC
+        elif node.name in streams and settings.residual_bits != 32:
+            settings = dataclasses.replace(settings, bits=settings.residual_bits)
+        elif node.name in streams or norm:
+            floats[node.name] = STREAM if node.name in streams else UNREAD
+        if node.in_float is not None:
+            left[node.name] = node.in_float
+        elif node.name not in graph.selected:
+            left[node.name] = NOT_SELECTED
+        elif not settings.quantize:
+            left[node.name] = says_float(config, node.name, "activation")
+        elif settings.bits == 32:
+            left[node.name] = "32 bits"
+        else:
+            activations[node.name] = settings
+    floats = {n: why for n, why in floats.items() if n in activations}
+    read = _entering(graph)
+    for name in floats.keys() - read:
+        left[name] = floats[name]
+        del activations[name]
+    return activations, entering(graph, floats.keys() & read, activations)
 
 
 def _stored(graph: Graph, device: Target) -> set[str]:

@@ -70,33 +70,29 @@ def _enters(
     node, read = graph[name], False
     if node.loops not in ((), ("scan",)) and not settings[name].at_products:
         return False
-    for reader in graph.consumers(name):
-        if (
-            reader.function in KEEPS_GRID
-        ):  # what a product reads behind it is on this grid
+    for consumer in graph.consumers(name):
+        if consumer.function in KEEPS_GRID:  # products after it read this grid
             return False
-        if reader.kind not in PRODUCTS:
+        if consumer.kind not in PRODUCTS:
             continue
-        operands = {e.operand for e in reader.inputs if e.node == name}
-        for edge in reader.inputs:
+        operands = {e.operand for e in consumer.inputs if e.node == name}
+        for edge in consumer.inputs:
             if edge.operand not in operands:
                 continue
             read = True
             if edge.node is None or edge.node not in found:
                 return False
-            plain = settings[name].at_products or _is_plain(graph, reader, edge)
-            if not plain:
-                return False
-            if settings[edge.node] != settings[name]:
+            plain = settings[name].at_products or _is_plain(graph, consumer, edge)
+            if not plain or settings[edge.node] != settings[name]:
                 return False
     return read
 
 
-def _is_plain(graph: Graph, reader: Node, edge: Edge) -> bool:
+def _is_plain(graph: Graph, consumer: Node, edge: Edge) -> bool:
     """Whether an operand has the numbers of the node, of a turn that is known."""
     assert edge.node is not None
     if edge.affine != SAME or not all(m in VIEWS for m in edge.moves):
         return False
     source = graph[edge.node]
-    inside = edge.turn in ("same", "previous") and source.region == reader.region
+    inside = edge.turn in ("same", "previous") and source.region == consumer.region
     return not source.loops or inside or edge.turn == "last"

@@ -26,9 +26,9 @@ def inside_rotations(graph: Graph) -> frozenset[str]:
         if e.node is not None and _is_table(graph, e)
     }
     for node in reversed(graph.nodes):
-        readers = {n.name for n in graph.consumers(node.name)}
-        before = not node.is_layer and bool(readers & tables)
-        if (node.name in tables or before) and readers <= found:
+        consumers = {n.name for n in graph.consumers(node.name)}
+        before = not node.is_layer and bool(consumers & tables)
+        if (node.name in tables or before) and consumers <= found:
             tables.add(node.name)
             found.add(node.name)
     return frozenset(found)

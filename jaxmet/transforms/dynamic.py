@@ -39,7 +39,7 @@ def dynamic(bits: int | None = None, config: QuantConfig | None = None) -> Dynam
     of an activation is that of the whole tensor at hand, the batch included, so results depend on
     the batch; with `config.dynamic='token'` or a number each row that a product sums over, or each
     block of so many of its values, has its own. No gradient goes through a range. To have dynamic
-    ranges behind rounded weights, or for some activations only, calibrate with
+    ranges with rounded weights, or for some activations only, calibrate with
     `jm.QuantConfig(dynamic=…)`.
 
     Args:
