@@ -56,7 +56,6 @@ from jaxmet.transforms.smooth import smooth as smooth
 from jaxmet.tree import targets as targets
 from jaxmet.tree.batched_data import batched as batched
 from jaxmet.tree.config import QuantConfig as QuantConfig
-from jaxmet.tree.config import Rule as Rule
 from jaxmet.tree.files import load as load
 from jaxmet.tree.files import save as save
 from jaxmet.tree.grids import grids as grids
@@ -66,6 +65,7 @@ from jaxmet.tree.plain_arrays import rebuild as rebuild
 from jaxmet.tree.quantized import Quantized as Quantized
 from jaxmet.tree.quantizers import Quantizer as Quantizer
 from jaxmet.tree.quantizers import Quantizers as Quantizers
+from jaxmet.tree.rule import Rule as Rule
 from jaxmet.tree.structures import LowRank as LowRank
 from jaxmet.tree.structures import Pruned as Pruned
 from jaxmet.tree.table import Table as Table

@@ -17,7 +17,7 @@ import jax
 from jax.nn import gelu, relu
 
 import zoo_models as z
-from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet import Graph, trace
 from zoo_nets import (
     Factory,
     Inputs,

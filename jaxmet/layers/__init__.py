@@ -14,21 +14,13 @@ gradients        gradients of the outputs by weights and by inputs of products
 moments/         mean and variance of every tensor, from the statistics of norms
 lockstep         a float and a quantized copy of a model, run piece by piece
 observed_ranges  ranges of activations over batches
-placement        which weights and values get a quantizer
-cached_values    inputs that a model returns with new values: one quantizer for both
-rotary_embeddings  rotations by positions, of which only the sum has a quantizer
-residual_streams  what is too wide for 8 bits, and is quantized where products read it
+placement/       which weights and values get a quantizer
 new_quantizers   quantizers of a configuration, before they hold a range
 fake_quantized   values and weights quantized while a model is replayed
-target_rules     what a target's table says of the nodes of a graph
-rule_targets     which tensors the rules of a configuration reach
 matching         whether quantizers belong to a graph
 reference        the float model that a quantized one is compared with
 deployed         what a target runs: the simulation without folded norms
-norm_parameters  where a norm keeps its parameters
-fold_plans       which norm can be folded into which products
-folded_weights   weights as a fold would leave them
-folded_shift     the shift of a folded norm, as the bias of its product
+folds/           which norm can be folded into which products, and what the fold leaves
 arguments        keys, keyword arguments and batches, checked before any work
 asked_ratios     one ratio for all layers, or one by name
 checkpoint       steps of a long run on disk, so that it can resume

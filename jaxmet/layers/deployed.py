@@ -13,8 +13,8 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.program.scopes import END, LAYER, SCOPE
 from jaxmet.engine.run.replay import Run, evaluate
 from jaxmet.layers.fake_quantized import fake_quantize_operands, fake_quantize_output
-from jaxmet.layers.folded_shift import folded_norm
-from jaxmet.layers.norm_parameters import roles_of
+from jaxmet.layers.folds.folded_shift import folded_norm
+from jaxmet.layers.folds.norm_parameters import roles_of
 from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.host_rounding import grid_in_numpy

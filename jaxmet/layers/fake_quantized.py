@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
-from jaxmet.layers.folded_weights import folded_and_back
-from jaxmet.layers.residual_streams import PRODUCTS
+from jaxmet.layers.folds.folded_weights import folded_and_back
 from jaxmet.tree.grids import Grids
 from jaxmet.tree.names import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
@@ -93,7 +92,7 @@ def entered_operands(node: Node, quantizers: Quantizers) -> dict[int, str]:
 
     None of which any source has no quantizer, as one that was zero in all data.
     """
-    if node.kind not in PRODUCTS:
+    if not node.is_product:
         return {}
     float_at = {
         e.operand for e in node.inputs if quantizers.owner(e.node or "") is None

@@ -1,7 +1,7 @@
 """The quantizers that a configuration asks for, before they hold a range."""
 
-from jaxmet.layers.placement import WeightPlace
-from jaxmet.tree.config import Settings
+from jaxmet.layers.placement.placed_weights import WeightPlace
+from jaxmet.tree.config_fields import Settings
 from jaxmet.tree.quantizer import Quantizer
 
 HEADROOM = 2

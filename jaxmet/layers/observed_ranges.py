@@ -15,7 +15,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Counted, Run
 from jaxmet.layers.collect import collect
-from jaxmet.layers.placement import Placement
+from jaxmet.layers.placement.placement import Placement
 from jaxmet.numerics.calibrators import best_range, values_of
 from jaxmet.numerics.grid import grid_ends
 from jaxmet.numerics.histogram import (
@@ -28,7 +28,7 @@ from jaxmet.numerics.histogram import (
 )
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import check_counts
-from jaxmet.tree.config import Settings
+from jaxmet.tree.config_fields import Settings
 
 Range = tuple[Any, Any]
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxmet.engine.graph.channel_groups import indices_of
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.norm_parameters import statistics_weight
+from jaxmet.layers.folds.norm_parameters import statistics_weight
 from jaxmet.plot.channel_ranges import leaves_by_name
 from jaxmet.tree.leaves import dense, flatten, is_compressed, is_structured
 from jaxmet.tree.names import parameter_names

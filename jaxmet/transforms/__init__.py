@@ -4,7 +4,7 @@
 
 fold/             batch norms into the products beside them
 equalize/         cross-layer equalization
-smooth            the range of activations into weights, across attention too
+smooth/           the range of activations into weights, across attention too
 absorb_bias       high biases into the layer after a rectifier
 calibrate         quantizers, with ranges from data or norms
 data_free_ranges  ranges of activations from the statistics of norms

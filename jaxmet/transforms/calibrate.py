@@ -17,13 +17,13 @@ from jaxmet.layers.observed_ranges import (
     is_signed,
     observed_ranges,
 )
-from jaxmet.layers.placement import place
-from jaxmet.layers.residual_streams import PRODUCTS
+from jaxmet.layers.placement.placement import place
 from jaxmet.numerics.ranges import grid_between, grid_on_host
 from jaxmet.transforms.data_free_ranges import WHY, data_free_ranges
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete
-from jaxmet.tree.config import QuantConfig, Settings, config_of
+from jaxmet.tree.config import QuantConfig, config_of
+from jaxmet.tree.config_fields import Settings
 from jaxmet.tree.leaves import dense
 from jaxmet.tree.quantizers import Quantizer, Quantizers, along_bias, along_scale
 
@@ -179,7 +179,7 @@ def calibrate(
         for node in graph.nodes
         for edge in node.inputs
         if edge.node in never and edge.node in placement.entering
-        if node.kind in PRODUCTS
+        if node.is_product
     }
     never |= {
         name: f"{q.product[1]!r} has no quantizer: {why[owners[q.product[1]]]}"

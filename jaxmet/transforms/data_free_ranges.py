@@ -7,7 +7,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.moments import node_moments
 from jaxmet.layers.observed_ranges import Range
-from jaxmet.layers.placement import Placement
+from jaxmet.layers.placement.placement import Placement
 
 N_SIGMA = 6.0
 """Tails of trained networks are longer than a normal value's."""

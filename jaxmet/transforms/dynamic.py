@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.new_quantizers import activation_quantizer, weight_quantizer
-from jaxmet.layers.placement import place
+from jaxmet.layers.placement.placement import place
 from jaxmet.numerics.grid import check_bits
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers

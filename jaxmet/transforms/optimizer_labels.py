@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmet.engine.graph.graph import Graph, fitted
-from jaxmet.layers.norm_parameters import check_mode
+from jaxmet.layers.folds.norm_parameters import check_mode
 from jaxmet.tree.leaves import Compressed, flatten, is_compressed
 from jaxmet.tree.names import named_leaves
 from jaxmet.tree.paths import has_collections, path_parts

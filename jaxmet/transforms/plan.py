@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxmet.engine.graph.graph import Graph, fitted
-from jaxmet.layers.placement import WeightPlace, place
-from jaxmet.tree.config import Kind, QuantConfig, Settings, config_of
+from jaxmet.layers.placement.placed_weights import WeightPlace
+from jaxmet.layers.placement.placement import place
+from jaxmet.tree.config import QuantConfig, config_of
+from jaxmet.tree.config_fields import Kind, Settings
 from jaxmet.tree.table import Table
 
 

@@ -20,12 +20,14 @@ from jaxmet.layers.eligibility import (
     why_looped,
     why_shared,
 )
-from jaxmet.layers.fake_quantized import (
-    fake_quantize_params,
+from jaxmet.layers.fake_quantized import fake_quantize_params
+from jaxmet.layers.folds.norm_parameters import (
+    check_mode,
+    check_stored,
+    statistics_weight,
 )
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.lockstep import Copy, Live, Positions, Where
-from jaxmet.layers.norm_parameters import check_mode, check_stored, statistics_weight
 from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.tree.batches import as_batches

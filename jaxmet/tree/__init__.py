@@ -12,7 +12,9 @@ quantizers     `jm.Quantizers`, the tree beside `params`
 bias_scales    the scales of int32 biases
 grids          `jm.grids`: the ends of quantizers and their switches as data
 host_rounding  weights rounded in NumPy, as `Quantizer` rounds them
-config         `jm.QuantConfig` and `jm.Rule`
+config         `jm.QuantConfig`
+rule           `jm.Rule`
+config_fields  what their fields mean, and which values they have
 presets        configurations that have a name in the field
 targets/       `jm.Target`, the runtimes that a configuration can be for
 aimet_config   AIMET's configuration files

@@ -1,187 +1,17 @@
 """What to quantize and how, as one typed value with a default for everything."""
 
 import dataclasses
-import enum
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-from jaxmet.numerics.calibrators import (
-    RangeMethod,
-    calibrator_name,
-    check_calibrator,
-    is_percentile,
-)
-from jaxmet.numerics.grid import check_bits
-from jaxmet.tree.checks import check_choices, check_flags, shown
+from jaxmet.numerics.calibrators import RangeMethod
+from jaxmet.tree.checks import shown
+from jaxmet.tree.config_fields import FIELDS, DynamicRange, Kind, Settings, check_fields
 from jaxmet.tree.names import match, suggestion
 from jaxmet.tree.presets import PRESETS
+from jaxmet.tree.rule import Rule
 from jaxmet.tree.targets import TARGETS, Target
 from jaxmet.tree.targets.target import UNSTATED, BiasFormat, Placing
-
-Kind: TypeAlias = Literal["weight", "activation", "bias"]
-DynamicRange: TypeAlias = Literal["tensor", "token"] | int | None
-
-
-class _Keep(enum.Enum):
-    KEEP = "keep"
-
-    def __repr__(self) -> str:
-        return "KEEP"
-
-
-KEEP = _Keep.KEEP
-Kept: TypeAlias = Literal[_Keep.KEEP]
-
-FIELDS: dict[str, frozenset[str]] = {
-    "weight": frozenset(
-        {
-            "quantize_weights",
-            "weight_bits",
-            "per_channel",
-            "block",
-            "symmetric_weights",
-            "weight_range",
-            "percentile",
-        }
-    ),
-    "activation": frozenset(
-        {
-            "quantize_activations",
-            "activation_bits",
-            "symmetric_activations",
-            "activation_range",
-            "percentile",
-            "residual_bits",
-            "dynamic",
-        }
-    ),
-    "bias": frozenset({"quantize", "bias"}),
-}
-"""The fields that say something about a tensor of each kind; `quantize` says it of all."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a configuration and its rules say about one tensor.
-
-    `residual_bits` are the bits of an activation if it is a residual stream, `dynamic` says
-    what has a range of its own if that is found at every call.
-    """
-
-    quantize: bool
-    bits: int
-    symmetric: bool
-    per_channel: bool
-    block: int | None
-    calibrator: RangeMethod
-    percentile: float
-    unsigned_symmetric: bool = True
-    residual_bits: int = 32
-    dynamic: DynamicRange = None
-
-    @property
-    def at_products(self) -> bool:
-        """Whether a product finds the range of what it reads, for its own rows or blocks."""
-        return self.dynamic not in (None, "tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """An override for the parameters and nodes that a glob names.
-
-    A name without a wildcard means that node and everything below it: 'conv1' means the
-    weight 'conv1/kernel', the bias 'conv1/bias' and the output of the activation function
-    'conv1/relu', so `Rule('conv1', quantize=False)` takes the quantizers off weight and
-    activation alike (`jm.plan` lists the rules of each tensor). `quantize_weights` and
-    `quantize_activations` switch one kind, `quantize` sets both, and biases.
-
-    Fields that are not given keep what the configuration, or an earlier rule, says. Each
-    field must reach a tensor of its kind: `weight_bits` a weight, `activation_bits` an
-    activation that has a quantizer. The calls of a shared weight ('w:0', 'w:1') have one
-    quantizer, so rules must say the same of all of them: name the weight ('w').
-
-    Args:
-        glob: names of parameters or nodes, with or without wildcards.
-        quantize: whether weights, activations and biases are quantized; sets the next two as
-            well.
-        quantize_weights: whether weights are quantized.
-        quantize_activations: whether activations are quantized.
-        weight_bits: as in `QuantConfig`.
-        activation_bits: as in `QuantConfig`.
-        per_channel: as in `QuantConfig`.
-        block: as in `QuantConfig`.
-        symmetric_weights: as in `QuantConfig`.
-        symmetric_activations: as in `QuantConfig`.
-        weight_range: as in `QuantConfig`.
-        activation_range: as in `QuantConfig`.
-        percentile: as in `QuantConfig`.
-        bias: as in `QuantConfig`.
-        residual_bits: as in `QuantConfig`.
-        dynamic: as in `QuantConfig`.
-
-    Raises:
-        ValueError: for a rule that changes nothing, and for impossible values.
-
-    >>> jm.Rule("head", weight_bits=16)
-    >>> jm.Rule("*", quantize_activations=False)  # weights alone
-    """
-
-    glob: str
-    _: dataclasses.KW_ONLY
-    quantize: bool | Kept = KEEP
-    quantize_weights: bool | Kept = KEEP
-    quantize_activations: bool | Kept = KEEP
-    weight_bits: int | Kept = KEEP
-    activation_bits: int | Kept = KEEP
-    per_channel: bool | Kept = KEEP
-    block: int | None | Kept = KEEP
-    symmetric_weights: bool | Kept = KEEP
-    symmetric_activations: bool | Kept = KEEP
-    weight_range: RangeMethod | Kept = KEEP
-    activation_range: RangeMethod | Kept = KEEP
-    percentile: float | int | Kept = KEEP
-    bias: BiasFormat | Kept = KEEP
-    residual_bits: int | None | Kept = KEEP
-    dynamic: DynamicRange | Kept = KEEP
-
-    def __post_init__(self) -> None:
-        if not self.glob or not isinstance(self.glob, str):
-            raise ValueError(
-                f"jaxmet.Rule: the glob is {self.glob!r}. Give the name of a parameter "
-                "or node, or a pattern such as '*/kernel'."
-            )
-        if not self.overrides():
-            raise ValueError(
-                f"jaxmet.Rule: the rule for {self.glob!r} changes nothing. Give a "
-                "field, for example weight_bits=16 or quantize=False."
-            )
-        _check(self.overrides(), "Rule")
-        both = {"quantize_weights", "quantize_activations"} & self.overrides().keys()
-        if both and self.quantize is not KEEP:
-            raise ValueError(
-                f"jaxmet.Rule: the rule for {self.glob!r} gives quantize, which sets "
-                f"weights and activations, and {sorted(both)[0]} too. Give one of them."
-            )
-
-    def overrides(self) -> dict[str, Any]:
-        """The fields that this rule changes."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {n: v for n, v in fields.items() if n != "glob" and v is not KEEP}
-
-    def says(self) -> dict[str, Any]:
-        """What the rule changes, with `quantize` spelt out for weights and activations."""
-        fields = self.overrides()
-        if "quantize" in fields:
-            both = ("quantize_weights", "quantize_activations")
-            fields |= dict.fromkeys(both, fields["quantize"])
-        return fields
-
-    def __repr__(self) -> str:
-        said = (
-            f"{name}={calibrator_name(value) if callable(value) else repr(value)}"
-            for name, value in self.overrides().items()
-        )
-        return f"Rule({', '.join([repr(self.glob), *said])})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +102,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        _check(fields, "QuantConfig")
+        check_fields(fields, "QuantConfig")
         if not isinstance(self.rules, list | tuple):
             raise ValueError(
                 f"jaxmet.QuantConfig: rules is {self.rules!r}. Give a list of them."
@@ -468,60 +298,6 @@ OPTIONS = frozenset(
     if field.name not in ("glob", "_")
 )
 """The names of all fields of a configuration and of a rule."""
-
-_CHOICES = {
-    "bias": get_args(BiasFormat),
-    "placement": get_args(Placing),
-}
-_FLAGS = (
-    "quantize",
-    "quantize_weights",
-    "quantize_activations",
-    "per_channel",
-    "symmetric_weights",
-    "symmetric_activations",
-    "unsigned_symmetric",
-)
-
-
-def _check(fields: dict[str, Any], caller: str) -> None:
-    for name, value in fields.items():
-        if name in ("weight_bits", "activation_bits"):
-            check_bits(value, caller=caller, name=name)
-        elif name == "dynamic":
-            if value not in (None, "tensor", "token") and not _is_block(value):
-                raise ValueError(
-                    f"jaxmet.{caller}: dynamic is {value!r}. Use None, 'tensor', 'token' or the "
-                    "number of neighbours that share a range, at least 2."
-                )
-        elif name in ("residual_bits", "embedding_bits"):
-            if value is not None:
-                check_bits(value, caller=caller, name=name)
-        elif name in _FLAGS:
-            check_flags(caller, **{name: value})
-        elif name in ("weight_range", "activation_range"):
-            check_calibrator(value, caller, name)
-        elif name in _CHOICES:
-            check_choices(caller, **{name: (value, _CHOICES[name])})
-        elif name == "target" and not isinstance(value, Target | None):
-            raise ValueError(
-                f"jaxmet.{caller}: target is {shown(value)}. Give a jm.Target or None, or "
-                "write jm.QuantConfig.for_target('litert')."
-            )
-        elif name == "percentile" and not is_percentile(value):
-            raise ValueError(
-                f"jaxmet.{caller}: percentile is {value!r}. Give a number above 50, up to "
-                "100 for smallest to largest."
-            )
-        elif name == "block" and not (value is None or _is_block(value)):
-            raise ValueError(
-                f"jaxmet.{caller}: block is {value!r}. Give the number of neighbours "
-                "that share a scale, at least 2, or None for no blocks."
-            )
-
-
-def _is_block(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
 def config_of(config: Any, caller: str, **default: Any) -> QuantConfig:

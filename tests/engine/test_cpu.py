@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxmet import evaluate
 from jaxmet.engine.backend.cpu import computed_once
 from jaxmet.engine.backend.shifts import (
     multiply_and_shift,
     place_by_place,
     shift_and_multiply,
 )
-from jaxmet.engine.run.replay import evaluate
 from zoo import model
 
 NHWC = ("NHWC", "HWIO", "NHWC")

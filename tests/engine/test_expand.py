@@ -9,11 +9,11 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
+from jaxmet import Compressed, LowRank, Pruned
 from jaxmet.engine.program.program import flatten as program
 from jaxmet.tree import plain_arrays
-from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
-from jaxmet.tree.structures import Keep, LowRank, Pruned, multiplied
+from jaxmet.tree.structures import Keep, multiplied
 from zoo import CASES, model
 
 densify = jax.jit(plain_arrays.densify)  # one program a tree, not one an operation

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxmet import evaluate, trace
 from jaxmet.engine.axes import labels as lb
 from jaxmet.engine.graph.channel_groups import Joined, Span, indices_of, layout_size
-from jaxmet.engine.graph.graph import trace
-from jaxmet.engine.run.replay import evaluate
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 

@@ -9,8 +9,7 @@ import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-from jaxmet.engine.frontends import functional
-from jaxmet.engine.graph.graph import trace
+from jaxmet import functional, trace
 from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]

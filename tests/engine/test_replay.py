@@ -21,10 +21,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from equations import Program
-from jaxmet.engine.frontends import functional
-from jaxmet.engine.graph.graph import trace
-from jaxmet.engine.run.replay import Counted, evaluate
-from jaxmet.tree.leaves import Compressed
+from jaxmet import Compressed, evaluate, functional, trace
+from jaxmet.engine.run.replay import Counted
 from jaxmet.tree.names import replace_leaves
 from zoo import CASES, model, traced
 

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.engine.graph.graph import Graph, trace
+from jaxmet import Compressed, Graph, evaluate, trace
 from jaxmet.engine.graph.node import Convolution
-from jaxmet.engine.run.replay import evaluate
-from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxmet as jm
-from jaxmet.tree.structures import LowRank, Pruned
+from jaxmet import LowRank, Pruned
 
 library = pytest.importorskip("safetensors")
 from safetensors.numpy import load_file, save_file  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 
 import jaxmet as jm
 import zoo
-from jaxmet.layers.placement import place
+from jaxmet.layers.placement.placement import place
 
 # placement='operations': what an operation stores, with norm and rectifier fused into it;
 # placement='products': what enters a product, or a matmul of two activations.

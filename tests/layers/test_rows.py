@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxmet.engine.run.replay import evaluate
+from jaxmet import evaluate
 from jaxmet.layers.eligibility import why_no_matrix
 from jaxmet.layers.inputs import rows_of
 from jaxmet.layers.layer import matrix_of

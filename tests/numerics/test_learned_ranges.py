@@ -9,9 +9,9 @@ import pytest
 
 import by_hand
 import jaxmet as jm
+from jaxmet import Quantizer
 from jaxmet.numerics.learned_ranges import SCALE_CEILING
 from jaxmet.numerics.ranges import SCALE_FLOOR
-from jaxmet.tree.quantizer import Quantizer
 
 BITS = 4
 RNG = np.random.default_rng(0)

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from jax.nn import relu
 
 import zoo
+from jaxmet import Compressed, Graph, equalize, lift, trace
 from jaxmet.engine.graph.channel_groups import Joined
-from jaxmet.engine.graph.graph import Graph, trace
-from jaxmet.transforms.equalize import equalize
-from jaxmet.transforms.lift import lift
-from jaxmet.tree.leaves import Compressed, is_compressed
+from jaxmet.tree.leaves import is_compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
 from zoo import CASES, twin
 

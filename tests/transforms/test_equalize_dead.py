@@ -14,11 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.nn import relu
 
-from jaxmet.engine.graph.graph import Graph, trace
-from jaxmet.transforms.equalize import equalize
-from jaxmet.transforms.fold import fold_batch_norm
-from jaxmet.tree.batched_data import batched
-from jaxmet.tree.config import QuantConfig
+from jaxmet import Graph, QuantConfig, batched, equalize, fold_batch_norm, trace
 
 SIZES = (8, 12, 12, 4)
 TINY = (1.0, 1e-3, 1e-8, 1e-12, 1e-40, 0.0)

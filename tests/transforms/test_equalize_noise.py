@@ -20,23 +20,20 @@ from hypothesis import strategies as st
 from jax.nn import relu, relu6
 from test_equalize import difference, model, scrambled
 
-from jaxmet.engine.graph.graph import trace
+from jaxmet import (
+    QuantConfig,
+    Rule,
+    batched,
+    calibrate,
+    equalize,
+    lift,
+    simulate,
+    trace,
+)
 from jaxmet.layers.gradients import by_channel, projected_gradients, squared
 from jaxmet.numerics.fixed_point import anderson
 from jaxmet.numerics.minimise import lbfgs
-from jaxmet.numerics.moments import (
-    clipped,
-    leaky,
-    measure,
-    merge,
-    normal,
-)
-from jaxmet.transforms.calibrate import calibrate
-from jaxmet.transforms.equalize import equalize
-from jaxmet.transforms.lift import lift
-from jaxmet.transforms.simulate import simulate
-from jaxmet.tree.batched_data import batched
-from jaxmet.tree.config import QuantConfig, Rule
+from jaxmet.numerics.moments import clipped, leaky, measure, merge, normal
 
 NOISE: dict[str, Any] = {"objective": "noise", "progress": False}
 TENSOR = QuantConfig(per_channel=False)

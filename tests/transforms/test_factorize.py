@@ -10,13 +10,13 @@ import optax
 import pytest
 
 import jaxmet as jm
+from jaxmet import Compressed, Pruned
 from jaxmet.layers.once import run_once
 from jaxmet.numerics.low_rank import masked
 from jaxmet.transforms.factors import Shape, factors_of, placed_matrix, spectrum_of
 from jaxmet.tree import plain_arrays
-from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves, replace_leaves
-from jaxmet.tree.structures import Keep, Pruned
+from jaxmet.tree.structures import Keep
 from zoo import model
 
 densify = jax.jit(plain_arrays.densify)  # one program a tree, not one an operation

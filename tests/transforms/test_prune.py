@@ -10,9 +10,9 @@ import pytest
 
 import jaxmet as jm
 from by_hand import best_fit
+from jaxmet import densify
 from jaxmet.tree.leaves import dense, with_weight
 from jaxmet.tree.names import named_leaves, replace_leaves
-from jaxmet.tree.plain_arrays import densify
 from zoo import CASES, model, traced
 
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import jaxmet as jm
+from jaxmet import densify
 from jaxmet.tree.names import named_leaves
-from jaxmet.tree.plain_arrays import densify
 
 X = np.random.default_rng(0).normal(size=(16, 6, 6, 3)).astype(np.float32)
 Y = np.arange(16) % 4

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from jaxmet.engine.run.replay import Counted, evaluate
+from jaxmet import evaluate
+from jaxmet.engine.run.replay import Counted
 from jaxmet.layers.grams import grams
 from jaxmet.tree.batches import BatchInfo, as_batches
 

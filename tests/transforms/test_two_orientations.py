@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
+from jaxmet import densify
 from jaxmet.tree.names import named_leaves
-from jaxmet.tree.plain_arrays import densify
 
 BITS = 3
 W3 = jm.QuantConfig(weight_bits=BITS, activation_bits=32)

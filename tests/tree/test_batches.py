@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.tree.batched_data import batched
+from jaxmet import batched
 from jaxmet.tree.batches import as_batches
 
 

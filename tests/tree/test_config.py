@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxmet.tree.config import QuantConfig, Rule
+from jaxmet import QuantConfig, Rule
 
 
 def test_defaults_are_w8a8():

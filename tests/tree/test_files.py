@@ -16,13 +16,10 @@ from flax import nnx
 from flax.core import freeze
 
 import jaxmet as jm
+from jaxmet import Compressed, Pruned, Quantizer, Quantizers, Table, load, save
 from jaxmet.tree import files, stored_trees
-from jaxmet.tree.files import load, save
-from jaxmet.tree.leaves import Compressed
 from jaxmet.tree.names import named_leaves
-from jaxmet.tree.quantizers import Quantizer, Quantizers
-from jaxmet.tree.structures import Keep, Pruned
-from jaxmet.tree.table import Table
+from jaxmet.tree.structures import Keep
 
 
 def assert_same(a, b):

@@ -12,16 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmet.tree.files import load, save
-from jaxmet.tree.leaves import (
-    Compressed,
-    flatten,
-    from_state,
-    is_compressed,
-    to_state,
-)
-from jaxmet.tree.plain_arrays import densify
-from jaxmet.tree.structures import Keep, LowRank, Pruned
+from jaxmet import Compressed, LowRank, Pruned, densify, load, save
+from jaxmet.tree.leaves import flatten, from_state, is_compressed, to_state
+from jaxmet.tree.structures import Keep
 
 
 def leaf(**fields):

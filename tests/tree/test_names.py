@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from jaxmet.tree.leaves import Compressed
+from jaxmet import Compressed
 from jaxmet.tree.names import (
     match,
     named_leaves,

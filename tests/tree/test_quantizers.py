@@ -7,10 +7,8 @@ import optax
 import pytest
 
 import jaxmet as jm
-from jaxmet.tree.grids import grids
-from jaxmet.tree.leaves import Compressed
-from jaxmet.tree.quantizer import Grid, Quantizer
-from jaxmet.tree.quantizers import Quantizers
+from jaxmet import Compressed, Quantizer, Quantizers, grids
+from jaxmet.tree.quantizer import Grid
 
 
 def f32(*values):

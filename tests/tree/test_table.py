@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmet.tree.table import Table
+from jaxmet import Table
 
 
 def table():

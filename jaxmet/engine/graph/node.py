@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 
 from jaxmet.engine.axes.views import Move
 from jaxmet.engine.flow.bias_targets import BiasTargets
-from jaxmet.engine.nodes.cluster import LAYERS
+from jaxmet.engine.nodes.cluster import LAYERS, PRODUCT_KINDS
 from jaxmet.engine.nodes.scalar_function import Formula
 
 Turn: TypeAlias = Literal["same", "previous", "last", "each"]
@@ -320,3 +320,8 @@ class Node:
     @property
     def is_layer(self) -> bool:
         return self.kind in LAYERS
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies what it reads by a weight, or two activations by each other."""
+        return self.kind in PRODUCT_KINDS

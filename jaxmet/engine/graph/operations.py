@@ -37,7 +37,7 @@ def works(graph: Graph, params: Any, inputs: tuple, kwargs: dict) -> list[Work]:
     for cluster, node in describe(analysis).items():
         if node.kind == "lookup":
             found.append(Work(node, 0, 0))
-        elif node.kind in ("product", "ragged", "matmul"):
+        elif node.is_product:
             record = cluster.record
             weighted = isinstance(record, Weighted)
             equation = record.equation if weighted else cluster.equations[0]

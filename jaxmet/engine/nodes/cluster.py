@@ -10,6 +10,9 @@ from jaxmet.engine.program.program import DATA, PARAM, Equation, Region, Value
 LAYERS = ("product", "ragged", "lookup")
 """Kinds of nodes that hold a weight."""
 
+PRODUCT_KINDS = ("product", "ragged", "matmul")
+"""Kinds of nodes that sum over products: with a weight, or of two activations."""
+
 LINEAR = ("neg", *CASTS)
 SCALE = ("mul", "div")
 SHIFT = ("add", "sub", "add_any")

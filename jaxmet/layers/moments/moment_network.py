@@ -16,8 +16,8 @@ from jaxmet.engine.graph.node import Edge, Node
 from jaxmet.engine.nodes.scalar_function import compute
 from jaxmet.layers.channels import Tensor, join, split
 from jaxmet.layers.eligibility import of, why_looped
+from jaxmet.layers.folds.norm_parameters import statistics_weight
 from jaxmet.layers.layer import by_channel
-from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics import xp
 from jaxmet.numerics.moments import (
     N_SIGMA,

@@ -8,10 +8,10 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.channels import join
+from jaxmet.layers.folds.norm_parameters import statistics_weight
 from jaxmet.layers.layer import by_channel
 from jaxmet.layers.leaf_math import shifted
 from jaxmet.layers.moments import MomentNetwork
-from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.layers.once import run_once
 from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide

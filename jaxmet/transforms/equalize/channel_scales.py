@@ -11,9 +11,9 @@ from jaxmet.engine.graph.channel_groups import Group, Layout, Member
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.channels import ChannelAxes, ChannelIndex, MergedAxis
+from jaxmet.layers.folds.norm_parameters import statistics_weight
 from jaxmet.layers.layer import by_channel, channel_sizes
 from jaxmet.layers.leaf_math import scaled
-from jaxmet.layers.norm_parameters import statistics_weight
 from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.scaling import Layers, layers_of, log_ranges

@@ -12,7 +12,7 @@ from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.arguments import check_examples, key_of
 from jaxmet.layers.once import run_once
-from jaxmet.layers.placement import place
+from jaxmet.layers.placement.placement import place
 from jaxmet.numerics import xp
 from jaxmet.numerics.rounding_noise import minimise_noise
 from jaxmet.numerics.scaling import Balance, Layers, balance, carrying, range_gap

@@ -16,7 +16,8 @@ from jaxmet.transforms.equalize.channel_scales import (
     packed,
 )
 from jaxmet.transforms.equalize.measured import MeasuredInputs
-from jaxmet.tree.config import QuantConfig, Settings
+from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.config_fields import Settings
 
 
 def noisy_layers(

@@ -14,9 +14,13 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.node import Norm
 from jaxmet.layers.eligibility import check_named, skipped
-from jaxmet.layers.fold_plans import FoldPlan, listed, plan_of
+from jaxmet.layers.folds.fold_plans import FoldPlan, listed, plan_of
+from jaxmet.layers.folds.norm_parameters import (
+    check_stored,
+    roles_of,
+    statistics_weight,
+)
 from jaxmet.layers.matching import check_quantizers
-from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.layers.once import run_once
 from jaxmet.numerics import xp
 from jaxmet.numerics.norm import gain_after, gain_before

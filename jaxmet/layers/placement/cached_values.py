@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
-from jaxmet.layers.target_rules import WRITES, grid_source, keeps_grid
+from jaxmet.layers.placement.target_rules import WRITES, grid_source, keeps_grid
 
 
 class Cache(NamedTuple):

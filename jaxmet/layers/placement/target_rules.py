@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
-from jaxmet.tree.config import Settings
+from jaxmet.tree.config_fields import Settings
 from jaxmet.tree.targets.target import KEEPS as KEEPS_GRID
 from jaxmet.tree.targets.target import Target
 

@@ -16,7 +16,7 @@ from jaxmet.layers.eligibility import (
     why_outside,
     why_shared,
 )
-from jaxmet.layers.norm_parameters import roles_of
+from jaxmet.layers.folds.norm_parameters import roles_of
 
 
 @dataclasses.dataclass(frozen=True)

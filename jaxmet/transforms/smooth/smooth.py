@@ -1,8 +1,6 @@
 """The range of activations moved into weights: SmoothQuant, and the same across attention."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -17,14 +15,7 @@ from jaxmet.engine.run.replay import Run
 from jaxmet.layers.arguments import check_examples
 from jaxmet.layers.collect import collect
 from jaxmet.layers.eligibility import (
-    DERIVED_BIAS,
-    check_floats,
-    check_named,
-    of,
     skipped,
-    why_looped,
-    why_outside,
-    why_shared,
 )
 from jaxmet.layers.grams import unmasked
 from jaxmet.layers.layer import WeightMatrix
@@ -34,6 +25,7 @@ from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.smoothing import smoothing_scale
 from jaxmet.numerics.xp import Array
+from jaxmet.transforms.smooth.eligible_paths import check_paths, judged, vectors
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete, shown
 from jaxmet.tree.leaves import dense
@@ -134,9 +126,9 @@ def smooth(
     check_flags(CALLER, progress=progress, with_report=with_report)
     check_batch_functions(CALLER, inputs, mask)
     graph, leaves = fitted(params, graph, CALLER)
-    paths = [_judged(graph, path, leaves) for path in graph.scale_paths]
+    paths = [judged(graph, path, leaves) for path in graph.scale_paths]
     free = [path for path in paths if path.why is None]
-    _check(graph, paths, leaves)
+    check_paths(graph, paths, leaves, CALLER)
     new, found, lost = {}, [], {}
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     if free:
@@ -167,107 +159,6 @@ def _check_alpha(alpha: Any) -> None:
             f"jaxmet.{CALLER}: alpha is {shown(alpha)}. Give a number from 0 to 1: how much of "
             "the range of activations moves into weights, 0.5 by default."
         )
-
-
-# What can be smoothed
-
-
-def _judged(graph: Graph, path: ScalePath, leaves: Mapping[str, Any]) -> ScalePath:
-    """The path, with the reason where nodes, loops or the tree forbid it."""
-    whys = [path.why]
-    nodes = [graph[s.node] for s in path.sources]
-    if path.why is None:
-        names = [n for n in _names(path) if graph[n].kind != "matmul"]
-        alone = len(path.sources) == 1
-        for source in path.sources:
-            why = _why_source(graph, source, leaves)
-            whys.append(why if alone else of(source.node, why))
-        targets = [graph[t.node] for t in path.targets]
-        layers = [node for node in targets if node.kind != "matmul"]
-        whys += [of(n.name, _why_layer(graph, n, leaves)) for n in layers]
-        if len({(n.loops, n.layers) for n in (*nodes, *targets)}) > 1:
-            whys.append("its consumers are in another loop")
-        whys.append(why_outside(graph, *names))
-    why = next(filter(None, whys), None)
-    return dataclasses.replace(path, why=why)
-
-
-def _why_source(
-    graph: Graph, source: ScaleSource, leaves: Mapping[str, Any]
-) -> str | None:
-    """Why what a norm or a product makes cannot be divided."""
-    node = graph[source.node]
-    if node.norm is None:
-        why = _why_layer(graph, node, leaves)
-        if why is not None:
-            return why
-        if node.derived_bias or (node.bias is None) != (source.bias is None):
-            return DERIVED_BIAS
-    elif node.norm.over != "data":
-        return node.norm.why_kept()
-    whys = (why_shared(node), _why_in_loop(node))
-    if (why := next(filter(None, whys), None)) is not None:
-        return why
-    for name, places in _vectors(node, source):
-        if name not in leaves:
-            continue  # refused later, with the cure
-        size = math.prod(dense(leaves[name]).shape)
-        if size != len(places) * (node.layers or 1):
-            return f"{name!r} is not one number for each channel of a layer"
-    return None
-
-
-def _why_layer(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
-    """Why the weight of a product cannot be scaled along inputs or outputs."""
-    whys = (node.why_kept(stacked=True), why_shared(node), _why_in_loop(node))
-    if (why := next(filter(None, whys), None)) is not None:
-        return why
-    if node.dot is None or node.dot.batched:
-        return "no dense layer on its channels"
-    if node.kernel not in leaves:
-        return None  # refused later, with the cure
-    matrix = WeightMatrix.of(node, leaves[node.kernel])
-    if matrix is None:
-        return "it reads a part of its weight"
-    same = matrix.sizes[0] == (node.layers or 1)
-    return None if same else "its weight is not stacked by its loop alone"
-
-
-def _why_in_loop(node: Node) -> str | None:
-    """Why the layers of a loop have no scales of their own."""
-    stacked = node.loops == ("scan",) and node.layers is not None
-    return None if stacked else why_looped(node)
-
-
-def _vectors(node: Node, source: ScaleSource) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The parameters that are divided beside the weight of a product."""
-    if source.gain is not None:
-        yield source.gain, source.outputs
-        if source.shift is not None:
-            yield source.shift, source.outputs
-    elif source.bias is not None and node.bias is not None:
-        yield node.bias, source.bias
-
-
-def _check(graph: Graph, paths: Sequence[ScalePath], leaves: Mapping[str, Any]) -> None:
-    """Refuse what was asked for by name, and a tree that lacks what has to change."""
-    done = {n for p in paths if p.why is None for n in _names(p)}
-    cure = "Leave the name out of only(), or select both sides of its channels."
-    for path in paths:
-        for name in (source.node for source in path.sources):
-            if path.why is not None and name not in done:
-                given = {"cure": cure}
-                check_named(name, path.why, graph, CALLER, "be smoothed", **given)
-        if path.why is None:
-            every = [
-                p for source in path.sources for p in graph[source.node].parameters
-            ]
-            every += [p for t in path.targets for p in graph[t.node].parameters]
-            check_floats(leaves, every, CALLER, path.sources[0].node, "Smooth")
-
-
-def _names(path: ScalePath) -> list[str]:
-    return [one.node for one in (*path.sources, *path.targets)]
 
 
 # Ranges
@@ -403,7 +294,7 @@ def _rescale_source(
 ) -> None:
     if source.gain is None:
         _rescale(node, _taken(every, source.outputs)[:, None, :], power, leaves)
-    for name, places in _vectors(node, source):
+    for name, places in vectors(node, source):
         leaf = leaves[name]
         factor = _taken(every, places).reshape(dense(leaf).shape)
         if name == source.gain and source.offset:

@@ -6,9 +6,13 @@ from typing import Any
 from jax import lax
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.layers.fold_plans import plan_of
+from jaxmet.layers.folds.fold_plans import plan_of
+from jaxmet.layers.folds.norm_parameters import (
+    check_stored,
+    roles_of,
+    statistics_weight,
+)
 from jaxmet.layers.leaf_math import scaled
-from jaxmet.layers.norm_parameters import check_stored, roles_of, statistics_weight
 from jaxmet.numerics import xp
 from jaxmet.numerics.norm import SMALLEST, norm_gain
 from jaxmet.numerics.xp import Array

@@ -10,10 +10,9 @@ from collections.abc import Collection, Mapping
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Edge, Node
-from jaxmet.layers.target_rules import KEEPS_GRID, VIEWS
-from jaxmet.tree.config import Settings
+from jaxmet.layers.placement.target_rules import KEEPS_GRID, VIEWS
+from jaxmet.tree.config_fields import Settings
 
-PRODUCTS = ("product", "ragged", "matmul")
 CARRIES = ("add", "multiply", "concat", "pool")
 """What a stream goes through on its way to a norm."""
 
@@ -73,7 +72,7 @@ def _enters(
     for consumer in graph.consumers(name):
         if consumer.function in KEEPS_GRID:  # products after it read this grid
             return False
-        if consumer.kind not in PRODUCTS:
+        if not consumer.is_product:
             continue
         operands = {e.operand for e in consumer.inputs if e.node == name}
         for edge in consumer.inputs:

@@ -6,8 +6,10 @@ from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.tree.config import FIELDS, Kind, QuantConfig, Rule, Settings
+from jaxmet.tree.config import QuantConfig
+from jaxmet.tree.config_fields import FIELDS, Kind, Settings
 from jaxmet.tree.names import match
+from jaxmet.tree.rule import Rule
 
 OPTION_OF = {
     "quantize": "quantize_weights",

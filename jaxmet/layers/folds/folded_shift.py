@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
-from jaxmet.layers.fold_plans import plan_of
-from jaxmet.layers.norm_parameters import roles_of
+from jaxmet.layers.folds.fold_plans import plan_of
+from jaxmet.layers.folds.norm_parameters import roles_of
 from jaxmet.numerics import xp
 from jaxmet.numerics.norm import is_one, norm_gain
 from jaxmet.numerics.precision import wide

@@ -1,0 +1,7 @@
+"""The range of activations moved into weights.
+
+smooth          `jm.smooth`
+eligible_paths  which channels can be smoothed, and why the others cannot
+"""
+
+from jaxmet.transforms.smooth.smooth import smooth as smooth
