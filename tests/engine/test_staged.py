@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmet.engine.run.staged import STAGES, StagedProgram
@@ -81,6 +81,7 @@ def compiled():
     return StagedProgram(network(x), *drawn())
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(-1, LAYERS - 1), st.integers(0, 2)), min_size=1))
 def test_rows_in_any_order(changes):
     x = np.random.default_rng(1).normal(size=(3, WIDTH)).astype("f")

@@ -220,6 +220,7 @@ def kl(x, low, high, ends, symmetric, width):
     return np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0]))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["laplace", "relu", "outlier"])
@@ -243,6 +244,7 @@ def test_entropy_is_near_the_least_divergence_of_raw_histograms(name, bits, symm
 # What never happens.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_side_of_zero_is_never_given_up(method, symmetric):
@@ -255,7 +257,7 @@ def test_the_side_of_zero_is_never_given_up(method, symmetric):
     assert high == pytest.approx(6.0, rel=1e-2)  # a fifth of all values lie at six
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("bits", [2, 16])
 @pytest.mark.parametrize("method", METHODS)
 def test_degenerate_data_has_finite_grids_that_hold_it(method, bits):
@@ -296,6 +298,7 @@ def quantizer(method, **fields):
     return jm.Quantizer(**({"bits": 4, "calibrator": method} | fields))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", [(3, 3, 5), (2500, 2)])  # values, and a histogram
 def test_weights_have_the_best_range_of_each_channel(shape):
     rng = np.random.default_rng(4)
@@ -315,6 +318,7 @@ def test_weights_have_the_best_range_of_each_channel(shape):
     assert np.all(scale.ravel() <= 1.02 * widest) and np.any(scale.ravel() < widest)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_channels_and_blocks_are_searched_one_by_one(method):
     w = np.random.default_rng(5).laplace(size=(2, 12, 3)).astype(np.float32)

@@ -135,6 +135,7 @@ def test_per_channel_is_a_loop_of_per_tensor():
         np.testing.assert_array_equal(q[..., c], one)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("block", [2, 3, 6, 4, 5, 7])
 def test_blocks_are_a_loop_too_and_one_block_is_per_channel(block):
     x, scale, zero_point = case()

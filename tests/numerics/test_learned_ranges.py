@@ -59,6 +59,7 @@ def surrogate(q, x):
     return value, stated
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("symmetric", "learn", "axis"),
     list(itertools.product([True, False], ["lsq", "minmax"], [None, (1,)])),

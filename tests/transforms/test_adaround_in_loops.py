@@ -268,6 +268,7 @@ def counted(p, x):
 @pytest.mark.parametrize("apply,kept", [
     (nested, {"outer/inner"}), (counted, {"picked/product"}),
 ], ids=["nested", "counted"])  # fmt: skip
+@pytest.mark.one_in(2)
 def test_what_no_turn_has_for_itself_is_rounded_to_nearest_and_said(apply, kept):
     draw = draws(3)
     _, train, test = model("residual")

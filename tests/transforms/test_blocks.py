@@ -67,7 +67,7 @@ def test_quantized_weights_are_those_of_a_loop_over_blocks(block):
         assert np.isfinite(simulated).all()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("method", CALIBRATORS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_ranges_are_those_of_each_block_alone(method, symmetric):

@@ -84,6 +84,7 @@ def around(p: Chain, x: np.ndarray) -> tuple[float, float, float]:
     return sqnr(wanted, before), sqnr(wanted, after), sqnr(wanted, run(found, x))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("bias", [0.0, 0.5, -0.5, 10.0, -10.0])
 @pytest.mark.parametrize("column", TINY[1:])
@@ -135,6 +136,7 @@ def test_scrambled_channels_do_not_change_the_result() -> None:
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_narrow_leaves_stay_finite(dtype: Any) -> None:
     """A scale stops where a leaf would leave what its dtype can represent."""

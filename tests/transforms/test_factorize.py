@@ -419,6 +419,7 @@ OFFSET = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", OFFSET)
 @pytest.mark.parametrize("method", ["spatial", "weight"])
 def test_what_padding_holds_reaches_both_factors(kind, method):

@@ -928,7 +928,7 @@ def dense_net(widths, biases):
     return apply, params, draw(8, 7, 4)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.lists(st.tuples(st.integers(2, 4), st.booleans()), min_size=2, max_size=4))
 def test_every_product_takes_the_gain_of_its_channels(parts):
     widths, biases = zip(*parts, strict=True)

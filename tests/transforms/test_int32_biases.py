@@ -114,6 +114,7 @@ def codes_of(apply, params, q, x):
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -30,7 +30,8 @@ def steps_apart(one, two, quantizers):
     return np.rint(np.abs(np.asarray(one) - np.asarray(two)) / step)
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_the_demo_is_within_one_step_of_its_simulation(bits):
     x = jnp.asarray(data.load()[0][:128])
     apply = Network().apply

@@ -87,6 +87,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_integers_run_as_rounded_floats_do(name):
     apply, params, graph, quantizers, x = made(jm.QuantConfig(**CONFIGS[name]))

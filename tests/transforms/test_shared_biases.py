@@ -94,7 +94,7 @@ def best(exact, noisy):
     return found.x
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("apply", MODELS)
 @pytest.mark.parametrize("sizes", [(12,), (5, 7)], ids=["whole", "batches"])
 def test_the_correction_is_the_best_single_one(apply, sizes):
@@ -305,7 +305,7 @@ def test_what_cannot_be_corrected_for_all_is_skipped(apply, change, notes):
         correct(params, graph.only("v"), quantizers, [x])
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", ["weights", "both"])
 @pytest.mark.parametrize("store", ["device", "host"])
 def test_however_values_are_kept_the_result_is_the_same(of, store):

@@ -113,7 +113,7 @@ RUNS |= {f"{n}-coarse": (n, COARSE) for n in ("inverted_residual", "scan", "lstm
 del RUNS["inverted_residual-default"]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("run", RUNS)
 def test_it_is_the_model_with_grids_put_in_by_hand(run):
     name, config = RUNS[run]

@@ -516,6 +516,7 @@ def test_only_what_is_selected_on_both_sides_changes():
 # What it is for
 
 
+@pytest.mark.slow
 def test_outlier_channels_of_a_model_with_norms_before_its_layers_cost_little():
     """Static W8A8, what enters a product quantized: several dB."""
     variables, _, x = both()

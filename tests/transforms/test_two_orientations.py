@@ -159,6 +159,7 @@ KEEPS = ("fold_batch_norm", "equalize, range", "equalize, noise")
 WHY = "'w' is used elsewhere too"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_no_transform_changes_the_weight_for_one_of_its_uses(model, name):
     apply, params, x, graph, quantizers = model

@@ -47,6 +47,7 @@ def shapes(tree):
     return jax.tree.map(np.shape, tree)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ratio", [0.7, 0.4])
 def test_a_linen_model_of_the_left_widths_computes_the_same(ratio):
     x = jax.device_put(np.float32(np.random.default_rng(0).normal(size=(3, 5, 5, 2))))
