@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,8 +28,11 @@ from jaxmet.export.runtimes import (
     ONNX_RUNTIMES,
     LayerIntegers,
     RunningFile,
+    has_vnni,
     opened,
+    said_by,
 )
+from jaxmet.layers.arguments import accepting
 from jaxmet.layers.fake_quantized import (
     fake_quantize_operands,
     fake_quantize_output,
@@ -76,8 +80,9 @@ def check(
     folder; of `jm.export.stablehlo` to the parameters and to JAX. Times are medians of pairs on the
     first batch, with the runtime's own number of threads.
 
-    It needs the extra that wrote the file, and for OpenVINO `pip install openvino`. OpenVINO shows
-    no layers, and is told to compute in float32 what is not in integers.
+    It needs the extra that wrote the file, and for OpenVINO the extra `openvino`. OpenVINO shows no
+    layers, and is told to compute in float32 what is not in integers. On a processor without VNNI
+    it computes weights of 8 bits wrongly, of which `check` warns.
 
     Args:
         path: a file of `jm.export.onnx` (.onnx), `jm.export.litert` (.tflite) or
@@ -113,11 +118,15 @@ def check(
     check_apply(apply, CALLER)
     check_are_quantizers(quantizers, CALLER)
     data = as_batches(batches, CALLER)
-    graph = trace(apply, params, *data.first, **kwargs)
+    cure = "Give batches of the inputs that the file was written for."
+    with accepting(data.first, CALLER, apply, params, kwargs, cure=cure):
+        graph = trace(apply, params, *data.first, **kwargs)
     fitted(params, graph, CALLER)
     quantizers.leaves(params, CALLER)
     shown = jax.eval_shape(partial(lifted(apply), **kwargs), params, *data.first)
     outputs = leaf_names(shown, "output")
+    if runtime == "openvino" and not has_vnni():
+        _warn_of_saturation(quantizers)
     file = opened(path, input_names(data.first), outputs, CALLER, runtime)
     steps = _steps(graph, quantizers, outputs)
     run = _Models(apply, params, quantizers, kwargs)
@@ -130,6 +139,18 @@ def check(
     rows += [found[n].row(n) for n in layers]
     columns = {column: [row[column] for row in rows] for column in rows[0]}
     return Table(columns, title=f"{CALLER}: {path.name} in {file.runtime}")
+
+
+def _warn_of_saturation(quantizers: Quantizers) -> None:
+    """Without VNNI OpenVINO has sums of two products of 8 bits in 16 bits."""
+    bits = (q.bits for q in quantizers.weights.values() if q.product is None)
+    if any(b == 8 for b in bits):
+        warnings.warn(
+            f"jaxmet.{CALLER}: this processor has no VNNI, and on such OpenVINO computes weights "
+            "of 8 bits wrongly: sums of two products saturate. Check the file on a processor "
+            "with VNNI, or calibrate with weight_bits=7.",
+            stacklevel=3,
+        )
 
 
 # What JAX computes
@@ -296,8 +317,8 @@ def _ran(run: Callable[[Any], Any], arrays: Mapping[str, np.ndarray]) -> Any:
         sizes = ", ".join(str(a.shape) for a in arrays.values())
         raise ValueError(
             f"jaxmet.{CALLER}: the file does not run on a batch of shape {sizes} "
-            f"({str(error).strip().splitlines()[0]}). Give batches of the size that it was "
-            "written for, all of them: jm.batched(x[:n], batch_size)."
+            f"({said_by(error)}). Give batches of the size and dtype that it was written for, "
+            "all of them: jm.batched(x[:n], batch_size)."
         ) from error
 
 

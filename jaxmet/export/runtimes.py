@@ -73,8 +73,7 @@ def opened(
         raise
     except Exception as error:  # each runtime has its own
         raise ValueError(
-            f"jaxmet.{caller}: {path} cannot be loaded "
-            f"({str(error).strip().splitlines()[0]}). Write it again."
+            f"jaxmet.{caller}: {path} cannot be loaded ({said_by(error)}). Write it again."
         ) from error
     if sorted(file.inputs) != sorted(inputs):
         raise ValueError(
@@ -82,6 +81,17 @@ def opened(
             f"{', '.join(inputs)}. Give the model and the batches that it was written for."
         )
     return file
+
+
+LONGEST = 400
+
+
+def said_by(error: Exception) -> str:
+    """What a runtime's error says, without the lines that say where in the runtime."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith("Exception from")]
+    text = " ".join(kept) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 def _onnx(
@@ -123,11 +133,16 @@ def _openvino(
     Where the processor has bfloat16, OpenVINO computes in it by default.
     """
     del inputs
-    library = package("openvino", caller, "openvino")
+    library = package("openvino", caller, "'.[openvino]'")
     options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     model = library.Core().compile_model(path, "CPU", options)
 
+    dtypes = {i.any_name: np.dtype(i.element_type.to_dtype()) for i in model.inputs}
+
     def run(arrays: Mapping[str, Any]) -> list[Any]:
+        for name, array in arrays.items():  # OpenVINO would convert it without a word
+            if array.dtype != dtypes[name]:
+                raise TypeError(f"{name} is {dtypes[name]} there, {array.dtype} here")
         made = model(dict(arrays))
         return [made[name] for name in outputs]
 

@@ -1,6 +1,7 @@
 """ONNX files of the target `openvino` in OpenVINO against the simulation."""
 
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax import lax
 
 import jaxmet as jm
+from jaxmet.export import file_check, runtimes
 
 pytestmark = pytest.mark.slow
 onnx = pytest.importorskip("onnx")
@@ -18,6 +20,8 @@ openvino = pytest.importorskip("openvino", reason="files run there with openvino
 pytest.importorskip("jax2onnx")
 
 quiet = {"progress": False}
+# Without VNNI OpenVINO computes weights of 8 bits wrongly.
+BITS = 8 if runtimes.has_vnni() else 7
 RNG = np.random.default_rng(0)
 SIZES = {
     "one": (3, 3, 3, 8),
@@ -98,6 +102,7 @@ OTHERS |= {"spread": spread}
 def written(model, path, **fields):
     """Write the file; its quantizers."""
     graph = jm.trace(model, PARAMS, INPUTS)
+    fields = {"weight_bits": BITS} | fields
     config = jm.QuantConfig.for_target("openvino", **fields)
     quantizers = jm.calibrate(PARAMS, graph, [INPUTS], config, **quiet)
     jm.export.onnx(path, model, PARAMS, quantizers, INPUTS[:1])
@@ -205,3 +210,46 @@ def test_a_file_is_checked_in_openvino(tmp_path):
     other.write_bytes(b"a file")
     with pytest.raises(ValueError, match=r"'openvino', and .* is no ONNX file"):
         jm.export.check(other, *given[1:], runtime="openvino")
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_weights_that_saturate_are_warned_of(vnni, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_check, "has_vnni", lambda: vnni)
+    for bits in (7, 8):
+        path = tmp_path / f"{bits}.onnx"
+        quantizers = written(residual, path, weight_bits=bits)
+        given = path, residual, PARAMS, quantizers, [INPUTS[:4]]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            jm.export.check(*given, runtime="openvino", against_float=False)
+        said = [str(w.message) for w in seen if "VNNI" in str(w.message)]
+        assert len(said) == (bits == 8 and not vnni)
+        assert all("weight_bits=7" in text for text in said)
+
+
+def test_batches_that_the_file_cannot_read(tmp_path):
+    def model(p, x):
+        return residual(p, x.astype(jnp.float32))
+
+    path = tmp_path / "model.onnx"
+    given = path, model, PARAMS, written(model, path, weight_bits=7)
+    for dtype in (np.int32, np.float16):
+        batches = [INPUTS[:4].astype(dtype)]
+        with pytest.raises(ValueError, match=rf"float32 there, {dtype.__name__} here"):
+            jm.export.check(*given, batches, runtime="openvino", against_float=False)
+    with pytest.raises(ValueError, match=r"jaxmet\.export\.check: the model"):
+        jm.export.check(*given, [INPUTS[:4, :, :, :2]], runtime="openvino")
+
+
+def test_what_does_not_load_says_why(tmp_path):
+    """A block of 5 of 8 inputs has a shorter one after it, which OpenVINO does not know."""
+    path = tmp_path / "model.onnx"
+
+    def model(p, x):
+        return jnp.mean(conv(x, p["one"], p["one_bias"]), (1, 2)) @ p["head"]
+
+    quantizers = written(model, path, weight_bits=7, bias="float", block=5)
+    with pytest.raises(ValueError, match=r"cannot be loaded \((?!Exception).*lock"):
+        jm.export.check(
+            path, model, PARAMS, quantizers, [INPUTS[:4]], runtime="openvino"
+        )
