@@ -1,6 +1,7 @@
 """What the README and the pages print runs as printed, and names every public name."""
 
 import ast
+import contextlib
 import importlib.util
 import re
 import subprocess
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+
+from jaxmet.export.runtimes import has_vnni
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -291,11 +294,13 @@ def test_openvino_runs_as_printed(folder, monkeypatch):
     # With it the import forks a process to send statistics, of which JAX warns.
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     for package in ("jax2onnx", "onnx", "onnxruntime", "openvino"):
-        pytest.importorskip(package, reason="pip install '.[onnx]' openvino")
-    scope = run(DOCS / "openvino.md", scope_of("linen"), "linen")
+        pytest.importorskip(package, reason="pip install '.[onnx,openvino]'")
+    warned = pytest.warns(UserWarning, match="VNNI")  # its 8 bits are wrong without
+    with contextlib.nullcontext() if has_vnni() else warned:
+        scope = run(DOCS / "openvino.md", scope_of("linen"), "linen")
     step = float([*scope["quantizers"].activations.values()][-1].scale)
     apart = jnp.round(jnp.abs(scope["logits"] - scope["simulated"]) / step)
-    assert apart.max() <= 1 and jnp.mean(apart == 0) > 0.9
+    assert not has_vnni() or (apart.max() <= 1 and jnp.mean(apart == 0) > 0.9)
     assert "in openvino" in scope["table"].title
 
 
