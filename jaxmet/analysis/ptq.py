@@ -25,7 +25,7 @@ from jaxmet.transforms.fold import fold_batch_norm
 from jaxmet.transforms.rounding import adaround
 from jaxmet.transforms.simulate import round_weights, simulate
 from jaxmet.tree.batches import as_batches, inputs_of
-from jaxmet.tree.checks import check_flags
+from jaxmet.tree.checks import check_flags, shown
 from jaxmet.tree.config import QuantConfig, config_of
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
@@ -38,6 +38,7 @@ def ptq(
     batches: Any,
     config: QuantConfig | None = None,
     *,
+    bits: int | None = None,
     key: jax.Array | None = None,
     rounding: bool = True,
     reference: Any = None,
@@ -78,6 +79,7 @@ def ptq(
             no data.
         config: the `jm.QuantConfig`; default None: W8A8, one scale per output channel of a
             weight, one per activation, and `bias="int32"` as on integer runtimes.
+        bits: the bit-width of weights, 2 to 16, where no `config` is given; default None: 8.
         key: the `jax.random.key` from which all random numbers come; default
             `jax.random.key(0)`.
         rounding: whether weights are rounded by `jm.adaround` where there is data; default
@@ -95,15 +97,21 @@ def ptq(
         The tree, its quantizers, and a table with one row per step.
 
     Raises:
-        ValueError: for a key that is none, and what `trace`, `fold_batch_norm`, `equalize`,
-            `calibrate`, `correct_bias` and `adaround` raise.
+        ValueError: for a key that is none, for `bits` beside a `config`, and what `trace`,
+            `fold_batch_norm`, `equalize`, `calibrate`, `correct_bias` and `adaround` raise.
 
-    >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.batched(images))
+    >>> params, quantizers, table = jm.ptq(model.apply, variables, jm.batched(images), bits=4)
     >>> print(table)
     """
     refuse_module(apply, params, "ptq")
     check_apply(apply, "ptq")
-    config = config_of(config, "ptq", bias="int32")
+    if bits is not None and config is not None:
+        raise ValueError(
+            f"jaxmet.ptq: bits is {shown(bits)}, and a config is given too. Give one of them: "
+            "jm.QuantConfig(weight_bits=…) says more than bits does."
+        )
+    given = {} if bits is None else {"weight_bits": bits}
+    config = config_of(config, "ptq", bias="int32", **given)
     check_flags("ptq", rounding=rounding, progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)
     refuse_options(kwargs, apply, params, read.first, "ptq")

@@ -275,3 +275,21 @@ def test_a_loss_that_stays_is_warned_of(case: tuple[Any, Any, list]) -> None:
     match = r"after the step as trained it was inf.* without (fold|equalize|correct)"
     with pytest.warns(UserWarning, match=match):
         jm.ptq(apply, params, batches, reference=reference, **options)
+
+
+def test_bits_are_short_for_a_configuration(case: Any) -> None:
+    apply, trained, batches = case
+    shape = jax.ShapeDtypeStruct(batches[0][0].shape, jnp.float32)
+    given = apply, trained, shape
+    config = jm.QuantConfig(weight_bits=4, bias="int32")
+    wanted = jm.ptq(*given, config, progress=False)
+    found = jm.ptq(*given, bits=4, progress=False)
+    for one, two in zip(wanted[:2], found[:2], strict=True):
+        assert jax.tree.structure(one) == jax.tree.structure(two)
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+    kernels = [q.bits for q in found[1].weights.values() if q.product is None]
+    assert set(kernels) == {4}
+    with pytest.raises(ValueError, match=r"jaxmet\.ptq: bits is 4, and a config is"):
+        jm.ptq(*given, config, bits=4)
+    with pytest.raises(ValueError, match="weight_bits is 1"):
+        jm.ptq(*given, bits=1)

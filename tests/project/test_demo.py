@@ -157,6 +157,7 @@ def test_quick_shows_three_rows_as_they_finish(tmp_path):
 
 def test_help_says_what_it_does(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["python -m jaxmet", "--help"])
+    monkeypatch.delitem(sys.modules, "jaxmet.__main__", raising=False)
     with pytest.raises(SystemExit):
         runpy.run_module("jaxmet", run_name="__main__")
     assert "Fashion-MNIST" in capsys.readouterr().out

@@ -15,13 +15,12 @@ from jaxmet.layers.grams import grams, unmasked
 from jaxmet.layers.once import run_once
 from jaxmet.transforms.prune.coupled_channels import (
     CoupledChannels,
-    axes_of,
     bundles_of,
     channel_along,
     refused,
 )
 from jaxmet.transforms.prune.prune_report import report, whole_before
-from jaxmet.transforms.prune.pruned_leaves import pruned
+from jaxmet.transforms.prune.pruned_leaves import without_channels
 from jaxmet.transforms.prune.refit import (
     SELECTIONS,
     Selection,
@@ -35,6 +34,7 @@ from jaxmet.transforms.prune.select_channels import (
     ratios_of,
     removal,
 )
+from jaxmet.transforms.prune.uniform_ratio import check_one_of, ratio_for_macs
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_choices, check_counts, check_flags, is_concrete
 from jaxmet.tree.names import replace_leaves
@@ -48,8 +48,9 @@ CALLER = "prune"
 def prune(
     params: P,
     graph: Graph,
-    ratios: float | Mapping[str, float],
+    ratios: float | Mapping[str, float] | None = ...,
     *,
+    macs: float | None = ...,
     batches: Any = ...,
     selection: Selection | None = ...,
     coupled: bool = ...,
@@ -65,8 +66,9 @@ def prune(
 def prune(
     params: P,
     graph: Graph,
-    ratios: float | Mapping[str, float],
+    ratios: float | Mapping[str, float] | None = ...,
     *,
+    macs: float | None = ...,
     batches: Any = ...,
     selection: Selection | None = ...,
     coupled: bool = ...,
@@ -81,8 +83,9 @@ def prune(
 def prune(
     params: Any,
     graph: Graph,
-    ratios: float | Mapping[str, float],
+    ratios: float | Mapping[str, float] | None = None,
     *,
+    macs: float | None = None,
     batches: Any = None,
     selection: Selection | None = None,
     coupled: bool = True,
@@ -101,9 +104,11 @@ def prune(
     stay. Whoever makes these channels makes fewer: products, depthwise convolutions, norms
     and biases in between lose them too, so the network's own ratio is lower (`jm.cost`).
     A layer that reads channels along two axes (heads and what each holds) keeps the root of
-    it of both. Channels that additions tie are removed together from all that make or read
-    them, or with `coupled=False` not at all. Where several layers read the same channels, the
-    largest of their ratios counts.
+    it of both. With `macs` in place of `ratios` one ratio for all layers is found: the largest, in
+    128ths, with which at most this share of the multiplications is left, counted for the inputs of
+    the trace. (`jm.select_ratios` gives each layer its own.) Channels that additions tie go
+    together from all that make or read them, or with `coupled=False` not at all. Where several
+    layers read the same channels, the largest of their ratios counts.
 
     Leaves become `Compressed` with what `Pruned` left, which `jm.lift` and `jm.simulate`
     run; the graph serves the new tree too. It computes what the dense model does with zeros
@@ -135,6 +140,8 @@ def prune(
         graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
         ratios: the share of its input channels that a layer keeps, in (0, 1]: one number for
             all layers, or one per layer by name.
+        macs: the share of its multiplications that the network keeps, in (0, 1], in place of
+            `ratios`.
         batches: data for the choice and the refit; default None: by magnitude, without a refit.
         selection: 'magnitude', 'lasso' or 'obs'; default None: 'magnitude' without data, 'obs'
             with data.
@@ -156,14 +163,16 @@ def prune(
         channels.
 
     Raises:
-        ValueError: for ratios outside (0, 1], for names of layers that are not there or whose
+        ValueError: for ratios outside (0, 1], for both or neither of `ratios` and `macs`, for a
+            share of `macs` out of reach, for names of layers that are not there or whose
             channels cannot be removed, and for traced parameters: which channels stay decides
             about shapes.
 
-    >>> params = jm.prune(params, graph, 0.7, batches=batches)
+    >>> params = jm.prune(params, graph, macs=0.5, batches=batches)
     >>> quantizers = jm.calibrate(params, graph, batches)
     """
     graph, leaves = fitted(params, graph, CALLER)
+    check_one_of(ratios, macs, CALLER)
     selection = _selection(selection, batches)
     check_counts(CALLER, multiple=multiple)
     check_counts(CALLER, optional=True, rows=rows)
@@ -173,8 +182,13 @@ def prune(
     _check_concrete(leaves)
     bundles = bundles_of(graph)
     why = _why(graph, bundles, coupled)
-    asked = asked_for(ratios, why, graph, CALLER)
     free = [b for b in bundles if refused(b, coupled) is None]
+    if macs is not None:
+        names = [name for name, reason in why.items() if reason is None]
+        ratios = ratio_for_macs(
+            params, graph, leaves, free, names, macs, multiple, CALLER
+        )
+    asked = asked_for(ratios, why, graph, CALLER)
     each = ratios_of(graph, free, asked)
     keep = {b.index: b.size for b in bundles} | {
         b.index: kept_at(b.size, each[b.index], multiple) for b in free
@@ -184,14 +198,14 @@ def prune(
     if batches is not None:
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     lost: dict[str, str] = {}
-    names = {name for b in chosen for name in b.consumers}
+    readers = {name for b in chosen for name in b.consumers}
     seen: Mapping[str, Any] = {}
     if read is not None:
         seen = grams(
             graph,
             params,
             read,
-            names,
+            readers,
             caller=CALLER,
             key=key,
             rows=rows,
@@ -202,14 +216,14 @@ def prune(
     def chose(
         leaves: Mapping[str, Any], seen: Mapping[str, Any]
     ) -> tuple[dict[int, np.ndarray], dict[str, Any], dict[str, float]]:
-        consumers = consumers_of(graph, names, leaves, seen)
+        consumers = consumers_of(graph, readers, leaves, seen)
         masks: dict[int, np.ndarray] = {}
         for bundle in chosen:
             count = keep[bundle.index]
             order = removal(graph, leaves, bundle, consumers, selection, count)
             masks |= dict.fromkeys(bundle.indices, left_of(order, count))
         work, errors = refit_consumers(consumers, masks, leaves)
-        left = removed(graph, work, masks)
+        left = without_channels(graph, work, masks)
         # All else stays the very array that it is.
         return masks, {n: x for n, x in left.items() if x is not leaves[n]}, errors
 
@@ -231,18 +245,6 @@ def prune(
         ]
 
     return result, report(bundles, keep, errors, notes, caller=CALLER)
-
-
-def removed(
-    graph: Graph, leaves: Mapping[str, Any], masks: Mapping[int, np.ndarray]
-) -> dict[str, Any]:
-    """The leaves without what the masks take away."""
-    layers = {n.weight.name: n for n in graph.nodes if n.weight is not None}
-    found = {
-        name: pruned(leaves[name], left, layers.get(name))
-        for name, left in axes_of(graph.members, masks).items()
-    }
-    return {n: leaf for n, leaf in leaves.items() if n not in found} | found
 
 
 def _selection(selection: Selection | None, batches: Any) -> Selection:

@@ -5,10 +5,24 @@ from typing import Any
 
 import numpy as np
 
+from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.numerics import xp
+from jaxmet.transforms.prune.coupled_channels import axes_of
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.structures import Keep, Pruned
+
+
+def without_channels(
+    graph: Graph, leaves: Mapping[str, Any], masks: Mapping[int, np.ndarray]
+) -> dict[str, Any]:
+    """The leaves without what the masks take away."""
+    layers = {n.weight.name: n for n in graph.nodes if n.weight is not None}
+    found = {
+        name: pruned(leaves[name], left, layers.get(name))
+        for name, left in axes_of(graph.members, masks).items()
+    }
+    return {n: leaf for n, leaf in leaves.items() if n not in found} | found
 
 
 def pruned(leaf: Any, left: Mapping[int, np.ndarray], node: Node | None) -> Compressed:
