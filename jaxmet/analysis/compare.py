@@ -1,7 +1,7 @@
 """Float against simulated, node by node: where the error enters, and by which quantizer."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -379,11 +379,16 @@ def _outputs(exact: Any, noisy: Any) -> float | None:
     return _decibel(signal, noise)
 
 
+def worst_nodes(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """The three nodes that add most error relative to their signal, and their own SQNR in dB."""
+    found = [(r["node"], r["own SQNR (dB)"]) for r in rows]
+    noisy = [(n, ratio) for n, ratio in found if ratio not in (None, math.inf)]
+    return sorted(noisy, key=lambda one: one[1])[:3]
+
+
 def _title(rows: list[dict[str, Any]], outputs: float | None) -> str:
-    noisy = [r for r in rows if r["own SQNR (dB)"] not in (None, math.inf)]
-    noisy.sort(key=lambda r: r["own SQNR (dB)"])
     parts = [] if outputs is None else [f"outputs {outputs:.1f} dB"]
-    worst = [f"{r['node']} ({r['own SQNR (dB)']:.1f} dB)" for r in noisy[:3]]
+    worst = [f"{node} ({ratio:.1f} dB)" for node, ratio in worst_nodes(rows)]
     parts += [f"most noise enters at {', '.join(worst)}"] if worst else []
     flagged = [r["node"] for r in rows if r["note"]]
     parts += [f"badly used quantizers: {', '.join(flagged)}"] if flagged else []

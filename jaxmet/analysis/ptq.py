@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxmet.analysis.costliest import costliest
 from jaxmet.analysis.noise import noise
 from jaxmet.engine.frontends import check_apply, refuse_module
 from jaxmet.engine.graph.graph import Graph, WithArguments, trace
@@ -213,17 +214,18 @@ def _advice(
     key: jax.Array,
     options: Mapping[str, Any],
 ) -> str:
-    """The quantizers that cost most by `jm.noise`, and what each would give with 16 bits."""
+    """The quantizers that cost most by `jm.noise`, and what more bits would give each."""
     try:
         table = noise(params, graph, quantizers, data, key=key, **options)
     except ValueError:  # of some models no gradient tells it
         return " jm.sensitivity tells which quantizers cost most."
-    rows = [row for row in table if row["kind"] in ("weight", "activation")]
-    gains = []
-    for row in sorted(rows, key=lambda row: -row["share"])[:3]:
-        gain = -10 * math.log10(max(1 - row["share"], 1e-3))
-        rule = f"jm.Rule({row['tensor']!r}, {row['kind']}_bits=16)"
-        gains.append(f"{gain:+.1f} dB with {rule}")
+    gains = [
+        f"{one.gain:+.1f} dB with {one.rule}"
+        for one in costliest(table)
+        if one.rule is not None
+    ]
+    if not gains:
+        return ""
     return f" Predicted for single tensors: {', '.join(gains)}."
 
 

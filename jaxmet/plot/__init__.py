@@ -26,6 +26,7 @@ drawing           what all charts share
 tables            tables as charts read them
 picture_files     `save`
 html_report       `jm.report`
+verdict           its first lines
 page              its page, which opens offline
 """
 

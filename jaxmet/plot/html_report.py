@@ -24,6 +24,7 @@ from jaxmet.plot.relative_ranges import relative_table, relative_weight_ranges
 from jaxmet.plot.rounding_loss import rounding_loss
 from jaxmet.plot.sensitivity_plot import sensitivity
 from jaxmet.plot.tables import kind_of, number
+from jaxmet.plot.verdict import verdict
 from jaxmet.plot.weight_ranges import weight_ranges
 from jaxmet.tree.batches import one_batch
 from jaxmet.tree.checks import check_concrete, is_concrete
@@ -48,6 +49,7 @@ HEADINGS = {
     "ratio_scores": "Compression: score by ratio",
     "rounding_loss": "Rounding",
 }
+VERDICT = "In short"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 TALL = 26  # nodes of a graph that are seen without scrolling
 
@@ -67,15 +69,16 @@ def report(
 ) -> None:
     """Write one HTML file about a model: it needs no network and no other file.
 
-    It shows what it was given and computes nothing else: the model and, with `quantizers`,
-    what of it is quantized, what not and why; `scores` by name, such as float and quantized;
-    ranges of weights, and those of `before`, a tree of the same model from before; with
-    quantizers and one `batch` of inputs `jm.compare`, where the error enters (against
-    `before` if its channels are scaled as these are, else against `params` without quantizers, and
-    it says which); every one of `tables`, as a picture
-    too where it is one of `jm.sensitivity`, `jm.noise`, `jm.compare`, `jm.score_ratios` or
-    a report of `jm.adaround`; `settings` by name, and versions. Beside every picture its
-    table is folded away.
+    It shows what it was given and computes nothing else. First, in short: `scores` by name, such as
+    float and quantized; with `quantizers` the bits and the size; the three quantizers that cost
+    most, and what to try next, where a table of `jm.noise` is among `tables` (else the three nodes
+    where most error enters). Then the model, what of it is quantized, what not and why; ranges of
+    weights, and those of `before`, a tree of the same model from before; with quantizers and one
+    `batch` of inputs `jm.compare`, where the error enters (against `before` if its channels are
+    scaled as these are, else against `params` without quantizers, and it says which); every one of
+    `tables`, as a picture too where it is one of `jm.sensitivity`, `jm.noise`, `jm.compare`,
+    `jm.score_ratios` or a report of `jm.adaround`; `settings` by name, and versions. Beside every
+    picture its table is folded away.
 
     The file appears under its name only when it is complete.
 
@@ -111,17 +114,21 @@ def report(
         batch = one_batch(batch, CALLER)
     scores, settings = _named(scores, "scores"), _named(settings, "settings")
     book = Book()
-    if scores:
-        book.add("Scores", _figures(scores))
     _plan(book, params, graph, quantizers)
     _ranges(book, params, graph, before)
+    found = None
     if quantizers is not None and batch is not None:
-        _error(book, params, graph, quantizers, batch, before)
+        found = _error(book, params, graph, quantizers, batch, before)
     for table in tables:
         book.table(table, kind_of(table) if len(table) else None)
     if settings:
         book.add("Settings", table_html(_pairs(settings, "setting")))
     book.add("Versions", table_html(_pairs(_versions(), "package")))
+    kinds = {kind_of(t): t for t in reversed(tables) if len(t)}
+    given = scores, kinds.get("noise"), kinds.get("compare", found)
+    first = verdict(params, quantizers, *given, book.address)
+    if first:
+        book.sections.insert(0, Section(VERDICT, first))
     script = _vega(vl) if book.specs else ""
     layers = f"{len(graph.nodes)} nodes, {len(graph.layers)} layers"
     content = page(title, layers, book.sections, book.specs, script)
@@ -188,6 +195,12 @@ class Book:
     def add(self, title: str, *body: str) -> None:
         self.sections.append(Section(title, "".join(body)))
 
+    def address(self, kind: str) -> str | None:
+        """Where the section of a table will stand, after the verdict that comes first."""
+        titles = [section.title for section in self.sections]
+        heading = HEADINGS[kind]
+        return f"#part{titles.index(heading) + 1}" if heading in titles else None
+
     def chart(self, chart: Any, *, tall: bool = False) -> str:
         """The place of a chart, whose specification is kept."""
         name = f"chart{len(self.specs)}"
@@ -207,18 +220,6 @@ class Book:
 
 
 # Sections
-
-
-def _figures(scores: Mapping[str, Any]) -> str:
-    """Numbers side by side, large."""
-    cells = []
-    for name, value in scores.items():
-        found = number(value)
-        text = str(value) if found is None else f"{found:.4g}"
-        cells.append(
-            f'<div class="figure"><b>{html.escape(text)}</b>{html.escape(str(name))}</div>'
-        )
-    return f'<div class="figures">{"".join(cells)}</div>'
 
 
 def _plan(book: Book, params: Any, graph: Graph, quantizers: Quantizers | None) -> None:
@@ -297,7 +298,7 @@ def _error(
     quantizers: Quantizers,
     batch: Any,
     before: Any,
-) -> None:
+) -> Table:
     """Where the error enters: against `before`, unless its channels are scaled otherwise."""
     sentence = "Float is the same tree without quantizers."
     if before is not None:
@@ -312,6 +313,7 @@ def _error(
             before = None
     table = compared(params, graph, quantizers, batch, reference=before)
     book.table(table, "compare" if len(table) else None, sentence)
+    return table
 
 
 def _pairs(values: Mapping[str, Any], what: str) -> Table:

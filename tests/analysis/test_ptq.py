@@ -260,7 +260,7 @@ def test_what_loses_is_named() -> None:
     with pytest.warns(UserWarning, match=r"jaxmet\.ptq: the outputs keep") as seen:
         jm.ptq(apply, params, batches, config, **options)
     (text,) = {str(w.message) for w in seen}
-    assert f"jm.Rule({bad!r}, activation_bits=16)" in text
+    assert f"jm.Rule({bad!r}, activation_bits=4)" in text
     assert "dB with" in text
 
 

@@ -27,6 +27,7 @@ from test_plot import (
 import jaxmet as jm
 from jaxmet.plot.html_report import reasons
 from jaxmet.plot.page import as_json
+from jaxmet.plot.verdict import size_over_float
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -204,7 +205,7 @@ def test_it_says_what_it_was_given(full: Path, model: Model) -> None:
     text = full.read_text("utf-8")
     heads = re.findall(r"<h2>(.*?)</h2>", without_scripts(full))
     assert heads[:5] == [
-        "Scores",
+        "In short",
         "The model",
         "What is quantized, and what is not",
         "Ranges of weights, before and after",
@@ -216,6 +217,62 @@ def test_it_says_what_it_was_given(full: Path, model: Model) -> None:
         assert html.escape(name) in text and html.escape(why) in text
     for layer in model.graph.layers:
         assert f"<td>{html.escape(layer.name)}</td>" in text
+
+
+def in_short(path: Path) -> str:
+    (found,) = re.findall(
+        r"<h2>In short</h2>(.*?)</section>", path.read_text("utf-8"), re.S
+    )
+    return found
+
+
+def test_it_begins_with_what_costs_most_and_what_helps(
+    model: Model, tmp_path: Path
+) -> None:
+    """The gain is that of the noise table's own columns, and the link leads to the table."""
+    given = model.params, model.graph
+    noise = jm.noise(*given, model.quantizers, [model.batch], progress=False)
+    path = tmp_path / "short.html"
+    scores = {"accuracy": 0.9153}
+    jm.report(path, *given, quantizers=model.quantizers, tables=[noise], scores=scores)
+    text = in_short(path)
+    assert "0.9153" in text and f"{noise['SQNR (dB)'][-1]:.4g}" in text
+    *rows, _ = sorted(noise, key=lambda row: row["share"])
+    worst = rows[-1]
+    power = 10 ** (-worst["SQNR (dB)"] / 10)
+    left = 10 ** (-worst["16 bits"] / 10) / power
+    gain = -10 * math.log10(1 - worst["share"] * (1 - left))
+    rule = f"jm.Rule({worst['tensor']!r}, {worst['kind']}_bits=16)"
+    assert html.escape(f"rules=[{rule}]") in text and f"{gain:+.1f} dB" in text
+    assert f"{100 * worst['share']:.0f} % of the noise" in text
+    (part,) = set(re.findall(r'href="#(part\d+)"', text))
+    page = path.read_text("utf-8")
+    assert f'<section id="{part}"><h2>Noise of every quantizer</h2>' in page
+
+
+def test_without_noise_it_begins_with_where_error_enters(
+    model: Model, tmp_path: Path
+) -> None:
+    given = model.params, model.graph, model.quantizers
+    table = jm.compare(*given, model.batch)
+    worst = min(table, key=lambda row: row["own SQNR (dB)"] or math.inf)
+    path = tmp_path / "short.html"
+    jm.report(path, *given[:2], quantizers=given[2], batch=model.batch)
+    text = in_short(path)
+    assert f"{html.escape(worst['node'])}: own error" in text and "jm.noise(" in text
+
+
+def test_the_size_is_that_of_integers() -> None:
+    params = {"w": jnp.ones((6, 5)), "b": jnp.ones(5), "h": jnp.ones((5, 4), "float16")}
+    apply = lambda p, x: (x @ p["w"] + p["b"][None]) @ p["h"].astype(jnp.float32)
+    x = jnp.ones((2, 6))
+    graph = jm.trace(apply, params, x)
+    rules = [jm.Rule("h", weight_bits=4)]
+    config = jm.QuantConfig(bias="int32", rules=rules)
+    quantizers = jm.calibrate(params, graph, [x], config, progress=False)
+    before, after = 30 * 4 + 5 * 4 + 20 * 2, 30 + 5 * 4 + 20 / 2
+    assert size_over_float(params, quantizers) == pytest.approx(after / before)
+    assert size_over_float(params, jm.Quantizers()) == 1.0
 
 
 def test_only_what_was_given_is_there(model: Model, tmp_path: Path) -> None:
