@@ -138,7 +138,7 @@ def _can_requantize() -> bool:
 
 
 def _check_sizes(inputs: Any) -> None:
-    """LiteRT's converter ends the process where a size is no number."""
+    """LiteRT's converter ends the process where a size is a symbol."""
     for shape in map(np.shape, jax.tree.leaves(inputs)):
         if not all(isinstance(n, int | np.integer) for n in shape):
             raise ValueError(
