@@ -60,7 +60,7 @@ def requantized(
 
 
 def _check_grids(quantizers: Quantizers, caller: str) -> None:
-    """Refuse weights that are not int8 with one scale per channel, and activations of other than 8 bits."""
+    """Refuse weights other than int8 with one scale per channel, and activations of other bits."""
     for name, q in quantizers.weights.items():
         if q.product is None and q.active:
             plain = q.bits == 8 and q.symmetric and q.axis and q.block is None
