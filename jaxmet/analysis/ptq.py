@@ -57,9 +57,9 @@ def ptq(
     batch, says where its values count, as in `jm.calibrate`, in every step and in the ratios.
     Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has one row per step:
     the signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
-    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. `reference=(apply, params)`, or
-    another tree of the same model, is what counts as float there. Static keyword arguments
-    (`train=False`) go to the model.
+    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. A correction of biases that loses more
+    than 0.1 dB is undone. `reference=(apply, params)`, or another tree of the same model, is what
+    counts as float there. Static keyword arguments (`train=False`) go to the model.
 
     With `jax.ShapeDtypeStruct`s of the inputs in place of batches no data is needed: ranges,
     scales and mean errors come from the batch norms (data-free quantization), what they do not
@@ -173,10 +173,12 @@ def ptq(
         )
         quantizers = measure("adaround", params, _summary(report, "loss"), weights)
     # After rounding too: adaround shifts a layer's own bias only, not that of its norm.
-    params, report = correct_bias(
+    corrected, report = correct_bias(
         params, graph, quantizers, data, with_report=True, **options
     )
-    quantizers = measure("correct_bias", params, _summary(report, "into"), weights)
+    found = measure("correct_bias", corrected, _summary(report, "into"), weights)
+    if not _undone(rows):
+        params, quantizers = corrected, found
     if data is not None:
         advice = lambda: _advice(params, graph, quantizers, data, of_noise, options)
         for text in _losses(rows, advice):
@@ -187,6 +189,21 @@ def ptq(
 
 LOW, LOST = 10.0, 1.0
 """Below this ratio, and so far below an earlier step, in dB, a result is warned of."""
+TOLERATED = 0.1
+"""What the correction of biases may lose, in dB: chance may be as much."""
+
+
+def _undone(rows: list[dict[str, Any]]) -> bool:
+    """Whether the last step lost: its row then says so, with the ratio of the step before.
+
+    Mean errors of a layer are corrected for its own outputs, which is not always what the outputs
+    of the model need.
+    """
+    before, after = (row["SQNR (dB)"] for row in rows[-2:])
+    if after is None or after >= before - TOLERATED:
+        return False
+    rows[-1] |= {"SQNR (dB)": before, "note": f"undone: it gave {after:.2f} dB"}
+    return True
 
 
 def _losses(

@@ -1,6 +1,7 @@
 """The one call, with data and with nothing but shapes."""
 
 import dataclasses
+import sys
 import warnings
 from typing import Any
 
@@ -275,6 +276,34 @@ def test_a_loss_that_stays_is_warned_of(case: tuple[Any, Any, list]) -> None:
     match = r"after the step as trained it was inf.* without (fold|equalize|correct)"
     with pytest.warns(UserWarning, match=match):
         jm.ptq(apply, params, batches, reference=reference, **options)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_correction_that_loses_is_undone(
+    case: Any, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, trained, batches = case
+    module = sys.modules["jaxmet.analysis.ptq"]
+    correct = module.correct_bias
+    seen = []
+
+    def shifted(params: Any, *args: Any, **options: Any) -> Any:
+        seen.append(params)
+        params, report = correct(params, *args, **options)
+        return jax.tree.map(lambda a: a + shift if a.ndim == 1 else a, params), report
+
+    monkeypatch.setattr(module, "correct_bias", shifted)
+    options: dict[str, Any] = {"rounding": False, "progress": False}
+    params, quantizers, table = jm.ptq(apply, trained, batches, CONFIG, **options)
+    same = all(
+        np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (params, seen[0])), strict=True)
+    )
+    assert same == (shift > 0)
+    assert ("undone: it gave" in table["note"][-1]) == (shift > 0)
+    np.testing.assert_allclose(
+        table["SQNR (dB)"][-1], decibels(case, params, quantizers), atol=1e-2
+    )
 
 
 def test_bits_are_short_for_a_configuration(case: Any) -> None:
