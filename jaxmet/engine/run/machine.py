@@ -14,7 +14,7 @@ from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import Equation, Region, Value
 from jaxmet.engine.run.bodies import REGIONS
-from jaxmet.engine.run.compressed import clip, padded
+from jaxmet.engine.run.compressed import clip, divided, padded
 
 Statistics = dict[str, Any]
 Environment = dict[Value, Any]
@@ -54,6 +54,7 @@ class Machine:
     iteration: tuple[Any, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
     offsets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scales: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     masks: TokenMasks | None = None
     batch: Any = None
 
@@ -115,6 +116,10 @@ class Machine:
             return self.read(inside, cluster.exit)
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)
+        if node.name in self.scales:
+            with jax.named_scope(node.name):
+                x = divided(node, operands[0], self.scales[node.name], self.iteration)
+            operands = (x, *operands[1:])
         run = Run(compute, self.iteration, batch=self.batch)
         if self.masks is not None:
             self.follow(cluster.equations, environment)

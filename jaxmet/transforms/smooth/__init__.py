@@ -2,6 +2,7 @@
 
 smooth          `jm.smooth`
 eligible_paths  which channels can be smoothed, and why the others cannot
+carried_scales  which layers can divide what they read themselves
 """
 
 from jaxmet.transforms.smooth.smooth import smooth as smooth

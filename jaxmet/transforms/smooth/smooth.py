@@ -25,10 +25,11 @@ from jaxmet.numerics import xp
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.smoothing import smoothing_scale
 from jaxmet.numerics.xp import Array
+from jaxmet.transforms.smooth.carried_scales import with_carried
 from jaxmet.transforms.smooth.eligible_paths import check_paths, judged, vectors
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete, shown
-from jaxmet.tree.leaves import dense
+from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
@@ -45,6 +46,7 @@ def smooth(
     batches: Any,
     *,
     alpha: float = ...,
+    input_scales: bool = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
@@ -57,6 +59,7 @@ def smooth(
     batches: Any,
     *,
     alpha: float = ...,
+    input_scales: bool = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
     progress: bool = ...,
@@ -68,6 +71,7 @@ def smooth(
     batches: Any,
     *,
     alpha: float = 0.5,
+    input_scales: bool = False,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
     progress: bool = True,
@@ -123,10 +127,13 @@ def smooth(
     >>> params = jm.smooth(params, graph, jm.batched(tokens))
     """
     _check_alpha(alpha)
-    check_flags(CALLER, progress=progress, with_report=with_report)
+    flags = {"progress": progress, "with_report": with_report}
+    check_flags(CALLER, input_scales=input_scales, **flags)
     check_batch_functions(CALLER, inputs, mask)
     graph, leaves = fitted(params, graph, CALLER)
     paths = [judged(graph, path, leaves) for path in graph.scale_paths]
+    if input_scales:
+        paths = with_carried(graph, leaves, paths)
     free = [path for path in paths if path.why is None]
     check_paths(graph, paths, leaves, CALLER)
     new, found, lost = {}, [], {}
@@ -220,7 +227,8 @@ def _solve(
         s = _scale(graph, path, alpha, work, read)
         found.append(s)
         every = xp.concatenate([s, xp.ones_like(s[:, :1])], axis=1)
-        for source, power in zip(path.sources, (-1, 1), strict=False):
+        divided = () if path.carried else path.sources
+        for source, power in zip(divided, (-1, 1), strict=False):
             _rescale_source(graph[source.node], source, every, power, work)
         for target, power in zip(path.targets, _powers(path), strict=True):
             factor = _taken(every, target.places)
@@ -228,15 +236,17 @@ def _solve(
             old = read[target.node][target.operand]
             new = old.reshape(factor.shape) * factor.astype(old.dtype) ** power
             read[target.node][target.operand] = new.reshape(old.shape)
-            if len(path.sources) == 1:
+            if not path.pairs:
                 _rescale(graph[target.node], factor[:, :, None], 1, work)
+            if path.carried:
+                _carry(graph[target.node], factor[:, :, None], work)
     new = {name: leaf for name, leaf in work.items() if leaf is not leaves[name]}
     return new, found
 
 
 def _powers(path: ScalePath) -> Sequence[int]:
     """The power of the scale in what each target reads."""
-    return (-1, 1) if len(path.sources) == 2 else [-1] * len(path.targets)
+    return (-1, 1) if path.pairs else [-1] * len(path.targets)
 
 
 def _scale(
@@ -246,12 +256,12 @@ def _scale(
     leaves: Mapping[str, Any],
     ranges: Ranges,
 ) -> Array:
-    layers = graph[path.sources[0].node].layers or 1
+    layers = graph[path.targets[0].node].layers or 1
     read = [
         _by_place(ranges[t.node][t.operand].reshape(layers, -1), t, path)
         for t in path.targets
     ]
-    if len(path.sources) == 2:
+    if path.pairs:
         return smoothing_scale(read[0], read[1].astype(read[0].dtype), alpha)
     weights = []
     for target in path.targets:
@@ -287,6 +297,22 @@ def _rescale(node: Node, factor: Array, power: int, leaves: dict[str, Any]) -> N
     factor = factor.astype(array.dtype)
     new = array * factor if power > 0 else array / factor
     leaves[node.kernel] = replaced(leaves[node.kernel], matrix.leaf(new))
+
+
+def _carry(node: Node, factor: Array, leaves: dict[str, Any]) -> None:
+    """Let a weight state what its inputs are divided by, beside what it stated before."""
+    leaf = leaves[node.kernel]
+    leaf = leaf if is_compressed(leaf) else Compressed(leaf)
+    matrix = _matrix(node, leaves)[0]
+    assert matrix.axes is not None
+    whole = matrix.leaf(xp.broadcast_to(factor, matrix.sizes))
+    outs = [i for i in matrix.axes[1] if not (node.layers and i == 0)]
+    scale = whole[
+        tuple(slice(1) if i in outs else slice(None) for i in range(whole.ndim))
+    ]
+    if leaf.input_scale is not None:
+        scale = scale * xp.asarray(leaf.input_scale).astype(scale.dtype)
+    leaves[node.kernel] = leaf.replace(input_scale=scale)
 
 
 def _rescale_source(
@@ -326,7 +352,9 @@ def _table(
             continue
         consumers = dict.fromkeys(t.node for t in path.targets)
         masks = [unmasked(lost[n]) for n in consumers if n in lost]
-        row |= {"consumers": ", ".join(consumers), "note": next(iter(masks), None)}
+        notes = ["carried by the weight"] if path.carried else []
+        notes += masks[:1]
+        row |= {"consumers": ", ".join(consumers), "note": "; ".join(notes) or None}
         s = next(scales)
         if is_concrete(s):
             row |= {"scale min": float(xp.min(s)), "scale max": float(xp.max(s))}
