@@ -6,7 +6,7 @@ divided by.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -86,12 +86,21 @@ def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def scales_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The input scales that compressed leaves state, by the dense layer that reads them.
+class InputScale(NamedTuple):
+    """A scale in the shape of a weight, as the equation of a layer reads it.
 
-    Each in the shape of the weight, as the layer's equation reads it; of a loop's layers, with
-    their axis before those.
+    Of a loop's layers, with their axis before those. Layers whose leaves hold the same array
+    have one `key`.
     """
+
+    values: Any
+    key: tuple[Any, ...]
+
+
+def scales_of(
+    nodes: Iterable[Node], leaves: Mapping[str, Any]
+) -> dict[str, InputScale]:
+    """The input scales that compressed leaves state, by the dense layer that reads them."""
     stated = {n: x for n, x in leaves.items() if input_scale_of(x) is not None}
     if not stated:
         return {}
@@ -114,13 +123,15 @@ def scales_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, Any
                 "in this model it is not the weight of one dense layer. Run the model that the "
                 "tree was made for."
             )
-        found[mine[0].name] = read[0]
+        key = id(leaf.input_scale), mine[0].dot, mine[0].weight and mine[0].weight.moves
+        found[mine[0].name] = InputScale(read[0], key)
     return found
 
 
-def divided(node: Node, x: Any, scale: Any, iteration: Sequence[Any]) -> Any:
+def divided(node: Node, x: Any, of: InputScale, iteration: Sequence[Any]) -> Any:
     """What a dense layer reads, over its input scale; in a loop, that of this turn."""
     assert node.dot is not None and node.weight is not None
+    scale = of.values
     if node.weight.stacked:
         scale = scale[iteration[-1]]
     pairs = sorted(node.dot.summed)  # by the axes of the data

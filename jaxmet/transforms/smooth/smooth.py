@@ -226,6 +226,7 @@ def _solve(
     for path in paths:
         s = _scale(graph, path, alpha, work, read)
         found.append(s)
+        shared: dict[Any, Any] = {}
         every = xp.concatenate([s, xp.ones_like(s[:, :1])], axis=1)
         divided = () if path.carried else path.sources
         for source, power in zip(divided, (-1, 1), strict=False):
@@ -239,7 +240,7 @@ def _solve(
             if not path.pairs:
                 _rescale(graph[target.node], factor[:, :, None], 1, work)
             if path.carried:
-                _carry(graph[target.node], factor[:, :, None], work)
+                _carry(graph[target.node], factor[:, :, None], work, shared)
     new = {name: leaf for name, leaf in work.items() if leaf is not leaves[name]}
     return new, found
 
@@ -299,8 +300,14 @@ def _rescale(node: Node, factor: Array, power: int, leaves: dict[str, Any]) -> N
     leaves[node.kernel] = replaced(leaves[node.kernel], matrix.leaf(new))
 
 
-def _carry(node: Node, factor: Array, leaves: dict[str, Any]) -> None:
-    """Let a weight state what its inputs are divided by, beside what it stated before."""
+def _carry(
+    node: Node, factor: Array, leaves: dict[str, Any], shared: dict[Any, Any]
+) -> None:
+    """Let a weight state what its inputs are divided by, beside what it stated before.
+
+    Weights of the same layout that read one value hold the same array, by which it is divided
+    once.
+    """
     leaf = leaves[node.kernel]
     leaf = leaf if is_compressed(leaf) else Compressed(leaf)
     matrix = _matrix(node, leaves)[0]
@@ -312,6 +319,7 @@ def _carry(node: Node, factor: Array, leaves: dict[str, Any]) -> None:
     ]
     if leaf.input_scale is not None:
         scale = scale * xp.asarray(leaf.input_scale).astype(scale.dtype)
+    scale = shared.setdefault((scale.shape, id(leaf.input_scale)), scale)
     leaves[node.kernel] = leaf.replace(input_scale=scale)
 
 
