@@ -4,39 +4,32 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxmet.engine.flow.scale_paths import ScalePath, ScaleSource, ScaleTarget
+from jaxmet.engine.flow.scale_paths import ScalePath
 from jaxmet.engine.graph.graph import Graph, fitted
-from jaxmet.engine.graph.node import Node
-from jaxmet.engine.run.replay import Run
 from jaxmet.layers.arguments import check_examples
 from jaxmet.layers.collect import collect
-from jaxmet.layers.eligibility import (
-    skipped,
-)
+from jaxmet.layers.eligibility import skipped
 from jaxmet.layers.grams import unmasked
-from jaxmet.layers.layer import WeightMatrix
-from jaxmet.layers.leaf_math import replaced, scaled
 from jaxmet.layers.once import run_once
 from jaxmet.numerics import xp
-from jaxmet.numerics.precision import wide
-from jaxmet.numerics.smoothing import smoothing_scale
 from jaxmet.numerics.xp import Array
 from jaxmet.transforms.smooth.carried_scales import with_carried
-from jaxmet.transforms.smooth.eligible_paths import check_paths, judged, vectors
+from jaxmet.transforms.smooth.eligible_paths import check_paths, judged
+from jaxmet.transforms.smooth.path_scales import (
+    Alpha,
+    ends_of,
+    merge,
+    observe,
+    solved,
+)
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete, shown
-from jaxmet.tree.leaves import Compressed, dense, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 
 CALLER = "smooth"
 COLUMNS = ("producer", "consumers", "channels", "scale min", "scale max", "note")
-Ranges = dict[str, dict[int, Any]]  # of each node by operand
 
 
 @overload
@@ -45,7 +38,7 @@ def smooth(
     graph: Graph,
     batches: Any,
     *,
-    alpha: float = ...,
+    alpha: Alpha = ...,
     input_scales: bool = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
@@ -58,7 +51,7 @@ def smooth(
     graph: Graph,
     batches: Any,
     *,
-    alpha: float = ...,
+    alpha: Alpha = ...,
     input_scales: bool = ...,
     inputs: Callable[[Any], Any] | None = ...,
     mask: Callable[[Any], Any] | None = ...,
@@ -70,7 +63,7 @@ def smooth(
     graph: Graph,
     batches: Any,
     *,
-    alpha: float = 0.5,
+    alpha: Alpha = 0.5,
     input_scales: bool = False,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
@@ -140,20 +133,20 @@ def smooth(
     read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     if free:
         check_examples(graph, params, read.first, {}, CALLER)
-        ends = _ends(free)
+        ends = ends_of(free, graph, searched=alpha == "noise")
         ranges = collect(
             graph,
             params,
             read,
-            partial(_observe, ends),
-            _merge,
+            partial(observe, ends),
+            merge,
             caller=CALLER,
             progress=progress,
             lost=lost,
             key=(CALLER, tuple(ends.items())),
         )
         arrays = {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
-        solve = partial(_solve, graph, free, alpha)
+        solve = partial(solved, graph, free, alpha)
         new, found = run_once(solve, arrays, ranges)
     result = replace_leaves(params, new, caller=CALLER)
     return (result, _table(paths, found, lost)) if with_report else result
@@ -161,182 +154,13 @@ def smooth(
 
 def _check_alpha(alpha: Any) -> None:
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not 0 <= alpha <= 1:
+    known = 0 <= alpha <= 1 if number else isinstance(alpha, str) and alpha == "noise"
+    if not known:
         raise ValueError(
-            f"jaxmet.{CALLER}: alpha is {shown(alpha)}. Give a number from 0 to 1: how much of "
-            "the range of activations moves into weights, 0.5 by default."
+            f"jaxmet.{CALLER}: alpha is {shown(alpha)}. Give a number from 0 to 1, how much of "
+            "the range of activations moves into weights, 0.5 by default; or 'noise', which "
+            "chooses it for each set of channels."
         )
-
-
-# Ranges
-
-
-Ends = dict[str, tuple[tuple[int, tuple[int, ...]], ...]]
-
-
-def _ends(paths: Sequence[ScalePath]) -> Ends:
-    """By node the operands whose ranges are wanted, and along which axes."""
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
-    for path in paths:
-        for target in path.targets:
-            found.setdefault(target.node, {})[target.operand] = target.axes
-    return {name: tuple(sorted(some.items())) for name, some in found.items()}
-
-
-def _observe(
-    ends: Ends, node: Node, run: Run, operands: tuple[Any, ...]
-) -> tuple[Any, dict[int, Any] | None]:
-    result = run(*operands)
-    if node.name not in ends:
-        return result, None
-    found = {}
-    for operand, axes in ends[node.name]:
-        where = run.reads[operand] if run.reads else None
-        found[operand] = _largest(operands[operand], axes, where)
-    return result, found
-
-
-def _largest(x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> jax.Array:
-    """The largest magnitude along some axes, (entries,); zero where nothing counts."""
-    rest = [i for i in range(x.ndim) if i not in axes]
-    x = jnp.transpose(x, (*axes, *rest)).astype(wide(x.dtype))
-    if where is not None:
-        where = jnp.transpose(where, (*axes, *rest))
-    over = tuple(range(len(axes), x.ndim))
-    return jnp.max(jnp.abs(x), over, where=where, initial=0.0).reshape(-1)
-
-
-def _merge(one: Any, two: Any) -> Any:
-    return jax.tree.map(jnp.maximum, one, two)
-
-
-# Scales
-
-
-def _solve(
-    graph: Graph,
-    paths: Sequence[ScalePath],
-    alpha: float,
-    leaves: Mapping[str, Any],
-    ranges: Ranges,
-) -> tuple[dict[str, Any], list[Array]]:
-    """The leaves that change, and the scales of each path, (layers, channels)."""
-    work, found = dict(leaves), []
-    read = {n: {k: xp.asarray(v) for k, v in r.items()} for n, r in ranges.items()}
-    for path in paths:
-        s = _scale(graph, path, alpha, work, read)
-        found.append(s)
-        shared: dict[Any, Any] = {}
-        every = xp.concatenate([s, xp.ones_like(s[:, :1])], axis=1)
-        divided = () if path.carried else path.sources
-        for source, power in zip(divided, (-1, 1), strict=False):
-            _rescale_source(graph[source.node], source, every, power, work)
-        for target, power in zip(path.targets, _powers(path), strict=True):
-            factor = _taken(every, target.places)
-            # Both factors of a product may have a scale, which one weight undoes.
-            old = read[target.node][target.operand]
-            new = old.reshape(factor.shape) * factor.astype(old.dtype) ** power
-            read[target.node][target.operand] = new.reshape(old.shape)
-            if not path.pairs:
-                _rescale(graph[target.node], factor[:, :, None], 1, work)
-            if path.carried:
-                _carry(graph[target.node], factor[:, :, None], work, shared)
-    new = {name: leaf for name, leaf in work.items() if leaf is not leaves[name]}
-    return new, found
-
-
-def _powers(path: ScalePath) -> Sequence[int]:
-    """The power of the scale in what each target reads."""
-    return (-1, 1) if path.pairs else [-1] * len(path.targets)
-
-
-def _scale(
-    graph: Graph,
-    path: ScalePath,
-    alpha: float,
-    leaves: Mapping[str, Any],
-    ranges: Ranges,
-) -> Array:
-    layers = graph[path.targets[0].node].layers or 1
-    read = [
-        _by_place(ranges[t.node][t.operand].reshape(layers, -1), t, path)
-        for t in path.targets
-    ]
-    if path.pairs:
-        return smoothing_scale(read[0], read[1].astype(read[0].dtype), alpha)
-    weights = []
-    for target in path.targets:
-        node = graph[target.node]
-        matrix = _matrix(node, leaves)[1]
-        largest = xp.max(xp.abs(matrix), axis=2)
-        weights.append(_by_place(largest, target, path))
-    inputs, weights = (xp.max(xp.stack(v), axis=0) for v in (read, weights))
-    return smoothing_scale(inputs.astype(weights.dtype), weights, alpha)
-
-
-def _taken(every: Array, places: tuple[int, ...]) -> Array:
-    return every[:, np.asarray(places)]
-
-
-def _by_place(values: Array, target: ScaleTarget, path: ScalePath) -> Array:
-    """The largest of values (layers, entries) at each place, (layers, channels)."""
-    number = path.size + 1
-    found = xp.reduce_segments(values.T, np.asarray(target.places), number, "max")
-    return found[: path.size].T
-
-
-def _matrix(node: Node, leaves: Mapping[str, Any]) -> tuple[WeightMatrix, Array]:
-    leaf = leaves[node.kernel]
-    matrix, array = WeightMatrix.of(node, leaf), xp.asarray(dense(leaf))
-    assert matrix is not None
-    return matrix, matrix.matrix(array.astype(wide(array.dtype)))
-
-
-def _rescale(node: Node, factor: Array, power: int, leaves: dict[str, Any]) -> None:
-    """Multiply a weight as (layers, inputs, outputs), or divide it."""
-    matrix, array = _matrix(node, leaves)
-    factor = factor.astype(array.dtype)
-    new = array * factor if power > 0 else array / factor
-    leaves[node.kernel] = replaced(leaves[node.kernel], matrix.leaf(new))
-
-
-def _carry(
-    node: Node, factor: Array, leaves: dict[str, Any], shared: dict[Any, Any]
-) -> None:
-    """Let a weight state what its inputs are divided by, beside what it stated before.
-
-    Weights of the same layout that read one value hold the same array, by which it is divided
-    once.
-    """
-    leaf = leaves[node.kernel]
-    leaf = leaf if is_compressed(leaf) else Compressed(leaf)
-    matrix = _matrix(node, leaves)[0]
-    assert matrix.axes is not None
-    whole = matrix.leaf(xp.broadcast_to(factor, matrix.sizes))
-    outs = [i for i in matrix.axes[1] if not (node.layers and i == 0)]
-    scale = whole[
-        tuple(slice(1) if i in outs else slice(None) for i in range(whole.ndim))
-    ]
-    if leaf.input_scale is not None:
-        scale = scale * xp.asarray(leaf.input_scale).astype(scale.dtype)
-    scale = shared.setdefault((scale.shape, id(leaf.input_scale)), scale)
-    leaves[node.kernel] = leaf.replace(input_scale=scale)
-
-
-def _rescale_source(
-    node: Node, source: ScaleSource, every: Array, power: int, leaves: dict[str, Any]
-) -> None:
-    if source.gain is None:
-        _rescale(node, _taken(every, source.outputs)[:, None, :], power, leaves)
-    for name, places in vectors(node, source):
-        leaf = leaves[name]
-        factor = _taken(every, places).reshape(dense(leaf).shape)
-        if name == source.gain and source.offset:
-            array = xp.asarray(dense(leaf))
-            gain = array.astype(wide(array.dtype, factor.dtype)) + source.offset
-            leaves[name] = replaced(leaf, gain * factor**power - source.offset)
-        else:
-            leaves[name] = scaled(leaf, factor, power)
 
 
 # The report
