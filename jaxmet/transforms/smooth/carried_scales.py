@@ -10,6 +10,7 @@ from jaxmet.layers.eligibility import of, why_outside
 from jaxmet.layers.entering_values import turns_made
 from jaxmet.layers.layer import WeightMatrix
 from jaxmet.layers.placement.residual_streams import entering
+from jaxmet.layers.placement.target_rules import KEEPS_GRID
 from jaxmet.transforms.smooth.eligible_paths import why_layer
 from jaxmet.tree.config import QuantConfig
 
@@ -89,7 +90,7 @@ def _why_value(
         source = graph[edge.node or ""]
         if source.kind == "input":
             return "an input of the model"
-        if source.name not in single:
+        if source.name not in single or source.function in KEEPS_GRID:
             return "it cannot be quantized at products alone"
         for other, reads in _other_products(graph, source.name, layers):
             mine = turns_made(graph, layers[0].name, edge)
