@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
+from jaxmet.engine.graph.node import Node
 from jaxmet.tree.leaves import input_scale_of
 
 DIVIDED = (
@@ -39,6 +40,6 @@ def scaled_inputs(
     return {name: tuple(layers.values()) for name, layers in found.items()}
 
 
-def _input_scale(node: Any, leaves: Mapping[str, Any]) -> Any:
+def _input_scale(node: Node, leaves: Mapping[str, Any]) -> Any:
     name = node.weight.name if node.weight is not None else None
-    return input_scale_of(leaves.get(name))
+    return None if name is None else input_scale_of(leaves.get(name))
