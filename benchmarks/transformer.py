@@ -118,6 +118,17 @@ def eight_bits() -> Iterator[Row]:
         config = jm.QuantConfig(residual_bits=bits)
         at = f"W8A8 static, operations, minmax, {name} for residual streams"
         yield Row(at, functools.partial(static, config=config))
+    for name, how in (
+        ("smooth", {"alpha": "noise"}),
+        ("smooth with input scales", {"alpha": "noise", "input_scales": True}),
+        ("smooth with input scales, alpha 0.5", {"input_scales": True}),
+        ("smooth with input scales, alpha 0.7", {"alpha": 0.7, "input_scales": True}),
+    ):
+        at = f"W8A8 static, operations, minmax, masked, {name}"
+        yield Row(at, functools.partial(smoothed, how=how))
+    how = {"alpha": "noise", "input_scales": True}
+    at = "W8A8 static, operations, minmax, masked, scanned, smooth with input scales"
+    yield Row(at, functools.partial(smoothed, how=how, scanned=True))
     yield Row("W8A8, jm.ptq", ptq)
     yield Row("W8A8, jm.ptq, masked", functools.partial(ptq, mask=valid))
     products = jm.QuantConfig(placement="products")
@@ -143,6 +154,18 @@ def static(
         setting.calibrate(config, **how), **(dropped or {})
     )
     return jm.simulate(setting.apply, quantizers), setting.variables
+
+
+def smoothed(
+    bench: Bench, how: dict[str, Any], scanned: bool = False
+) -> tuple[Embed, Any]:
+    """Ranges of activations moved into weights before they are calibrated."""
+    setting = bench.scanned if scanned else bench.unrolled
+    variables, graph = setting.variables, setting.graph
+    told = {"mask": valid, "progress": False}
+    variables = jm.smooth(variables, graph, setting.batches, **how, **told)
+    quantizers = jm.calibrate(variables, graph, setting.batches, **told)
+    return jm.simulate(setting.apply, quantizers), variables
 
 
 def dynamic(bench: Bench, config: jm.QuantConfig) -> tuple[Embed, Any]:

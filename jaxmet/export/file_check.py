@@ -34,6 +34,7 @@ from jaxmet.export.runtimes import (
 )
 from jaxmet.layers.arguments import accepting
 from jaxmet.layers.fake_quantized import (
+    entered_operands,
     fake_quantize_operands,
     fake_quantize_output,
 )
@@ -171,7 +172,8 @@ class _Models:
             params: Any, values: Mapping[str, LayerIntegers], *inputs: Any
         ) -> Any:
             run = evaluate(apply, _after_the_file(quantizers, values))
-            return run(params, *inputs, **kwargs)[1]
+            found = run(params, *inputs, **kwargs)[1]
+            return {name: parts for x in found.values() for name, parts in x.items()}
 
         self._exact = jax.jit(partial(lifted(apply), **kwargs))
         self._simulated = jax.jit(partial(simulated, **kwargs))
@@ -198,24 +200,45 @@ def _arrays(tree: Any) -> list[np.ndarray]:
 def _after_the_file(
     quantizers: Quantizers, values: Mapping[str, LayerIntegers]
 ) -> Callable[[Node, Run, tuple[Any, ...]], tuple[Any, Any]]:
-    """A hook that simulates a node, and goes on with what the file has there."""
+    """A hook that simulates a node, and goes on with what the file has there.
+
+    That is the node's result, or what enters a product, where that alone is quantized.
+    """
+    compared: set[str] = set()
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        operands = fake_quantize_operands(node, run, operands, quantizers)
-        result = fake_quantize_output(node, run, run(*operands), quantizers)
-        if node.name not in values:
-            return result, None
-        q, scale, zero_point = (jnp.asarray(a, jnp.float32) for a in values[node.name])
-        if q.shape != result.shape:
-            raise ValueError(
-                f"jaxmet.{CALLER}: {node.name!r} has the shape {q.shape} in the file and "
-                f"{result.shape} in the model. Give the model that the file was written from."
-            )
-        seen = ((q - zero_point) * scale).astype(result.dtype)
-        apart = jnp.round(jnp.abs(seen - result) / scale.astype(result.dtype))
-        return seen, (jnp.sum(apart == 0), jnp.sum(apart <= 1), jnp.max(apart), q.size)
+        found, read = {}, [*fake_quantize_operands(node, run, operands, quantizers)]
+        for i, source in entered_operands(node, quantizers).items():
+            name = quantizers.owner(source) or source
+            if name not in values or values[name].values.shape != read[i].shape:
+                continue
+            read[i], parts = _beside(values[name], read[i])
+            if name not in compared:  # several products may read it
+                compared.add(name)
+                found[name] = parts
+        result = fake_quantize_output(node, run, run(*read), quantizers)
+        quantizer = quantizers.activations.get(node.name)
+        entering = quantizer is not None and quantizer.products_only
+        if node.name in values and not entering:
+            given = values[node.name]
+            if given.values.shape != result.shape:
+                raise ValueError(
+                    f"jaxmet.{CALLER}: {node.name!r} has the shape {given.values.shape} in the "
+                    f"file and {result.shape} in the model. Give the model that the file was "
+                    "written from."
+                )
+            result, found[node.name] = _beside(given, result)
+        return result, found or None
 
     return hook
+
+
+def _beside(given: LayerIntegers, simulated: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The numbers that integers of the file stand for, and how far those simulated are."""
+    q, scale, zero_point = (jnp.asarray(a, jnp.float32) for a in given)
+    seen = ((q - zero_point) * scale).astype(simulated.dtype)
+    apart = jnp.round(jnp.abs(seen - simulated) / scale.astype(simulated.dtype))
+    return seen, (jnp.sum(apart == 0), jnp.sum(apart <= 1), jnp.max(apart), q.size)
 
 
 # The comparison

@@ -15,6 +15,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Counted, Run
 from jaxmet.layers.collect import collect
+from jaxmet.layers.entering_values import entering_values, input_of
 from jaxmet.layers.placement.placement import Placement
 from jaxmet.numerics.calibrators import best_range, values_of
 from jaxmet.numerics.grid import grid_ends
@@ -89,7 +90,8 @@ def observed_ranges(
         by_node[name] = placement.activations[owner]
     for name in placement.sliced:
         del by_node[name]
-    only_ends = {name: s.calibrator == "minmax" for name, s in by_node.items()}
+    watched = _watched(by_node, placement.scaled)
+    only_ends = {name: s.calibrator == "minmax" for name, s in watched.items()}
     seen = collect(
         graph,
         params,
@@ -103,6 +105,10 @@ def observed_ranges(
         key=(tuple(only_ends.items()), samples, placement.caches),
         **kwargs,
     )
+    for name, layers in placement.scaled.items():
+        for layer in layers:
+            if layer in lost:
+                lost[name] = lost[layer]
     ranges = _chosen(_settle(graph, seen, placement), placement.activations)
     return {name: _filled(*ends) for name, ends in ranges.items()}
 
@@ -110,6 +116,18 @@ def observed_ranges(
 def check_samples(samples: Any) -> None:
     """Raise unless `samples` is an integer of 1 or more, or None."""
     check_counts("calibrate", optional=True, samples=samples)
+
+
+def _watched(
+    by_node: Mapping[str, Settings], scaled: Mapping[str, tuple[str, ...]]
+) -> dict[str, Settings]:
+    """What is looked at: results of nodes, or in their place what enters certain layers."""
+    found = {name: s for name, s in by_node.items() if name not in scaled}
+    for name in by_node.keys() & scaled.keys():
+        for layer in scaled[name]:
+            key = name if layer == name else input_of(layer)
+            found[key] = by_node[name]
+    return found
 
 
 def _observed(
@@ -120,20 +138,27 @@ def _observed(
     Of caches those of values other than zero, which is where nothing was written yet.
     """
 
-    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        result = run(*operands)
-        if node.name not in only_ends:
-            return result, None
-        result = computed_once(result)
-        wide = jnp.float32 if result.dtype.itemsize < 4 else result.dtype
-        values, where = result.astype(wide), run.counts
-        if node.name in caches:
+    def look(key: str, value: Any, where: Any, run: Run) -> Any:
+        wide = jnp.float32 if value.dtype.itemsize < 4 else value.dtype
+        values = value.astype(wide)
+        if key in caches:
             where = values != 0 if where is None else where & (values != 0)
-        if only_ends[node.name]:
-            return result, extremes(values, where)
+        if only_ends[key]:
+            return extremes(values, where)
         # Another batch is looked at in other positions.
         number = 0 if run.batch is None else run.batch
-        return result, tally(values, samples, where=where, number=number)
+        return tally(values, samples, where=where, number=number)
+
+    def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+        result, found = run(*operands), {}
+        entering = input_of(node.name)
+        if entering in only_ends:
+            where = run.reads[0] if run.reads else None
+            found[entering] = look(entering, operands[0], where, run)
+        if node.name in only_ends:
+            result = computed_once(result)
+            found[node.name] = look(node.name, result, run.counts, run)
+        return result, found or None
 
     return hook
 
@@ -149,9 +174,9 @@ def extremes(values: jax.Array, where: Any = None, axis: Any = None) -> Extremes
 def rows_of(statistics: Mapping[str, Any]) -> dict[str, ObservedRows]:
     """What a batch shows, in rows; in few arrays for all nodes."""
     kinds: dict[Any, dict[str, Any]] = {}
-    for name, found in statistics.items():
-        value = _uncounted(found)
-        kinds.setdefault((type(value), value.low.dtype), {})[name] = value
+    for observed in statistics.values():
+        for name, value in _uncounted(observed).items():
+            kinds.setdefault((type(value), value.low.dtype), {})[name] = value
     return {
         f"{kind.__name__} {dtype}": ObservedRows(
             _in_rows(kind, [*found.values()]),
@@ -174,11 +199,15 @@ def _flat(value: Any) -> Any:
     return jax.tree.map(lambda v: v.reshape((-1, *v.shape[ndim:])), value)
 
 
-def _uncounted(found: Any) -> Any:
+def _uncounted(found: Any) -> dict[str, Any]:
     """What a branch saw; nothing, where it was not taken."""
     if not isinstance(found, Counted):
         return found
-    value, taken = _uncounted(found.value), found.count > 0
+    taken = found.count > 0
+    return {n: _taken(v, taken) for n, v in _uncounted(found.value).items()}
+
+
+def _taken(value: Any, taken: Any) -> Any:
     taken = taken.reshape(taken.shape + (1,) * (value.low.ndim - taken.ndim))
     low, high = (
         jnp.where(taken, end, jnp.full_like(end, nothing))
@@ -211,10 +240,11 @@ def _settle(
     """Finite values for each owner of a quantizer, of all nodes that share it."""
     every = {n: v for rows in seen.values() for n, v in rows.by_node().items()}
     found: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.name not in every:
+    seen_at = ((n, key) for n in graph.nodes for key in (n.name, input_of(n.name)))
+    for node, key in seen_at:
+        if key not in every:
             continue
-        value = every[node.name]
+        value = every[key]
         taken = ~np.asarray(value.low > value.high)  # NaN is no less a value
         if not taken.any():
             continue
@@ -231,7 +261,10 @@ def _settle(
             "high": np.where(taken, value.high, 0),
         }
         value = value._replace(**ends)
-        found[node.name] = value if node.layers else _as_one([value])
+        found[key] = value if node.layers else _as_one([value])
+    for name, layers in placement.scaled.items():
+        entering = entering_values(graph, name, layers, found, _as_one)
+        found |= {} if entering is None else {name: entering}
     sharing: dict[str, list[Any]] = {}
     for name, owner in placement.shared.items():
         if name in placement.sliced:  # its owner keeps a range for each layer

@@ -8,6 +8,8 @@ Xiao et al., [SmoothQuant: Accurate and Efficient Post-Training Quantization for
 Models](https://arxiv.org/abs/2211.10438), ICML 2023.
 """
 
+from collections.abc import Sequence
+
 from jaxtyping import Float
 
 from jaxmet.numerics import xp
@@ -44,3 +46,37 @@ def smoothing_scale(
     mean = xp.sum(log, axis=-1, keepdims=True) / xp.maximum(number, 1.0)
     bound = float(xp.log(xp.asarray(MAX_SCALE)))
     return xp.exp(xp.clip(xp.where(alive, log - mean, 0.0), -bound, bound))
+
+
+def smoothing_noise(
+    scales: Float[Array, "*layers channels"],
+    ranges: Sequence[Float[Array, "*layers"]],
+    squares: Float[Array, "*layers channels"],
+    weight: Float[Array, "*layers channels outs"],
+    bits: int = 8,
+) -> Float[Array, "*layers"]:
+    r"""What rounding adds to the squared results of a product, with channels divided by scales.
+
+    With steps $\Delta = \text{range} / (2^b - 1)$ of quantizers of whole values, and $\Delta_o =
+    \max_i |s_i W_{io}| / (2^{b-1} - 1)$ of the outputs of the weight, it is
+
+    $$\sum_\Delta \frac{\Delta^2}{12} \sum_i s_i^2 \sum_o W_{io}^2 + \sum_o
+    \frac{\Delta_o^2}{12} \sum_i \frac{E[x_i^2]}{s_i^2}.$$
+
+    Args:
+        scales: what each channel is divided by, a float array (*layers, channels).
+        ranges: of each quantizer that the divided values meet the range, (*layers).
+        squares: the mean square of each channel before it is divided.
+        weight: the weight before it is multiplied, (*layers, channels, outs).
+        bits: of all quantizers; default 8.
+
+    Returns:
+        The squared error, a number for each layer.
+    """
+    energy = xp.sum(xp.square(weight), axis=-1)
+    gain = xp.sum(xp.square(scales) * energy, axis=-1)
+    steps = sum(xp.square(r / (2**bits - 1)) for r in ranges)
+    largest = xp.max(xp.abs(weight) * scales[..., None], axis=-2)
+    rounding = xp.sum(xp.square(largest / (2 ** (bits - 1) - 1)), axis=-1)
+    entering = xp.sum(squares / xp.square(scales), axis=-1)
+    return (steps * gain + rounding * entering) / 12

@@ -135,7 +135,8 @@ def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:
         return []
     bounded = leaf.lower is not None or leaf.upper is not None
     entries = ["bounds by channel"] if bounded else []
-    return entries + (["padding by channel"] if leaf.input_offset is not None else [])
+    entries += ["padding by channel"] if leaf.input_offset is not None else []
+    return entries + (["inputs divided"] if leaf.input_scale is not None else [])
 
 
 def _kept(leaf: Any) -> np.ndarray:

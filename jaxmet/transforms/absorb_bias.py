@@ -39,7 +39,7 @@ from jaxmet.numerics.absorb import absorbed, shift_after
 from jaxmet.numerics.moments import Moments
 from jaxmet.numerics.xp import Array
 from jaxmet.tree.checks import check_flags, is_concrete
-from jaxmet.tree.leaves import Compressed, is_compressed
+from jaxmet.tree.leaves import Compressed, input_scale_of, is_compressed
 from jaxmet.tree.names import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
@@ -374,7 +374,9 @@ def _take(
     leaf = work[consumer.parameter]
     weight = by_channel(consumer.product, leaf)
     lost = spread(consumer.inputs, vectors).astype(weight.dtype)
-    worth = shift_after(weight, lost)
+    scale = input_scale_of(leaf)
+    read = lost if scale is None else lost / scale.reshape(-1).astype(lost.dtype)
+    worth = shift_after(weight, read)
     work[consumer.place] = shifted(work[consumer.place], consumer.sign * worth)
     if consumer.pads:
         leaf = _as_compressed(leaf)

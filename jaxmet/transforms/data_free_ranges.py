@@ -1,13 +1,16 @@
 """Ranges of activations without data: what norms say of the values after them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.layers.moments import node_moments
+from jaxmet.layers.moments import input_moments, node_moments
 from jaxmet.layers.observed_ranges import Range
 from jaxmet.layers.placement.placement import Placement
+from jaxmet.numerics import xp
+from jaxmet.numerics.moments import Moments
 
 N_SIGMA = 6.0
 """Tails of trained networks are longer than a normal value's."""
@@ -24,6 +27,9 @@ def data_free_ranges(
     layers between make of that; nodes that share a quantizer get one range.
     """
     known = node_moments(graph, params, n_sigma=N_SIGMA)
+    if placement.scaled:
+        entering = input_moments(graph, params, n_sigma=N_SIGMA)
+        known |= _entering(placement.scaled, known, entering)
     owners = {n: n for n in placement.activations} | placement.shared
     found: dict[str, Range] = {}
     for name, owner in owners.items():
@@ -43,6 +49,23 @@ def data_free_ranges(
             f"no norm tells those of {_listed(placement.activations)}. Give "
             "batches=jm.batched(inputs, batch_size=32)."
         )
+    return found
+
+
+def _entering(
+    scaled: Mapping[str, tuple[str, ...]],
+    known: Mapping[str, Moments],
+    entering: Mapping[str, Moments],
+) -> dict[str, Moments]:
+    """Moments of what layers divide as it enters them, one after the other."""
+    found = {}
+    for name, layers in scaled.items():
+        parts = [known.get(n) if n == name else entering.get(n) for n in layers]
+        parts = [part for part in parts if part is not None]
+        if parts:
+            found[name] = Moments(
+                *(xp.concatenate(v) for v in zip(*parts, strict=True))
+            )
     return found
 
 

@@ -354,8 +354,10 @@ def _factors(
 def _leaf(leaf: Any, first: Any, second: Any, between: Any, shape: Shape) -> Compressed:
     """The factors with what the leaf stated, each part of it where it belongs."""
     if is_compressed(leaf):
-        if leaf.input_offset is not None:
-            first = Compressed(first, input_offset=leaf.input_offset)
+        if not (leaf.input_offset is leaf.input_scale is None):
+            first = Compressed(
+                first, input_offset=leaf.input_offset, input_scale=leaf.input_scale
+            )
         if not (leaf.lower is leaf.upper is between is None):
             second = Compressed(
                 second, lower=leaf.lower, upper=leaf.upper, input_offset=between

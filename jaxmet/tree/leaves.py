@@ -49,6 +49,8 @@ class Compressed:
     one: `LowRank` factors, or what `Pruned` left. `lower` and `upper`
     bound, channel by channel, the activation that follows the layer; `input_offset` is
     what the padding before a convolution holds instead of zero, a number an input channel.
+    What a dense layer reads is divided by `input_scale`, and its weight was multiplied by it:
+    the function is the same, and a quantizer of the input quantizes what was divided.
     Beside a structure nothing else is stated: its parts are leaves and state their own.
     Nothing is checked on construction, since tree functions put arbitrary objects into
     leaves.
@@ -60,6 +62,8 @@ class Compressed:
         upper: upper bounds, likewise; default None.
         input_offset: what the padding before a convolution holds, one number per input channel;
             default None: zero.
+        input_scale: what the input of a dense layer is divided by, a number for each of its
+            channels, with the rank of the weight and size 1 along outputs; default None: 1.
 
     >>> params = jm.equalize(params, graph)
     >>> logits = jm.lift(model.apply)(params, images)
@@ -69,6 +73,7 @@ class Compressed:
     lower: Any = None
     upper: Any = None
     input_offset: Any = None
+    input_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -140,7 +145,7 @@ for _name in (*_BINARY.split(), *(f"r{n}" for n in _BINARY.split()), *_OTHER.spl
 
 jax.tree_util.register_dataclass(
     Compressed,
-    data_fields=["weight", "lower", "upper", "input_offset"],
+    data_fields=["weight", "lower", "upper", "input_offset", "input_scale"],
     meta_fields=[],
 )
 
@@ -198,6 +203,11 @@ def as_before(new: np.ndarray, old: Any) -> jax.Array:
         elif len(where.device_set) > 1:
             where = None
     return jax.device_put(new, where)
+
+
+def input_scale_of(leaf: Any) -> Any:
+    """What the input of a layer with this weight is divided by, None where it is not."""
+    return leaf.input_scale if is_compressed(leaf) else None
 
 
 def with_weight(leaf: Any, array: Any) -> Any:

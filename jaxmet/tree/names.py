@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmet.tree.checks import shown
+from jaxmet.tree.checks import is_concrete, shown
 from jaxmet.tree.leaves import as_before, dense, flatten, is_quantized
 from jaxmet.tree.paths import has_collections, path_name, path_parts
 
@@ -52,7 +52,8 @@ def replace_leaves(
 ) -> Any:
     """The same tree with the named leaves exchanged.
 
-    NumPy arrays become JAX arrays, on the devices of those that they replace.
+    NumPy arrays become JAX arrays, on the devices of those that they replace; one that several
+    leaves hold becomes one.
     """
     old = named_leaves(params)
     for name in leaves:
@@ -68,19 +69,28 @@ def replace_leaves(
                 "tree that jm.quantize was given, and quantize last; jm.simulate runs "
                 "integers with weights=False."
             )
-    new = {name: _placed(leaf, old[name]) for name, leaf in leaves.items()}
+    put: dict[Any, Any] = {}
+    new = {name: _placed(leaf, old[name], put) for name, leaf in leaves.items()}
     return flatten(params)[2].unflatten((old | new).values())
 
 
-def _placed(leaf: Any, old: Any) -> Any:
+def _placed(leaf: Any, old: Any, put: dict[Any, Any]) -> Any:
+    """A leaf on the devices of an old one; `put` are the arrays that are there already."""
     numbers = [isinstance(part, np.ndarray) for part in jax.tree.leaves(leaf)]
     if not any(numbers):
         return leaf
 
-    def put(part: Any) -> Any:
-        return as_before(part, dense(old)) if isinstance(part, np.ndarray) else part
+    array = dense(old)
+    where = getattr(array, "sharding", None) if is_concrete(array) else None
 
-    return jax.tree.map(put, leaf)
+    def placed(part: Any) -> Any:
+        if not isinstance(part, np.ndarray):
+            return part
+        if (id(part), where) not in put:
+            put[id(part), where] = as_before(part, array)
+        return put[id(part), where]
+
+    return jax.tree.map(placed, leaf)
 
 
 def match(glob: str, name: str) -> bool:

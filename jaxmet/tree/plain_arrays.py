@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from jaxmet.tree.leaves import dense, is_compressed, is_structured
+from jaxmet.numerics.precision import wide
+from jaxmet.tree.leaves import dense, input_scale_of, is_compressed, is_structured
 from jaxmet.tree.paths import path_name
 from jaxmet.tree.structures import LowRank, Pruned, multiplied, parts_of, scattered
 from jaxmet.tree.types import P
@@ -15,7 +16,8 @@ def densify(params: P) -> P:
     """Plain arrays in place of compressed leaves, where arrays can say the same.
 
     Factors are multiplied, and what was pruned is zero again: the dense tree computes what
-    the compressed one does, at the price of the model as it was.
+    the compressed one does, at the price of the model as it was. A weight that was multiplied by
+    the scale of its inputs is divided by it.
 
     A leaf that states more than its weight raises ValueError: dropping the statement would
     change what the model computes.
@@ -67,18 +69,27 @@ def _plain(params: Any, caller: str, of: Callable[..., Any]) -> Any:
     def plain(path: tuple[Any, ...], leaf: Any) -> Any:
         if not is_compressed(leaf):
             return leaf
-        if more := sorted(set(leaf.stated()) - {"weight"}):
+        if more := sorted(set(leaf.stated()) - {"weight", "input_scale"}):
             raise ValueError(
                 f"jaxmet.{caller}: {path_name(path, params)!r} states "
                 f"{' and '.join(more)}, which no plain array can hold. Keep the leaf "
                 "and run the model through jm.lift(apply)."
             )
         if not is_structured(leaf):
-            return dense(leaf)
+            return _unscaled(leaf)
         parts = {k: plain(path, part) for k, part in parts_of(leaf.weight).items()}
         return of(leaf.weight, parts)
 
     return jax.tree_util.tree_map_with_path(plain, params, is_leaf=is_compressed)
+
+
+def _unscaled(leaf: Any) -> Any:
+    """The weight of inputs that nothing divides."""
+    array, scale = dense(leaf), input_scale_of(leaf)
+    if scale is None:
+        return array
+    dtype = wide(array.dtype, scale.dtype)
+    return (array.astype(dtype) / scale.astype(dtype)).astype(array.dtype)
 
 
 def _whole(structure: LowRank | Pruned, parts: dict[str, Any]) -> Any:

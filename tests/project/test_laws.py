@@ -53,8 +53,8 @@ def absorbed(params, graph, batches):
     return jm.absorb_bias(params, graph, n_sigma=0.0)
 
 
-def smoothed(params, graph, batches):
-    return jm.smooth(params, graph, batches, progress=False)
+def smoothed(params, graph, batches, **options):
+    return jm.smooth(params, graph, batches, progress=False, **options)
 
 
 def reestimated(params, graph, batches):
@@ -117,6 +117,14 @@ TRANSFORMS = (
         acts_on=("conv_bn_relu", "residual", "grouped", "concatenation"),
     ),
     Transform("smooth", smoothed, acts_on=("transformer",)),
+    Transform(
+        "smooth, input scales",
+        functools.partial(smoothed, input_scales=True, alpha="noise"),
+        {
+            "plain tree": "weights state what their inputs are divided by",
+        },
+        acts_on=("transformer",),
+    ),
     Transform("round_weights", rounded, ROUNDS),
     Transform(
         "quantize",

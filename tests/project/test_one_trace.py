@@ -211,6 +211,11 @@ def reported(params, graph, x, quantizers):
         return path.read_text("utf-8")
 
 
+def input_scales(params, graph, x):
+    how = {"alpha": "noise", "input_scales": True, "with_report": True}
+    return jm.smooth(params, graph, [x], **how, **quiet)
+
+
 CASES = [
     Case("cost", lambda p, g, x: jm.cost(p, g, x[:1])),
     Case("fold", lambda p, g, x: jm.fold_batch_norm(p, g, with_report=True)),
@@ -220,6 +225,7 @@ CASES = [
     ),
     Case("noise of scales", lambda p, g, x: jm.equalize(p, g, batches=[x], **quiet)),
     Case("smooth", lambda p, g, x: jm.smooth(p, g, [x], with_report=True, **quiet)),
+    Case("input scales", input_scales),
     Case("absorb", lambda p, g, x: jm.absorb_bias(p, g, n_sigma=0.0, with_report=True)),
     Case("calibrate", coarse),
     Case("plan", lambda p, g, x: jm.plan(p, g)),

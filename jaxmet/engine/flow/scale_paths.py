@@ -53,12 +53,19 @@ class ScalePath:
 
     Of one source the targets are products, whose weights multiply the scale back. Of two, which
     a single product of activations sums over, the first is divided and the second multiplied.
+    What no source can divide the targets may: the scale is `carried` by their weights.
     """
 
     sources: tuple[ScaleSource, ...]
     targets: tuple[ScaleTarget, ...] = ()
     size: int = 0
     why: str | None = None
+    carried: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two activations undo each other's scales."""
+        return len(self.sources) == 2 and not self.carried
 
 
 def find_scale_paths(

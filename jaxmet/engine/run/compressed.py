@@ -1,17 +1,20 @@
 """What `Compressed` leaves state about the equations around them.
 
-Bounds of the clip after a product, channel by channel, and what the padding of a convolution
-holds instead of zero, where its inputs lost a constant.
+Bounds of the clip after a product, channel by channel, what the padding of a convolution
+holds instead of zero, where its inputs lost a constant, and what the input of a dense layer is
+divided by.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxmet.engine.axes.views import moved
 from jaxmet.engine.graph.node import Node
-from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.leaves import input_scale_of, is_compressed
 
 
 def bounds_of(
@@ -81,6 +84,63 @@ def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, An
             )
         found[mine[0].name] = leaf.input_offset
     return found
+
+
+class InputScale(NamedTuple):
+    """A scale in the shape of a weight, as the equation of a layer reads it.
+
+    Of a loop's layers, with their axis before those. Layers whose leaves hold the same array
+    have one `key`.
+    """
+
+    values: Any
+    key: tuple[Any, ...]
+
+
+def scales_of(
+    nodes: Iterable[Node], leaves: Mapping[str, Any]
+) -> dict[str, InputScale]:
+    """The input scales that compressed leaves state, by the dense layer that reads them."""
+    stated = {n: x for n, x in leaves.items() if input_scale_of(x) is not None}
+    if not stated:
+        return {}
+    producers: dict[str, list[Node]] = {}
+    for node in nodes:
+        if node.weight is not None and node.weight.name is not None:
+            producers.setdefault(node.weight.name, []).append(node)
+    found = {}
+    for name, leaf in stated.items():
+        mine, scale = producers.get(name, []), leaf.input_scale
+        numbers = np if isinstance(scale, np.ndarray) else jnp
+        read = None
+        if len(mine) == 1 and mine[0].dot is not None and not mine[0].shared:
+            assert mine[0].weight is not None
+            scale = numbers.broadcast_to(scale, leaf.shape)
+            read = moved(scale, mine[0].weight.moves)
+        if read is None or read[1] > 1:
+            raise ValueError(
+                f"jaxmet.lift: parameter {name!r} states a scale of the inputs of its layer, but "
+                "in this model it is not the weight of one dense layer. Run the model that the "
+                "tree was made for."
+            )
+        key = id(leaf.input_scale), mine[0].dot, mine[0].weight and mine[0].weight.moves
+        found[mine[0].name] = InputScale(read[0], key)
+    return found
+
+
+def divided(node: Node, x: Any, of: InputScale, iteration: Sequence[Any]) -> Any:
+    """What a dense layer reads, over its input scale; in a loop, that of this turn."""
+    assert node.dot is not None and node.weight is not None
+    scale = of.values
+    if node.weight.stacked:
+        scale = scale[iteration[-1]]
+    pairs = sorted(node.dot.summed)  # by the axes of the data
+    along = sorted(weight for _, weight in pairs)
+    scale = scale[tuple(slice(None) if i in along else 0 for i in range(scale.ndim))]
+    scale = scale.transpose([along.index(weight) for _, weight in pairs])
+    data = {axis for axis, _ in pairs}
+    inverse = (1 / lax.stop_gradient(jnp.asarray(scale))).astype(x.dtype)
+    return x * inverse.reshape([n if i in data else 1 for i, n in enumerate(x.shape)])
 
 
 def padded(params: dict[str, Any], x: Any, offset: Any) -> tuple[dict[str, Any], Any]:

@@ -14,7 +14,7 @@ from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import Equation, Region, Value
 from jaxmet.engine.run.bodies import REGIONS
-from jaxmet.engine.run.compressed import clip, padded
+from jaxmet.engine.run.compressed import InputScale, clip, divided, padded
 
 Statistics = dict[str, Any]
 Environment = dict[Value, Any]
@@ -54,6 +54,8 @@ class Machine:
     iteration: tuple[Any, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
     offsets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scales: Mapping[str, InputScale] = dataclasses.field(default_factory=dict)
+    quotients: dict[Any, Any] = dataclasses.field(default_factory=dict)
     masks: TokenMasks | None = None
     batch: Any = None
 
@@ -115,6 +117,8 @@ class Machine:
             return self.read(inside, cluster.exit)
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)
+        if node.name in self.scales:
+            operands = (self.divided(cluster, operands[0]), *operands[1:])
         run = Run(compute, self.iteration, batch=self.batch)
         if self.masks is not None:
             self.follow(cluster.equations, environment)
@@ -138,6 +142,16 @@ class Machine:
         if statistics is not None:
             self.statistics[node.name] = statistics
 
+    def divided(self, cluster: Cluster, x: Any) -> Any:
+        """What a dense layer reads over its input scale: once for all that have the same."""
+        node = self.nodes[cluster]
+        scale = self.scales[node.name]
+        key = cluster.operands[0], scale.key
+        if key not in self.quotients:
+            with jax.named_scope(node.name):
+                self.quotients[key] = divided(node, x, scale, self.iteration)
+        return self.quotients[key]
+
     def body(
         self, region: Region, operands: Sequence[Any], masks: Sequence[Kept] = ()
     ) -> tuple[list, Statistics]:
@@ -148,7 +162,7 @@ class Machine:
     def inner(
         self, region: Region, operands: Sequence[Any], masks: TokenMasks | None
     ) -> tuple[list, Statistics]:
-        inner = dataclasses.replace(self, statistics={}, masks=masks)
+        inner = dataclasses.replace(self, statistics={}, quotients={}, masks=masks)
         environment: Environment = dict(zip(region.inputs, operands, strict=True))
         inner.run(region, environment)
         return [inner.read(environment, v) for v in region.outputs], inner.statistics

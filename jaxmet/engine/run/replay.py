@@ -19,7 +19,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.bodies import Counted as Counted
-from jaxmet.engine.run.compressed import bounds_of, offsets_of
+from jaxmet.engine.run.compressed import bounds_of, offsets_of, scales_of
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Run, Statistics
 from jaxmet.tree.batches import BatchInfo, inputs_of
 from jaxmet.tree.checks import check_callable, check_flags
@@ -55,7 +55,8 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     window of one, with few inputs to an output (depthwise) or over colours;
     `cpu_formulations=False` keeps them as they are. `Compressed` leaves run
     as what they stand for, their bounds in place of the following clip's own, their offset
-    in place of the zeros that a convolution pads with.
+    in place of the zeros that a convolution pads with. A hook gets the input of a dense layer
+    divided by its leaf's input scale.
 
     Args:
         apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
@@ -68,8 +69,8 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
         the outputs as `apply` gives them.
 
     Raises:
-        ValueError: for a leaf with bounds that no clip follows, or with an offset that belongs
-            to no convolution.
+        ValueError: for a leaf with bounds that no clip follows, with an offset that belongs
+            to no convolution, or with an input scale that belongs to no dense layer.
 
     >>> def hook(node, run, operands):
     ...     y = run(*operands)
@@ -110,6 +111,7 @@ def _ran(
     leaves = dict(zip(analysis.call.names, analysis.call.leaves, strict=True))
     bounds = bounds_of(nodes.values(), leaves)
     offsets = offsets_of(nodes.values(), leaves)
+    scales = scales_of(nodes.values(), leaves)
     info = info or BatchInfo()
     machine = Machine(
         nodes,
@@ -117,6 +119,7 @@ def _ran(
         bounds,
         cpu_formulations,
         offsets=offsets,
+        scales=scales,
         masks=None if info.mask is None else _masks(analysis, info.mask),
         batch=info.number,
     )

@@ -16,7 +16,7 @@ from jaxmet.engine.program.calls import make_call
 from jaxmet.engine.program.program import Equation, Value
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.bodies import turn_of
-from jaxmet.engine.run.compressed import bounds_of, offsets_of
+from jaxmet.engine.run.compressed import bounds_of, offsets_of, scales_of
 from jaxmet.engine.run.cut_program import CutProgram, carried_inside
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
 from jaxmet.engine.run.replay import HOOK_CURE
@@ -263,7 +263,12 @@ class Segment:
         bounds = bounds_of(plan.nodes.values(), leaves)
         offsets = offsets_of(plan.nodes.values(), leaves)
         machine = Machine(
-            plan.nodes, self.hook, bounds, self.cpu_formulations, offsets=offsets
+            plan.nodes,
+            self.hook,
+            bounds,
+            self.cpu_formulations,
+            offsets=offsets,
+            scales=scales_of(plan.nodes.values(), leaves),
         )
         values: Environment = _Aliased(plan)
         wanted = {v for s in self.steps for v in plan.read(s)} | {*self.live}

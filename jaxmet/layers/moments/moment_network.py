@@ -33,7 +33,7 @@ from jaxmet.numerics.moments import (
 )
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.xp import Array
-from jaxmet.tree.leaves import dense, is_compressed
+from jaxmet.tree.leaves import dense, input_scale_of, is_compressed
 
 KEEPING = (
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split",
@@ -167,7 +167,7 @@ class MomentNetwork:
         return split(member.layout, moments)
 
     def inputs(self, node: Node) -> Moments:
-        """Moments of a product's inputs, in the order of its weight."""
+        """Moments of what a product multiplies, in the order of its weight."""
         tensors = self.operands(node)
         if (why := node.why_kept()) is not None:
             raise UnreachedError(f"{node.name}: {why}")
@@ -175,7 +175,19 @@ class MomentNetwork:
         found = join(member.layout, tensors[0]) if tensors else None
         if found is None:
             raise UnreachedError(f"{node.name} reads channels that nothing ties")
-        return found
+        scale = self.input_scale(node)
+        if scale is None:
+            return found
+        inverse = (1 / scale.reshape(-1)).astype(found.mean.dtype)
+        mean, variance, low, high = found
+        return Moments(
+            mean * inverse, variance * inverse**2, low * inverse, high * inverse
+        )
+
+    def input_scale(self, node: Node) -> Array | None:
+        """What a product's inputs are divided by."""
+        scale = input_scale_of(self.leaves.get(node.kernel))
+        return None if scale is None else xp.asarray(scale)
 
     def implied(self, node: Node) -> Moments | str:
         """Moments of a product's unknown inputs that make what is known of its outputs.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any
 
 from jaxmet.engine.graph.graph import Graph
@@ -16,6 +16,7 @@ from jaxmet.layers.placement.residual_streams import (
     is_data_norm,
 )
 from jaxmet.layers.placement.rule_targets import says_float
+from jaxmet.layers.placement.scaled_inputs import DIVIDED
 from jaxmet.layers.placement.target_rules import (
     KEEPS_GRID,
     MOVES,
@@ -35,9 +36,14 @@ def placed_activations(
     config: QuantConfig,
     wanted: Collection[str],
     streams: Collection[str],
+    scaled: Set[str],
     left: dict[str, str],
 ) -> tuple[dict[str, Settings], frozenset[str]]:
-    """What is quantized of what is wanted, and of that what only products read on its grid."""
+    """What is quantized of what is wanted, and of that what only products read on its grid.
+
+    Those are what has its range at products, residual streams in float, and what layers divide
+    by a scale (`scaled`).
+    """
     activations: dict[str, Settings] = {}
     floats: dict[str, str] = {}
     for node in graph.nodes:
@@ -51,6 +57,8 @@ def placed_activations(
             settings = dataclasses.replace(settings, bits=settings.residual_bits)
         elif node.name in streams or norm:
             floats[node.name] = STREAM if node.name in streams else UNREAD
+        if node.name in scaled:
+            floats[node.name] = DIVIDED
         if node.in_float is not None:
             left[node.name] = node.in_float
         elif node.name not in graph.selected:
@@ -66,7 +74,11 @@ def placed_activations(
     for name in floats.keys() - read:
         left[name] = floats[name]
         del activations[name]
-    return activations, entering(graph, floats.keys() & read, activations)
+    entered = entering(graph, floats.keys() & read, activations)
+    for name in (scaled & activations.keys()) - entered:
+        left[name] = DIVIDED  # a grid of the value itself is none of what enters
+        del activations[name]
+    return activations, entering(graph, entered, activations)
 
 
 def stored_results(graph: Graph, device: Target) -> set[str]:

@@ -35,6 +35,7 @@ from jaxmet.layers.placement.rule_targets import (
     check_int32,
     check_rules,
 )
+from jaxmet.layers.placement.scaled_inputs import scaled_inputs
 from jaxmet.layers.placement.target_rules import (
     fixed_ranges,
     operation_of,
@@ -52,7 +53,8 @@ class Placement:
     `fixed` are the ranges that a target gives to outputs, `requantized` the weight, input and
     output whose scales s_x s_w / s_y it limits, `notes` what it says of an activation.
     `entering` are the activations that only products read on their grids. Of `caches` zeros
-    count in no range, and of `sliced` ones, with a scale for each layer, nothing does.
+    count in no range, and of `sliced` ones, with a scale for each layer, nothing does. What
+    `scaled` layers divide has the range of what enters these layers.
     """
 
     weights: tuple[WeightPlace, ...]
@@ -66,6 +68,7 @@ class Placement:
     entering: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
     sliced: frozenset[str] = frozenset()
+    scaled: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def held(self) -> "Placement":
         """The same without activations whose ranges are found at every call."""
@@ -98,7 +101,10 @@ def place(
     wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
     wanted -= inside_rotations(graph)
     streams = residual_streams(graph)
-    activations, entered = placed_activations(graph, config, wanted, streams, left)
+    scaled = scaled_inputs(graph, leaves)
+    activations, entered = placed_activations(
+        graph, config, wanted, streams, scaled.keys(), left
+    )
     cached = caches(graph)
     held = {n: s for n, s in activations.items() if s.dynamic is None}
     for cache in cached:
@@ -107,8 +113,11 @@ def place(
                 f"{cache.written[-1]!r} is written into it: no known range"
             )
             del activations[cache.name], held[cache.name]
-    fixed = fixed_ranges(graph, device, held)
-    stored = {n: s for n, s in activations.items() if not s.at_products}
+    apart = {n: s for n, s in held.items() if n not in scaled}
+    fixed = fixed_ranges(graph, device, apart)
+    stored = {
+        n: s for n, s in activations.items() if not (s.at_products or n in scaled)
+    }
     shared = shared_quantizers(graph, device, stored, fixed, cached)
     entered -= {*shared, *shared.values()}
     ignored = {
@@ -143,6 +152,7 @@ def place(
         entered,
         frozenset(empty_at_first(graph, cached, shared)),
         frozenset(c.name for c in cached if has_sliced_quantizer(graph, c, shared)),
+        {n: layers for n, layers in scaled.items() if n in activations},
     )
 
 

@@ -42,10 +42,19 @@ def pruned(leaf: Any, left: Mapping[int, np.ndarray], node: Node | None) -> Comp
                 lower=_cut(leaf.lower, outs), upper=_cut(leaf.upper, outs)
             )
         if weight is not None and weight.in_axes:
+            part = part.replace(input_scale=_cut_along(leaf.input_scale, left))
             part = part.replace(
                 input_offset=_cut(leaf.input_offset, left.get(weight.in_axes[0]))
             )
     return Compressed(Pruned(part, tuple(keep)))
+
+
+def _cut_along(scale: Any, left: Mapping[int, np.ndarray]) -> Any:
+    """What is left of a scale with the rank of the weight."""
+    for axis, mask in left.items():
+        if scale is not None and scale.shape[axis] == mask.size > 1:
+            scale = xp.take(scale, np.flatnonzero(mask), axis=axis)
+    return scale
 
 
 def _cut(vector: Any, mask: np.ndarray | None) -> Any:

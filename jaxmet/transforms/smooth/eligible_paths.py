@@ -33,7 +33,7 @@ def judged(graph: Graph, path: ScalePath, leaves: Mapping[str, Any]) -> ScalePat
             whys.append(why if alone else of(source.node, why))
         targets = [graph[t.node] for t in path.targets]
         layers = [node for node in targets if node.kind != "matmul"]
-        whys += [of(n.name, _why_layer(graph, n, leaves)) for n in layers]
+        whys += [of(n.name, why_layer(graph, n, leaves)) for n in layers]
         if len({(n.loops, n.layers) for n in (*nodes, *targets)}) > 1:
             whys.append("its consumers are in another loop")
         whys.append(why_outside(graph, *names))
@@ -47,7 +47,7 @@ def _why_source(
     """Why what a norm or a product makes cannot be divided."""
     node = graph[source.node]
     if node.norm is None:
-        why = _why_layer(graph, node, leaves)
+        why = why_layer(graph, node, leaves)
         if why is not None:
             return why
         if node.derived_bias or (node.bias is None) != (source.bias is None):
@@ -66,7 +66,7 @@ def _why_source(
     return None
 
 
-def _why_layer(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
+def why_layer(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
     """Why the weight of a product cannot be scaled along inputs or outputs."""
     whys = (node.why_kept(stacked=True), why_shared(node), _why_in_loop(node))
     if (why := next(filter(None, whys), None)) is not None:
