@@ -100,7 +100,7 @@ def observed_ranges(
         merge_rows,
         caller="calibrate",
         progress=progress,
-        summary=_entries,
+        summary=entries_of,
         lost=lost,
         key=(tuple(only_ends.items()), samples, placement.caches),
         **kwargs,
@@ -171,7 +171,7 @@ def extremes(values: jax.Array, where: Any = None, axis: Any = None) -> Extremes
     return Extremes(low, jnp.max(values, axis, where=where, initial=-jnp.inf))
 
 
-def _entries(statistics: Mapping[str, Any]) -> dict[str, ObservedRows]:
+def entries_of(statistics: Mapping[str, Any]) -> dict[str, ObservedRows]:
     """What a batch shows, in rows, of hooks that return several values by name."""
     every = [_apart(found) for found in statistics.values()]
     return rows_of({n: value for found in every for n, value in found.items()})
