@@ -1,7 +1,7 @@
 """Float against simulated, node by node: where the error enters, and by which quantizer."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jaxmet.layers.fake_quantized import (
 )
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.observed_ranges import extremes
+from jaxmet.layers.placement.scaled_inputs import scaled_inputs
 from jaxmet.layers.reference import float_model
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights
@@ -124,10 +125,12 @@ def compare(
     names = [name for name in quantizers.weights if name in leaves]
     rounded = all(quantizers.on_host(name, leaves) is not None for name in names)
     given = round_weights(params, quantizers) if rounded else params
+    # Their grids are of what enters layers, not of what the nodes make.
+    scaled = frozenset(scaled_inputs(graph, leaves))
     measuring = program(
         graph.apply,
-        (*own, "quantized", rounded),
-        partial(_measuring, static, rounded),
+        (*own, "quantized", rounded, scaled),
+        partial(_measuring, static, rounded, scaled),
         compiler_options=compat.QUICK,
     )
     noisy, seen, weights = jax.device_get(
@@ -188,7 +191,9 @@ def _data(node: Node) -> int:
     return 1 if node.kind == "input" else len({e.operand for e in node.inputs})
 
 
-def _measuring(static: Mapping[str, Any], rounded: bool, apply: Apply) -> Callable:
+def _measuring(
+    static: Mapping[str, Any], rounded: bool, scaled: Collection[str], apply: Apply
+) -> Callable:
     """The simulated outputs, what nodes lose, and how the grids of weights are used."""
 
     def measuring(
@@ -198,13 +203,15 @@ def _measuring(static: Mapping[str, Any], rounded: bool, apply: Apply) -> Callab
         if not rounded:
             weights = _weight_use(named_leaves(params), quantizers, jnp)
             params = round_weights(params, quantizers)
-        run = evaluate(apply, _against(quantizers, floats))
+        run = evaluate(apply, _against(quantizers, floats, scaled))
         return *run(params, *inputs, **static, **arrays), weights
 
     return measuring
 
 
-def _against(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
+def _against(
+    quantizers: Quantizers, floats: Mapping[str, Any], scaled: Collection[str]
+) -> Callable:
     """A hook that simulates, and compares with what was kept."""
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -227,7 +234,7 @@ def _against(quantizers: Quantizers, floats: Mapping[str, Any]) -> Callable:
             one, two = given[weight.operand - data], operands[weight.operand]
             sums = sums._replace(weight=_power(one), weight_noise=_power(one, two))
         quantizer = quantizer_at(node, run, quantizers, raw.ndim)
-        if quantizer is not None and quantizer.active:
+        if quantizer is not None and quantizer.active and node.name not in scaled:
             sums = sums._replace(use=_use(raw, quantizer, where))
         return result, sums
 

@@ -100,7 +100,7 @@ def observed_ranges(
         merge_rows,
         caller="calibrate",
         progress=progress,
-        summary=rows_of,
+        summary=entries_of,
         lost=lost,
         key=(tuple(only_ends.items()), samples, placement.caches),
         **kwargs,
@@ -171,12 +171,25 @@ def extremes(values: jax.Array, where: Any = None, axis: Any = None) -> Extremes
     return Extremes(low, jnp.max(values, axis, where=where, initial=-jnp.inf))
 
 
+def entries_of(statistics: Mapping[str, Any]) -> dict[str, ObservedRows]:
+    """What a batch shows, in rows, of hooks that return several values by name."""
+    every = [_apart(found) for found in statistics.values()]
+    return rows_of({n: value for found in every for n, value in found.items()})
+
+
+def _apart(found: Any) -> dict[str, Any]:
+    """Values by name, each counted where all of them are."""
+    if not isinstance(found, Counted):
+        return found
+    return {n: Counted(v, found.count) for n, v in _apart(found.value).items()}
+
+
 def rows_of(statistics: Mapping[str, Any]) -> dict[str, ObservedRows]:
     """What a batch shows, in rows; in few arrays for all nodes."""
     kinds: dict[Any, dict[str, Any]] = {}
-    for observed in statistics.values():
-        for name, value in _uncounted(observed).items():
-            kinds.setdefault((type(value), value.low.dtype), {})[name] = value
+    for name, found in statistics.items():
+        value = _uncounted(found)
+        kinds.setdefault((type(value), value.low.dtype), {})[name] = value
     return {
         f"{kind.__name__} {dtype}": ObservedRows(
             _in_rows(kind, [*found.values()]),
@@ -199,15 +212,11 @@ def _flat(value: Any) -> Any:
     return jax.tree.map(lambda v: v.reshape((-1, *v.shape[ndim:])), value)
 
 
-def _uncounted(found: Any) -> dict[str, Any]:
+def _uncounted(found: Any) -> Any:
     """What a branch saw; nothing, where it was not taken."""
     if not isinstance(found, Counted):
         return found
-    taken = found.count > 0
-    return {n: _taken(v, taken) for n, v in _uncounted(found.value).items()}
-
-
-def _taken(value: Any, taken: Any) -> Any:
+    value, taken = _uncounted(found.value), found.count > 0
     taken = taken.reshape(taken.shape + (1,) * (value.low.ndim - taken.ndim))
     low, high = (
         jnp.where(taken, end, jnp.full_like(end, nothing))

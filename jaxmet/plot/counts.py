@@ -1,6 +1,6 @@
 """Histograms of activations, in one pass over the data."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +11,11 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.collect import collect
-from jaxmet.layers.observed_ranges import merge_rows, rows_of
+from jaxmet.layers.observed_ranges import entries_of, merge_rows
+from jaxmet.layers.placement.scaled_inputs import scaled_inputs
 from jaxmet.numerics.histogram import merge_all, tally
 from jaxmet.tree.batches import Batches
+from jaxmet.tree.names import named_leaves
 
 SAMPLES = 2**16  # values of a node and batch that are counted
 Counts = tuple[np.ndarray, np.ndarray]
@@ -32,17 +34,22 @@ def countable(node: Node) -> bool:
 def activations(
     params: Any, graph: Graph, batches: Batches, names: Collection[str], caller: str
 ) -> dict[str, Counts]:
-    """Counts and edges of the results of these nodes over all batches, layers together."""
+    """Counts and edges of the results of these nodes over all batches, layers together.
+
+    Of what layers divide, those of what enters the first of these layers: what is quantized.
+    """
+    scaled = scaled_inputs(graph, named_leaves(params))
+    at = {n: next((x for x in scaled.get(n, ()) if x != n), n) for n in names}
     seen = collect(
         graph,
         params,
         batches,
-        _tallied(names),
+        _tallied(at),
         merge_rows,
         caller=caller,
         progress=False,
-        summary=rows_of,
-        key=("counts", frozenset(names)),
+        summary=entries_of,
+        key=("counts", frozenset(at.items())),
     )
     found = {}
     for rows in seen.values():
@@ -55,11 +62,15 @@ def activations(
     return found
 
 
-def _tallied(names: Collection[str]) -> Callable:
+def _tallied(at: Mapping[str, str]) -> Callable:
+    """A hook that counts, by name, results of nodes, or what enters the layer that it says."""
+
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-        result = run(*operands)
-        if node.name not in names or not jnp.issubdtype(result.dtype, jnp.inexact):
-            return result, None
-        return result, tally(result.astype(jnp.float32), SAMPLES)
+        result, found = run(*operands), {}
+        for name, layer in at.items():
+            value = result if layer == name else operands[0]
+            if layer == node.name and jnp.issubdtype(value.dtype, jnp.inexact):
+                found[name] = tally(value.astype(jnp.float32), SAMPLES)
+        return result, found or None
 
     return hook

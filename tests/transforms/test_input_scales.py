@@ -15,6 +15,8 @@ from jax import lax
 import jaxmet as jm
 from jaxmet.layers.moments import input_moments
 from jaxmet.numerics.smoothing import smoothing_noise
+from jaxmet.plot.counts import activations
+from jaxmet.tree.batches import as_batches
 from jaxmet.tree.leaves import is_compressed
 from jaxmet.tree.names import named_leaves
 from random_nets import READOUTS, TOKENS, Net, random_values
@@ -456,6 +458,23 @@ def test_files_and_integers_keep_the_scales(name, tmp_path):
     close(model(plain, x), jax.jit(jm.lift(model))(integers, x), 1e-5)
     if name == "unrolled":
         assert snr(jax.jit(jm.lift(model, q))(integers, x), simulated) > 25
+
+
+def test_what_is_said_of_a_grid_is_said_of_what_enters():
+    """The values of the node itself would say that it fits badly."""
+    _, _, new, x, graph = made()
+    q = jm.calibrate(new, graph, [x], **QUIET)
+    rows = {row["node"]: row for row in jm.compare(new, graph, q, x)}
+    assert rows["layer0/up/gelu"]["clipped"] is None
+    assert rows["embed"]["clipped"] is not None
+    names = ["layer0/up/gelu", "embed"]
+    found = activations(new, graph, as_batches([x], "test"), names, "test")
+    for name in names:
+        counts, edges = found[name]
+        there = np.flatnonzero(counts)
+        width, step = edges[1] - edges[0], float(q.activations[name].scale)
+        seen = edges[there[-1] + 1] - min(edges[there[0]], 0)
+        assert abs(seen - 255 * step) <= 2 * width + step
 
 
 @pytest.mark.slow
