@@ -121,7 +121,7 @@ def eight_bits() -> Iterator[Row]:
     for name, how in (
         ("smooth", {"alpha": "noise"}),
         ("smooth with input scales", {"alpha": "noise", "input_scales": True}),
-        ("smooth with input scales, alpha 0.5", {"input_scales": True}),
+        ("smooth with input scales, alpha 0.5", {"alpha": 0.5, "input_scales": True}),
         ("smooth with input scales, alpha 0.7", {"alpha": 0.7, "input_scales": True}),
     ):
         at = f"W8A8 static, operations, minmax, masked, {name}"

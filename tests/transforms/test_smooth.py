@@ -269,7 +269,8 @@ def test_scales_of_norms_values_and_keys_are_those_of_the_paper():
 def test_two_factors_of_a_product_are_not_smoothed_twice():
     params, x = parameters(np.float32), tokens(np.float32)
     graph = jm.trace(bilinear, params, x)
-    new, report = jm.smooth(params, graph, [x], progress=False, with_report=True)
+    options = {"alpha": 0.5, "progress": False, "with_report": True}
+    new, report = jm.smooth(params, graph, [x], **options)
     rows = {row["producer"]: row for row in report}
     assert rows["gate"]["scale max"] > 1.2 * rows["gate"]["scale min"]
     assert np.isclose(rows["up"]["scale max"], 1, rtol=1e-5)

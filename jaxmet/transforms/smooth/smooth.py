@@ -63,7 +63,7 @@ def smooth(
     graph: Graph,
     batches: Any,
     *,
-    alpha: Alpha = 0.5,
+    alpha: Alpha = "noise",
     input_scales: bool = False,
     inputs: Callable[[Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
@@ -117,7 +117,7 @@ def smooth(
         graph: the graph of `jm.trace`; `graph.only` and `graph.without` select layers.
         batches: `jm.batched(tokens)`, or any iterable of batches.
         alpha: how much of the range of activations moves into weights: 0 divides by the range of
-            weights alone, 1 by that of activations alone; default 0.5. 'noise' chooses it for
+            weights alone, 1 by that of activations alone. Default 'noise': it is chosen for
             each set of channels.
         input_scales: whether weights carry the scale of inputs that nothing upstream can divide;
             default False: the tree keeps plain arrays.
@@ -136,7 +136,7 @@ def smooth(
             a norm or layer none of whose channels can be smoothed.
 
     >>> params = jm.smooth(params, graph, jm.batched(tokens))
-    >>> params = jm.smooth(bert, graph, batches, alpha="noise", input_scales=True)
+    >>> params = jm.smooth(bert, graph, batches, input_scales=True)
     """
     _check_alpha(alpha)
     flags = {"progress": progress, "with_report": with_report}
@@ -177,8 +177,8 @@ def _check_alpha(alpha: Any) -> None:
     if not known:
         raise ValueError(
             f"jaxmet.{CALLER}: alpha is {shown(alpha)}. Give a number from 0 to 1, how much of "
-            "the range of activations moves into weights, 0.5 by default; or 'noise', which "
-            "chooses it for each set of channels."
+            "the range of activations moves into weights; or 'noise', the default, which chooses "
+            "it for each set of channels."
         )
 
 
