@@ -19,6 +19,7 @@ from jaxmet.engine.run.programs import split_keywords
 from jaxmet.engine.run.replay import output_masks
 from jaxmet.engine.run.shared_programs import share_programs
 from jaxmet.layers.arguments import accepting, key_of, refuse_options
+from jaxmet.numerics.grid import check_bits
 from jaxmet.transforms.calibrate import calibrate
 from jaxmet.transforms.correct_bias import correct_bias
 from jaxmet.transforms.equalize import equalize
@@ -111,6 +112,8 @@ def ptq(
             f"jaxmet.ptq: bits is {shown(bits)}, and a config is given too. Give one of them: "
             "jm.QuantConfig(weight_bits=…) says more than bits does."
         )
+    if bits is not None:
+        check_bits(bits, caller="ptq", name="bits")
     given = {} if bits is None else {"weight_bits": bits}
     config = config_of(config, "ptq", bias="int32", **given)
     check_flags("ptq", rounding=rounding, progress=progress)

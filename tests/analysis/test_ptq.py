@@ -320,5 +320,5 @@ def test_bits_are_short_for_a_configuration(case: Any) -> None:
     assert set(kernels) == {4}
     with pytest.raises(ValueError, match=r"jaxmet\.ptq: bits is 4, and a config is"):
         jm.ptq(*given, config, bits=4)
-    with pytest.raises(ValueError, match="weight_bits is 1"):
+    with pytest.raises(ValueError, match=r"jaxmet\.ptq: bits is 1"):
         jm.ptq(*given, bits=1)
