@@ -72,10 +72,10 @@ def size_over_float(params: Any, quantizers: Quantizers) -> float:
         arrays = [a for a in jax.tree.leaves(leaf) if hasattr(a, "dtype")]
         size = sum(np.size(a) * a.dtype.itemsize for a in arrays)
         quantizer = quantizers.weights.get(name)
-        bits = 32
+        width = 8 * max((a.dtype.itemsize for a in arrays), default=4)
+        bits = width
         if quantizer is not None and quantizer.enabled:
             bits = quantizer.bits
-        width = 8 * max((a.dtype.itemsize for a in arrays), default=4)
         before, after = before + size, after + size * min(bits, width) / width
     return after / before if before else 1.0
 

@@ -25,6 +25,7 @@ from test_plot import (
 )
 
 import jaxmet as jm
+from by_hand import x64
 from jaxmet.plot.html_report import reasons
 from jaxmet.plot.page import as_json
 from jaxmet.plot.verdict import size_over_float
@@ -273,6 +274,9 @@ def test_the_size_is_that_of_integers() -> None:
     before, after = 30 * 4 + 5 * 4 + 20 * 2, 30 + 5 * 4 + 20 / 2
     assert size_over_float(params, quantizers) == pytest.approx(after / before)
     assert size_over_float(params, jm.Quantizers()) == 1.0
+    with x64(True):
+        wide = {"w": jnp.ones((6, 5), jnp.float64)}
+        assert size_over_float(wide, jm.Quantizers()) == 1.0
 
 
 def test_only_what_was_given_is_there(model: Model, tmp_path: Path) -> None:
