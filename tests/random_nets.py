@@ -11,6 +11,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 from jax import lax
 
 STEPS, WIDTH = 4, 6  # of a sequence; images are STEPS × STEPS × WIDTH
@@ -260,6 +261,14 @@ class Net:
 
     def inputs(self, size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *self.shape), jnp.float32)
+
+
+NETWORKS = st.builds(
+    Net,
+    blocks=st.lists(st.sampled_from([*TOKENS]), min_size=1, max_size=3),
+    readout=st.sampled_from([*READOUTS]),
+)
+"""Drawn networks of one to three blocks over tokens."""
 
 
 def random_values(tree: Any) -> Any:

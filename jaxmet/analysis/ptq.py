@@ -107,14 +107,14 @@ def ptq(
     """
     refuse_module(apply, params, "ptq")
     check_apply(apply, "ptq")
-    if bits is not None and config is not None:
-        raise ValueError(
-            f"jaxmet.ptq: bits is {shown(bits)}, and a config is given too. Give one of them: "
-            "jm.QuantConfig(weight_bits=…) says more than bits does."
-        )
+    given = {}
     if bits is not None:
-        check_bits(bits, caller="ptq", name="bits")
-    given = {} if bits is None else {"weight_bits": bits}
+        if config is not None:
+            raise ValueError(
+                f"jaxmet.ptq: bits is {shown(bits)}, and a config is given too. Give one of them: "
+                "jm.QuantConfig(weight_bits=…) says more than bits does."
+            )
+        given["weight_bits"] = check_bits(bits, caller="ptq", name="bits")
     config = config_of(config, "ptq", bias="int32", **given)
     check_flags("ptq", rounding=rounding, progress=progress)
     read = as_batches(batches, "ptq", passes=2, inputs=inputs, mask=mask, abstract=True)

@@ -83,7 +83,7 @@ def check(
 
     It needs the extra that wrote the file, and for OpenVINO the extra `openvino`. OpenVINO shows no
     layers, and is told to compute in float32 what is not in integers. On a processor without VNNI
-    it computes weights of 8 bits wrongly, of which `check` warns.
+    it computes weights of 8 bits wrongly, and `check` warns.
 
     Args:
         path: a file of `jm.export.onnx` (.onnx), `jm.export.litert` (.tflite) or

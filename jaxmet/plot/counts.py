@@ -64,12 +64,15 @@ def activations(
 
 def _tallied(at: Mapping[str, str]) -> Callable:
     """A hook that counts, by name, results of nodes, or what enters the layer that it says."""
+    wanted: dict[str, list[str]] = {}
+    for name, layer in at.items():
+        wanted.setdefault(layer, []).append(name)
 
     def hook(node: Node, run: Run, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         result, found = run(*operands), {}
-        for name, layer in at.items():
-            value = result if layer == name else operands[0]
-            if layer == node.name and jnp.issubdtype(value.dtype, jnp.inexact):
+        for name in wanted.get(node.name, ()):
+            value = result if name == node.name else operands[0]
+            if jnp.issubdtype(value.dtype, jnp.inexact):
                 found[name] = tally(value.astype(jnp.float32), SAMPLES)
         return result, found or None
 

@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ from jaxmet.plot.counts import activations
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.leaves import is_compressed
 from jaxmet.tree.names import named_leaves
-from random_nets import READOUTS, TOKENS, Net, random_values
+from random_nets import NETWORKS, random_values
 
 WIDTH, HIDDEN, DEPTH = 8, 12, 3
 QUIET = {"progress": False}
@@ -541,12 +540,8 @@ def test_statistics_of_norms_are_divided():
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=10)
-@hypothesis.given(
-    blocks=st.lists(st.sampled_from([*TOKENS]), min_size=1, max_size=3),
-    readout=st.sampled_from([*READOUTS]),
-)
-def test_random_networks_keep_their_function(blocks, readout):
-    network = Net(blocks, readout)
+@hypothesis.given(NETWORKS)
+def test_random_networks_keep_their_function(network):
     params, x = random_values((network.params, network.inputs(2)))
     graph = jm.trace(network, params, x)
     new = jm.smooth(params, graph, [x], input_scales=True, alpha="noise", **QUIET)

@@ -5,14 +5,13 @@ from typing import Any
 
 import flax.linen as nn
 import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmet as jm
-from random_nets import READOUTS, TOKENS, Net, random_values
+from random_nets import NETWORKS, random_values
 
 WIDTH, HEADS = 16, 4
 EACH = WIDTH // HEADS
@@ -394,12 +393,8 @@ def test_what_cannot_be_undone_is_skipped_and_said(name):
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=10)
-@hypothesis.given(
-    blocks=st.lists(st.sampled_from([*TOKENS]), min_size=1, max_size=3),
-    readout=st.sampled_from([*READOUTS]),
-)
-def test_random_networks_keep_their_function(blocks, readout):
-    network = Net(blocks, readout)
+@hypothesis.given(NETWORKS)
+def test_random_networks_keep_their_function(network):
     params, x = random_values((network.params, network.inputs(2)))
     graph = jm.trace(network, params, x)
     new = jm.smooth(params, graph, [x], progress=False)

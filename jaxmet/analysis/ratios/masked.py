@@ -36,9 +36,8 @@ from jaxmet.transforms.prune.coupled_channels import (
 from jaxmet.transforms.prune.refit import ConsumerMatrix, refit_consumers
 from jaxmet.transforms.prune.select_channels import (
     consumers_of,
-    kept_at,
+    kept_counts,
     left_of,
-    ratios_of,
     removal,
 )
 from jaxmet.tree.batches import Batches
@@ -170,8 +169,8 @@ def _counts(
 ) -> tuple[int, ...]:
     """How many channels of each bundle stay when all that read them have this ratio."""
     names = {name for b in bundles for name in b.consumers}
-    each = ratios_of(graph, bundles, dict.fromkeys(names, ratio))
-    return tuple(kept_at(b.size, each[b.index], multiple) for b in bundles)
+    kept = kept_counts(graph, bundles, dict.fromkeys(names, ratio), multiple)
+    return tuple(kept[b.index] for b in bundles)
 
 
 MaskedLayer = Low | Narrow

@@ -28,20 +28,26 @@ def bounds_of(
     }
     if not stated:
         return {}
-    carriers, users = set(), {name: [] for name in stated}
-    for node in nodes:
-        carriers.add(node.carrier)
-        if node.weight is not None and node.weight.name in stated:
-            users[node.weight.name].append(node.name)
+    nodes = tuple(nodes)
+    carriers, layers = {node.carrier for node in nodes}, _layers_of(stated, nodes)
     found = {}
     for name, leaf in stated.items():
-        producers = users[name]
-        if len(producers) != 1 or producers[0] not in carriers:
+        mine = layers[name]
+        if len(mine) != 1 or mine[0].name not in carriers:
             raise ValueError(
                 f"jaxmet.lift: parameter {name!r} states bounds for the clip after it, but "
                 "this model has none there. Run the model that the tree was made for."
             )
-        found[producers[0]] = (leaf.lower, leaf.upper)
+        found[mine[0].name] = (leaf.lower, leaf.upper)
+    return found
+
+
+def _layers_of(names: Iterable[str], nodes: Iterable[Node]) -> dict[str, list[Node]]:
+    """The layers whose weight is each of these parameters."""
+    found: dict[str, list[Node]] = {name: [] for name in names}
+    for node in nodes:
+        if node.weight is not None and node.weight.name in found:
+            found[node.weight.name].append(node)
     return found
 
 
@@ -69,13 +75,9 @@ def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, An
     }
     if not stated:
         return {}
-    producers: dict[str, list[Node]] = {}
-    for node in nodes:
-        if node.weight is not None and node.weight.name is not None:
-            producers.setdefault(node.weight.name, []).append(node)
-    found = {}
+    layers, found = _layers_of(stated, nodes), {}
     for name, leaf in stated.items():
-        mine = producers.get(name, [])
+        mine = layers[name]
         if len(mine) != 1 or mine[0].convolution is None:
             raise ValueError(
                 f"jaxmet.lift: parameter {name!r} states what the padding before it holds, "
@@ -104,13 +106,9 @@ def scales_of(
     stated = {n: x for n, x in leaves.items() if input_scale_of(x) is not None}
     if not stated:
         return {}
-    producers: dict[str, list[Node]] = {}
-    for node in nodes:
-        if node.weight is not None and node.weight.name is not None:
-            producers.setdefault(node.weight.name, []).append(node)
-    found = {}
+    layers, found = _layers_of(stated, nodes), {}
     for name, leaf in stated.items():
-        mine, scale = producers.get(name, []), leaf.input_scale
+        mine, scale = layers[name], leaf.input_scale
         numbers = np if isinstance(scale, np.ndarray) else jnp
         read = None
         if len(mine) == 1 and mine[0].dot is not None and not mine[0].shared:

@@ -29,9 +29,8 @@ from jaxmet.transforms.prune.refit import (
 )
 from jaxmet.transforms.prune.select_channels import (
     consumers_of,
-    kept_at,
+    kept_counts,
     left_of,
-    ratios_of,
     removal,
 )
 from jaxmet.transforms.prune.uniform_ratio import check_one_of, ratio_for_macs
@@ -184,28 +183,26 @@ def prune(
     why = _why(graph, bundles, coupled)
     free = [b for b in bundles if refused(b, coupled) is None]
     if macs is not None:
-        names = [name for name, reason in why.items() if reason is None]
+        able = [name for name, reason in why.items() if reason is None]
         ratios = ratio_for_macs(
-            params, graph, leaves, free, names, macs, multiple, CALLER
+            params, graph, leaves, free, able, macs, multiple, CALLER
         )
     asked = asked_for(ratios, why, graph, CALLER)
-    each = ratios_of(graph, free, asked)
-    keep = {b.index: b.size for b in bundles} | {
-        b.index: kept_at(b.size, each[b.index], multiple) for b in free
-    }
+    keep = {b.index: b.size for b in bundles}
+    keep |= kept_counts(graph, free, asked, multiple)
     chosen = [b for b in bundles if keep[b.index] < b.size]
     read = None
     if batches is not None:
         read = as_batches(batches, CALLER, inputs=inputs, mask=mask)
     lost: dict[str, str] = {}
-    readers = {name for b in chosen for name in b.consumers}
+    names = {name for b in chosen for name in b.consumers}
     seen: Mapping[str, Any] = {}
     if read is not None:
         seen = grams(
             graph,
             params,
             read,
-            readers,
+            names,
             caller=CALLER,
             key=key,
             rows=rows,
@@ -216,7 +213,7 @@ def prune(
     def chose(
         leaves: Mapping[str, Any], seen: Mapping[str, Any]
     ) -> tuple[dict[int, np.ndarray], dict[str, Any], dict[str, float]]:
-        consumers = consumers_of(graph, readers, leaves, seen)
+        consumers = consumers_of(graph, names, leaves, seen)
         masks: dict[int, np.ndarray] = {}
         for bundle in chosen:
             count = keep[bundle.index]

@@ -13,7 +13,7 @@ from jaxmet.transforms.prune.coupled_channels import CoupledChannels
 from jaxmet.transforms.prune.refit import ConsumerMatrix, magnitudes, read_by
 
 
-def ratios_of(
+def _ratios_of(
     graph: Graph, bundles: Sequence[CoupledChannels], asked: Mapping[str, float]
 ) -> dict[int, float]:
     r"""The ratio of each bundle, the largest that a layer that reads it is asked for.
@@ -35,7 +35,18 @@ def ratios_of(
     }
 
 
-def kept_at(size: int, ratio: float, multiple: int) -> int:
+def kept_counts(
+    graph: Graph,
+    bundles: Sequence[CoupledChannels],
+    asked: Mapping[str, float],
+    multiple: int,
+) -> dict[int, int]:
+    """How many channels of each bundle stay, by the ratios that layers are asked for."""
+    each = _ratios_of(graph, bundles, asked)
+    return {b.index: _kept_at(b.size, each[b.index], multiple) for b in bundles}
+
+
+def _kept_at(size: int, ratio: float, multiple: int) -> int:
     """How many of so many channels stay: one at least, rounded up to a multiple."""
     count = max(1, math.floor(size * ratio * (1 + 1e-12)))
     return min(size, -(-count // multiple) * multiple)

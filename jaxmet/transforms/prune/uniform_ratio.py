@@ -11,7 +11,7 @@ from jaxmet.engine.graph.operations import works
 from jaxmet.layers.asked_ratios import check_ratio
 from jaxmet.transforms.prune.coupled_channels import CoupledChannels
 from jaxmet.transforms.prune.pruned_leaves import without_channels
-from jaxmet.transforms.prune.select_channels import kept_at, left_of, ratios_of
+from jaxmet.transforms.prune.select_channels import kept_counts, left_of
 from jaxmet.tree.checks import shown
 from jaxmet.tree.names import replace_leaves
 
@@ -48,12 +48,11 @@ def ratio_for_macs(
     empty = {name: _without_numbers(leaf) for name, leaf in leaves.items()}
 
     def share(ratio: float) -> float:
-        each = ratios_of(graph, bundles, dict.fromkeys(names, ratio))
+        kept = kept_counts(graph, bundles, dict.fromkeys(names, ratio), multiple)
         masks: dict[int, np.ndarray] = {}
         for bundle in bundles:
-            order = np.arange(bundle.size)
-            count = kept_at(bundle.size, each[bundle.index], multiple)
-            masks |= dict.fromkeys(bundle.indices, left_of(order, count))
+            left = left_of(np.arange(bundle.size), kept[bundle.index])
+            masks |= dict.fromkeys(bundle.indices, left)
         return total(without_channels(graph, empty, masks)) / before
 
     def total(some: Mapping[str, Any]) -> int:
