@@ -48,7 +48,7 @@ from jaxmet.transforms.equalize.channel_scales import Channels
 from jaxmet.transforms.equalize.eligible_groups import make_plan
 from jaxmet.transforms.equalize.equalize import Task
 from jaxmet.transforms.equalize.norm_statistics import predicted
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 
 MODULE = import_module("jaxmet.transforms.equalize.equalize")
 FORESEE = import_module("jaxmet.transforms.data_free_ranges")

@@ -31,7 +31,7 @@ from jaxmet.tree.batches import ONE, one_batch
 from jaxmet.tree.checks import check_concrete
 from jaxmet.tree.host_rounding import grid_of
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table

@@ -9,8 +9,8 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.engine.graph.operations import works
 from jaxmet.layers.arguments import accepting
-from jaxmet.tree.leaves import dense, flatten, is_structured
-from jaxmet.tree.names import parameter_names
+from jaxmet.tree.leaves import dense, is_structured
+from jaxmet.tree.named_leaves import flatten, parameter_names
 from jaxmet.tree.structures import LowRank, Pruned
 from jaxmet.tree.table import Table
 

@@ -27,7 +27,7 @@ from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights
 from jaxmet.tree.grids import grids
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 CALLER = "noise"

@@ -16,7 +16,7 @@ from jaxmet.engine.run.shared_programs import share_programs
 from jaxmet.engine.run.staged import StagedProgram
 from jaxmet.transforms.lift import lift
 from jaxmet.tree.checks import check_callable
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 
 Score = Callable[[Callable[..., Any], Any], Any]
 Setting = tuple[Any, Any]

@@ -42,7 +42,7 @@ from jaxmet.transforms.simulate import round_weights, simulate
 from jaxmet.tree.batches import Batches, as_batches
 from jaxmet.tree.checks import check_choices, check_flags
 from jaxmet.tree.leaves import dense, is_quantized
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.writing import readable

@@ -12,7 +12,7 @@ from jaxmet.engine.graph.graph import fitted, trace
 from jaxmet.engine.program.calls import Apply
 from jaxmet.layers.deployed import deployed, fake_quantized_weights
 from jaxmet.transforms.lift import lift
-from jaxmet.tree.paths import path_parts
+from jaxmet.tree.named_leaves import path_parts
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 
 

@@ -12,7 +12,7 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.transforms.lift import integer_program
 from jaxmet.transforms.quantize import quantize
 from jaxmet.tree.leaves import is_quantized
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
 

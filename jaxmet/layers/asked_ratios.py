@@ -9,7 +9,7 @@ import numpy as np
 from jaxmet.engine.graph.graph import Graph
 from jaxmet.layers.eligibility import check_named
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.names import suggestion
+from jaxmet.tree.globs import suggestion
 
 
 def asked_for(

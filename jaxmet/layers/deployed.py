@@ -19,7 +19,7 @@ from jaxmet.numerics.fake_quant import fake_quant
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.host_rounding import grid_in_numpy
 from jaxmet.tree.leaves import dense, is_quantized, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 Function = Callable[..., Any]

@@ -15,7 +15,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.folds.folded_weights import folded_and_back
 from jaxmet.tree.grids import Grids
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizer, Quantizers
 
 

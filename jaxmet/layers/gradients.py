@@ -20,7 +20,7 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.replay import Run, counted_only, evaluate
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 
 Arrays = dict[str, Any]
 

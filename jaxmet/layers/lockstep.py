@@ -23,7 +23,7 @@ from jaxmet.tree.batches import inputs_of
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.host_rounding import round_in_numpy
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 Live = dict[str, Any]

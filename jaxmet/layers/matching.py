@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from jaxmet.engine.graph.graph import Graph
-from jaxmet.tree.names import named_leaves, suggestion
+from jaxmet.tree.globs import suggestion
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizers import check_are_quantizers
 
 

@@ -13,7 +13,7 @@ from jaxmet.engine.program.calls import Apply
 from jaxmet.layers.layer import channel_rows
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.structures import STRUCTURES

@@ -10,8 +10,8 @@ from jaxmet.engine.graph.graph import TREE_FIRST, Graph, check_graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.layer import channel_rows
 from jaxmet.tree.checks import check_concrete
-from jaxmet.tree.leaves import dense, flatten, is_structured
-from jaxmet.tree.names import named_leaves, parameter_names
+from jaxmet.tree.leaves import dense, is_structured
+from jaxmet.tree.named_leaves import flatten, named_leaves, parameter_names
 from jaxmet.tree.structures import LowRank, multiplied, parts_of, scattered
 
 SAMPLES = 4096  # values of a channel that its quartiles are read off

@@ -15,7 +15,7 @@ from jaxmet.layers.observed_ranges import entries_of, merge_rows
 from jaxmet.layers.placement.scaled_inputs import scaled_inputs
 from jaxmet.numerics.histogram import merge_all, tally
 from jaxmet.tree.batches import Batches
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 
 SAMPLES = 2**16  # values of a node and batch that are counted
 Counts = tuple[np.ndarray, np.ndarray]

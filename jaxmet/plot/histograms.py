@@ -19,7 +19,7 @@ from jaxmet.plot.drawing import (
     titled,
 )
 from jaxmet.tree.batches import as_batches
-from jaxmet.tree.names import select
+from jaxmet.tree.globs import select
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
 

@@ -16,7 +16,7 @@ from jaxmet.plot.drawing import (
     titled,
 )
 from jaxmet.plot.tables import ALL, checked, number, rows_of
-from jaxmet.tree.names import suggestion
+from jaxmet.tree.globs import suggestion
 
 LINES = 12  # of more layers one cannot tell the colours apart
 

@@ -11,8 +11,8 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.layers.folds.norm_parameters import statistics_weight
 from jaxmet.plot.channel_ranges import leaves_by_name
-from jaxmet.tree.leaves import dense, flatten, is_compressed, is_structured
-from jaxmet.tree.names import parameter_names
+from jaxmet.tree.leaves import dense, is_compressed, is_structured
+from jaxmet.tree.named_leaves import flatten, parameter_names
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.structures import LowRank, Pruned, parts_of
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxmet.analysis.compare import worst_nodes
 from jaxmet.analysis.costliest import Costly, costliest
 from jaxmet.plot.tables import number
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 

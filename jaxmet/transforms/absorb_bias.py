@@ -40,7 +40,7 @@ from jaxmet.numerics.moments import Moments
 from jaxmet.numerics.xp import Array
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import Compressed, input_scale_of, is_compressed
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 

@@ -33,7 +33,7 @@ from jaxmet.transforms.factors import (
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
 from jaxmet.tree.leaves import Compressed, dense, is_compressed
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.structures import LowRank
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P

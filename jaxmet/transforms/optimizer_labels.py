@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from jaxmet.engine.graph.graph import Graph, fitted
 from jaxmet.layers.folds.norm_parameters import check_mode
-from jaxmet.tree.leaves import Compressed, flatten, is_compressed
-from jaxmet.tree.names import named_leaves
-from jaxmet.tree.paths import has_collections, path_parts
+from jaxmet.tree.leaves import Compressed, is_compressed
+from jaxmet.tree.named_leaves import flatten, has_collections, named_leaves, path_parts
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 
 CALLER = "optimizer_labels"

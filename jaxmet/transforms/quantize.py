@@ -12,7 +12,7 @@ from jaxmet.tree.bias_scales import INT32_ENDS, bias_scale
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.host_rounding import grid_in_numpy, repeated, round_in_numpy
 from jaxmet.tree.leaves import Compressed, as_before, dense, is_compressed, is_quantized
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.quantized import Quantized, stored
 from jaxmet.tree.quantizers import Quantizer, Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table

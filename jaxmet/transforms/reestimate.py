@@ -32,7 +32,7 @@ from jaxmet.numerics.moments import Measured, measure, merge
 from jaxmet.numerics.norm import norm_gain
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.checks import check_choices, check_flags, is_concrete
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P, Store

@@ -16,8 +16,9 @@ from jaxmet.layers.fake_quantized import (
 )
 from jaxmet.transforms.dynamic import Dynamic
 from jaxmet.tree.checks import check_flags, check_type, is_concrete, tested
+from jaxmet.tree.globs import suggestion
 from jaxmet.tree.grids import Grids
-from jaxmet.tree.names import named_leaves, suggestion
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.types import P
 

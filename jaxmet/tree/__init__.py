@@ -4,9 +4,8 @@ leaves         `jm.Compressed`, the leaf that says what a plain array cannot
 structures     `jm.LowRank` and `jm.Pruned`
 quantized      `jm.Quantized`, a weight as integers
 plain_arrays   `jm.densify` and `jm.rebuild`
-stored_forms   how a tree stores its parameters: shapes, factors, kept channels
-paths          from the path of a leaf to its name
-names          names of parameters and nodes, globs, and trees with leaves exchanged
+named_leaves   a tree as leaves by name, and back; how each of them is stored
+globs          the globs that select names of parameters and nodes
 quantizer      `jm.Quantizer`, the quantizer of one tensor
 quantizers     `jm.Quantizers`, the tree beside `params`
 bias_scales    the scales of int32 biases

@@ -7,7 +7,7 @@ from typing import Any
 from jaxmet.numerics.calibrators import RangeMethod
 from jaxmet.tree.checks import shown
 from jaxmet.tree.config_fields import FIELDS, DynamicRange, Kind, Settings, check_fields
-from jaxmet.tree.names import match, suggestion
+from jaxmet.tree.globs import match, suggestion
 from jaxmet.tree.presets import PRESETS
 from jaxmet.tree.rule import Rule
 from jaxmet.tree.targets import TARGETS, Target

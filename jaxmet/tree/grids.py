@@ -11,7 +11,7 @@ import numpy as np
 from jaxmet.numerics.grid import check_bits, ends_of_width
 from jaxmet.tree.bias_scales import INT32_ENDS
 from jaxmet.tree.checks import check_flags, is_concrete
-from jaxmet.tree.names import suggestion
+from jaxmet.tree.globs import suggestion
 from jaxmet.tree.quantizer import (
     Grid,
     Quantizer,

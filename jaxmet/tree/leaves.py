@@ -215,19 +215,6 @@ def with_weight(leaf: Any, array: Any) -> Any:
     return leaf.replace(weight=array) if is_compressed(leaf) else array
 
 
-def flatten(
-    params: Any, *, whole: bool = False
-) -> tuple[list[tuple[Any, ...]], list[Any], Any]:
-    """Paths, leaves and tree structure; of a structured leaf each part is one.
-
-    With `whole` it counts as one itself.
-    """
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=is_compressed if whole else is_stated
-    )
-    return [path for path, _ in pairs], [leaf for _, leaf in pairs], treedef
-
-
 def to_state(leaf: Any) -> dict[str, Any]:
     """What a leaf states as nested dicts, for serializers that know only those and arrays."""
     if is_compressed(leaf):

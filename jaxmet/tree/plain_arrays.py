@@ -7,7 +7,7 @@ import jax
 
 from jaxmet.numerics.precision import wide
 from jaxmet.tree.leaves import dense, input_scale_of, is_compressed, is_structured
-from jaxmet.tree.paths import path_name
+from jaxmet.tree.named_leaves import path_name
 from jaxmet.tree.structures import LowRank, Pruned, multiplied, parts_of, scattered
 from jaxmet.tree.types import P
 

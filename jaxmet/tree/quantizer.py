@@ -26,8 +26,8 @@ from jaxmet.numerics.learned_ranges import (
 )
 from jaxmet.numerics.ranges import grid_between, regrid
 from jaxmet.tree.checks import check_choices, check_flags, is_concrete
+from jaxmet.tree.globs import suggestion
 from jaxmet.tree.host_rounding import stated_grid
-from jaxmet.tree.names import suggestion
 
 Learn = Literal["lsq", "minmax"]
 LEARN = get_args(Learn)

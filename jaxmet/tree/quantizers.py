@@ -16,6 +16,7 @@ from jaxmet.numerics.ranges import SCALE_FLOOR
 from jaxmet.tree.bias_scales import INT32_ENDS, along_bias, bias_scale
 from jaxmet.tree.bias_scales import along_scale as along_scale
 from jaxmet.tree.checks import kind_of
+from jaxmet.tree.globs import select, suggestion
 from jaxmet.tree.host_rounding import (
     grid_of,
     on_host,
@@ -23,7 +24,7 @@ from jaxmet.tree.host_rounding import (
     rounded,
 )
 from jaxmet.tree.leaves import as_before, dense, is_quantized, with_weight
-from jaxmet.tree.names import named_leaves, select, suggestion
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizer import (
     Quantizer,
     check_fields,

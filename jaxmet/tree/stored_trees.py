@@ -14,9 +14,8 @@ import numpy as np
 
 from jaxmet.numerics.calibrators import calibrator_name
 from jaxmet.tree.checks import check_type, is_concrete
-from jaxmet.tree.leaves import HELD, Compressed, flatten
-from jaxmet.tree.names import parameter_names
-from jaxmet.tree.paths import path_parts
+from jaxmet.tree.leaves import HELD, Compressed
+from jaxmet.tree.named_leaves import flatten, parameter_names, path_parts
 from jaxmet.tree.quantizer import QUANTIZER_LEAVES, Quantizer
 from jaxmet.tree.quantizers import Quantizers, check_are_quantizers
 from jaxmet.tree.table import Table

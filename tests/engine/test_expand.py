@@ -12,7 +12,7 @@ import jaxmet as jm
 from jaxmet import Compressed, LowRank, Pruned
 from jaxmet.engine.program.program import flatten as program
 from jaxmet.tree import plain_arrays
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.structures import Keep, multiplied
 from zoo import CASES, model
 

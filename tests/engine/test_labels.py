@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxmet import evaluate, trace
 from jaxmet.engine.axes import labels as lb
 from jaxmet.engine.graph.channel_groups import Joined, Span, indices_of, layout_size
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]

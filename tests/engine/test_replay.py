@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from equations import Program
 from jaxmet import Compressed, evaluate, functional, trace
 from jaxmet.engine.run.replay import Counted
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]

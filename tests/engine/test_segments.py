@@ -9,7 +9,7 @@ import by_hand
 import jaxmet as jm
 import zoo
 from jaxmet.engine.run.segments import cut
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES
 
 NAMES = [

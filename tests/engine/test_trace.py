@@ -9,7 +9,7 @@ import pytest
 
 from jaxmet import Compressed, Graph, evaluate, trace
 from jaxmet.engine.graph.node import Convolution
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 
 RUNS = [(name, front) for name, case in CASES.items() for front in case.frontends]

@@ -9,7 +9,7 @@ import jaxmet as jm
 from jaxmet.demo import data
 from jaxmet.demo.network import Network
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 
 pytestmark = pytest.mark.slow
 onnx = pytest.importorskip("onnx")

@@ -10,7 +10,7 @@ from jax import lax
 
 import jaxmet as jm
 from jaxmet.layers.layer import WeightMatrix, matrix_of
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from zoo import model
 
 

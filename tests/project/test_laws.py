@@ -12,8 +12,8 @@ import pytest
 
 import jaxmet as jm
 import zoo
-from jaxmet.tree.leaves import flatten, is_compressed
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.named_leaves import flatten, named_leaves
 
 MODELS = ("conv_bn_relu", "inverted_residual", "residual", "grouped", "concatenation")
 FRONTENDS = ("linen", "nnx")

@@ -11,7 +11,7 @@ import jaxmet as jm
 from by_hand import x64
 from folds import affine
 from jaxmet.layers.moments import input_moments, node_moments
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from zoo import CASES
 
 KEY = jax.random.key(0)

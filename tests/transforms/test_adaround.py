@@ -22,7 +22,7 @@ from jaxmet.transforms.rounding.layer_order import find_waves
 from jaxmet.transforms.rounding.methods import coordinate_rounding
 from jaxmet.transforms.rounding.rounded_layers import find_layers
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from zoo import CASES
 
 KEY = jax.random.key(0)

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import by_hand
 import jaxmet as jm
 import zoo
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 
 SHAPES = {
     "conv_bn_relu": (8, 8, 3),

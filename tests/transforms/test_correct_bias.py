@@ -13,7 +13,7 @@ import jaxmet as jm
 import zoo
 from folds import affine
 from jaxmet.engine.run.segments import Segment
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 
 KEY = jax.random.key(5)
 correct = partial(jm.correct_bias, progress=False)

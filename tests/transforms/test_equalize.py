@@ -17,7 +17,7 @@ import zoo
 from jaxmet import Compressed, Graph, equalize, lift, trace
 from jaxmet.engine.graph.channel_groups import Joined
 from jaxmet.tree.leaves import is_compressed
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, twin
 
 RANGE: dict[str, Any] = {"objective": "range"}

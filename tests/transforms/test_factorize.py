@@ -15,7 +15,7 @@ from jaxmet.layers.once import run_once
 from jaxmet.numerics.low_rank import masked
 from jaxmet.transforms.factors import Shape, factors_of, placed_matrix, spectrum_of
 from jaxmet.tree import plain_arrays
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.structures import Keep
 from zoo import model
 

@@ -36,7 +36,7 @@ from folds import (
 )
 from jaxmet import Compressed, evaluate, fold_batch_norm, trace
 from jaxmet.numerics.norm import folded_statistics, norm_gain, unit_scale
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 from zoo_nets import (
     batch_norm,

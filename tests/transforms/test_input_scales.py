@@ -17,7 +17,7 @@ from jaxmet.numerics.smoothing import smoothing_noise
 from jaxmet.plot.counts import activations
 from jaxmet.tree.batches import as_batches
 from jaxmet.tree.leaves import is_compressed
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from random_nets import NETWORKS, random_values
 
 WIDTH, HIDDEN, DEPTH = 8, 12, 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmet as jm
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 
 INT32 = jm.QuantConfig(bias="int32")
 

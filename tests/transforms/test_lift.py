@@ -7,7 +7,7 @@ import pytest
 
 import by_hand
 import jaxmet as jm
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, model, twin
 
 

@@ -12,7 +12,7 @@ import jaxmet as jm
 from by_hand import best_fit
 from jaxmet import densify
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxmet as jm
 from jaxmet import densify
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 
 X = np.random.default_rng(0).normal(size=(16, 6, 6, 3)).astype(np.float32)
 Y = np.arange(16) % 4

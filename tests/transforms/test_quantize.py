@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import jaxmet as jm
 from jaxmet.tree.leaves import dense, is_quantized
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from zoo import CASES, model, traced
 
 quiet = {"progress": False}

@@ -10,7 +10,7 @@ import pytest
 
 import jaxmet as jm
 from folds import affine, norm_leaves, numbers
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from zoo import CASES
 
 KEY = jax.random.key(0)

@@ -10,7 +10,7 @@ from flax.training.train_state import TrainState
 
 import by_hand
 import jaxmet as jm
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from zoo import CASES, model, traced
 
 DEFAULT = jm.QuantConfig()

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import jaxmet as jm
 from jaxmet.tree.leaves import is_compressed
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 
 STATISTICS = {"bn1/mean", "bn1/var", "bn2/mean", "bn2/var"}
 COARSE = jm.QuantConfig(weight_bits=4, activation_bits=6)

@@ -13,7 +13,7 @@ import pytest
 
 import jaxmet as jm
 from jaxmet import densify
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 
 BITS = 3
 W3 = jm.QuantConfig(weight_bits=BITS, activation_bits=32)

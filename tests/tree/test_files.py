@@ -18,7 +18,7 @@ from flax.core import freeze
 import jaxmet as jm
 from jaxmet import Compressed, Pruned, Quantizer, Quantizers, Table, load, save
 from jaxmet.tree import files, stored_trees
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.structures import Keep
 
 

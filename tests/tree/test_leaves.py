@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from jaxmet import Compressed, LowRank, Pruned, densify, load, save
-from jaxmet.tree.leaves import flatten, from_state, is_compressed, to_state
+from jaxmet.tree.leaves import from_state, is_compressed, to_state
+from jaxmet.tree.named_leaves import flatten
 from jaxmet.tree.structures import Keep
 
 

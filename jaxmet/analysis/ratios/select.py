@@ -11,7 +11,7 @@ from jaxmet.analysis.ratios.spending import BUDGETS, Budget, Spending
 from jaxmet.layers.asked_ratios import check_ratio
 from jaxmet.numerics.ratios import greedy, monotone, optimal
 from jaxmet.tree.checks import check_choices, check_flags, check_type
-from jaxmet.tree.names import suggestion
+from jaxmet.tree.globs import suggestion
 from jaxmet.tree.table import Table
 
 CALLER = "select_ratios"

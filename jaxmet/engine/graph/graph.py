@@ -25,8 +25,8 @@ from jaxmet.engine.program.bound_model import bound
 from jaxmet.engine.program.calls import Apply, is_array
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.tree.checks import check_finite, check_type
-from jaxmet.tree.names import named_leaves, select, suggestion
-from jaxmet.tree.stored_forms import brief, is_structure, stored_forms
+from jaxmet.tree.globs import select, suggestion
+from jaxmet.tree.named_leaves import brief, is_structure, named_leaves, stored_forms
 from jaxmet.tree.table import Table, noted, noted_html
 
 KEPT = 8  # graphs of other trees that one holds: a recipe compresses a few times

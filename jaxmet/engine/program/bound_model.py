@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmet.engine.program.calls import Apply, is_array
-from jaxmet.tree.leaves import flatten
+from jaxmet.tree.named_leaves import flatten
 
 
 def bound(apply: Apply, kwargs: dict[str, Any]) -> Apply:

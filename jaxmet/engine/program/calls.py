@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from jaxmet.engine.program import compat
-from jaxmet.tree.leaves import flatten, is_compressed
-from jaxmet.tree.names import parameter_names
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.named_leaves import flatten, parameter_names
 
 Apply = Callable[..., Any]
 

@@ -25,8 +25,8 @@ from jaxmet.engine.pruned.factor_views import viewed
 from jaxmet.engine.pruned.opened_leaves import like, multiply, opened
 from jaxmet.engine.pruned.partial import Partial, Rule, Uniform, taken, whole
 from jaxmet.tree.leaves import dense, is_structured
-from jaxmet.tree.leaves import flatten as flatten_tree
-from jaxmet.tree.paths import path_parts
+from jaxmet.tree.named_leaves import flatten as flatten_tree
+from jaxmet.tree.named_leaves import path_parts
 from jaxmet.tree.structures import Keep, LowRank, Pruned
 
 

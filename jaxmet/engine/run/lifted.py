@@ -6,7 +6,8 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.run.machine import Run
 from jaxmet.engine.run.replay import evaluate
-from jaxmet.tree.leaves import flatten, is_compressed
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.named_leaves import flatten
 
 
 def lifted(apply: Apply) -> Apply:

@@ -21,8 +21,9 @@ from jaxmet.engine.run.cut_program import CutProgram, carried_inside
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
 from jaxmet.engine.run.replay import HOOK_CURE
 from jaxmet.tree.checks import check_callable, check_flags, keys_of, kind_of
+from jaxmet.tree.globs import check_names, suggestion
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import check_names, named_leaves, suggestion
+from jaxmet.tree.named_leaves import named_leaves
 
 Live = dict[str, Any]
 

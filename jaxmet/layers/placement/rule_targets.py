@@ -8,7 +8,7 @@ from jaxmet.engine.graph.graph import Graph
 from jaxmet.engine.graph.node import Node
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.config_fields import FIELDS, Kind, Settings
-from jaxmet.tree.names import match
+from jaxmet.tree.globs import match
 from jaxmet.tree.rule import Rule
 
 OPTION_OF = {

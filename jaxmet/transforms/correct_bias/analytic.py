@@ -26,7 +26,7 @@ from jaxmet.transforms.correct_bias.shared_biases import (
 )
 from jaxmet.tree.host_rounding import round_in_numpy
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 Leaves = Mapping[str, Any]

@@ -19,7 +19,7 @@ from jaxmet.transforms.correct_bias.shared_biases import layers_of
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.checks import is_concrete
 from jaxmet.tree.leaves import dense
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 
 
 class Found(NamedTuple):

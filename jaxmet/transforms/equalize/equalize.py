@@ -45,7 +45,7 @@ from jaxmet.transforms.equalize.norm_statistics import predicted
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags
 from jaxmet.tree.config import QuantConfig, config_of
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 

@@ -28,7 +28,7 @@ from jaxmet.numerics.xp import Array
 from jaxmet.transforms.fold.fold_quantizers import fold_quantizers, pinned_weights
 from jaxmet.tree.checks import check_flags, is_concrete
 from jaxmet.tree.leaves import dense, with_weight
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P

@@ -36,7 +36,7 @@ from jaxmet.transforms.prune.select_channels import (
 from jaxmet.transforms.prune.uniform_ratio import check_one_of, ratio_for_macs
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_choices, check_counts, check_flags, is_concrete
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 

@@ -13,7 +13,7 @@ from jaxmet.transforms.prune.coupled_channels import CoupledChannels
 from jaxmet.transforms.prune.pruned_leaves import without_channels
 from jaxmet.transforms.prune.select_channels import kept_counts, left_of
 from jaxmet.tree.checks import shown
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 
 STEPS = 128
 

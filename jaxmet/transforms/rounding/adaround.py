@@ -25,7 +25,7 @@ from jaxmet.tree.checks import (
     check_flags,
     check_numbers,
 )
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P, Rounded, Store

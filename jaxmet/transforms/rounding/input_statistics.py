@@ -19,8 +19,8 @@ from jaxmet.numerics.precision import wide
 from jaxmet.numerics.rounding.quadratic import Products
 from jaxmet.transforms.rounding.layer_order import Wave
 from jaxmet.transforms.rounding.rounded_layers import Layer
-from jaxmet.tree.leaves import flatten, is_compressed
-from jaxmet.tree.names import named_leaves
+from jaxmet.tree.leaves import is_compressed
+from jaxmet.tree.named_leaves import flatten, named_leaves
 
 
 class Inputs(NamedTuple):

@@ -37,7 +37,7 @@ from jaxmet.transforms.rounding.solvers import (
     RoundingMethod,
 )
 from jaxmet.tree.batches import Batches, inputs_of
-from jaxmet.tree.names import named_leaves, replace_leaves
+from jaxmet.tree.named_leaves import named_leaves, replace_leaves
 from jaxmet.tree.quantizers import Quantizers
 
 

@@ -24,7 +24,7 @@ from jaxmet.transforms.smooth.path_scales import (
 )
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_flags, is_concrete, shown
-from jaxmet.tree.names import replace_leaves
+from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
 

@@ -11,13 +11,8 @@ from flax import nnx
 from flax.core import freeze
 
 from jaxmet import Compressed
-from jaxmet.tree.names import (
-    match,
-    named_leaves,
-    parameter_names,
-    replace_leaves,
-    select,
-)
+from jaxmet.tree.globs import match, select
+from jaxmet.tree.named_leaves import named_leaves, parameter_names, replace_leaves
 
 Pair = collections.namedtuple("Pair", "left right")
 Leaf = collections.namedtuple("Leaf", "value")
