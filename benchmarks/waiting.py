@@ -4,14 +4,20 @@
     python benchmarks/waiting.py                     # EfficientNet-Lite0
     python benchmarks/waiting.py --blocks 24 96      # chains of equal blocks
     python benchmarks/waiting.py --only fold equalize --images 64
+    python benchmarks/waiting.py --peaks             # memory instead of seconds
 
 Seconds are wall time of one call. *compile* is the time that XLA reports, summed over threads,
 *programs* how many it compiled. The second call has the same structure and shapes, other numbers.
 "float passes" are seconds over those of the plain model, compiled, over the same images.
+Peaks are the largest resident memory of a process that traces, folds and calibrates on one batch
+and then calls one step once.
 """
 
 import argparse
 import platform
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -56,11 +62,19 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", help="steps whose names contain one of these"
     )
+    parser.add_argument("--peaks", action="store_true", help="memory of each step")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak is not None:
+        print(peak_of(options))
+        return
     print(
         f"python {platform.python_version()}, {jax.devices()[0].device_kind}, ", end=""
     )
     print(", ".join(f"{n} {version(n)}" for n in ("jax", "jaxlib", "flax", "numpy")))
+    if options.peaks:
+        peaks(options)
+        return
     compilations = Compilations()
     if not options.blocks:
         report("EfficientNet-Lite0", *lite(options), options, compilations)
@@ -137,6 +151,30 @@ def report(
         print(f"| {step} | {' | '.join(text)} |", flush=True)
 
 
+def peaks(options: argparse.Namespace) -> None:
+    """One row per step, each in a process of its own."""
+    print("\n| step | peak (MB) |\n|---|---|")
+    for step in ["nothing", *STEPS]:
+        if options.only and not any(part in step for part in options.only):
+            continue
+        command = [sys.executable, __file__, f"--peak={step}"]
+        command += [
+            f"--{n}={getattr(options, n)}" for n in ("images", "batch", "pixels")
+        ]
+        kilobytes = subprocess.check_output(command, text=True).split()[-1]
+        print(f"| {step} | {round(int(kilobytes) / 1024)} |", flush=True)
+
+
+def peak_of(options: argparse.Namespace) -> int:
+    """The largest resident memory of this process in kB, after one call of a step."""
+    apply, params, images = lite(options)
+    batches = list(jm.batched(images, batch_size=options.batch))
+    found = steps(apply, params, images, batches)
+    if options.peak != "nothing":
+        jax.block_until_ready(jax.tree.leaves(found[options.peak]()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def plain_pass(apply: Apply, params: Any, batches: list[Any]) -> float:
     """The least of three passes of the compiled model over the images."""
     run, best = jax.jit(apply), float("inf")
@@ -201,6 +239,21 @@ def steps(
         ),
         "ptq, 8 bits": lambda: jm.ptq(apply, other(params), batches, **quiet)[:2],
     }
+
+
+STEPS = (
+    "equalize 'range'",
+    "equalize 'noise', no data",
+    "equalize 'noise', data",
+    "calibrate",
+    "correct_bias",
+    "noise",
+    "adaround, 4 bits",
+    "factorize, half",
+    "prune, half",
+    "ptq, 8 bits",
+)
+"""The steps of which peaks are measured."""
 
 
 if __name__ == "__main__":
