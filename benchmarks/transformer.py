@@ -129,6 +129,12 @@ def eight_bits() -> Iterator[Row]:
     how = {"alpha": "noise", "input_scales": True}
     at = "W8A8 static, operations, minmax, masked, scanned, smooth with input scales"
     yield Row(at, functools.partial(smoothed, how=how, scanned=True))
+    for name, how in {"": {}, ", scanned": {"scanned": True}}.items():
+        at = f"W8A8 static, operations, minmax, masked{name}, rotate"
+        yield Row(at, functools.partial(rotated, **how))
+    both = {"smooth": {"alpha": 0.5, "input_scales": True}}
+    at = "W8A8 static, operations, minmax, masked, smooth with input scales, alpha 0.5, rotate"
+    yield Row(at, functools.partial(rotated, **both))
     yield Row("W8A8, jm.ptq", ptq)
     yield Row("W8A8, jm.ptq, masked", functools.partial(ptq, mask=valid))
     products = jm.QuantConfig(placement="products")
@@ -165,6 +171,28 @@ def smoothed(
     told = {"mask": valid, "progress": False}
     variables = jm.smooth(variables, graph, setting.batches, **how, **told)
     quantizers = jm.calibrate(variables, graph, setting.batches, **told)
+    return jm.simulate(setting.apply, quantizers), variables
+
+
+def rotated(
+    bench: Bench,
+    config: jm.QuantConfig | None = None,
+    smooth: dict[str, Any] | None = None,
+    adaround: bool = False,
+    scanned: bool = False,
+) -> tuple[Embed, Any]:
+    """What dense layers read is rotated before it is calibrated."""
+    setting = bench.scanned if scanned else bench.unrolled
+    variables, graph, batches = setting.variables, setting.graph, setting.batches
+    told = {"mask": valid, "progress": False}
+    if smooth is not None:
+        variables = jm.smooth(variables, graph, batches, **smooth, **told)
+    variables = jm.rotate(variables, graph)
+    quantizers = jm.calibrate(variables, graph, batches, config, **told)
+    if adaround:
+        variables, quantizers = jm.adaround(
+            variables, graph, quantizers, batches, **told
+        )
     return jm.simulate(setting.apply, quantizers), variables
 
 
@@ -213,6 +241,16 @@ def few_bits() -> Iterator[Row]:
         for method, how in methods.items():
             make = functools.partial(rounded, config=config, adaround=how)
             yield Row(f"{name}: {method}", make)
+    for bits, name in ((8, "W4A8"), (4, "W4A4")):
+        config = jm.QuantConfig(weight_bits=4, activation_bits=bits)
+        plain = functools.partial(static, config=config, mask=valid)
+        yield Row(f"{name} static, channel, masked", plain)
+        for method, use in (("rotate", False), ("rotate, adaround", True)):
+            make = functools.partial(rotated, config=config, adaround=use)
+            yield Row(f"{name} static, channel, masked, {method}", make)
+    for name, config in (("channel", four), ("block 32", block)):
+        make = functools.partial(rotated, config=config, adaround=True)
+        yield Row(f"W4A16, {name}: rotate, adaround, masked", make)
     at = "W4A16, channel"
     for method, how in {
         "adaround": {},

@@ -44,6 +44,7 @@ from jaxmet.transforms.plan import plan as plan
 from jaxmet.transforms.prune import prune as prune
 from jaxmet.transforms.quantize import quantize as quantize
 from jaxmet.transforms.reestimate import reestimate_batch_norm as reestimate_batch_norm
+from jaxmet.transforms.rotate import rotate as rotate
 from jaxmet.transforms.rounding import adaround as adaround
 from jaxmet.transforms.rounding import search_scales as search_scales
 from jaxmet.transforms.rounding.methods import Adam as Adam

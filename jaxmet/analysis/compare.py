@@ -23,7 +23,7 @@ from jaxmet.layers.fake_quantized import (
 )
 from jaxmet.layers.matching import check_quantizers
 from jaxmet.layers.observed_ranges import extremes
-from jaxmet.layers.placement.scaled_inputs import scaled_inputs
+from jaxmet.layers.placement.transformed_inputs import transformed_inputs
 from jaxmet.layers.reference import float_model
 from jaxmet.numerics.precision import wide
 from jaxmet.transforms.simulate import round_weights
@@ -126,7 +126,7 @@ def compare(
     rounded = all(quantizers.on_host(name, leaves) is not None for name in names)
     given = round_weights(params, quantizers) if rounded else params
     # Their grids are of what enters layers, not of what the nodes make.
-    scaled = frozenset(scaled_inputs(graph, leaves))
+    scaled = frozenset(transformed_inputs(graph, leaves))
     measuring = program(
         graph.apply,
         (*own, "quantized", rounded, scaled),

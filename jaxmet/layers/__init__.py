@@ -14,7 +14,8 @@ gradients        gradients of the outputs by weights and by inputs of products
 moments/         mean and variance of every tensor, from the statistics of norms
 lockstep         a float and a quantized copy of a model, run piece by piece
 observed_ranges  ranges of activations over batches
-entering_values  values that layers divide, as values of the nodes that made them
+entering_values  values that layers divide or rotate, as values of the nodes that made them
+transformed_layers  which layers can divide or rotate what they read
 placement/       which weights and values get a quantizer
 new_quantizers   quantizers of a configuration, before they hold a range
 fake_quantized   values and weights quantized while a model is replayed

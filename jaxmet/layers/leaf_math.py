@@ -1,11 +1,15 @@
-"""Arithmetic on a leaf in wide precision: what else it states, and its dtype, stay."""
+"""Arithmetic on a leaf in wide precision: what else it states, and its dtype, stay.
+
+And what a leaf says of the inputs of its layer.
+"""
 
 from typing import Any
 
 from jaxmet.numerics import xp
+from jaxmet.numerics.hadamard import hadamard
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.xp import Array
-from jaxmet.tree.leaves import dense, with_weight
+from jaxmet.tree.leaves import dense, input_scale_of, input_signs_of, with_weight
 
 
 def replaced(leaf: Any, array: Any) -> Any:
@@ -32,3 +36,13 @@ def scaled(leaf: Any, factor: Array, power: int = 1) -> Any:
     for _ in range(abs(power)):
         new = new * factor if power > 0 else new / factor
     return replaced(leaf, new)
+
+
+def as_entered(leaf: Any, values: Array) -> Array:
+    """Numbers of a layer's inputs, divided and rotated as its leaf says, (..., inputs)."""
+    scale, signs = input_scale_of(leaf), input_signs_of(leaf)
+    if scale is not None:
+        values = values / xp.asarray(scale).reshape(-1).astype(values.dtype)
+    if signs is None:
+        return values
+    return hadamard(values * xp.asarray(signs).reshape(-1).astype(values.dtype))

@@ -12,7 +12,7 @@ from jaxmet.engine.graph.node import Weight
 from jaxmet.engine.program.calls import Apply
 from jaxmet.layers.layer import channel_rows
 from jaxmet.tree.checks import is_concrete
-from jaxmet.tree.leaves import dense
+from jaxmet.tree.leaves import dense, input_signs_of
 from jaxmet.tree.named_leaves import named_leaves
 from jaxmet.tree.quantizer import Quantizer
 from jaxmet.tree.quantizers import Quantizers
@@ -67,13 +67,14 @@ def _check_scale(
         return
     new, old = (np.asarray(jnp.asarray(a, jnp.float32)) for a in arrays)
     step = _step(np.abs(new), quantizers.weights[name])
-    scaled = new.shape != old.shape
+    signs = [input_signs_of(leaf) for leaf in leaves]
+    scaled = new.shape != old.shape or (signs[0] is None) != (signs[1] is None)
     for axes in (weight.out_axes, weight.in_axes) if not scaled else ():
         scaled |= _is_rescaled(new, old, step, axes)
     if scaled:
         raise ValueError(
-            f"jaxmet.{caller}: {name!r} of the reference is scaled in another way, so the "
-            "two models cannot be compared node by node. Pass the tree from right before "
+            f"jaxmet.{caller}: {name!r} of the reference is scaled or rotated in another way, so "
+            "the two models cannot be compared node by node. Pass the tree from right before "
             "rounding: folded and equalized like this one."
         )
 

@@ -9,6 +9,7 @@ learned_ranges     ranges that are trained, and stay valid after any step
 rounding/          which way each weight is rounded: AdaRound, GPTQ, descent over integers
 norm               the gain of a norm with stored statistics, and how it moves
 scaling            scales that move range from one layer to the next
+hadamard           rotations that spread outliers over all channels
 smoothing          scales that move the range of activations into weights
 rounding_noise     channel scales that keep the noise of rounding small beside the signal
 moments            mean, variance and range: measured, merged, and through activations

@@ -12,7 +12,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.run.replay import Run
 from jaxmet.layers.collect import collect
 from jaxmet.layers.observed_ranges import entries_of, merge_rows
-from jaxmet.layers.placement.scaled_inputs import scaled_inputs
+from jaxmet.layers.placement.transformed_inputs import transformed_inputs
 from jaxmet.numerics.histogram import merge_all, tally
 from jaxmet.tree.batches import Batches
 from jaxmet.tree.named_leaves import named_leaves
@@ -38,7 +38,7 @@ def activations(
 
     Of what layers divide, those of what enters the first of these layers: what is quantized.
     """
-    scaled = scaled_inputs(graph, named_leaves(params))
+    scaled = transformed_inputs(graph, named_leaves(params))
     at = {n: next((x for x in scaled.get(n, ()) if x != n), n) for n in names}
     seen = collect(
         graph,

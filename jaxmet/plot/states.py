@@ -136,7 +136,8 @@ def _stated(node: Node, leaves: Mapping[str, Any]) -> list[str]:
     bounded = leaf.lower is not None or leaf.upper is not None
     entries = ["bounds by channel"] if bounded else []
     entries += ["padding by channel"] if leaf.input_offset is not None else []
-    return entries + (["inputs divided"] if leaf.input_scale is not None else [])
+    entries += ["inputs divided"] if leaf.input_scale is not None else []
+    return entries + (["inputs rotated"] if leaf.input_signs is not None else [])
 
 
 def _kept(leaf: Any) -> np.ndarray:

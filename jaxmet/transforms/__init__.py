@@ -4,6 +4,7 @@
 
 fold/             batch norms into the products beside them
 equalize/         cross-layer equalization
+rotate            outliers of what dense layers read, spread by Hadamard transforms
 smooth/           the range of activations into weights, across attention too
 absorb_bias       high biases into the layer after a rectifier
 calibrate         quantizers, with ranges from data or norms

@@ -31,7 +31,7 @@ from jaxmet.layers.eligibility import (
     why_shared,
 )
 from jaxmet.layers.layer import by_channel
-from jaxmet.layers.leaf_math import shifted
+from jaxmet.layers.leaf_math import as_entered, shifted
 from jaxmet.layers.moments import MomentNetwork
 from jaxmet.layers.once import run_once
 from jaxmet.numerics import xp
@@ -39,7 +39,7 @@ from jaxmet.numerics.absorb import absorbed, shift_after
 from jaxmet.numerics.moments import Moments
 from jaxmet.numerics.xp import Array
 from jaxmet.tree.checks import check_flags, is_concrete
-from jaxmet.tree.leaves import Compressed, input_scale_of, is_compressed
+from jaxmet.tree.leaves import Compressed, is_compressed
 from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.table import Table
 from jaxmet.tree.types import P
@@ -374,9 +374,7 @@ def _take(
     leaf = work[consumer.parameter]
     weight = by_channel(consumer.product, leaf)
     lost = spread(consumer.inputs, vectors).astype(weight.dtype)
-    scale = input_scale_of(leaf)
-    read = lost if scale is None else lost / scale.reshape(-1).astype(lost.dtype)
-    worth = shift_after(weight, read)
+    worth = shift_after(weight, as_entered(leaf, lost))
     work[consumer.place] = shifted(work[consumer.place], consumer.sign * worth)
     if consumer.pads:
         leaf = _as_compressed(leaf)

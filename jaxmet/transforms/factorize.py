@@ -32,7 +32,7 @@ from jaxmet.transforms.factors import (
 )
 from jaxmet.tree.batches import as_batches, check_batch_functions
 from jaxmet.tree.checks import check_choices, check_concrete, check_counts, check_flags
-from jaxmet.tree.leaves import Compressed, dense, is_compressed
+from jaxmet.tree.leaves import OF_INPUTS, Compressed, dense, is_compressed
 from jaxmet.tree.named_leaves import replace_leaves
 from jaxmet.tree.structures import LowRank
 from jaxmet.tree.table import Table
@@ -354,10 +354,9 @@ def _factors(
 def _leaf(leaf: Any, first: Any, second: Any, between: Any, shape: Shape) -> Compressed:
     """The factors with what the leaf stated, each part of it where it belongs."""
     if is_compressed(leaf):
-        if not (leaf.input_offset is leaf.input_scale is None):
-            first = Compressed(
-                first, input_offset=leaf.input_offset, input_scale=leaf.input_scale
-            )
+        of_inputs = {name: leaf.stated().get(name) for name in OF_INPUTS}
+        if any(stated is not None for stated in of_inputs.values()):
+            first = Compressed(first, **of_inputs)
         if not (leaf.lower is leaf.upper is between is None):
             second = Compressed(
                 second, lower=leaf.lower, upper=leaf.upper, input_offset=between

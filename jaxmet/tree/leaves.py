@@ -22,6 +22,9 @@ from jaxmet.tree.structures import (
 )
 from jaxmet.tree.table import Table
 
+OF_INPUTS = ("input_offset", "input_scale", "input_signs")
+"""The fields of a leaf that are about what its layer reads."""
+
 HELD = (*STRUCTURES, Quantized)
 """What may stand in place of an array in a leaf."""
 
@@ -50,7 +53,9 @@ class Compressed:
     bound, channel by channel, the activation that follows the layer; `input_offset` is
     what the padding before a convolution holds instead of zero, a number an input channel.
     What a dense layer reads is divided by `input_scale`, and its weight was multiplied by it:
-    the function is the same, and a quantizer of the input quantizes what was divided.
+    the function is the same, and a quantizer of the input quantizes what was divided. With
+    `input_signs` it then goes through a Hadamard transform with these signs, which the weight
+    undoes.
     Beside a structure nothing else is stated: its parts are leaves and state their own.
     Nothing is checked on construction, since tree functions put arbitrary objects into
     leaves.
@@ -64,6 +69,8 @@ class Compressed:
             default None: zero.
         input_scale: what the input of a dense layer is divided by, a number for each of its
             channels, with the rank of the weight and size 1 along outputs; default None: 1.
+        input_signs: the signs, ±1 of the same form, of the Hadamard transform that the input of
+            a dense layer goes through; of a loop's layers the same. Default None: no transform.
 
     >>> params = jm.equalize(params, graph)
     >>> logits = jm.lift(model.apply)(params, images)
@@ -74,6 +81,7 @@ class Compressed:
     upper: Any = None
     input_offset: Any = None
     input_scale: Any = None
+    input_signs: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,7 +153,7 @@ for _name in (*_BINARY.split(), *(f"r{n}" for n in _BINARY.split()), *_OTHER.spl
 
 jax.tree_util.register_dataclass(
     Compressed,
-    data_fields=["weight", "lower", "upper", "input_offset", "input_scale"],
+    data_fields=[f.name for f in dataclasses.fields(Compressed)],
     meta_fields=[],
 )
 
@@ -208,6 +216,11 @@ def as_before(new: np.ndarray, old: Any) -> jax.Array:
 def input_scale_of(leaf: Any) -> Any:
     """What the input of a layer with this weight is divided by, None where it is not."""
     return leaf.input_scale if is_compressed(leaf) else None
+
+
+def input_signs_of(leaf: Any) -> Any:
+    """The signs of the rotation of what this weight reads, None where it is not rotated."""
+    return leaf.input_signs if is_compressed(leaf) else None
 
 
 def with_weight(leaf: Any, array: Any) -> Any:

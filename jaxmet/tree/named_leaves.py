@@ -18,6 +18,7 @@ from jaxmet.tree.globs import suggestion
 from jaxmet.tree.leaves import (
     as_before,
     dense,
+    input_signs_of,
     is_compressed,
     is_quantized,
     is_stated,
@@ -191,10 +192,11 @@ def stored_forms(params: Any) -> dict[str, Form]:
 
 
 def stored_form(leaf: Any) -> Form:
-    """The shape of a leaf, or the form of the structure that it holds."""
+    """The shape of a leaf, or the form of what it holds in place of plain rows."""
     weight = leaf.weight if is_compressed(leaf) else leaf
     if not is_structured(leaf):
-        return tuple(getattr(weight, "shape", ()))
+        shape = tuple(getattr(weight, "shape", ()))
+        return shape if input_signs_of(leaf) is None else ("Rotated", shape)
     fields = ((f.name, getattr(weight, f.name)) for f in dataclasses.fields(weight))
     return (
         type(weight).__name__,
@@ -203,7 +205,7 @@ def stored_form(leaf: Any) -> Form:
 
 
 def is_structure(form: Form | None) -> bool:
-    """Whether a form is that of a factorized or pruned parameter."""
+    """Whether a form is that of a factorized, pruned or rotated parameter."""
     return bool(form) and isinstance(form[0], str)
 
 

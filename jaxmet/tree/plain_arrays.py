@@ -5,8 +5,15 @@ from typing import Any
 
 import jax
 
+from jaxmet.numerics.hadamard import rotated
 from jaxmet.numerics.precision import wide
-from jaxmet.tree.leaves import dense, input_scale_of, is_compressed, is_structured
+from jaxmet.tree.leaves import (
+    dense,
+    input_scale_of,
+    input_signs_of,
+    is_compressed,
+    is_structured,
+)
 from jaxmet.tree.named_leaves import path_name
 from jaxmet.tree.structures import LowRank, Pruned, multiplied, parts_of, scattered
 from jaxmet.tree.types import P
@@ -69,27 +76,33 @@ def _plain(params: Any, caller: str, of: Callable[..., Any]) -> Any:
     def plain(path: tuple[Any, ...], leaf: Any) -> Any:
         if not is_compressed(leaf):
             return leaf
-        if more := sorted(set(leaf.stated()) - {"weight", "input_scale"}):
+        if more := sorted(
+            set(leaf.stated()) - {"weight", "input_scale", "input_signs"}
+        ):
             raise ValueError(
                 f"jaxmet.{caller}: {path_name(path, params)!r} states "
                 f"{' and '.join(more)}, which no plain array can hold. Keep the leaf "
                 "and run the model through jm.lift(apply)."
             )
         if not is_structured(leaf):
-            return _unscaled(leaf)
+            return _as_given(leaf)
         parts = {k: plain(path, part) for k, part in parts_of(leaf.weight).items()}
         return of(leaf.weight, parts)
 
     return jax.tree_util.tree_map_with_path(plain, params, is_leaf=is_compressed)
 
 
-def _unscaled(leaf: Any) -> Any:
-    """The weight of inputs that nothing divides."""
-    array, scale = dense(leaf), input_scale_of(leaf)
-    if scale is None:
-        return array
-    dtype = wide(array.dtype, scale.dtype)
-    return (array.astype(dtype) / scale.astype(dtype)).astype(array.dtype)
+def _as_given(leaf: Any) -> Any:
+    """The weight of inputs that nothing divides or rotates."""
+    array, scale, signs = dense(leaf), input_scale_of(leaf), input_signs_of(leaf)
+    dtype, found = array.dtype, array
+    if signs is not None:
+        found = found.astype(wide(dtype))
+        found = rotated(found, signs.astype(found.dtype), inverse=True)
+    if scale is not None:
+        of = wide(dtype, scale.dtype)
+        found = found.astype(of) / scale.astype(of)
+    return found.astype(dtype)
 
 
 def _whole(structure: LowRank | Pruned, parts: dict[str, Any]) -> Any:

@@ -260,6 +260,7 @@ def usual(graph, q, table):
         "rebuild": {"params": PARAMS},
         "reestimate_batch_norm": on | data,
         "report": on | {"path": "report.html"},
+        "rotate": on,
         "round_weights": {"params": PARAMS, "quantizers": q},
         "save": {"path": "absent.npz", "params": PARAMS},
         "score_ratios": on | data | {"score": score},

@@ -73,6 +73,7 @@ STEPS = {
     ),
     "equalize": lambda p, g, q, b: jm.equalize(p, g, batches=b, **quiet),
     "smooth": lambda p, g, q, b: jm.smooth(p, g, b, **quiet),
+    "rotate": lambda p, g, q, b: jm.rotate(p, g),
     "factorize": lambda p, g, q, b: jm.factorize(p, g, ratios=0.5, batches=b, **quiet),
     "prune": lambda p, g, q, b: jm.prune(p, g, 0.5, batches=b, **quiet),
     "score_ratios": lambda p, g, q, b: jm.score_ratios(

@@ -1,5 +1,6 @@
 """One table of transforms against one set of laws; what does not hold is excused by name."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +56,11 @@ def absorbed(params, graph, batches):
 
 def smoothed(params, graph, batches, **options):
     return jm.smooth(params, graph, batches, progress=False, **options)
+
+
+def turned(params, graph, batches):
+    del batches
+    return jm.rotate(params, graph)
 
 
 def reestimated(params, graph, batches):
@@ -122,6 +128,14 @@ TRANSFORMS = (
         functools.partial(smoothed, input_scales=True, alpha="noise"),
         {
             "plain tree": "weights state what their inputs are divided by",
+        },
+        acts_on=("transformer",),
+    ),
+    Transform(
+        "rotate",
+        turned,
+        {
+            "plain tree": "weights state that their inputs are rotated",
         },
         acts_on=("transformer",),
     ),
@@ -294,7 +308,9 @@ def names_kept(transform, model, frontend):
     apply, _, inputs, graph = subject(model, frontend)
     again = jm.trace(apply, result(transform, model, frontend), *inputs)
     assert [n.name for n in again.nodes] == [n.name for n in graph.nodes]
-    assert [n.weight for n in again.layers] == [n.weight for n in graph.layers]
+    # The one thing that a leaf may say of how its layer reads it.
+    weights = [dataclasses.replace(n.weight, rotated=False) for n in again.layers]
+    assert weights == [n.weight for n in graph.layers]
 
 
 @law

@@ -226,6 +226,7 @@ CASES = [
     Case("noise of scales", lambda p, g, x: jm.equalize(p, g, batches=[x], **quiet)),
     Case("smooth", lambda p, g, x: jm.smooth(p, g, [x], with_report=True, **quiet)),
     Case("input scales", input_scales),
+    Case("rotate", lambda p, g, x: jm.rotate(p, g, with_report=True)),
     Case("absorb", lambda p, g, x: jm.absorb_bias(p, g, n_sigma=0.0, with_report=True)),
     Case("calibrate", coarse),
     Case("plan", lambda p, g, x: jm.plan(p, g)),
@@ -314,7 +315,7 @@ def test_every_function_asks_for_the_graph_of_its_tree(case):
 
 COVERED = """
     absorb_bias adaround calibrate compare correct_bias cost equalize factorize
-    fold_batch_norm noise optimizer_labels plan prune quantize reestimate_batch_norm report
+    fold_batch_norm noise optimizer_labels plan prune quantize reestimate_batch_norm report rotate
     score_ratios search_scales sensitivity smooth plot.graph plot.histograms
 """.split()
 OTHERS = """

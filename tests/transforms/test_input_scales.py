@@ -387,7 +387,7 @@ def test_a_scale_that_the_model_has_no_place_for_is_refused():
         return dense(p["down"], x) + p["down"]["w"][0][None, None]
 
     with pytest.raises(
-        ValueError, match=r"'layer0/down/w' states a scale of the inputs"
+        ValueError, match=r"'layer0/down/w' states what is done to the inputs"
     ):
         jm.lift(twice)(new, x)
     other = {"down": {**params["layer0"]["q"], "w": new["layer1"]["q"]["w"]}}

@@ -192,6 +192,8 @@ class _ChannelFinder:
             self.freeze((*operand.axes, *inputs, *cluster.exit.axes), why)
             return
         assert weight.name is not None
+        if weight.why_mixed is not None:  # no single channel has a row of it
+            self.freeze(inputs, f"{node.name}: {weight.why_mixed}")
         labels = self.analysis.leaf_atoms[weight.name]
         for axis in weight.out_axes:
             self.add(weight.name, axis, "out", labels[axis], node.name)

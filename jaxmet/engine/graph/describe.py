@@ -43,6 +43,7 @@ from jaxmet.engine.program.program import (
     Region,
     Value,
 )
+from jaxmet.tree.leaves import input_signs_of
 
 
 def describe(analysis: Analysis) -> dict[Cluster, Node]:
@@ -72,7 +73,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             features=_features(cluster),
             details=_details(cluster, shared, named, norms),
         )
-    nodes = _with_ties(nodes, shared)
+    nodes = _with_rotations(analysis, _with_ties(nodes, shared))
     for cluster, producer in _carriers(nodes).items():
         clip = nodes[cluster]
         assert clip.activation is not None
@@ -217,6 +218,27 @@ def _with_ties(
         weight = dataclasses.replace(spec.weight, tied=spec.weight.name in tied)
         details = dataclasses.replace(spec, weight=weight, tied_bias=bias)
         return dataclasses.replace(node, details=details)
+
+    return {cluster: completed(node) for cluster, node in nodes.items()}
+
+
+def _with_rotations(
+    analysis: Analysis, nodes: dict[Cluster, Node]
+) -> dict[Cluster, Node]:
+    """The nodes, with `rotated` set where the leaf of a weight says so."""
+    leaves = zip(analysis.call.names, analysis.call.leaves, strict=True)
+    rotated = {name for name, leaf in leaves if input_signs_of(leaf) is not None}
+    if not rotated:
+        return nodes
+
+    def completed(node: Node) -> Node:
+        spec = node.layer
+        if spec is None or spec.weight.name not in rotated:
+            return node
+        weight = dataclasses.replace(spec.weight, rotated=True)
+        return dataclasses.replace(
+            node, details=dataclasses.replace(spec, weight=weight)
+        )
 
     return {cluster: completed(node) for cluster, node in nodes.items()}
 

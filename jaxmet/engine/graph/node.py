@@ -36,7 +36,8 @@ class Weight:
     Axes are those of the parameter itself, before the `moves`. `name` is None for a
     weight that is computed from several `parameters`. `stacked`: a loop slices axis 0.
     `shared`: something else reads it too; `tied`: these are lookups, and products that read
-    it in the same way, so that it can be changed for all of them.
+    it in the same way, so that it can be changed for all of them. `rotated`: its leaf says that
+    what the layer reads goes through a Hadamard transform first.
     """
 
     name: str | None
@@ -49,6 +50,12 @@ class Weight:
     in_axes: tuple[int, ...] = ()
     window_axes: tuple[int, ...] = ()
     operand: int = 1
+    rotated: bool = False
+
+    @property
+    def why_mixed(self) -> str | None:
+        """Why its rows are not those of the channels that the layer reads."""
+        return "its inputs are rotated" if self.rotated else None
 
     @property
     def views(self) -> tuple[str, ...]:

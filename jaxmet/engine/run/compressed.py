@@ -1,10 +1,11 @@
 """What `Compressed` leaves state about the equations around them.
 
 Bounds of the clip after a product, channel by channel, what the padding of a convolution
-holds instead of zero, where its inputs lost a constant, and what the input of a dense layer is
-divided by.
+holds instead of zero, where its inputs lost a constant, and how the input of a dense layer is
+divided and rotated.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from jax import lax
 
 from jaxmet.engine.axes.views import moved
 from jaxmet.engine.graph.node import Node
-from jaxmet.tree.leaves import input_scale_of, is_compressed
+from jaxmet.numerics.hadamard import hadamard
+from jaxmet.numerics.precision import wide
+from jaxmet.tree.leaves import input_scale_of, input_signs_of, is_compressed
 
 
 def bounds_of(
@@ -88,57 +91,104 @@ def offsets_of(nodes: Iterable[Node], leaves: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-class InputScale(NamedTuple):
-    """A scale in the shape of a weight, as the equation of a layer reads it.
+class InputTransform(NamedTuple):
+    """What a dense layer reads is divided by `scale` and rotated with `signs`.
 
-    Of a loop's layers, with their axis before those. Layers whose leaves hold the same array
+    Both in the shape of the weight as the equation of the layer reads it, those of a loop's
+    layers with their axis before; None where nothing is done. `order` is the number of each
+    input as the leaf stores them, in the same shape. Layers whose leaves hold the same arrays
     have one `key`.
     """
 
-    values: Any
+    scale: Any
+    signs: Any
+    order: np.ndarray
     key: tuple[Any, ...]
 
 
-def scales_of(
+def input_transforms(
     nodes: Iterable[Node], leaves: Mapping[str, Any]
-) -> dict[str, InputScale]:
-    """The input scales that compressed leaves state, by the dense layer that reads them."""
-    stated = {n: x for n, x in leaves.items() if input_scale_of(x) is not None}
+) -> dict[str, InputTransform]:
+    """What compressed leaves state of the inputs of dense layers, by the layer."""
+    stated = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if input_scale_of(leaf) is not None or input_signs_of(leaf) is not None
+    }
     if not stated:
         return {}
     layers, found = _layers_of(stated, nodes), {}
     for name, leaf in stated.items():
-        mine, scale = layers[name], leaf.input_scale
-        numbers = np if isinstance(scale, np.ndarray) else jnp
-        read = None
-        if len(mine) == 1 and mine[0].dot is not None and not mine[0].shared:
-            assert mine[0].weight is not None
-            scale = numbers.broadcast_to(scale, leaf.shape)
-            read = moved(scale, mine[0].weight.moves)
-        if read is None or read[1] > 1:
+        mine = layers[name]
+        fields = leaf.input_scale, leaf.input_signs
+        one = len(mine) == 1 and mine[0].dot is not None and not mine[0].shared
+        read = [_as_read(mine[0], x, leaf.shape) if one else None for x in fields]
+        order = _as_read(mine[0], _numbered(leaf), leaf.shape) if one else None
+        if order is None:
             raise ValueError(
-                f"jaxmet.lift: parameter {name!r} states a scale of the inputs of its layer, but "
-                "in this model it is not the weight of one dense layer. Run the model that the "
-                "tree was made for."
+                f"jaxmet.lift: parameter {name!r} states what is done to the inputs of its layer, "
+                "but in this model it is not the weight of one dense layer. Run the model that "
+                "the tree was made for."
             )
-        key = id(leaf.input_scale), mine[0].dot, mine[0].weight and mine[0].weight.moves
-        found[mine[0].name] = InputScale(read[0], key)
+        moves = mine[0].weight and mine[0].weight.moves
+        key = *map(id, fields), mine[0].dot, moves
+        found[mine[0].name] = InputTransform(read[0], read[1], order, key)
     return found
 
 
-def divided(node: Node, x: Any, of: InputScale, iteration: Sequence[Any]) -> Any:
-    """What a dense layer reads, over its input scale; in a loop, that of this turn."""
+def _as_read(node: Node, stated: Any, shape: tuple[int, ...]) -> Any:
+    """What a leaf states of its inputs as the equation reads the weight, if it does."""
+    if stated is None or node.weight is None:
+        return None
+    numbers = np if isinstance(stated, np.ndarray) else jnp
+    read = moved(numbers.broadcast_to(stated, shape), node.weight.moves)
+    return None if read is None or read[1] > 1 else read[0]
+
+
+def _numbered(leaf: Any) -> np.ndarray:
+    """The number of each input of a leaf, along the axes that its signs or scale run along."""
+    signs, scale = leaf.input_signs, leaf.input_scale
+    shape = signs.shape if signs is not None else scale.shape
+    return np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+
+
+def transformed(
+    node: Node, x: Any, of: InputTransform, iteration: Sequence[Any]
+) -> Any:
+    """What a dense layer reads, divided and rotated; in a loop, as in this turn."""
     assert node.dot is not None and node.weight is not None
-    scale = of.values
-    if node.weight.stacked:
-        scale = scale[iteration[-1]]
     pairs = sorted(node.dot.summed)  # by the axes of the data
     along = sorted(weight for _, weight in pairs)
-    scale = scale[tuple(slice(None) if i in along else 0 for i in range(scale.ndim))]
-    scale = scale.transpose([along.index(weight) for _, weight in pairs])
-    data = {axis for axis, _ in pairs}
-    inverse = (1 / lax.stop_gradient(jnp.asarray(scale))).astype(x.dtype)
-    return x * inverse.reshape([n if i in data else 1 for i, n in enumerate(x.shape)])
+    stacked = node.weight.stacked
+
+    def inputs(values: Any, turn: Any) -> Any:
+        """One number for each input, in the order of the axes of the data."""
+        values = values[turn] if stacked else values
+        values = values[
+            tuple(slice(None) if i in along else 0 for i in range(values.ndim))
+        ]
+        return values.transpose([along.index(weight) for _, weight in pairs])
+
+    data = [axis for axis, _ in pairs]
+    if of.scale is not None:
+        scale = inputs(of.scale, iteration[-1] if stacked else None)
+        inverse = (1 / lax.stop_gradient(jnp.asarray(scale))).astype(x.dtype)
+        here = [n if i in data else 1 for i, n in enumerate(x.shape)]
+        x = x * inverse.reshape(here)
+    if of.signs is None:
+        return x
+    # The leaf has one row of signs for all turns, and its inputs in an order of its own.
+    order = np.argsort(inputs(of.order, 0).reshape(-1))
+    signs = lax.stop_gradient(jnp.asarray(inputs(of.signs, 0))).reshape(-1)
+    last = range(x.ndim - len(data), x.ndim)
+    x = jnp.moveaxis(x, data, last)
+    shape, identity = x.shape, np.arange(order.size)
+    rows = x.reshape(*shape[: -len(data)], -1).astype(wide(x.dtype))
+    rows = rows * signs.astype(rows.dtype).reshape((1,) * (rows.ndim - 1) + (-1,))
+    alike = np.array_equal(order, identity)
+    rows = hadamard(rows if alike else rows[..., order])
+    rows = rows if alike else rows[..., np.argsort(order)]
+    return jnp.moveaxis(rows.reshape(shape).astype(x.dtype), last, data)
 
 
 def padded(params: dict[str, Any], x: Any, offset: Any) -> tuple[dict[str, Any], Any]:

@@ -14,7 +14,7 @@ from jaxmet.engine.nodes.cluster import Cluster
 from jaxmet.engine.program import compat
 from jaxmet.engine.program.program import Equation, Region, Value
 from jaxmet.engine.run.bodies import REGIONS
-from jaxmet.engine.run.compressed import InputScale, clip, divided, padded
+from jaxmet.engine.run.compressed import InputTransform, clip, padded, transformed
 
 Statistics = dict[str, Any]
 Environment = dict[Value, Any]
@@ -54,8 +54,8 @@ class Machine:
     iteration: tuple[Any, ...] = ()
     statistics: Statistics = dataclasses.field(default_factory=dict)
     offsets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    scales: Mapping[str, InputScale] = dataclasses.field(default_factory=dict)
-    quotients: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    transforms: Mapping[str, InputTransform] = dataclasses.field(default_factory=dict)
+    entered: dict[Any, Any] = dataclasses.field(default_factory=dict)
     masks: TokenMasks | None = None
     batch: Any = None
 
@@ -117,8 +117,8 @@ class Machine:
             return self.read(inside, cluster.exit)
 
         operands = tuple(self.read(environment, v) for v in cluster.operands)
-        if node.name in self.scales:
-            operands = (self.divided(cluster, operands[0]), *operands[1:])
+        if node.name in self.transforms:
+            operands = (self.transformed(cluster, operands[0]), *operands[1:])
         run = Run(compute, self.iteration, batch=self.batch)
         if self.masks is not None:
             self.follow(cluster.equations, environment)
@@ -142,15 +142,15 @@ class Machine:
         if statistics is not None:
             self.statistics[node.name] = statistics
 
-    def divided(self, cluster: Cluster, x: Any) -> Any:
-        """What a dense layer reads over its input scale: once for all that have the same."""
+    def transformed(self, cluster: Cluster, x: Any) -> Any:
+        """What a dense layer reads, divided and rotated: once for all that do the same."""
         node = self.nodes[cluster]
-        scale = self.scales[node.name]
-        key = cluster.operands[0], scale.key
-        if key not in self.quotients:
+        found = self.transforms[node.name]
+        key = cluster.operands[0], found.key
+        if key not in self.entered:
             with jax.named_scope(node.name):
-                self.quotients[key] = divided(node, x, scale, self.iteration)
-        return self.quotients[key]
+                self.entered[key] = transformed(node, x, found, self.iteration)
+        return self.entered[key]
 
     def body(
         self, region: Region, operands: Sequence[Any], masks: Sequence[Kept] = ()
@@ -162,7 +162,7 @@ class Machine:
     def inner(
         self, region: Region, operands: Sequence[Any], masks: TokenMasks | None
     ) -> tuple[list, Statistics]:
-        inner = dataclasses.replace(self, statistics={}, quotients={}, masks=masks)
+        inner = dataclasses.replace(self, statistics={}, entered={}, masks=masks)
         environment: Environment = dict(zip(region.inputs, operands, strict=True))
         inner.run(region, environment)
         return [inner.read(environment, v) for v in region.outputs], inner.statistics

@@ -19,7 +19,7 @@ from jaxmet.engine.graph.node import Node
 from jaxmet.engine.program.calls import Apply
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.bodies import Counted as Counted
-from jaxmet.engine.run.compressed import bounds_of, offsets_of, scales_of
+from jaxmet.engine.run.compressed import bounds_of, input_transforms, offsets_of
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Run, Statistics
 from jaxmet.tree.batches import BatchInfo, inputs_of
 from jaxmet.tree.checks import check_callable, check_flags
@@ -56,7 +56,7 @@ def evaluate(apply: Apply, hook: Hook, *, cpu_formulations: bool = True) -> Call
     `cpu_formulations=False` keeps them as they are. `Compressed` leaves run
     as what they stand for, their bounds in place of the following clip's own, their offset
     in place of the zeros that a convolution pads with. A hook gets the input of a dense layer
-    divided by its leaf's input scale.
+    divided and rotated as its leaf says.
 
     Args:
         apply: the model, a pure function `apply(params, *inputs, **kwargs)`.
@@ -111,7 +111,7 @@ def _ran(
     leaves = dict(zip(analysis.call.names, analysis.call.leaves, strict=True))
     bounds = bounds_of(nodes.values(), leaves)
     offsets = offsets_of(nodes.values(), leaves)
-    scales = scales_of(nodes.values(), leaves)
+    transforms = input_transforms(nodes.values(), leaves)
     info = info or BatchInfo()
     machine = Machine(
         nodes,
@@ -119,7 +119,7 @@ def _ran(
         bounds,
         cpu_formulations,
         offsets=offsets,
-        scales=scales,
+        transforms=transforms,
         masks=None if info.mask is None else _masks(analysis, info.mask),
         batch=info.number,
     )

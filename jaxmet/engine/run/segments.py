@@ -16,7 +16,7 @@ from jaxmet.engine.program.calls import make_call
 from jaxmet.engine.program.program import Equation, Value
 from jaxmet.engine.pruned.expand import call_of
 from jaxmet.engine.run.bodies import turn_of
-from jaxmet.engine.run.compressed import bounds_of, offsets_of, scales_of
+from jaxmet.engine.run.compressed import bounds_of, input_transforms, offsets_of
 from jaxmet.engine.run.cut_program import CutProgram, carried_inside
 from jaxmet.engine.run.machine import Environment, Hook, Machine, Statistics
 from jaxmet.engine.run.replay import HOOK_CURE
@@ -269,7 +269,7 @@ class Segment:
             bounds,
             self.cpu_formulations,
             offsets=offsets,
-            scales=scales_of(plan.nodes.values(), leaves),
+            transforms=input_transforms(plan.nodes.values(), leaves),
         )
         values: Environment = _Aliased(plan)
         wanted = {v for s in self.steps for v in plan.read(s)} | {*self.live}

@@ -161,7 +161,8 @@ def _after(graph: Graph, node: Node, channels: tuple[Layout, ...]) -> FoldPlan:
         product = graph[name]
         if product.kind != "product":
             return FoldPlan(node, why=f"{name!r} after it is no product")
-        if why := _stiff(product):
+        mixed = product.weight and product.weight.why_mixed
+        if why := _stiff(product) or of(name, mixed):
             return FoldPlan(node, why=why)
         place = _place(graph, product, channels, product.kernel, "in")
         if place is None or not set(node.features) <= set(product.in_features):

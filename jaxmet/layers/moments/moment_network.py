@@ -19,6 +19,7 @@ from jaxmet.layers.eligibility import of, why_looped
 from jaxmet.layers.folds.norm_parameters import statistics_weight
 from jaxmet.layers.layer import by_channel
 from jaxmet.numerics import xp
+from jaxmet.numerics.hadamard import block_means, hadamard
 from jaxmet.numerics.moments import (
     N_SIGMA,
     Moments,
@@ -33,7 +34,7 @@ from jaxmet.numerics.moments import (
 )
 from jaxmet.numerics.precision import wide
 from jaxmet.numerics.xp import Array
-from jaxmet.tree.leaves import dense, input_scale_of, is_compressed
+from jaxmet.tree.leaves import dense, input_scale_of, input_signs_of, is_compressed
 
 KEEPING = (
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split",
@@ -176,13 +177,17 @@ class MomentNetwork:
         if found is None:
             raise UnreachedError(f"{node.name} reads channels that nothing ties")
         scale = self.input_scale(node)
-        if scale is None:
+        if scale is not None:
+            inverse = (1 / scale.reshape(-1)).astype(found.mean.dtype)
+            mean, variance, low, high = found
+            found = Moments(
+                mean * inverse, variance * inverse**2, low * inverse, high * inverse
+            )
+        signs = input_signs_of(self.leaves.get(node.kernel))
+        if signs is None:
             return found
-        inverse = (1 / scale.reshape(-1)).astype(found.mean.dtype)
-        mean, variance, low, high = found
-        return Moments(
-            mean * inverse, variance * inverse**2, low * inverse, high * inverse
-        )
+        mean = found.mean * xp.asarray(signs).reshape(-1).astype(found.mean.dtype)
+        return normal(hadamard(mean), block_means(found.variance), self.n_sigma)
 
     def input_scale(self, node: Node) -> Array | None:
         """What a product's inputs are divided by."""

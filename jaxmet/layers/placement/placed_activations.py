@@ -16,7 +16,6 @@ from jaxmet.layers.placement.residual_streams import (
     is_data_norm,
 )
 from jaxmet.layers.placement.rule_targets import says_float
-from jaxmet.layers.placement.scaled_inputs import DIVIDED
 from jaxmet.layers.placement.target_rules import (
     KEEPS_GRID,
     MOVES,
@@ -26,6 +25,7 @@ from jaxmet.layers.placement.target_rules import (
     keeps_grid,
     operation_of,
 )
+from jaxmet.layers.placement.transformed_inputs import TRANSFORMED
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.config_fields import Settings
 from jaxmet.tree.targets.target import UNSTATED, Target
@@ -58,7 +58,7 @@ def placed_activations(
         elif node.name in streams or norm:
             floats[node.name] = STREAM if node.name in streams else UNREAD
         if node.name in scaled:
-            floats[node.name] = DIVIDED
+            floats[node.name] = TRANSFORMED
         if node.in_float is not None:
             left[node.name] = node.in_float
         elif node.name not in graph.selected:
@@ -76,7 +76,7 @@ def placed_activations(
         del activations[name]
     entered = entering(graph, floats.keys() & read, activations)
     for name in (scaled & activations.keys()) - entered:
-        left[name] = DIVIDED  # a grid of the value itself is none of what enters
+        left[name] = TRANSFORMED  # a grid of the value itself is none of what enters
         del activations[name]
     return activations, entering(graph, entered, activations)
 

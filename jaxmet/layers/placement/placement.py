@@ -35,13 +35,13 @@ from jaxmet.layers.placement.rule_targets import (
     check_int32,
     check_rules,
 )
-from jaxmet.layers.placement.scaled_inputs import scaled_inputs
 from jaxmet.layers.placement.target_rules import (
     fixed_ranges,
     operation_of,
     requantized_products,
     target_notes,
 )
+from jaxmet.layers.placement.transformed_inputs import transformed_inputs
 from jaxmet.tree.config import QuantConfig
 from jaxmet.tree.config_fields import FIELDS, Settings
 
@@ -101,7 +101,7 @@ def place(
     wanted -= {n for n in wanted if operation_of(graph[n]) in device.no_output}
     wanted -= inside_rotations(graph)
     streams = residual_streams(graph)
-    scaled = scaled_inputs(graph, leaves)
+    scaled = transformed_inputs(graph, leaves)
     activations, entered = placed_activations(
         graph, config, wanted, streams, scaled.keys(), left
     )

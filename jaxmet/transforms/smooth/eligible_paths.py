@@ -13,11 +13,10 @@ from jaxmet.layers.eligibility import (
     check_floats,
     check_named,
     of,
-    why_looped,
     why_outside,
     why_shared,
 )
-from jaxmet.layers.layer import WeightMatrix
+from jaxmet.layers.transformed_layers import why_in_loop, why_layer
 from jaxmet.tree.leaves import dense
 
 
@@ -54,7 +53,7 @@ def _why_source(
             return DERIVED_BIAS
     elif node.norm.over != "data":
         return node.norm.why_kept()
-    whys = (why_shared(node), _why_in_loop(node))
+    whys = (why_shared(node), why_in_loop(node))
     if (why := next(filter(None, whys), None)) is not None:
         return why
     for name, places in vectors(node, source):
@@ -64,28 +63,6 @@ def _why_source(
         if size != len(places) * (node.layers or 1):
             return f"{name!r} is not one number for each channel of a layer"
     return None
-
-
-def why_layer(graph: Graph, node: Node, leaves: Mapping[str, Any]) -> str | None:
-    """Why the weight of a product cannot be scaled along inputs or outputs."""
-    whys = (node.why_kept(stacked=True), why_shared(node), _why_in_loop(node))
-    if (why := next(filter(None, whys), None)) is not None:
-        return why
-    if node.dot is None or node.dot.batched:
-        return "no dense layer on its channels"
-    if node.kernel not in leaves:
-        return None  # refused later, with the cure
-    matrix = WeightMatrix.of(node, leaves[node.kernel])
-    if matrix is None:
-        return "it reads a part of its weight"
-    same = matrix.sizes[0] == (node.layers or 1)
-    return None if same else "its weight is not stacked by its loop alone"
-
-
-def _why_in_loop(node: Node) -> str | None:
-    """Why the layers of a loop have no scales of their own."""
-    stacked = node.loops == ("scan",) and node.layers is not None
-    return None if stacked else why_looped(node)
 
 
 def vectors(node: Node, source: ScaleSource) -> Iterator[tuple[str, tuple[int, ...]]]:
