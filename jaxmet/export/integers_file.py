@@ -38,10 +38,15 @@ def integers(
     'L/input1_scale', 'L/output_scale'. Vectors go along the output channels. With these
     $q_y = \mathrm{clip}(\mathrm{round}(m\,(\sum (q_x - z_x)\,q_w + b)) + z_y)$, ties to
     even, is the layer, and gives the bits of `jm.lift(apply, quantizers)`.
+    A layer whose result is in float (before a GELU, say) has no multiplier, bounds and output
+    scale: it is $s_x s_w\,(\sum (q_x - z_x)\,q_w + b)$.
 
     The text 'operations' is JSON: a list in the order in which they run, each with its
     layer, operation, what it reads and whose grid the result is on, strides, padding,
     dilation, groups and layout, and why it is in float where it is.
+    It holds what computes and max pools. Layout operations (reshape, transpose, slice, pad),
+    other maxima and minima and float functions that it does not name are not listed, and code
+    of your own takes them from the model.
 
     Jacob et al., [Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference](https://arxiv.org/abs/1712.05877), CVPR 2018.
@@ -155,6 +160,8 @@ def _arrays(step: IntegerStep) -> dict[str, np.ndarray]:
         found[f"{what}_zero_point"] = np.asarray(x.zero_point) + x.offset
     if origin.bias is not None:
         found["bias"] = origin.bias
+    if isinstance(value, Total) and value.rest is not None:
+        found["float_bias"] = value.rest
     if step.result is not None and value is not None:
         y = step.result
         found["output_scale"] = y.scale
@@ -165,8 +172,6 @@ def _arrays(step: IntegerStep) -> dict[str, np.ndarray]:
         if isinstance(value, Total):
             below = np.asarray(y.scale) * np.float32(1) * value.divisor
             found["multiplier"] = np.asarray(value.scale) / below
-            if value.rest is not None:
-                found["float_bias"] = value.rest
     return {name: _plain(name, array) for name, array in found.items()}
 
 

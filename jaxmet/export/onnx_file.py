@@ -121,7 +121,7 @@ def lowered(
             packed=packed,
         )
     except Exception as error:
-        symbolic = ("Symbolic dimension", "_DimExpr")
+        symbolic = ("Symbolic dimension", "_DimExpr", "dim_as_value")
         if batch == "dynamic" and any(word in str(error) for word in symbolic):
             raise needs_batch_size(caller, error) from error
         raise

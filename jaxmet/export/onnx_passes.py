@@ -263,6 +263,9 @@ def _means(graph: OnnxGraph) -> None:
             continue
         order = [0, rank - 1, *range(1, rank - 1)]
         x = graph.insert(node, "Transpose", total.input[0], perm=order)
+        last = graph.add_constant(f"{x}_last", np.asarray([3], np.int64))
+        if rank == 3:  # OpenVINO's mean over one axis is wrong, and right over two
+            x = graph.insert(node, "Unsqueeze", x, last)
         mean = graph.insert(node, "GlobalAveragePool", x)
         quantize = graph.only_consumer(node.output[0])
         if quantize is not None and quantize.op_type == "QuantizeLinear":
@@ -271,6 +274,8 @@ def _means(graph: OnnxGraph) -> None:
             mean = graph.insert(node, "QuantizeLinear", mean, *grid)
             mean = graph.insert(node, "DequantizeLinear", mean, *grid)
         if attribute(total, "keepdims", 1):
+            if rank == 3:
+                mean = graph.insert(node, "Squeeze", mean, last)
             back = [0, *range(2, rank), 1]
             flat = graph.insert(node, "Transpose", mean, perm=back)
         else:

@@ -73,9 +73,9 @@ def _check_scale(
         scaled |= _is_rescaled(new, old, step, axes)
     if scaled:
         raise ValueError(
-            f"jaxmet.{caller}: {name!r} of the reference is scaled or rotated in another way, so "
-            "the two models cannot be compared node by node. Pass the tree from right before "
-            "rounding: folded and equalized like this one."
+            f"jaxmet.{caller}: {name!r} of the reference is scaled in another way, or "
+            "rotated, so the two models cannot be compared node by node. Pass the tree from right "
+            "before rounding: folded, equalized and rotated like this one."
         )
 
 

@@ -1,5 +1,6 @@
 """Integers of layers in a file, computed with NumPy alone; and the artefact of `jax.export`."""
 
+import json
 import re
 import subprocess
 import sys
@@ -135,3 +136,48 @@ def test_weights_that_the_model_lays_out_are_numbers(tmp_path):
         s_w, s_x = file["w/weight_scale"], file["w/input_scale"]
         bias = np.rint(np.asarray(params["b"], np.float64) / (s_w * s_x))
         assert np.max(np.abs(file["w/bias"] - bias)) <= 1
+
+
+def test_a_bias_is_in_the_file_where_the_result_is_in_float(tmp_path):
+    """Before a GELU nothing rounds the sums, and the bias is a part of them all the same."""
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    params = {"a": {"w": draw(8, 8), "b": draw(8)}, "h": {"w": draw(8, 3)}}
+
+    def apply(p, x):
+        return jax.nn.gelu(x @ p["a"]["w"] + p["a"]["b"][None]) @ p["h"]["w"]
+
+    x = draw(16, 8)
+    graph = jm.trace(apply, params, x)
+    config = jm.QuantConfig(bias="int32")
+    quantizers = jm.calibrate(params, graph, [x], config, **quiet)
+    path = tmp_path / "layers.npz"
+    table = jm.export.integers(path, apply, params, quantizers, x[:1])
+    assert "the result is in float" in table["note"]
+    with np.load(path) as file:
+        scale = file["a/input_scale"] * file["a/weight_scale"]
+        bias = np.rint(np.asarray(params["a"]["b"]) / scale)
+        np.testing.assert_array_equal(file["a/bias"], bias)
+        assert file["a/bias"].dtype == np.int32
+
+
+def test_max_pools_are_listed_with_their_windows(tmp_path):
+    rng = np.random.default_rng(0)
+    draw = lambda *n: jnp.asarray(rng.normal(size=n), jnp.float32)
+    params = {"a": draw(3, 4), "h": draw(4, 5)}
+
+    def apply(p, x):
+        x = nn.max_pool(jax.nn.relu(x @ p["a"]), (2, 3), strides=(2, 1))
+        return jnp.mean(x, (1, 2)) @ p["h"]
+
+    x = draw(2, 6, 6, 3)
+    graph = jm.trace(apply, params, x)
+    quantizers = jm.calibrate(params, graph, [x], **quiet)
+    path = tmp_path / "layers.npz"
+    table = jm.export.integers(path, apply, params, quantizers, x[:1])
+    assert table["operation"] == ["dot", "max pool", "sum", "dot"]
+    assert set(table["integers"]) == {"yes"} and set(table["note"]) == {None}
+    with np.load(path) as file:
+        pool = json.loads(str(file["operations"]))[1]
+    assert pool["window"] == [1, 2, 3, 1] and pool["strides"] == [1, 2, 1, 1]
+    assert pool["reads"] == [pool["result"]] == ["a/relu"]

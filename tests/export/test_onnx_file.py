@@ -208,6 +208,12 @@ def test_what_is_refused(tmp_path):
         ValueError, match=r"export\.onnx: the model cannot be exported for any batch"
     ):
         jm.export.onnx(free, counted, w, None, jnp.ones((2, 3)))
+
+    def centred(params, x):
+        return (x - x.mean(0, keepdims=True)) @ params["w"]
+
+    with pytest.raises(ValueError, match=r"any batch size .* Pass batch='fixed'"):
+        jm.export.onnx(free, centred, w, None, jnp.ones((2, 3)))
     assert not free.exists()
 
 

@@ -79,6 +79,13 @@ def tokens(p, x):
     return jax.nn.relu(scores @ x @ p["square"]) @ p["head"]
 
 
+def pooled_tokens(p, x):
+    """A mean of tokens that may be negative, as in a sentence encoder."""
+    y = conv(x, p["one"], p["one_bias"]).reshape(x.shape[0], -1, 8)
+    y = y[:, :4] @ p["square"] + p["two_bias"][None, None]
+    return jnp.mean(y, 1) @ p["head"]
+
+
 MODELS = {"concatenated": concatenated, "residual": residual}
 
 
@@ -96,7 +103,7 @@ def spread(p, x):
 
 
 OTHERS = {"relu after a grid": relu_after, "tokens": tokens, "repeat": repeated}
-OTHERS |= {"spread": spread}
+OTHERS |= {"spread": spread, "pooled tokens": pooled_tokens}
 
 
 def written(model, path, **fields):

@@ -245,6 +245,14 @@ def test_the_range_is_that_of_what_enters():
     np.testing.assert_allclose(q.scale, (read.max() - read.min()) / 255, rtol=1e-5)
 
 
+def test_a_reference_that_is_not_rotated_is_refused():
+    params, new, x, graph = made()
+    q = jm.calibrate(new, graph, [x], **QUIET)
+    assert len(jm.compare(new, graph, q, x)) > 0
+    with pytest.raises(ValueError, match="'down/w' of the reference .* or rotated"):
+        jm.compare(new, graph, q, x, reference=params)
+
+
 # Other transforms
 
 

@@ -32,6 +32,7 @@ COMPUTES = {
     "add": "add",
     "reduce_sum": "sum",
     "reduce_window_sum": "average pool",
+    "reduce_window_max": "max pool",
     "concatenate": "concat",
     "exp": "exp",
     "logistic": "logistic",
@@ -101,12 +102,21 @@ class IntegerProgram:
                 found = rule(equation, layer, values)
         if found is None:
             return self._in_float(equation, layer, values, self._why(equation, values))
-        return [self._noted(name, layer, found)]
+        return [self._noted(equation, layer, values, found)]
 
-    def _noted(self, name: str, layer: str, found: Held) -> Held:
+    def _noted(
+        self, equation: Any, layer: str, values: list[Held], found: Held
+    ) -> Held:
         """The value, listed if an operation has begun with it."""
+        name, params = equation.primitive.name, equation.params
         if name == "concatenate":
             self.steps.append(IntegerStep(layer, COMPUTES[name], None))
+        if name == "reduce_window_max" and isinstance(found, Integers):
+            (x,) = values
+            assert isinstance(x, Integers)
+            origin = Origin(layer, name, (x,), params)
+            step = IntegerStep(layer, COMPUTES[name], None, origin, result=found)
+            self.steps.append(step)
         origin = found.origin if isinstance(found, Total | Joint) else None
         if isinstance(found, Total | Joint) and origin is not None and origin.index < 0:
             origin = dataclasses.replace(origin, index=len(self.steps))
@@ -128,6 +138,15 @@ class IntegerProgram:
             new = {"origin": x.origin, "value": x, "result": found}
             self.steps[at] = dataclasses.replace(self.steps[at], **new)
         return found
+
+    def opened(self, value: Held) -> Floats:
+        """A value in float; of a sum that nothing rounds, its step has the bias by then."""
+        if isinstance(value, Total) and value.origin is not None:
+            at = value.origin.index
+            if self.steps[at].result is None:
+                new = {"origin": value.origin, "value": value}
+                self.steps[at] = dataclasses.replace(self.steps[at], **new)
+        return floats(value)
 
     def _why(self, equation: Any, values: list[Held]) -> str:
         """What is not on a grid, of an operation with a rule."""
@@ -155,7 +174,7 @@ class IntegerProgram:
             inexact = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact)
             if inexact:
                 self.steps.append(IntegerStep(layer, COMPUTES[name], why or "in float"))
-        held = [floats(v) for v in values]
+        held = [self.opened(v) for v in values]
         run = lambda: compat.bind(
             equation.primitive, equation.params, [v.array for v in held]
         )
@@ -178,4 +197,4 @@ def in_integers(
     program = IntegerProgram()
     values = [Floats(x, False, tuple(jnp.shape(x))) for x in inputs]
     results = program.run(closed, [*held, *values])
-    return [floats(v).array for v in results], program.steps
+    return [program.opened(v).array for v in results], program.steps
