@@ -58,9 +58,10 @@ def ptq(
     batch, says where its values count, as in `jm.calibrate`, in every step and in the ratios.
     Run the result with `jm.simulate(apply, quantizers)(params, …)`. The table has one row per step:
     the signal-to-noise ratio of the quantized outputs against the float ones over `batches`,
-    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. A correction of biases that loses more
-    than 0.1 dB is undone. `reference=(apply, params)`, or another tree of the same model, is what
-    counts as float there. Static keyword arguments (`train=False`) go to the model.
+    10·log10(Σ y² / Σ (y − ŷ)²) dB, and what the step did. Equalization or a correction of
+    biases that loses more than 0.1 dB is undone. `reference=(apply, params)`, or another tree of
+    the same model, is what counts as float there. Static keyword arguments (`train=False`) go to
+    the model.
 
     With `jax.ShapeDtypeStruct`s of the inputs in place of batches no data is needed: ranges,
     scales and mean errors come from the batch norms (data-free quantization), what they do not
@@ -152,8 +153,8 @@ def ptq(
 
     measure("as trained", params, f"{len(graph.layers)} layers quantized as they are")
     params, report = fold_batch_norm(params, graph, with_report=True)
-    measure("fold_batch_norm", params, _summary(report, "into"))
-    params, report = equalize(
+    quantizers = measure("fold_batch_norm", params, _summary(report, "into"))
+    equalized, report = equalize(
         params,
         graph,
         config=config,
@@ -162,7 +163,9 @@ def ptq(
         with_report=True,
         **options,
     )
-    quantizers = measure("equalize", params, _summary(report, "scale min"))
+    found = measure("equalize", equalized, _summary(report, "scale min"))
+    if not _undone(rows):
+        params, quantizers = equalized, found
     weights = None
     if rounds:
         params, weights, report = adaround(
@@ -193,14 +196,14 @@ def ptq(
 LOW, LOST = 10.0, 1.0
 """Below this ratio, and so far below an earlier step, in dB, a result is warned of."""
 TOLERATED = 0.1
-"""What the correction of biases may lose, in dB: chance may be as much."""
+"""What equalization and the correction of biases may lose, in dB: chance may be as much."""
 
 
 def _undone(rows: list[dict[str, Any]]) -> bool:
     """Whether the last step lost: its row then says so, with the ratio of the step before.
 
-    Mean errors of a layer are corrected for its own outputs, which is not always what the outputs
-    of the model need.
+    Scales are chosen by predicted errors, and mean errors of a layer are corrected for its own
+    outputs, which is not always what the outputs of the model need.
     """
     before, after = (row["SQNR (dB)"] for row in rows[-2:])
     if after is None or after >= before - TOLERATED:

@@ -278,6 +278,24 @@ def test_a_loss_that_stays_is_warned_of(case: tuple[Any, Any, list]) -> None:
         jm.ptq(apply, params, batches, reference=reference, **options)
 
 
+def test_equalization_that_loses_is_undone() -> None:
+    """A channel behind the mean is dead: its scale is free there, and ruins what is before."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(26, 4, 6)).astype(np.float32)
+    rng.normal(size=(26, 6, 6, 3))
+    drawn = {n: rng.normal(size=s) for n, s in (("a", (6, 8)), ("c", 8), ("b", (8, 5)))}
+    params = {n: a.astype(np.float32) for n, a in drawn.items()}
+
+    def apply(p: Any, x: Any) -> Any:
+        return jax.nn.relu((x @ p["a"] + p["c"][None, None]).mean(1)) @ p["b"]
+
+    new, _, table = jm.ptq(apply, params, [x], rounding=False, progress=False)
+    rows = {row["step"]: row for row in table}
+    assert "undone: it gave" in rows["equalize"]["note"]
+    assert rows["equalize"]["SQNR (dB)"] == rows["fold_batch_norm"]["SQNR (dB)"] > 30
+    assert np.array_equal(new["a"], params["a"])
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_a_correction_that_loses_is_undone(
     case: Any, shift: float, monkeypatch: pytest.MonkeyPatch
