@@ -83,8 +83,8 @@ def drawing() -> dict[str, Any]:
 
 def test_a_key_is_a_keyword_with_the_documented_default():
     functions = drawing()
-    expected = "adaround equalize factorize noise prune ptq score_ratios search_scales"
-    assert set(functions) == set(expected.split())
+    expected = "adaround equalize factorize noise prune ptq rotate score_ratios"
+    assert set(functions) == {*expected.split(), "search_scales"}
     for name, function in functions.items():
         key = inspect.signature(function).parameters["key"]
         assert key.kind is inspect.Parameter.KEYWORD_ONLY, name
@@ -142,6 +142,7 @@ def calls() -> dict[str, Any]:
             **(few | {"rows": 4, "batches": batches, "ratios": (0.7,)}),
             **k,
         ),
+        "rotate": lambda **k: jm.rotate(PARAMS, graph, **k),
         "noise": lambda **k: jm.noise(PARAMS, graph, q, batches, **quiet, **k),
         "equalize": lambda **k: jm.equalize(
             PARAMS, graph, objective="noise", batches=batches, **quiet, **k
