@@ -92,8 +92,7 @@ def of_decoder(options: argparse.Namespace) -> None:
     print(
         f"\n{options.steps} steps in {seconds:.0f} s; {len(exact)} windows measured\n"
     )
-    print_line("row", "perplexity", "lost (nats)", "seconds")
-    print_line(*["---"] * 4)
+    print_head("row", "perplexity", "lost (nats)", "seconds")
     print_line("float", f"{np.exp(exact.mean()):.3f}", "", "")
     for row in rows():
         start = time.perf_counter()
@@ -105,8 +104,7 @@ def of_decoder(options: argparse.Namespace) -> None:
         print_line(row.name, *cells)
     few = measured[:64]
     print("\n64 windows, letter by letter through the cache against at once:\n")
-    print_line("row", "at once", "letter by letter", "difference (nats)")
-    print_line(*["---"] * 4)
+    print_head("row", "at once", "letter by letter", "difference (nats)")
     shown: list[tuple[str, Apply]] = [("float", apply)]
     caches = ("*/k/add", "*/v")
     for bits in (8, 4):
@@ -144,8 +142,7 @@ def of_vit(options: argparse.Namespace) -> None:
     graph = setting.graph
     exact = data.right(jax.jit(apply), params)
     print(f"\n{options.steps} steps in {seconds:.0f} s; {len(exact)} images measured\n")
-    print_line("row", "accuracy (%)", "lost (points)", "seconds")
-    print_line(*["---"] * 4)
+    print_head("row", "accuracy (%)", "lost (points)", "seconds")
     print_line("float", f"{100 * exact.mean():.2f}", "", "")
     for row in rows():
         start = time.perf_counter()
@@ -163,6 +160,11 @@ def interval(values: np.ndarray) -> str:
     half = 1.96 * values.std() / len(values) ** 0.5
     digits = 2 if half > 0.02 else 4
     return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
+
+
+def print_head(*columns: str) -> None:
+    print_line(*columns)
+    print_line(*["---"] * len(columns))
 
 
 def print_line(*cells: str) -> None:

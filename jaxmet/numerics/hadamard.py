@@ -35,7 +35,7 @@ def hadamard_size(channels: int) -> int:
     Returns:
         The size of the blocks that are transformed; 1 where there is only the identity.
     """
-    return max(math.prod(_factors_of(channels, m)) for m in (1, *ORDERS))
+    return math.prod(_factors(channels))
 
 
 def hadamard(
@@ -59,11 +59,8 @@ def hadamard(
     size = hadamard_size(channels)
     blocks = x.reshape(*lead, channels // size, size)
     shape = blocks.shape
-    order = max(ORDERS, key=lambda m: math.prod(_factors_of(channels, m)))
-    if math.prod(_factors_of(channels, order)) < size:
-        order = 1
     # Each product moves the digit that it transforms to the end: after all they are in order.
-    for factor in _factors_of(channels, order):
+    for factor in _factors(channels):
         matrix = xp.asarray(_matrix(factor, inverse).astype(x.dtype))
         blocks = blocks.reshape(*shape[:-1], factor, size // factor)
         matrix = matrix if not xp.is_jax(x) else jax.numpy.asarray(matrix)
@@ -126,6 +123,12 @@ def random_signs(key: Array, shape: tuple[int, ...], dtype: str = "float32") -> 
         The signs, an array of ±1.
     """
     return jax.random.rademacher(key, shape, dtype)
+
+
+def _factors(channels: int) -> tuple[int, ...]:
+    """The orders of the Kronecker factors of the largest known matrix."""
+    every = (_factors_of(channels, order) for order in (1, *ORDERS))
+    return max(every, key=math.prod)
 
 
 def _factors_of(channels: int, order: int) -> tuple[int, ...]:

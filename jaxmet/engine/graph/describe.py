@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxmet.engine.axes import labels as lb
@@ -73,7 +73,7 @@ def describe(analysis: Analysis) -> dict[Cluster, Node]:
             features=_features(cluster),
             details=_details(cluster, shared, named, norms),
         )
-    nodes = _with_rotations(analysis, _with_ties(nodes, shared))
+    nodes = _completed(nodes, shared, _rotated(analysis))
     for cluster, producer in _carriers(nodes).items():
         clip = nodes[cluster]
         assert clip.activation is not None
@@ -189,10 +189,16 @@ def _shared(analysis: Analysis) -> dict[str, int]:
     return {name: n for name, n in uses.items() if n > 1}
 
 
-def _with_ties(
-    nodes: dict[Cluster, Node], shared: Mapping[str, int]
+def _rotated(analysis: Analysis) -> set[str]:
+    """The parameters whose leaves say that what their layers read is rotated."""
+    leaves = zip(analysis.call.names, analysis.call.leaves, strict=True)
+    return {name for name, leaf in leaves if input_signs_of(leaf) is not None}
+
+
+def _completed(
+    nodes: dict[Cluster, Node], shared: Mapping[str, int], rotated: Collection[str]
 ) -> dict[Cluster, Node]:
-    """The nodes, with `tied` set for weights and biases that only layers read.
+    """The nodes, with `rotated` set, and `tied` for weights and biases that only layers read.
 
     Of products those that read a weight in one way, and outside of loops.
     """
@@ -215,30 +221,12 @@ def _with_ties(
         if spec is None:
             return node
         bias = spec.bias is not None and added[spec.bias] == shared.get(spec.bias)
-        weight = dataclasses.replace(spec.weight, tied=spec.weight.name in tied)
+        name = spec.weight.name
+        weight = dataclasses.replace(
+            spec.weight, tied=name in tied, rotated=name in rotated
+        )
         details = dataclasses.replace(spec, weight=weight, tied_bias=bias)
         return dataclasses.replace(node, details=details)
-
-    return {cluster: completed(node) for cluster, node in nodes.items()}
-
-
-def _with_rotations(
-    analysis: Analysis, nodes: dict[Cluster, Node]
-) -> dict[Cluster, Node]:
-    """The nodes, with `rotated` set where the leaf of a weight says so."""
-    leaves = zip(analysis.call.names, analysis.call.leaves, strict=True)
-    rotated = {name for name, leaf in leaves if input_signs_of(leaf) is not None}
-    if not rotated:
-        return nodes
-
-    def completed(node: Node) -> Node:
-        spec = node.layer
-        if spec is None or spec.weight.name not in rotated:
-            return node
-        weight = dataclasses.replace(spec.weight, rotated=True)
-        return dataclasses.replace(
-            node, details=dataclasses.replace(spec, weight=weight)
-        )
 
     return {cluster: completed(node) for cluster, node in nodes.items()}
 
